@@ -1,0 +1,236 @@
+"""Manifests: UTF-8 JSONL files of utterances, of any length, in constant memory.
+
+    >>> write_manifest("train.jsonl", [Utterance(id="a", audio="a.wav", text="hello")])
+    >>> rows = Manifest("train.jsonl")            # or a glob: Manifest("parts/*.jsonl")
+    >>> len(rows), rows[0].text, [row.id for row in rows]
+
+`Utterance` is the one record that all steps share. A `Manifest` reads rows by number through an offset index that
+lies beside the file (`train.jsonl.idx`, see `row_index.py`) and is remade when the file changes. Whatever is wrong
+with a row is a `ManifestError` that names the file, the line and the way out.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from blsp.data.json_rows import SKIPPED_SUFFIX, ManifestError, RowLog, SkippedLog, dump_row, parse_row, read_rows, show
+from blsp.data.row_index import INDEX_SUFFIX, RowIndex, open_index, refuse_shared_keys
+
+CONTINUATION_KEY = ("id", "behaviour", "order")  # what is unique in a continuation file
+
+__all__ = [
+    "CONTINUATION_KEY",
+    "Manifest",
+    "ManifestError",
+    "RowLog",
+    "SkippedLog",
+    "Utterance",
+    "read_rows",
+    "write_manifest",
+]
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One recording and what was said in it; a text-only row has `audio == ""`."""
+
+    id: str
+    audio: str
+    """Path; absolute when it comes out of a `Manifest`."""
+    text: str
+    """The transcript as given; "" where nothing is said (`extra["no_speech"]`) or nobody knows."""
+    start: float | None = None
+    """Seconds into the file."""
+    duration: float | None = None
+    """Seconds from `start`."""
+    language: str | None = None
+    """ISO 639-1."""
+    speaker: str | None = None
+    reference: str | None = None
+    """Target of an evaluation: translation, label or answer."""
+    options: tuple[str, ...] | None = None
+    """What may be chosen from, for a choice task."""
+    instruction: str | None = None
+    """Overrides the command's instruction."""
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Fields that we do not know, kept as they are."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as a JSON object: fields that are None left out, `extra` merged in."""
+        row = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
+        if self.options is not None:
+            row["options"] = list(self.options)
+        return row | {name: value for name, value in self.extra.items() if name not in row}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any], where: str = "row") -> Utterance:
+        """The checked utterance; `where` ("file:line") begins every message."""
+        known = {name: row[name] for name in FIELDS if row.get(name) is not None}
+        _check_fields(known, where)
+        known.setdefault("audio", "")
+        known.setdefault("text", "")
+        if "options" in known:
+            known["options"] = tuple(known["options"])
+        return cls(**known, extra={name: value for name, value in row.items() if name not in FIELD_SET})
+
+
+FIELDS = tuple(f.name for f in fields(Utterance) if f.name != "extra")
+FIELD_SET = frozenset(FIELDS)
+NUMBERS = ("start", "duration")
+
+
+def _check_fields(row: dict[str, Any], where: str) -> None:
+    """Refuse what cannot be an utterance: `row` holds the known fields that are not null."""
+    for name, value in row.items():
+        if name in NUMBERS:
+            _check_seconds(name, value, where)
+        elif name == "options":
+            if not isinstance(value, (list, tuple)) or not all(isinstance(option, str) for option in value):
+                raise ManifestError(f'{where}: "options" must be a list of strings, not {show(value)}')
+        elif not isinstance(value, str):
+            raise ManifestError(f'{where}: "{name}" must be a string, not {show(value)}')
+    if not row.get("id"):
+        raise ManifestError(f'{where}: "id" is missing or empty; every row needs a string of its own')
+    if "audio" not in row and "text" not in row and "instruction" not in row:
+        raise ManifestError(f'{where}: a row needs "audio" (a path) and "text" (its transcript); both are missing')
+
+
+def _check_seconds(name: str, value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ManifestError(f'{where}: "{name}" must be a number of seconds, not {show(value)}')
+    if not math.isfinite(value) or value < 0 or (name == "duration" and value == 0):
+        least = "more than 0" if name == "duration" else "0 or more"
+        raise ManifestError(f'{where}: "{name}" is {value}; it must be {least} seconds')
+
+
+# --- reading --------------------------------------------------------------------------------------------------
+
+
+class Manifest(Sequence[Utterance]):
+    """The rows of one file or of all files that match a glob (in the order of their names), by number.
+
+    Memory does not grow with the number of rows. `key` names the fields that together must be unique; for a
+    continuation file it is `CONTINUATION_KEY`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], key: tuple[str, ...] = ("id",)) -> None:
+        self._open(find_manifests(path), key)
+
+    def _open(self, paths: list[Path], key: tuple[str, ...]) -> None:
+        self.paths, self.key = paths, key
+        self._indexes = [open_index(file, key) for file in paths]
+        refuse_shared_keys(self._indexes)
+        self._ends = np.cumsum([len(index) for index in self._indexes])
+        self._descriptors = [os.open(file, os.O_RDONLY) for file in paths]
+        self._closer = weakref.finalize(self, _close_all, self._descriptors)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @overload
+    def __getitem__(self, place: int) -> Utterance: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Utterance]: ...
+    def __getitem__(self, place: int | slice) -> Utterance | list[Utterance]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        row = place + len(self) if place < 0 else place
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {place} of a manifest of {len(self)} rows")
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        index = self._indexes[number]
+        return self._read(number, index, row - int(self._ends[number]) + len(index))
+
+    def __iter__(self) -> Iterator[Utterance]:
+        for number, index in enumerate(self._indexes):
+            for row in range(len(index)):
+                yield self._read(number, index, row)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.paths, self.key)
+
+    def _read(self, number: int, index: RowIndex, row: int) -> Utterance:
+        begin, end = index.span(row)
+        raw = os.pread(self._descriptors[number], end - begin, begin)
+        file = self.paths[number]
+        try:
+            return resolve_audio(Utterance.from_json(parse_row(raw, "")), file.parent)
+        except ManifestError as error:  # the line number costs a scan: found only when it is needed
+            raise ManifestError(f"{file}:{index.line_number(row)}{error}") from None
+
+
+def _reopen(paths: list[Path], key: tuple[str, ...]) -> Manifest:
+    manifest = Manifest.__new__(Manifest)
+    manifest._open(paths, key)
+    return manifest
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def find_manifests(path: str | os.PathLike[str]) -> list[Path]:
+    """The file named, or the files that match a glob, sorted; indexes and skip lists are not manifests."""
+    plain = Path(path)
+    try:
+        if plain.is_dir():
+            raise ManifestError(f"{path}: is a folder; name a file, or quote a glob such as '{path}/*.jsonl'")
+        if plain.exists():
+            return [plain.absolute()]
+        names = sorted(glob.glob(os.fspath(path), recursive=True)) if glob.has_magic(os.fspath(path)) else None
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: cannot be opened ({error})") from error
+    if names is None:
+        raise ManifestError(f"{path}: no such manifest")
+    files = [Path(name).absolute() for name in names if not name.endswith((INDEX_SUFFIX, SKIPPED_SUFFIX))]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise ManifestError(f"{path}: no file matches this pattern")
+    return files
+
+
+def resolve_audio(row: Utterance, folder: Path) -> Utterance:
+    """`row` with its audio path made absolute; data-URIs and text-only rows stay as they are."""
+    if not row.audio or row.audio.startswith("data:") or os.path.isabs(row.audio):
+        return row
+    return replace(row, audio=os.path.join(folder, row.audio))
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def write_manifest(
+    path: str | os.PathLike[str],
+    rows: Iterable[Utterance | dict[str, Any]],
+    relative_to: str | os.PathLike[str] | None = None,
+) -> int:
+    """Write the rows as they come and return their number; the file appears whole, under its name, at the end.
+
+    Audio paths that lie under the folder `relative_to` are written relative to it (give the manifest's own folder).
+    """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    base = os.path.abspath(relative_to) + os.sep if relative_to is not None else None
+    count = 0
+    try:
+        with open(partial, "wb") as out:
+            for row in rows:
+                values = row.to_json() if isinstance(row, Utterance) else row
+                if base and str(values.get("audio", "")).startswith(base):
+                    values = values | {"audio": values["audio"][len(base) :]}
+                out.write(dump_row(values, str(path)))
+                count += 1
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
