@@ -1,0 +1,165 @@
+"""The `grounded` adapter: speech read out over the LLM's own tokens, handed over as expected embeddings.
+
+In:  encoder states (B, T, E), lengths, and the table (K-1, D) of the LLM's embeddings of the read-out tokens.
+Out: `AdapterOutput` with CTC posteriors, the best path, and one vector a token instead of one a frame.
+Try: `model.model.listen(states, lengths).readout`
+Flow: encoder states → **CTC over the LLM's embeddings → expected embeddings** → the LLM.
+
+A conv stack (and optionally a few transformer layers) gives a vector a frame; its logits are the products
+with the LLM's frozen token embeddings, plus a learned blank (class 0). Blank frames are dropped, runs of
+the same token are merged, and what the LLM receives for a run is the mean, over the run's frames, of
+posterior · embeddings: exactly a token's embedding when the posterior is one-hot. Which frames form a run
+is an argmax and carries no gradient; the posteriors inside a run do, so step 2 trains through them while a
+CTC term keeps the segmentation in shape.
+
+Letters: B batch, T encoder frames, S frames after the stack (= places), E encoder width, H hidden width,
+D LLM width, K classes (blank + read-out tokens), N runs (vectors) of a clip, F frames that are not blank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blsp.model.adapter import AdapterOutput, ConvStack, valid_mask
+
+BLANK = 0
+
+
+class GroundedAdapter(nn.Module):
+    """Conv stack + transformer layers, read out by CTC over the LLM's token embeddings.
+
+    Args:
+        strides: of the three convolutions; (2, 2, 1) reads out at 12.5 frames/s.
+        hidden: width H of the convolutions and layers (default: the encoder's).
+        layers: transformer layers after the convolutions.
+        scale: first value of the learned factor on the logits.
+        embedding_std: first gain of the last LayerNorm: vectors start at the size of the LLM's embeddings.
+        classes: K - 1, the size of the read-out vocabulary (a learned bias a class).
+    """
+
+    def __init__(
+        self,
+        speech_width: int,
+        text_width: int,
+        *,
+        classes: int,
+        strides: tuple[int, ...] = (2, 2, 1),
+        hidden: int | None = None,
+        layers: int = 0,
+        bottleneck: int = 512,
+        dropout: float = 0.0,
+        scale: float = 10.0,
+        embedding_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or speech_width
+        last = hidden if layers else text_width
+        self.stack = ConvStack([speech_width, hidden, hidden, last], list(strides))
+        self.layers = nn.ModuleList(_ContextLayer(hidden, dropout) for _ in range(layers))
+        self.project = nn.Linear(hidden, text_width) if layers else nn.Identity()
+        self.down = nn.Linear(text_width, bottleneck, bias=False)
+        self.up = nn.Linear(bottleneck, text_width, bias=False)
+        self.norm = nn.LayerNorm(text_width)
+        nn.init.constant_(self.norm.weight, embedding_std)
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.bias = nn.Parameter(torch.zeros(classes))
+        self.blank = nn.Linear(text_width, 1)
+
+    def places(self, frames: int) -> int:
+        return self.stack.places(frames)
+
+    def forward(self, states: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput:
+        """states (B, T, E), lengths (B,), table (K-1, D) -> `AdapterOutput`."""
+        log_probs, lengths = self.posteriors(states, lengths, table)
+        return read_out(log_probs, lengths, table)
+
+    def posteriors(self, states: Tensor, lengths: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """CTC log-probabilities (B, S, K), blank first, and lengths (B,) in frames of the stack."""
+        hidden, lengths = self.stack(states, lengths)
+        if self.layers:
+            mask = valid_mask(lengths, hidden.shape[1])
+            for layer in self.layers:
+                hidden = layer(hidden, mask)
+        hidden = self.project(hidden)
+        hidden = self.norm(hidden + self.up(nn.functional.gelu(self.down(hidden))))
+        directions = nn.functional.normalize(table.to(hidden.dtype), dim=-1)
+        logits = self.scale * (hidden @ directions.T) + self.bias
+        return torch.cat([self.blank(hidden), logits], dim=-1).log_softmax(dim=-1), lengths
+
+
+class _ContextLayer(nn.Module):
+    """Pre-norm self-attention with rotary positions, then a GELU MLP: (B, S, H) -> (B, S, H)."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = width // 64 if width % 64 == 0 else 1
+        self.norm_attention = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.dropout = dropout
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm_attention(hidden)).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        query, key, value = (_rotate(query), _rotate(key), value.transpose(1, 2))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
+        hidden = hidden + self._drop(self.out(mixed.transpose(1, 2).flatten(2)))
+        return hidden + self._drop(self.down(nn.functional.gelu(self.up(self.norm_mlp(hidden)))))
+
+    def _drop(self, update: Tensor) -> Tensor:
+        return nn.functional.dropout(update, self.dropout, self.training)
+
+
+def _rotate(states: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, eq. 34): (B, S, heads, d) -> (B, heads, S, d)."""
+    states = states.transpose(1, 2)
+    half = states.shape[-1] // 2
+    frequencies = 10000.0 ** (-torch.arange(half, device=states.device, dtype=states.dtype) / half)
+    angles = torch.arange(states.shape[-2], device=states.device, dtype=states.dtype)[:, None] * frequencies
+    first, second = states[..., :half], states[..., half : 2 * half]
+    turned = [first * angles.cos() - second * angles.sin(), first * angles.sin() + second * angles.cos()]
+    return torch.cat([*turned, states[..., 2 * half :]], dim=-1)
+
+
+def read_out(log_probs: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput:
+    """Best path of the posteriors (B, S, K): drop blanks, merge runs, expected embedding of each run.
+
+    A clip in which every frame is blank is the no-speech case: `speech` is False, the read-out empty, and
+    the vector of the frame that comes nearest to a token stands in for it, so that every clip has one.
+    """
+    width = log_probs.shape[1]
+    inside = valid_mask(lengths, width)
+    best = log_probs.argmax(dim=-1).masked_fill(~inside, BLANK)  # (B, S)
+    spoken = best != BLANK
+    speech = spoken.any(dim=1)
+    spoken = spoken | _stand_in(log_probs, inside) & ~speech[:, None]
+    changed = torch.ones_like(spoken)
+    changed[:, 1:] = (best[:, 1:] != best[:, :-1]) | ~spoken[:, :-1]
+    starts = spoken & changed
+    runs = starts.cumsum(dim=1) - 1  # (B, S) index of the run a spoken frame belongs to
+    vectors = _run_means(log_probs, table, spoken, runs)
+    counts = starts.sum(dim=1)
+    # one-hot best classes -> read-out indices; the caller maps them to the LLM's ids
+    paths = [(row[start] - 1).tolist() for row, start in zip(best, starts & (best != BLANK), strict=True)]
+    valid = valid_mask(counts, width)
+    return AdapterOutput(vectors, lengths, valid, speech, log_probs=log_probs, readout=paths)
+
+
+def _stand_in(log_probs: Tensor, inside: Tensor) -> Tensor:
+    """(B, S) bool: each row's frame with the least blank."""
+    nearest = log_probs[..., BLANK].masked_fill(~inside, torch.inf).argmin(dim=1)
+    return nn.functional.one_hot(nearest, log_probs.shape[1]).bool()
+
+
+def _run_means(log_probs: Tensor, table: Tensor, spoken: Tensor, runs: Tensor) -> Tensor:
+    """(B, S, D): the mean over each run's frames of (posterior without blank) · table; zero past the last run."""
+    batch, width = spoken.shape
+    posterior = log_probs[spoken][:, 1:].softmax(dim=-1)  # (F, K-1), blank excluded and renormalised
+    expected = posterior @ table.to(posterior.dtype)  # (F, D)
+    slots = (runs + torch.arange(batch, device=runs.device)[:, None] * width)[spoken]  # (F,)
+    sums = expected.new_zeros(batch * width, table.shape[1]).index_add(0, slots, expected)
+    counts = expected.new_zeros(batch * width).index_add(0, slots, torch.ones_like(slots, dtype=expected.dtype))
+    return (sums / counts.clamp(min=1)[:, None]).unflatten(0, (batch, width))

@@ -1,0 +1,76 @@
+"""The frozen mind: what we ask of a decoder-only LLM, whatever its family.
+
+In:  any Hugging Face causal LM, or `BlspForConditionalGeneration`, which answers the same questions.
+Out: its decoder without the head, its embeddings, its logits; a refusal by name where that would be wrong.
+Try: `logits_of(llm, decoder_of(llm)(input_ids).last_hidden_state)`
+Flow: model/ — used by the model, the prefix, decoding and training.
+
+The head is run apart from the decoder so that logits are computed only where somebody reads them.
+Families that scale or cap their logits (Gemma 2, Cohere, Granite) are handled here; families without
+plain key/value attention (state-space and hybrid models) are refused: a shared prefix is not theirs to share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class UnsupportedModelError(ValueError):
+    """A language model or encoder that BLSP cannot drive; the message names it and says why."""
+
+
+def check_supported(config: PretrainedConfig) -> None:
+    """Raise `UnsupportedModelError` unless `config` is a decoder-only LLM with plain key/value attention."""
+    name = config.model_type
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name}: not a decoder-only language model; take a causal LM such as Llama or Qwen")
+    other = set(getattr(config, "layer_types", None) or []) - PLAIN_ATTENTION
+    if other or any(hasattr(config, mark) for mark in ("ssm_cfg", "state_size", "mamba_d_state", "attn_layer_period")):
+        kinds = ", ".join(sorted(other)) or "state-space"
+        raise UnsupportedModelError(f"{name}: has {kinds} layers, whose state cannot be shared as a prefix")
+    if getattr(config, "lm_head_multiplier", 1.0) != 1.0 or getattr(config, "mup_width_scale", None) is not None:
+        raise UnsupportedModelError(f"{name}: scales its logits in a way that is not known here")
+
+
+def decoder_of(llm: PreTrainedModel) -> nn.Module:
+    """The transformer without its head: `decoder(inputs_embeds=…).last_hidden_state` is (B, L, D)."""
+    return llm.get_decoder()
+
+
+def embed(llm: PreTrainedModel, ids: Any) -> Tensor:
+    """Token embeddings (…, D) of a tensor or a list of ids."""
+    table = llm.get_input_embeddings()
+    return table(torch.as_tensor(ids, dtype=torch.long, device=table.weight.device))
+
+
+def logits_of(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (…, V) of the decoder's hidden states (…, D), scaled and capped as the family does."""
+    return scale_logits(llm.config.get_text_config(), llm.get_output_embeddings()(hidden))
+
+
+def scale_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
+    """Cohere multiplies its logits, Granite divides them, Gemma 2 caps them; the others leave them."""
+    if (factor := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def stop_ids(llm: PreTrainedModel) -> tuple[int, ...]:
+    """The ids that end an answer, from the generation configuration."""
+    ids = llm.generation_config.eos_token_id if llm.generation_config else None
+    if ids is None:
+        ids = llm.config.get_text_config().eos_token_id
+    if ids is None:
+        raise UnsupportedModelError(f"{llm.config.model_type}: names no end-of-sequence token")
+    return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)

@@ -1,0 +1,118 @@
+"""Prompts with a place for the speech, through the LLM's own chat template.
+
+In:  a tokenizer with a chat template; an instruction and an order, or a conversation of text and speech parts.
+Out: the ids before and after the speech (`Frame`), or a conversation as a list of ids and speech indices.
+Try: `frame = frame_prompt(tokenizer, "Please repeat the following words:", "instruction-first")`
+Flow: model/ — both routes splice into the same ids: `prefix + transcript_ids(text) + suffix` is the text route,
+      `prefix + speech vectors + suffix` the speech route. Step 1, step 2, inference and the judge all use it.
+
+What a user wrote is never parsed for control tokens: it is put into the template as a mark, the rendered
+template is cut at the marks, and the text is tokenised with special tokens taken as plain characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+Order = Literal["speech-first", "instruction-first"]
+ORDERS: tuple[Order, ...] = ("speech-first", "instruction-first")
+_MARK = "\ue000{}\ue001"  # private-use characters: no template contains them, and user text goes in only as marks
+_MARK_PATTERN = re.compile("\ue000(\\d+)\ue001")
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be built; the message says why."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The ids around the speech (or its transcript)."""
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Speech:
+    """The place of the `index`-th speech clip in a conversation."""
+
+    index: int
+
+
+Part = str | Speech
+Segment = tuple[int, ...] | Speech
+
+
+def frame_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str, order: Order) -> Frame:
+    """The user turn `instruction + speech` or `speech + instruction`, ready for the assistant's answer."""
+    if order not in ORDERS:
+        raise PromptError(f"order {order!r}: must be one of {', '.join(ORDERS)}")
+    instruction = instruction.strip()
+    parts: list[Part] = [Speech(0), "\n" + instruction] if order == "speech-first" else [instruction, Speech(0)]
+    segments = render(tokenizer, [{"role": "user", "content": parts}])
+    at = segments.index(Speech(0))
+    return Frame(_joined(segments[:at]), _joined(segments[at + 1 :]))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, answer: bool = True
+) -> list[Segment]:
+    """A conversation as ids and speech places, in order.
+
+    messages: `{"role", "content"}`; content is a string or a list of strings and `Speech` places.
+    answer: end with the template's opening of an assistant turn.
+    """
+    parts: list[Part] = []
+    marked = []
+    for message in messages:
+        content = [message["content"]] if isinstance(message["content"], str) else list(message["content"])
+        marks = "".join(_MARK.format(len(parts) + i) for i in range(len(content)))
+        marked.append({"role": message["role"], "content": marks})
+        parts.extend(content)
+    pieces = _MARK_PATTERN.split(_apply_template(tokenizer, marked, answer))
+    segments: list[Segment] = []
+    for place, piece in enumerate(pieces):
+        if place % 2 == 0:
+            segments.append(tuple(tokenizer.encode(piece, add_special_tokens=False)))
+        else:
+            part = parts[int(piece)]
+            segments.append(part if isinstance(part, Speech) else tuple(text_ids(tokenizer, part)))
+    return _merged(segments)
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answer: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; BLSP needs an instruct LLM")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+
+
+def transcript_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A transcript as the LLM reads it in the speech's place: as given, after one leading space."""
+    return text_ids(tokenizer, " " + text.strip())
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Plain text: control tokens spelled in it stay characters."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def _joined(segments: Sequence[Segment]) -> tuple[int, ...]:
+    return tuple(token for segment in segments if not isinstance(segment, Speech) for token in segment)
+
+
+def _merged(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbouring runs of ids joined, empty ones dropped."""
+    merged: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, Speech):
+            merged.append(segment)
+        elif segment and merged and not isinstance(merged[-1], Speech):
+            merged[-1] = merged[-1] + segment
+        elif segment:
+            merged.append(segment)
+    return merged

@@ -1,0 +1,125 @@
+"""The frozen ears: a Whisper encoder run on the true length of the speech, with a mask.
+
+In:  16 kHz mono float32 arrays; a `WhisperFeatureExtractor`; a `WhisperEncoder`.
+Out: encoder states (B, T, E) at 50 frames/s, and how many frames of each row are valid.
+Try: `states, lengths = encode_speech(tower, *mel_features(extractor, [audio]))`
+Flow: audio → **mel → encoder states** → adapter.
+
+Whisper was trained on 30 s windows; the paper pads every clip to that (`full_window`). Here a clip costs
+what it lasts: padding is masked in the attention and zeroed again after the first convolution (whose bias
+would otherwise leak into the second one's edge), so a batch gives what its rows give one by one.
+Speech beyond 30 s is cut into windows whose states are joined again.
+
+Letters: B batch, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width, W windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import WhisperFeatureExtractor
+
+HOP_SAMPLES = 160  # one mel frame each 10 ms at 16 kHz
+WINDOW_MEL_FRAMES = 3000  # 30 s: as many positions as Whisper's encoder has, times two
+FEATURES_VERSION = "mel-1"  # enters the feature cache's key: raise it when the numbers change
+
+
+def mel_frames(samples: int) -> int:
+    """Mel frames of a clip of `samples` 16 kHz samples: one each started 10 ms, at least two."""
+    return max(2, -(-samples // HOP_SAMPLES))
+
+
+def encoder_frames(mel: int) -> int:
+    """Encoder frames of `mel` mel frames: the encoder's second convolution halves them, rounding up."""
+    return -(-mel // 2)
+
+
+def mel_features(
+    extractor: WhisperFeatureExtractor, audios: Sequence[np.ndarray], *, full_window: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-mel features of each clip on its true length, right-padded with zeros.
+
+    Every clip is followed by silence while its spectrum is taken, so the frames are those of Whisper's own
+    30 s input, cut where the speech ends. With `full_window` each window is filled up to 30 s and only the
+    mask tells the true length.
+
+    Returns: features (B, M, Tm) float32 and mask (B, Tm) bool.
+    """
+    frames = [mel_frames(len(audio)) for audio in audios]
+    longest = max(frames)
+    if full_window:
+        longest = -(-longest // WINDOW_MEL_FRAMES) * WINDOW_MEL_FRAMES
+    features = torch.zeros(len(audios), extractor.feature_size, longest)
+    for row, (audio, count) in enumerate(zip(audios, frames, strict=True)):
+        kept = longest if full_window else count
+        features[row, :, :kept] = torch.from_numpy(_log_mel(extractor, audio, kept))
+    mask = torch.arange(longest)[None, :] < torch.tensor(frames)[:, None]
+    return features, mask
+
+
+def _log_mel(extractor: WhisperFeatureExtractor, audio: np.ndarray, frames: int) -> np.ndarray:
+    """(M, frames) log-mel of one clip followed by silence."""
+    silence_frames = -(-extractor.n_fft // HOP_SAMPLES)
+    output = extractor(
+        np.asarray(audio, dtype=np.float32),
+        sampling_rate=extractor.sampling_rate,
+        max_length=(frames + silence_frames) * HOP_SAMPLES,
+        padding="max_length",
+        truncation=False,
+        return_tensors="np",
+    )
+    return output["input_features"][0, :, :frames]
+
+
+def encode_speech(
+    tower: nn.Module, input_features: Tensor, mask: Tensor, *, full_window: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Run the encoder on (B, M, Tm) features whose valid frames `mask` (B, Tm) names (valid ones first).
+
+    Returns: states (B, T, E), zero where invalid, and lengths (B,) in encoder frames.
+    """
+    mel_lengths = mask.sum(dim=1)
+    width = input_features.shape[2]
+    if width <= WINDOW_MEL_FRAMES:
+        return _encode_window(tower, input_features, mel_lengths, full_window)
+    count = -(-width // WINDOW_MEL_FRAMES)
+    padded = nn.functional.pad(input_features, (0, count * WINDOW_MEL_FRAMES - width))
+    windows = padded.unflatten(2, (count, WINDOW_MEL_FRAMES)).transpose(1, 2).flatten(0, 1)  # (B*W, M, 3000)
+    starts = torch.arange(count, device=mask.device) * WINDOW_MEL_FRAMES
+    window_lengths = (mel_lengths[:, None] - starts).clamp(0, WINDOW_MEL_FRAMES).flatten()  # (B*W,)
+    spoken = window_lengths > 0
+    states, _ = _encode_window(tower, windows[spoken], window_lengths[spoken], full_window)
+    joined = states.new_zeros(len(windows), encoder_frames(WINDOW_MEL_FRAMES), states.shape[2])
+    joined[spoken, : states.shape[1]] = states
+    lengths = (mel_lengths + 1) // 2
+    return joined.unflatten(0, (-1, count)).flatten(1, 2)[:, : int(lengths.max())], lengths
+
+
+def _encode_window(
+    tower: nn.Module, features: Tensor, mel_lengths: Tensor, full_window: bool
+) -> tuple[Tensor, Tensor]:
+    """At most 30 s: `WhisperEncoder.forward` in parts, since the whole accepts 3000 frames only."""
+    lengths = (mel_lengths + 1) // 2
+    features = features.to(tower.conv1.weight.dtype)
+    attended = torch.full_like(mel_lengths, features.shape[2]) if full_window else mel_lengths
+    mel_mask = _valid(attended, features.shape[2])[:, None, :]  # (B, 1, Tm)
+    hidden = nn.functional.gelu(tower.conv1(features * mel_mask)) * mel_mask
+    hidden = nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)  # (B, T, E)
+    hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
+    valid = _valid((attended + 1) // 2, hidden.shape[1])  # (B, T)
+    attention_mask = None
+    if not bool(valid.all()):
+        attention_mask = torch.zeros(valid.shape, dtype=hidden.dtype, device=hidden.device)
+        attention_mask = attention_mask.masked_fill(~valid, torch.finfo(hidden.dtype).min)[:, None, None, :]
+    for layer in tower.layers:
+        hidden = layer(hidden, attention_mask)
+    hidden = tower.layer_norm(hidden)[:, : int(lengths.max())]
+    return hidden * _valid(lengths, hidden.shape[1])[:, :, None], lengths
+
+
+def _valid(lengths: Tensor, width: int) -> Tensor:
+    """(B, width) bool: True before each row's length."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
