@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "load": "blsp.inference.listener",
+    "register": "blsp.model",
     "Listener": "blsp.inference.listener",
     "Manifest": "blsp.data.manifest",
     "Utterance": "blsp.data.manifest",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from blsp.data.audio import load_audio
     from blsp.data.manifest import Manifest, Utterance
     from blsp.inference.listener import Listener, load
+    from blsp.model import register
     from blsp.model.configuration_blsp import BlspConfig
     from blsp.model.modeling_blsp import BlspForConditionalGeneration, BlspModel
     from blsp.model.processing_blsp import BlspProcessor

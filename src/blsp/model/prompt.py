@@ -44,16 +44,21 @@ class Speech:
     index: int
 
 
-Part = str | Speech
+Part = str | Speech | tuple[int, ...]  # user text, a clip, or ids taken as they are (an answer that was written)
 Segment = tuple[int, ...] | Speech
 
 
 def frame_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str, order: Order) -> Frame:
-    """The user turn `instruction + speech` or `speech + instruction`, ready for the assistant's answer."""
+    """The user turn `instruction + speech` or `speech + instruction`, ready for the assistant's answer.
+
+    An empty instruction makes the speech the whole turn: a spoken question.
+    """
     if order not in ORDERS:
         raise PromptError(f"order {order!r}: must be one of {', '.join(ORDERS)}")
     instruction = instruction.strip()
-    parts: list[Part] = [Speech(0), "\n" + instruction] if order == "speech-first" else [instruction, Speech(0)]
+    parts: list[Part] = [instruction, Speech(0)]
+    if order == "speech-first":
+        parts = [Speech(0), "\n" + instruction if instruction else ""]
     segments = render(tokenizer, [{"role": "user", "content": parts}])
     at = segments.index(Speech(0))
     return Frame(_joined(segments[:at]), _joined(segments[at + 1 :]))
@@ -64,7 +69,7 @@ def render(
 ) -> list[Segment]:
     """A conversation as ids and speech places, in order.
 
-    messages: `{"role", "content"}`; content is a string or a list of strings and `Speech` places.
+    messages: `{"role", "content"}`; content is a string or a list of `Part`s.
     answer: end with the template's opening of an assistant turn.
     """
     parts: list[Part] = []
@@ -81,7 +86,7 @@ def render(
             segments.append(tuple(tokenizer.encode(piece, add_special_tokens=False)))
         else:
             part = parts[int(piece)]
-            segments.append(part if isinstance(part, Speech) else tuple(text_ids(tokenizer, part)))
+            segments.append(tuple(text_ids(tokenizer, part)) if isinstance(part, str) else part)
     return _merged(segments)
 
 

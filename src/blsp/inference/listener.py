@@ -1,0 +1,184 @@
+"""Speech in, text out: the high-level door.
+
+In:  clips (path, bytes, data-URI or 16 kHz array), an instruction or none (a spoken question answers itself).
+Out: answers, streams of text, transcripts.
+Try: `blsp.load().answer("question.wav")`
+Flow: inference/ — `blsp generate`, `transcribe`, `chat`, the judge and the server ask a `Listener`.
+
+A clip is heard once (encoder, adapter), its vectors are spliced between the prompt's constant prefix, whose
+key/values are kept, and its suffix; `model/decoding.py` writes the answer. Where no speech is heard, the
+model's fixed sentence is the answer and the LLM is not asked.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blsp.data.audio import SAMPLE_RATE, is_silent, load_audio
+from blsp.model.adapter import Heard
+from blsp.model.checkpoint import load_blsp
+from blsp.model.decoding import Decoder, Decoding, Request, decode
+from blsp.model.distributed import find_place
+from blsp.model.language_model import embed, stop_ids
+from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.model.prefix import Prefix, compute_prefix
+from blsp.model.processing_blsp import BlspProcessor
+from blsp.model.prompt import Order, frame_prompt, transcript_ids
+from blsp.model.speech_encoder import encode_speech, mel_features
+from blsp.shipped import DEFAULT_MODEL, find_model
+
+KEPT_PREFIXES = 32
+SECONDS_PER_BATCH = 60  # speech encoded at once
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing to answer: a clip, or (for the text route) its transcript, under an instruction."""
+
+    audio: Any = None
+    text: str | None = None
+    instruction: str = ""
+    order: Order = "instruction-first"
+
+
+def load(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto") -> Listener:
+    """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default)."""
+    return Listener(*load_blsp(find_model(str(model)), find_place(device, dtype)))
+
+
+class Listener:
+    """A loaded model that hears and answers; keeps the key/values of the prompt prefixes it has used."""
+
+    def __init__(self, model: BlspForConditionalGeneration, processor: BlspProcessor) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.decoding = Decoding(max_new_tokens=128, stop_ids=stop_ids(model))  # the paper's zero-shot setting
+        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+
+    def answer(self, audio: Any, instruction: str = "", *, max_new_tokens: int = 128) -> str:
+        """The answer to a spoken question, or to `instruction` about the speech."""
+        decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
+        return self.generate([Question(audio=audio, instruction=instruction)], decoding=decoding)[0]
+
+    def stream(self, audio: Any, instruction: str = "", *, max_new_tokens: int = 128) -> Iterator[str]:
+        """The same answer, piece by piece as it is written."""
+        heard = self.hear([audio])[0]
+        if not heard.speech:
+            yield self.model.config.no_speech_sentence
+            return
+        question = Question(audio=audio, instruction=instruction)
+        decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
+        request = self.request(0, question, heard, decoding)
+        yield from stream_text(self.tokenizer, Decoder(self.model), request)
+
+    def transcribe(self, audio: Any, *, instruction: str | None = None) -> str:
+        """What was said: the adapter's own read-out, or, with an `instruction`, what the LLM repeats under it."""
+        if instruction is not None:
+            return self.answer(audio, instruction)
+        return self.read([self.hear([audio])[0]])[0]
+
+    def read(self, heard: Sequence[Heard]) -> list[str]:
+        """The adapter's own transcripts (`grounded` only), without the LLM."""
+        if any(clip.token_ids is None for clip in heard):
+            raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out: only 'grounded' does")
+        return [self.tokenizer.decode(clip.token_ids).strip() for clip in heard]
+
+    def generate(
+        self, questions: Sequence[Question], *, decoding: Decoding | None = None, batch_size: int = 16
+    ) -> list[str]:
+        """Answers in the order of the questions; speech and text may be mixed."""
+        spoken = [i for i, question in enumerate(questions) if question.audio is not None]
+        heard = dict(zip(spoken, self.hear([questions[i].audio for i in spoken]), strict=True))
+        answers = {i: self.model.config.no_speech_sentence for i, clip in heard.items() if not clip.speech}
+        requests = [
+            self.request(i, question, heard.get(i), decoding or self.decoding)
+            for i, question in enumerate(questions)
+            if i not in answers
+        ]
+        requests.sort(key=lambda request: len(request.embeds))
+        for key, result in decode(self.model, requests, batch_size).items():
+            answers[key] = self.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
+        return [answers[i] for i in range(len(questions))]
+
+    @torch.no_grad()
+    def hear(self, audios: Sequence[Any]) -> list[Heard]:
+        """Each clip's vectors, encoded in batches of like length. A clip of digital silence holds no speech."""
+        clips = [audio if isinstance(audio, np.ndarray) else load_audio(audio) for audio in audios]
+        heard: dict[int, Heard] = {}
+        for batch in _by_length([len(clip) for clip in clips]):
+            states = self.encode([clips[i] for i in batch])
+            for i, clip in zip(batch, self.model.listen(states), strict=True):
+                heard[i] = replace(clip, speech=clip.speech and not is_silent(clips[i]))
+        return [heard[i] for i in range(len(clips))]
+
+    @torch.no_grad()
+    def encode(self, clips: Sequence[np.ndarray]) -> list[Tensor]:
+        """Frozen encoder states (T, E) of 16 kHz clips, on their true lengths, in one pass."""
+        weight = self.model.lm_head.weight
+        full_window = self.model.config.full_window
+        features, mask = mel_features(self.processor.feature_extractor, clips, full_window=full_window)
+        states, lengths = encode_speech(
+            self.model.model.audio_tower,
+            features.to(weight.device),
+            mask.to(weight.device),
+            full_window=full_window,
+        )
+        return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
+
+    def request(self, key: Any, question: Question, heard: Heard | None, decoding: Decoding) -> Request:
+        """The question as the decoder takes it: both routes share the ids around the speech."""
+        frame = frame_prompt(self.tokenizer, question.instruction, question.order)
+        if heard is not None:
+            middle = heard.vectors.to(self.model.lm_head.weight.dtype)
+        else:
+            middle = embed(self.model, transcript_ids(self.tokenizer, question.text or ""))
+        embeds = torch.cat([middle, embed(self.model, frame.suffix_ids)]).detach()
+        return Request(key, embeds, self.prefix(frame.prefix_ids), decoding)
+
+    def prefix(self, ids: tuple[int, ...]) -> Prefix | None:
+        """Key/values of a prompt's beginning, computed once and kept while it is in use."""
+        if not ids:
+            return None
+        if ids not in self._prefixes:
+            self._prefixes[ids] = compute_prefix(self.model, ids)
+            if len(self._prefixes) > KEPT_PREFIXES:
+                self._prefixes.popitem(last=False)
+        self._prefixes.move_to_end(ids)
+        return self._prefixes[ids]
+
+
+def stream_text(tokenizer: Any, decoder: Decoder, request: Request) -> Iterator[str]:
+    """Text as it becomes certain: a character whose bytes are not complete yet is held back."""
+    ids: list[int] = []
+    sent = ""
+    events = decoder.join([request])
+    while events:
+        event = events[0]
+        if event.finish != "stop":
+            ids.append(event.token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if len(text) > len(sent) and (event.finish or not text.endswith("\ufffd")):
+            yield text[len(sent) :]
+            sent = text
+        events = decoder.step() if len(decoder) else []
+
+
+def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices grouped by like length, each group at most `SECONDS_PER_BATCH` with its padding."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > SECONDS_PER_BATCH * SAMPLE_RATE:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

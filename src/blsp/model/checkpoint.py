@@ -1,0 +1,253 @@
+"""Checkpoint folders: the adapter alone, with the names and digests of the frozen parts; or everything merged.
+
+In:  names of an encoder and an LLM (folder, hub id, `embedded:` name), or a folder written here.
+Out: a model whose frozen parts are frozen, and its processor.
+Try: `model, processor = load_blsp("models/blsp-tiny", find_place())`
+Flow: model/ — training writes these folders, everything after it reads them.
+
+An adapter fits the very weights it was trained between: their digests are checked, and a mismatch is an
+error. Nothing is ever left at random values.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    WhisperFeatureExtractor,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig
+from blsp.model.digest import tensor_digest
+from blsp.model.distributed import Place, find_place
+from blsp.model.embedded import resolve_weights
+from blsp.model.language_model import check_supported
+from blsp.model.modeling_blsp import BlspForConditionalGeneration, build_adapter
+from blsp.model.processing_blsp import BlspProcessor
+
+if TYPE_CHECKING:
+    from blsp.settings import ExportSettings
+
+ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}  # the encoder's tensors inside a whole Whisper checkpoint
+
+
+class CheckpointError(ValueError):
+    """A folder that is not what it should be; the message names it and the way out."""
+
+
+@dataclass(frozen=True)
+class FrozenParts:
+    """What is never trained: the encoder and the LLM, with the tokenizer and the mel extractor that belong to them."""
+
+    tower: WhisperEncoder
+    llm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    extractor: WhisperFeatureExtractor
+
+
+def load_language_model(name: str, place: Place) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The text LLM, frozen, in eval mode on `place`, and its tokenizer."""
+    folder = resolve_weights(name)
+    check_supported(AutoConfig.from_pretrained(folder))
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=place.dtype).to(place.device)
+    return _frozen(llm), AutoTokenizer.from_pretrained(folder)
+
+
+def load_speech_encoder(name: str, place: Place) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
+    """The Whisper encoder alone, frozen, in eval mode on `place`, and its mel extractor. No decoder is loaded."""
+    folder = resolve_weights(name)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a whole Whisper holds a decoder that is left out on purpose
+    try:
+        tower, found = WhisperEncoder.from_pretrained(
+            folder, dtype=place.dtype, key_mapping=ENCODER_KEYS, output_loading_info=True
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if found["missing_keys"]:
+        raise CheckpointError(f"{name}: not a Whisper encoder, {sorted(found['missing_keys'])[0]} is missing")
+    return _frozen(tower.to(place.device)), WhisperFeatureExtractor.from_pretrained(folder)
+
+
+def load_frozen(audio_model: str, text_model: str, place: Place) -> FrozenParts:
+    """Both frozen parts and what belongs to them."""
+    tower, extractor = load_speech_encoder(audio_model, place)
+    llm, tokenizer = load_language_model(text_model, place)
+    return FrozenParts(tower, llm, tokenizer, extractor)
+
+
+def _frozen(module: Any) -> Any:
+    return module.eval().requires_grad_(False)
+
+
+def new_blsp(
+    audio_model: str,
+    text_model: str,
+    place: Place,
+    *,
+    adapter: str = "conv",
+    adapter_options: dict[str, Any] | None = None,
+    readout_vocabulary: list[int] | None = None,
+    full_window: bool = False,
+    seed: int = 0,
+) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+    """Two frozen parts with a fresh adapter between them; its last norm starts at the size of the LLM's embeddings."""
+    parts = load_frozen(audio_model, text_model, place)
+    table = parts.llm.get_input_embeddings().weight
+    rows = table if readout_vocabulary is None else table[readout_vocabulary]
+    parts.tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+    config = BlspConfig(
+        audio_config=parts.tower.config,
+        text_config=parts.llm.config,
+        audio_token_id=parts.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
+        audio_model_id=audio_model,
+        text_model_id=text_model,
+        audio_model_sha256=tensor_digest(resolve_weights(audio_model)),
+        text_model_sha256=tensor_digest(resolve_weights(text_model)),
+        adapter=adapter,
+        adapter_options={"embedding_std": round(float(rows.float().std()), 6), **(adapter_options or {})},
+        readout_vocabulary=readout_vocabulary,
+        full_window=full_window,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        projector = build_adapter(config)
+    return assemble(config, parts, projector, place), new_processor(config, parts)
+
+
+def new_processor(config: BlspConfig, parts: FrozenParts) -> BlspProcessor:
+    """The processor that counts places as `config`'s adapter does."""
+    options = config.adapter_options or {}
+    defaults = {"conv": [2, 2, 2], "grounded": [2, 2, 1], "stack": [8]}[config.adapter]
+    strides = [options["frames"]] if "frames" in options else list(options.get("strides", defaults))
+    return BlspProcessor(parts.extractor, parts.tokenizer, strides=strides, full_window=config.full_window)
+
+
+def assemble(config: BlspConfig, parts: FrozenParts, projector: nn.Module, place: Place) -> BlspForConditionalGeneration:
+    """A model made of loaded parts; nothing is initialised twice. The adapter stays in float32."""
+    with torch.device("meta"):
+        model = BlspForConditionalGeneration(config)
+    model.model.audio_tower = parts.tower
+    model.model.language_model = parts.llm.get_decoder()
+    model.lm_head = parts.llm.get_output_embeddings()
+    model.model.multi_modal_projector = projector.to(place.device)
+    model.generation_config = parts.llm.generation_config
+    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"{config.text_model_id}: {left[0]} was not loaded")
+    return model.eval()
+
+
+def _config_file(folder: Any) -> Path:
+    found = cached_file(str(folder), "config.json", _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        raise CheckpointError(f"{folder}: no config.json there; give a folder written by `blsp train` or `blsp export`")
+    return Path(found)
+
+
+def is_adapter_folder(folder: Any) -> bool:
+    """True for a checkpoint that holds the adapter alone."""
+    config = json.loads(_config_file(folder).read_text())
+    return config.get("model_type") == "blsp" and config.get("adapter_only", False)
+
+
+def load_adapter_folder(folder: Any, dtype: Any = None, device_map: Any = None, **_: Any) -> BlspForConditionalGeneration:
+    """The model of an adapter folder, on `device_map` (a device; default: CPU) in `dtype` (default: float32)."""
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    place = find_place(device="cpu" if device_map in (None, "auto") else str(device_map), dtype="float32")
+    model, _ = _load_adapter(folder, Place(place.device, dtype if isinstance(dtype, torch.dtype) else place.dtype, 0, 1))
+    return model
+
+
+def load_blsp(folder: str | Path, place: Place) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+    """Model and processor of an adapter folder (frozen parts loaded, digests checked) or of a merged export."""
+    if is_adapter_folder(folder):
+        return _load_adapter(folder, place)
+    model, found = BlspForConditionalGeneration.from_pretrained(folder, dtype=place.dtype, output_loading_info=True)
+    if found["missing_keys"]:
+        raise CheckpointError(f"{folder}: {sorted(found['missing_keys'])[0]} is missing from the export")
+    return _frozen(model.to(place.device)), BlspProcessor.from_pretrained(folder)
+
+
+def _load_adapter(folder: str | Path, place: Place) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+    home = _config_file(folder).parent
+    config = BlspConfig.from_pretrained(home)
+    for role in ("audio", "text"):
+        _check_digest(folder, getattr(config, f"{role}_model_id"), getattr(config, f"{role}_model_sha256"))
+    parts = load_frozen(config.audio_model_id, config.text_model_id, place)
+    projector = build_adapter(config)
+    weights = cached_file(str(folder), "model.safetensors")
+    prefix = "model.multi_modal_projector."
+    state = {name.removeprefix(prefix): tensor.float() for name, tensor in load_file(str(weights)).items()}
+    try:
+        projector.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: its tensors do not fit its config.json: {error}") from error
+    return assemble(config, parts, projector, place), BlspProcessor.from_pretrained(home)
+
+
+def _check_digest(folder: Any, name: str, expected: str | None) -> None:
+    found = tensor_digest(resolve_weights(name))
+    if found != expected:
+        raise CheckpointError(
+            f"{folder}: was trained with other weights than {name} holds now "
+            f"(tensor digest {found[:12]}…, config.json says {str(expected)[:12]}…); load the weights it was trained with"
+        )
+
+
+def save_adapter(
+    model: BlspForConditionalGeneration,
+    processor: BlspProcessor,
+    folder: str | Path,
+    *,
+    card: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the adapter folder under a temporary name, then rename it into place."""
+    state = {name: tensor.to(dtype).contiguous() for name, tensor in model.adapter_state().items()}
+    _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card)
+
+
+def export_merged(model: BlspForConditionalGeneration, processor: BlspProcessor, folder: str | Path) -> None:
+    """Write everything, frozen parts included, as one ordinary Hugging Face checkpoint."""
+    model.config.adapter_only = False
+    try:
+        _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new), processor, None)
+    finally:
+        model.config.adapter_only = True
+
+
+def _write_folder(folder: str | Path, write: Any, processor: BlspProcessor, card: str | None) -> None:
+    folder = Path(folder)
+    fresh = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.parent.mkdir(parents=True, exist_ok=True)
+    write(fresh)
+    processor.save_pretrained(fresh)
+    if card is not None:
+        (fresh / "README.md").write_text(card)
+    if folder.exists():
+        shutil.rmtree(folder)
+    fresh.rename(folder)
+
+
+def export(settings: ExportSettings) -> None:
+    """`blsp export`: an adapter folder becomes a merged one."""
+    model, processor = load_blsp(settings.model, find_place(device="cpu", dtype="float32"))
+    export_merged(model, processor, settings.out)
+    print(f"wrote {settings.out}")

@@ -1,0 +1,131 @@
+"""From text and speech to the model's inputs, and back to text.
+
+In:  text with `<|audio|>` where a clip belongs (or a conversation, through `apply_chat_template`), and clips.
+Out: `input_ids` with a placeholder for every vector, `attention_mask`, `input_features`, `input_features_mask`.
+Try: `processor(text=prompt, audio=[array], sampling_rate=16000, return_tensors="pt")`
+Flow: audio and text → **inputs** → `BlspForConditionalGeneration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
+
+from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.model.configuration_blsp import AUDIO_TOKEN
+from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
+
+# Joins the parts of a message into one string, then runs the LLM's own template, unchanged.
+FLATTEN_PARTS = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message['content'] is string -%}
+    {%- set flat.messages = flat.messages + [message] -%}
+  {%- else -%}
+    {%- set text = namespace(value='') -%}
+    {%- for part in message['content'] -%}
+      {%- set text.value = text.value + ('<|audio|>' if part['type'] == 'audio' else part['text']) -%}
+    {%- endfor -%}
+    {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': text.value}] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+
+class BlspProcessor(ProcessorMixin):
+    """A Whisper feature extractor and the LLM's tokenizer.
+
+    Args:
+        strides: the adapter's reduction, factor by factor, from encoder frames to places: each rounds up.
+        full_window: pad the encoder's input to 30 s (must agree with the model's configuration).
+    """
+
+    attributes = ["feature_extractor", "tokenizer"]  # noqa: RUF012  transformers' convention
+    feature_extractor_class = "WhisperFeatureExtractor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        feature_extractor: WhisperFeatureExtractor,
+        tokenizer: PreTrainedTokenizerBase,
+        strides: Sequence[int] = (2, 2, 2),
+        full_window: bool = False,
+        chat_template: str | None = None,
+    ) -> None:
+        self.strides = list(strides)
+        self.full_window = full_window
+        self.audio_token = AUDIO_TOKEN
+        if AUDIO_TOKEN not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        if chat_template is None and tokenizer.chat_template:
+            chat_template = FLATTEN_PARTS + tokenizer.chat_template
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    def places(self, samples: int) -> int:
+        """Placeholders of a clip of `samples` 16 kHz samples."""
+        frames = encoder_frames(mel_frames(samples))
+        for stride in self.strides:
+            frames = -(-frames // stride)
+        return frames
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        audio: Any = None,
+        sampling_rate: int | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool = True,
+        add_special_tokens: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Text (one or a list) with one `<|audio|>` per clip; clips as 16 kHz arrays, or any rate with `sampling_rate`.
+
+        Batches are padded on the left, as generation wants it.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        clips = self._clips(audio, sampling_rate)
+        wanted = sum(piece.count(AUDIO_TOKEN) for piece in texts)
+        if wanted != len(clips):
+            raise ValueError(f"{wanted} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place")
+        counts = iter([self.places(len(clip)) for clip in clips])
+        expanded = ["".join(self._expand(piece, counts)) for piece in texts]
+        data = dict(
+            self.tokenizer(
+                expanded,
+                padding=padding,
+                padding_side="left",
+                add_special_tokens=add_special_tokens,
+                return_tensors=return_tensors,
+            )
+        )
+        data.pop("token_type_ids", None)
+        if clips:
+            features, mask = mel_features(self.feature_extractor, clips, full_window=self.full_window)
+            data |= {"input_features": features, "input_features_mask": mask}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _expand(self, text: str, counts: Any) -> list[str]:
+        """Each `<|audio|>` repeated as often as its clip has places."""
+        first, *rest = text.split(AUDIO_TOKEN)
+        return [first, *(AUDIO_TOKEN * next(counts) + piece for piece in rest)]
+
+    @staticmethod
+    def _clips(audio: Any, sampling_rate: int | None) -> list[np.ndarray]:
+        if audio is None:
+            return []
+        flat = audio if isinstance(audio, (list, tuple)) else [audio]
+        while flat and isinstance(flat[0], (list, tuple)):
+            flat = [clip for clips in flat for clip in clips]
+        return [
+            load_audio(clip, sampling_rate=(sampling_rate or SAMPLE_RATE) if isinstance(clip, np.ndarray) else None)
+            for clip in flat
+        ]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
