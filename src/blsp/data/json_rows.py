@@ -4,9 +4,9 @@
     >>> with RowLog("out.jsonl") as log: log.append({"id": "a"})
     >>> with SkippedLog("out.jsonl") as skipped: skipped.add("b", "b.wav", "no such file")
 
-Below the manifest (`manifest.py`): nothing here knows what an utterance is. Whatever is wrong with a line is a
-`ManifestError` that names the file, the line and the way out. `RowLog` and `SkippedLog` are how the long jobs write,
-so that a killed run goes on where it stopped.
+Below the manifest (`manifest.py`): nothing here knows what an utterance is. Whatever is wrong with a line
+is a `ManifestError` that names the file, the line and the way out. `RowLog` and `SkippedLog` are how the
+long jobs write, so that a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -46,13 +46,23 @@ def parse_row(raw: bytes, where: str) -> dict[str, Any]:
         text = raw.decode("utf-8")
         row = json.loads(text, parse_constant=_refuse_constant)
         if "\\u" in text:
-            json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair cannot be written again
+            json.dumps(row, ensure_ascii=False).encode(
+                "utf-8"
+            )  # half of a surrogate pair cannot be written again
     except UnicodeDecodeError as error:
-        raise ManifestError(f"{where}: is not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
+        raise ManifestError(
+            f"{where}: is not UTF-8 (byte {error.start}); convert the file to UTF-8"
+        ) from error
     except UnicodeEncodeError as error:
-        raise ManifestError(f"{where}: holds half of a surrogate pair (\\ud800…); write the character whole") from error
+        raise ManifestError(
+            f"{where}: holds half of a surrogate pair (\\ud800…); write the character whole"
+        ) from error
     except json.JSONDecodeError as error:
-        torn = "" if raw.endswith(b"\n") else "; the file ends in the middle of this row: remove it or write it again"
+        torn = (
+            ""
+            if raw.endswith(b"\n")
+            else "; the file ends in the middle of this row: remove it or write it again"
+        )
         raise ManifestError(f"{where}: is not JSON ({error.msg} at column {error.colno}){torn}") from error
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: is not JSON ({error})") from error
@@ -76,7 +86,9 @@ def dump_row(row: dict[str, Any], where: str) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: the row {show(row.get('id'))} cannot be written as JSON ({error})") from error
+        raise ManifestError(
+            f"{where}: the row {show(row.get('id'))} cannot be written as JSON ({error})"
+        ) from error
 
 
 class RowLog:

@@ -4,9 +4,9 @@
     >>> rows = Manifest("train.jsonl")            # or a glob: Manifest("parts/*.jsonl")
     >>> len(rows), rows[0].text, [row.id for row in rows]
 
-`Utterance` is the one record that all steps share. A `Manifest` reads rows by number through an offset index that
-lies beside the file (`train.jsonl.idx`, see `row_index.py`) and is remade when the file changes. Whatever is wrong
-with a row is a `ManifestError` that names the file, the line and the way out.
+`Utterance` is the one record that all steps share. A `Manifest` reads rows by number through an offset
+index that lies beside the file (`train.jsonl.idx`, see `row_index.py`) and is remade when the file changes.
+Whatever is wrong with a row is a `ManifestError` that names the file, the line and the way out.
 """
 
 from __future__ import annotations
@@ -16,15 +16,25 @@ import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from blsp.data.json_rows import SKIPPED_SUFFIX, ManifestError, RowLog, SkippedLog, dump_row, parse_row, read_rows, show
+from blsp.data.json_rows import (
+    SKIPPED_SUFFIX,
+    ManifestError,
+    RowLog,
+    SkippedLog,
+    dump_row,
+    parse_row,
+    read_rows,
+    show,
+)
 from blsp.data.row_index import INDEX_SUFFIX, RowIndex, open_index, refuse_shared_keys
 
+ROWS_READ = 64  # rows fetched at a time when all are read in order
 CONTINUATION_KEY = ("id", "behaviour", "order")  # what is unique in a continuation file
 
 __all__ = [
@@ -74,13 +84,19 @@ class Utterance:
     @classmethod
     def from_json(cls, row: dict[str, Any], where: str = "row") -> Utterance:
         """The checked utterance; `where` ("file:line") begins every message."""
-        known = {name: row[name] for name in FIELDS if row.get(name) is not None}
+        known: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
+        for name, value in row.items():
+            if name not in FIELD_SET:
+                extra[name] = value
+            elif value is not None:
+                known[name] = value
         _check_fields(known, where)
         known.setdefault("audio", "")
         known.setdefault("text", "")
         if "options" in known:
             known["options"] = tuple(known["options"])
-        return cls(**known, extra={name: value for name, value in row.items() if name not in FIELD_SET})
+        return cls(**known, extra=extra)
 
 
 FIELDS = tuple(f.name for f in fields(Utterance) if f.name != "extra")
@@ -101,7 +117,9 @@ def _check_fields(row: dict[str, Any], where: str) -> None:
     if not row.get("id"):
         raise ManifestError(f'{where}: "id" is missing or empty; every row needs a string of its own')
     if "audio" not in row and "text" not in row and "instruction" not in row:
-        raise ManifestError(f'{where}: a row needs "audio" (a path) and "text" (its transcript); both are missing')
+        raise ManifestError(
+            f'{where}: a row needs "audio" (a path) and "text" (its transcript); both are missing'
+        )
 
 
 def _check_seconds(name: str, value: Any, where: str) -> None:
@@ -112,7 +130,7 @@ def _check_seconds(name: str, value: Any, where: str) -> None:
         raise ManifestError(f'{where}: "{name}" is {value}; it must be {least} seconds')
 
 
-# --- reading --------------------------------------------------------------------------------------------------
+# --- reading ----------------------------------------------------------------------------------------------
 
 
 class Manifest(Sequence[Utterance]):
@@ -147,25 +165,30 @@ class Manifest(Sequence[Utterance]):
         if not 0 <= row < len(self):
             raise IndexError(f"row {place} of a manifest of {len(self)} rows")
         number = int(np.searchsorted(self._ends, row, side="right"))
-        index = self._indexes[number]
-        return self._read(number, index, row - int(self._ends[number]) + len(index))
+        row += len(self._indexes[number]) - int(self._ends[number])
+        return next(self._read(number, row, row + 1))
 
     def __iter__(self) -> Iterator[Utterance]:
         for number, index in enumerate(self._indexes):
-            for row in range(len(index)):
-                yield self._read(number, index, row)
+            for first in range(0, len(index), ROWS_READ):
+                yield from self._read(number, first, min(first + ROWS_READ, len(index)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.paths, self.key)
 
-    def _read(self, number: int, index: RowIndex, row: int) -> Utterance:
-        begin, end = index.span(row)
-        raw = os.pread(self._descriptors[number], end - begin, begin)
-        file = self.paths[number]
-        try:
-            return resolve_audio(Utterance.from_json(parse_row(raw, "")), file.parent)
-        except ManifestError as error:  # the line number costs a scan: found only when it is needed
-            raise ManifestError(f"{file}:{index.line_number(row)}{error}") from None
+    def _read(self, number: int, first: int, last: int) -> Iterator[Utterance]:
+        """Rows `first` to `last` (excluded) of one of the files."""
+        file, index = self.paths[number], self._indexes[number]
+        starts = index.offsets[first:last].tolist()
+        ends = [*starts[1:], index.span(last - 1)[1]]
+        raw = os.pread(self._descriptors[number], ends[-1] - starts[0], starts[0])
+        for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            try:
+                row = parse_row(raw[start - starts[0] : end - starts[0]], "")
+                utterance = Utterance.from_json(resolve_audio(row, file.parent), "")
+            except ManifestError as error:  # the line's number costs a scan: counted only when it is needed
+                raise ManifestError(f"{file}:{index.line_number(first + place)}{error}") from None
+            yield utterance
 
 
 def _reopen(paths: list[Path], key: tuple[str, ...]) -> Manifest:
@@ -187,26 +210,28 @@ def find_manifests(path: str | os.PathLike[str]) -> list[Path]:
             raise ManifestError(f"{path}: is a folder; name a file, or quote a glob such as '{path}/*.jsonl'")
         if plain.exists():
             return [plain.absolute()]
-        names = sorted(glob.glob(os.fspath(path), recursive=True)) if glob.has_magic(os.fspath(path)) else None
+        names = sorted(glob.glob(os.fspath(path), recursive=True))
+    except ManifestError:
+        raise
     except (OSError, ValueError) as error:
-        raise ManifestError(f"{path}: cannot be opened ({error})") from error
-    if names is None:
-        raise ManifestError(f"{path}: no such manifest")
+        raise ManifestError(f"{os.fspath(path)!r}: cannot be opened ({error})") from error
     files = [Path(name).absolute() for name in names if not name.endswith((INDEX_SUFFIX, SKIPPED_SUFFIX))]
     files = [file for file in files if file.is_file()]
     if not files:
-        raise ManifestError(f"{path}: no file matches this pattern")
+        missing = "no file matches this pattern" if glob.has_magic(os.fspath(path)) else "no such manifest"
+        raise ManifestError(f"{os.fspath(path)!r}: {missing}")
     return files
 
 
-def resolve_audio(row: Utterance, folder: Path) -> Utterance:
+def resolve_audio(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """`row` with its audio path made absolute; data-URIs and text-only rows stay as they are."""
-    if not row.audio or row.audio.startswith("data:") or os.path.isabs(row.audio):
-        return row
-    return replace(row, audio=os.path.join(folder, row.audio))
+    audio = row.get("audio")
+    if isinstance(audio, str) and audio and not audio.startswith(("/", "data:")):
+        row["audio"] = os.path.join(folder, audio)
+    return row
 
 
-# --- writing --------------------------------------------------------------------------------------------------
+# --- writing ----------------------------------------------------------------------------------------------
 
 
 def write_manifest(
@@ -214,9 +239,11 @@ def write_manifest(
     rows: Iterable[Utterance | dict[str, Any]],
     relative_to: str | os.PathLike[str] | None = None,
 ) -> int:
-    """Write the rows as they come and return their number; the file appears whole, under its name, at the end.
+    """Write the rows as they come and return their number; the file appears whole, under its name, at the
+    end.
 
-    Audio paths that lie under the folder `relative_to` are written relative to it (give the manifest's own folder).
+    Audio paths that lie under the folder `relative_to` are written relative to it (give the manifest's own
+    folder).
     """
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")

@@ -3,11 +3,11 @@
     >>> index = open_index(Path("train.jsonl"), key=("id",))
     >>> len(index), index.span(0)                      # rows, (first byte, byte after the last)
 
-`train.jsonl.idx` is a header (format, size and time of the source, a checksum of its two ends, the key), one uint64
-offset a row, and the sorted 64-bit hashes of the keys; it is memory-mapped, remade when the source changes, and
-appears whole. The file is read once, in blocks, with numpy: line starts and keys are found on bytes (`row_keys.py`),
-JSON is parsed only where a row's bytes leave a doubt. Memory does not grow with the file: what is long lies in files.
-Two equal hashes are settled by reading the keys themselves.
+`train.jsonl.idx` is a header (format, size and time of the source, a checksum of its two ends, the key),
+one uint64 offset a row, and the sorted 64-bit hashes of the keys; it is memory-mapped, remade when the
+source changes, and appears whole. The file is read once, in blocks, with numpy: line starts and keys are
+found on bytes (`row_keys.py`), JSON is parsed only where a row's bytes leave a doubt. Memory does not grow
+with the file: what is long lies in files. Two equal hashes are settled by reading the keys themselves.
 
 Letters: n rows.
 """
@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -103,8 +103,8 @@ def _load(path: Path, key: tuple[str, ...], header: list[int]) -> RowIndex | Non
         return None
 
 
-def _map(file: BinaryIO, path: Path, key: tuple[str, ...], size: int, rows: int) -> RowIndex:
-    arrays = np.memmap(file, dtype="<u8", mode="r", offset=HEADER, shape=(2, rows))
+def _map(file: IO[bytes], path: Path, key: tuple[str, ...], size: int, rows: int) -> RowIndex:
+    arrays = np.asarray(np.memmap(file, dtype="<u8", mode="r", offset=HEADER, shape=(2, rows)))
     return RowIndex(path, key, size, arrays[0], arrays[1])
 
 
@@ -113,24 +113,21 @@ def _build(path: Path, key: tuple[str, ...], header: list[int]) -> RowIndex:
     beside = path.with_name(path.name + INDEX_SUFFIX)
     partial = path.with_name(f".{beside.name}.{os.getpid()}.partial")
     try:
-        out: BinaryIO = open(partial, "wb+")  # noqa: SIM115 (closed below, on both ways)
+        out = open(partial, "wb+")  # noqa: SIM115 (closed below, on both ways)
     except OSError:
-        partial = None
-        out = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
+        with tempfile.TemporaryFile() as nameless:
+            return _fill(nameless, path, key, header)
     try:
         with out:
             index = _fill(out, path, key, header)
-            _refuse_duplicates([index])
-            if partial is not None:
-                os.replace(partial, beside)
-            return index
+        os.replace(partial, beside)
+        return index
     finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _fill(out: BinaryIO, path: Path, key: tuple[str, ...], header: list[int]) -> RowIndex:
-    """Write header, offsets and sorted hashes to `out`, and map them."""
+def _fill(out: IO[bytes], path: Path, key: tuple[str, ...], header: list[int]) -> RowIndex:
+    """Write header, offsets and sorted hashes to `out`, map them, and refuse a key that occurs twice."""
     rows = 0
     with tempfile.TemporaryFile() as hashes:
         out.seek(HEADER)
@@ -141,7 +138,9 @@ def _fill(out: BinaryIO, path: Path, key: tuple[str, ...], header: list[int]) ->
         if not rows:
             raise ManifestError(f"{path}: holds blank lines only; a manifest needs at least one row")
         if _expected_header(path, key) != header:
-            raise ManifestError(f"{path}: changed while it was being indexed; wait until its writer has finished")
+            raise ManifestError(
+                f"{path}: changed while it was being indexed; wait until its writer has finished"
+            )
         hashes.seek(0)
         while block := hashes.read(BLOCK):
             out.write(block)
@@ -151,10 +150,12 @@ def _fill(out: BinaryIO, path: Path, key: tuple[str, ...], header: list[int]) ->
     unsorted = np.memmap(out, dtype="<u8", mode="r+", offset=HEADER + 8 * rows, shape=(rows,))
     unsorted.sort()  # in place, in the file's own pages: no memory of ours
     unsorted.flush()
-    return _map(out, path, key, header[1], rows)
+    index = _map(out, path, key, header[1], rows)
+    _refuse_duplicates([index])
+    return index
 
 
-# --- scanning -------------------------------------------------------------------------------------------------
+# --- scanning ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _scan_block(data: bytes, place: int, line: int, path: Path, key: tuple[str, 
     return Scanned((place + starts[kept]).astype(np.uint64), hashes[kept], lines)
 
 
-# --- uniqueness -----------------------------------------------------------------------------------------------
+# --- uniqueness -------------------------------------------------------------------------------------------
 
 
 def refuse_shared_keys(indexes: Sequence[RowIndex]) -> None:
@@ -238,7 +239,8 @@ def _refuse_duplicates(indexes: Sequence[RowIndex]) -> None:
 
 
 def _sorted_buckets(arrays: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
-    """All values of the sorted (n,) uint64 arrays in ascending order, about `BUCKET` at a time; equal ones together."""
+    """All values of the sorted (n,) uint64 arrays in ascending order, about `BUCKET` at a time; equal ones
+    together."""
     buckets = 1 + sum(len(array) for array in arrays) // BUCKET
     edges = np.array([(2**64 // buckets) * i for i in range(1, buckets)], dtype=np.uint64)
     cuts = [np.concatenate([[0], np.searchsorted(array, edges), [len(array)]]) for array in arrays]
@@ -260,5 +262,7 @@ def _settle(indexes: Sequence[RowIndex], hashes: np.ndarray) -> None:
                     values, _ = key_of(parse_row(file.readline(), where), index.key, where)
                     if values in seen:
                         shown = ", ".join(f'"{n}" {v!r}' for n, v in zip(index.key, values, strict=True))
-                        raise ManifestError(f"{where}: {shown} stands at {seen[values]} already; it must be unique")
+                        raise ManifestError(
+                            f"{where}: {shown} stands at {seen[values]} already; it must be unique"
+                        )
                     seen[values] = where

@@ -2,9 +2,9 @@
 
     >>> hashes, certain = hash_keys(buffer, starts, ends, ("id",))
 
-A row is taken from its bytes when the token `"id"` stands in it exactly once, as a name with a string value that
-has no backslash; then value and hash are found with array operations. Every other row is left to the caller, who
-parses its JSON and asks `key_of`. Used by `row_index.py` alone.
+A row is taken from its bytes when the token `"id"` stands in it exactly once, as a name with a string value
+that has no backslash; then value and hash are found with array operations. Every other row is left to the
+caller, who parses its JSON and asks `key_of`. Used by `row_index.py` alone.
 
 Letters: n rows, m tokens.
 """
@@ -64,7 +64,8 @@ def hash_keys(
 def _find_values(
     padded: np.ndarray, quotes: np.ndarray, backslashes: np.ndarray, ends: np.ndarray, name: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the value of `name` lies in each row: first and last byte (n,) (n,), and whether that is certain (n,)."""
+    """Where the value of `name` lies in each row: first and last byte (n,) (n,), and whether that is
+    certain (n,)."""
     first, last = np.zeros(len(ends), dtype=np.int64), np.zeros(len(ends), dtype=np.int64)
     certain = np.zeros(len(ends), dtype=bool)
     order = _find_tokens(padded, quotes, name)  # (m,) places in `quotes`
