@@ -1,0 +1,165 @@
+"""One door: `blsp COMMAND …` → settings in, one function call out. torch is imported only when a command needs it.
+
+In:  the command line. Out: an exit code: 0 done; 1 the job failed, with one line that says what to do; 2 the command
+     line (or the YAML file that stands for it) is wrong; 130 interrupted.
+Try: `blsp --help`, `blsp train --help`.
+
+The commands stand in the order of the house:
+
+    corpora → manifest → continuations (step 1) → speech features → alignment training (step 2) → checkpoint
+    → inference → evaluation, serving
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+DONE, FAILED, WRONG_COMMAND_LINE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its settings class in `blsp.settings`, the function that does it, one line on what it does."""
+
+    settings: str
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS = {
+    "prepare": Command("PrepareSettings", "blsp.data.corpora", "prepare", "a corpus → a manifest"),
+    "continue": Command(
+        "ContinueSettings",
+        "blsp.continuation.writer",
+        "write_continuations",
+        "step 1: the LLM continues every transcript",
+    ),
+    "encode": Command(
+        "EncodeSettings", "blsp.model.features", "encode", "the frozen encoder's output, once, on disk"
+    ),
+    "train": Command(
+        "TrainSettings", "blsp.training.loop", "train", "step 2: the adapter learns to make it listen"
+    ),
+    "evaluate": Command(
+        "EvaluateSettings",
+        "blsp.evaluation.report",
+        "evaluate",
+        "the same questions as text, cascade and speech",
+    ),
+    "generate": Command(
+        "GenerateSettings", "blsp.inference.batch", "generate", "answer every row of a manifest"
+    ),
+    "transcribe": Command(
+        "TranscribeSettings", "blsp.inference.transcribe", "transcribe", "write down what was said"
+    ),
+    "chat": Command("ChatSettings", "blsp.inference.chat", "chat", "talk with it in the terminal"),
+    "serve": Command("ServeSettings", "blsp.serving.app", "serve", "OpenAI-compatible server and web page"),
+    "export": Command(
+        "ExportSettings", "blsp.model.checkpoint", "export", "one self-contained Hugging Face folder"
+    ),
+    "tour": Command("TourSettings", "blsp.tour", "tour", "the whole way on real speech, in minutes"),
+}
+
+HEADER = """\
+usage: blsp COMMAND [OPTIONS]        blsp COMMAND --help explains a command
+
+Teach a frozen text LLM to listen (BLSP: behaviour alignment of continuation writing, arXiv 2309.00916).
+The LLM continues transcripts; an adapter learns to make it behave the same when it hears the speech.
+
+  corpora → manifest → continuations (step 1) → speech features → alignment training (step 2) → checkpoint
+  → inference → evaluation, serving
+"""
+
+FOOTER = """\
+Start with `blsp tour`, or talk to the shipped model: `blsp transcribe question.wav`, `blsp chat`, `blsp serve`.
+Every command but chat, export and tour also reads its flags from a YAML file: --config FILE.
+BLSP_TRACEBACK=1 shows where an error came from.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return DONE if arguments else WRONG_COMMAND_LINE
+    if arguments[0] == "--version":
+        from blsp import __version__
+
+        print(f"blsp {__version__}")
+        return DONE
+    name, *flags = arguments
+    if name not in COMMANDS:
+        return _wrong(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
+    try:
+        settings = parse(name, flags)
+    except ValueError as error:
+        return _wrong(str(error))
+    return run(COMMANDS[name], settings)
+
+
+def parse(name: str, flags: Sequence[str]) -> Any:
+    """The settings of command `name`; a wrong flag makes tyro explain itself and exit with 2."""
+    from blsp import configuration_file, settings
+
+    kind = getattr(settings, COMMANDS[name].settings)
+    return configuration_file.read_settings(kind, flags, prog=f"blsp {name}")
+
+
+def run(command: Command, settings: Any) -> int:
+    """Call the command's function; an expected error becomes one line, an unexpected one also shows where it arose."""
+    try:
+        code = getattr(import_module(command.module), command.function)(settings)
+    except KeyboardInterrupt:
+        print("blsp: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: `blsp … | head`
+        return FAILED
+    except Exception as error:
+        return _failed(error)
+    return DONE if code is None else code
+
+
+def help_text() -> str:
+    """What `blsp --help` prints, written without tyro so that it comes at once."""
+    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
+    return f"{HEADER}\n{commands}\n\n{FOOTER}".rstrip()
+
+
+def _failed(error: Exception) -> int:
+    """One line for what a user can mend; the traceback as well for what only we can, or with BLSP_TRACEBACK=1."""
+    expected = _is_expected(error)
+    if not expected or os.environ.get("BLSP_TRACEBACK"):
+        traceback.print_exception(error)
+    message = _one_line(str(error)) or type(error).__name__
+    if not expected:
+        message = f"{type(error).__name__}: {message} (unexpected: please report it with the lines above)"
+    print(f"blsp: error: {message}", file=sys.stderr)
+    return FAILED
+
+
+def _is_expected(error: Exception) -> bool:
+    """Errors of our own classes, and the kinds we raise or let through on purpose, with a message meant for users."""
+    ours = type(error).__module__.partition(".")[0] == "blsp"
+    return ours or isinstance(error, OSError | ValueError | ImportError | NotImplementedError)
+
+
+def _wrong(message: str) -> int:
+    print(f"blsp: error: {_one_line(message)}", file=sys.stderr)
+    return WRONG_COMMAND_LINE
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""What several commands' settings share: the values one may choose, and the complaint about one that cannot be meant.
+
+In and out: types and a check, used by `making.py` and `using.py`.
+Try: `above_zero(settings, "batch_size")`
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Device = str  # "auto", "cpu", "cuda", "cuda:1", "mps"
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Order = Literal["instruction-first", "speech-first"]
+Normalise = Literal["none", "whisper"]
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be meant; the message names the flag, the value and what would do."""
+
+
+def above_zero(settings: object, *names: str) -> None:
+    """Raise SettingsError for the first of these fields that is not above 0 (nan is not)."""
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise SettingsError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above 0")

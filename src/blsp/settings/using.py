@@ -1,0 +1,269 @@
+"""Settings of the commands that use an adapter: evaluate, generate, transcribe, chat, serve, export, tour.
+
+In:  the command line (cli.py, configuration_file.py). Out: one frozen object for one function.
+Try: `blsp transcribe --help`
+Flow: cli.py → **settings** → evaluation/report.py, inference/*.py, serving/app.py, model/checkpoint.py, tour.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from blsp.settings.choices import Device, Dtype, Normalise, Order, SettingsError, above_zero
+from blsp.shipped import DEFAULT_MODEL
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """Ask the same questions as text, through a cascade and as speech, and set the answers side by side.
+
+    The text route is the LLM's own upper bound; the cascade recognises first and then asks the same LLM. Writes
+    results.json, samples.jsonl (every question, all answers), report.md with pictures, and prints the table.
+
+        $ blsp evaluate --suite tiny --out results/tiny
+        $ blsp evaluate --model runs/x/adapter --task my_task.yaml --out results/x --routes text speech
+    """
+
+    out: Path
+    """the results folder"""
+    model: str = DEFAULT_MODEL
+    """the adapter or merged model to judge"""
+    suite: str | None = None
+    """a named set of tasks, e.g. tiny"""
+    task: tuple[str, ...] = ()
+    """single tasks, by name or by YAML file"""
+    routes: tuple[Literal["text", "cascade", "speech"], ...] = ("text", "cascade", "speech")
+    """which ways to ask"""
+    asr: str | None = None
+    """the cascade's recogniser: anything faster-whisper or transformers loads; left out: the model's own Whisper"""
+    normalise: Normalise = "none"
+    """the text route's transcripts: as given, or through Whisper's normaliser (paper)"""
+    peer: tuple[str, ...] = ()
+    """OpenAI-compatible servers that take speech, as further columns"""
+    judge: str | None = None
+    """an OpenAI-compatible server that rates open answers"""
+    limit: int | None = None
+    """ask only the first so many questions of each task"""
+    batch_size: int = 32
+    """questions answered side by side"""
+    seed: int = 0
+    """draws the bootstrap samples"""
+    bootstrap: int = 1000
+    """samples behind each confidence interval"""
+    device: Device = "auto"
+    """where to run: auto, cpu, cuda, cuda:1, mps"""
+    dtype: Dtype = "auto"
+    """the weights' type"""
+    config: Path | None = None
+    """a YAML file with these same flags"""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "batch_size", "bootstrap")
+        if not self.suite and not self.task:
+            raise SettingsError("name what to evaluate: --suite tiny, or --task NAME")
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Answer every row of a manifest, spoken or written, and write the rows with their `response`, in their order.
+
+    A row's own `instruction` wins over the command's; a row without audio is asked as text. Killed, it goes on.
+
+        $ blsp generate --manifest questions.jsonl --out answers.jsonl --instruction "Answer the question."
+    """
+
+    manifest: str
+    """the rows to answer: a manifest or a glob"""
+    out: Path
+    """the rows plus `response`"""
+    model: str = DEFAULT_MODEL
+    """the adapter or merged model that listens"""
+    instruction: str | None = None
+    """what to do with the speech, e.g. "Please translate the following audio into German text."; left out: just answer"""
+    order: Order = "speech-first"
+    """where the speech stands; after the instruction in the paper, before it where several were trained"""
+    max_new_tokens: int = 128
+    """tokens an answer may have (paper, zero-shot: 128)"""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time (paper)"""
+    top_p: float = 1.0
+    """when sampling: from the likeliest tokens that together have this probability"""
+    seed: int = 0
+    """draws samples"""
+    batch_size: int = 32
+    """rows answered side by side"""
+    limit: int | None = None
+    """read only so many rows"""
+    device: Device = "auto"
+    """where to run: auto, cpu, cuda, cuda:1, mps"""
+    dtype: Dtype = "auto"
+    """the weights' type"""
+    config: Path | None = None
+    """a YAML file with these same flags"""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "max_new_tokens", "batch_size")
+
+
+@dataclass(frozen=True)
+class TranscribeSettings:
+    """Write down what was said: one line of JSON, {"audio", "text"}, per file, in the order given.
+
+    No recogniser is loaded: the LLM repeats what it hears, or a grounded adapter reads out its own tokens without
+    running the LLM at all. Left to itself, the model uses whichever of the two its card says is better.
+
+        $ blsp transcribe meeting.wav question.mp3 --out transcripts.jsonl
+    """
+
+    files: Positional[tuple[str, ...]]
+    """recordings: wav, flac, ogg, opus or mp3, any rate"""
+    model: str = DEFAULT_MODEL
+    """the adapter or merged model that listens"""
+    readout: bool = False
+    """the grounded adapter's own tokens, without the LLM"""
+    repeat: bool = False
+    """the LLM repeats what it hears, even where the read-out would be better"""
+    out: Path | None = None
+    """write here instead of to the screen"""
+    max_new_tokens: int = 256
+    """tokens a transcript may have"""
+    batch_size: int = 16
+    """recordings heard side by side"""
+    device: Device = "auto"
+    """where to run: auto, cpu, cuda, cuda:1, mps"""
+    dtype: Dtype = "auto"
+    """the weights' type"""
+    config: Path | None = None
+    """a YAML file with these same flags"""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "max_new_tokens", "batch_size")
+        if not self.files:
+            raise SettingsError("name at least one recording, as in `blsp transcribe question.wav`")
+        if self.readout and self.repeat:
+            raise SettingsError("--readout and --repeat: choose one, or neither for the model's better one")
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """Talk with it in the terminal: type a message, or the path of a recording, or both; answers stream as they come.
+
+    Earlier turns keep their key/values, so a long conversation does not slow down. /help says what else can be typed.
+
+        $ blsp chat
+        you> examples/speech/question.opus
+    """
+
+    model: str = DEFAULT_MODEL
+    """the adapter or merged model that listens"""
+    system: str | None = None
+    """a system message for the whole conversation"""
+    max_new_tokens: int = 256
+    """tokens an answer may have"""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time"""
+    top_p: float = 1.0
+    """when sampling: from the likeliest tokens that together have this probability"""
+    seed: int = 0
+    """draws samples"""
+    device: Device = "auto"
+    """where to run: auto, cpu, cuda, cuda:1, mps"""
+    dtype: Dtype = "auto"
+    """the weights' type"""
+
+    def __post_init__(self) -> None:
+        above_zero(self, "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Serve it: an OpenAI-compatible API that takes speech, and a web page with a microphone. Needs blsp[serve].
+
+    Concurrent requests share batches. It listens on this machine only unless told otherwise, and then wants a key.
+
+        $ blsp serve                                   # then open http://127.0.0.1:8000
+        $ BLSP_API_KEY=… blsp serve --host 0.0.0.0 --port 80
+    """
+
+    model: str = DEFAULT_MODEL
+    """the adapter or merged model that listens"""
+    host: str = "127.0.0.1"
+    """the address to listen on"""
+    port: int = 8000
+    """the port; 0 takes a free one and says which"""
+    api_key: str | None = None
+    """what clients must send as a bearer token; better given as $BLSP_API_KEY"""
+    insecure: bool = False
+    """listen beyond this machine without a key all the same"""
+    allow_remote_audio: bool = False
+    """fetch audio_url from the public internet (private addresses stay refused)"""
+    cors_origin: tuple[str, ...] = ()
+    """web origins that may call from a browser"""
+    max_upload_mb: float = 25.0
+    """largest request, before decoding"""
+    max_audio_seconds: float = 600.0
+    """longest recording, after decoding"""
+    max_batch: int = 16
+    """requests decoded side by side"""
+    queue: int = 64
+    """requests that may wait; the next is told to come back later (429)"""
+    deadline: float = 120.0
+    """seconds a request may take in all"""
+    max_new_tokens: int = 512
+    """most tokens a request may ask for"""
+    prefix_cache: int = 32
+    """conversations whose key/values are kept"""
+    asr: str | None = None
+    """the recogniser of the page's compare switch: anything faster-whisper loads; left out: the model's own Whisper"""
+    log_content: bool = False
+    """also log what was said and answered"""
+    device: Device = "auto"
+    """where to run: auto, cpu, cuda, cuda:1, mps"""
+    dtype: Dtype = "auto"
+    """the weights' type"""
+    config: Path | None = None
+    """a YAML file with these same flags"""
+
+    def __post_init__(self) -> None:
+        above_zero(
+            self, "max_upload_mb", "max_audio_seconds", "max_batch", "queue", "deadline", "max_new_tokens"
+        )
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Write one self-contained Hugging Face folder, encoder and LLM included, for vLLM or a machine without the parts.
+
+    $ blsp export --model runs/x/adapter --out merged/
+    """
+
+    out: Path
+    """the folder to write"""
+    model: str = DEFAULT_MODEL
+    """the adapter to merge with its frozen parts"""
+    dtype: Dtype = "auto"
+    """the type the weights are stored in; auto: as the parts have it"""
+
+
+@dataclass(frozen=True)
+class TourSettings:
+    """Walk the whole way on real speech, on a laptop's CPU, in minutes; say at each stop what went in and came out.
+
+    corpora → manifest → continuations → speech features → alignment training → checkpoint → inference → evaluation.
+    A second run resumes instead of repeating.
+
+        $ blsp tour
+    """
+
+    out: Path = Path("runs/tour")
+    """where everything it makes is kept"""
+    speech: Path = Path("examples/speech")
+    """the recordings to learn from and to look at"""
+    cold: bool = False
+    """train a fresh adapter even where the shipped one could be adapted"""
+    device: Device = "auto"
+    """where to run: auto, cpu, cuda, cuda:1, mps"""
