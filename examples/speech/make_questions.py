@@ -1,0 +1,66 @@
+"""Speak the tour's five questions, in voices that no adapter of ours is trained on.
+
+In: the corpus folder (the Kokoro voices are fetched into it). Out: `questions/*.opus` and `questions.jsonl`, whose rows
+have the expected answer in `reference` and every accepted spelling in `answers`.
+Where in the flow: beside `make_clips.py`, once; the clips are committed.
+
+Try: `python -m examples.speech.make_questions --root /tmp/corpus`
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import soundfile
+
+from examples.speech.make_clips import COMPRESSION
+from examples.tiny.containers import RATE
+from examples.tiny.engines import speak_kokoro
+from examples.tiny.lines import Line
+from examples.tiny.rows import write_rows
+
+HERE = Path(__file__).parent
+QUESTIONS = (
+    ("capital-of-france", "What is the capital of France?", ("Paris",), "af_nova"),
+    ("days-in-a-week", "How many days are in a week?", ("seven", "7"), "am_eric"),
+    ("colour-of-grass", "What color is grass?", ("green",), "bf_lily"),
+    ("largest-planet", "What is the largest planet in our solar system?", ("Jupiter",), "bm_fable"),
+    ("hot-opposite", "What is the opposite of hot?", ("cold",), "af_sky"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--root", type=Path, required=True, help="the corpus folder; the voices are fetched into it"
+    )
+    options = parser.parse_args()
+    lines = [Line(name, text, "tour", voice, 1.0, 1.0, 0.0) for name, text, _, voice in QUESTIONS]
+    rows = []
+    (HERE / "questions").mkdir(exist_ok=True)
+    for (name, text, answers, voice), (_, samples) in zip(
+        QUESTIONS, speak_kokoro(lines, options.root), strict=True
+    ):
+        audio = f"questions/{name}.opus"
+        soundfile.write(
+            HERE / audio, samples, RATE, format="OGG", subtype="OPUS", compression_level=COMPRESSION
+        )  # fmt: skip
+        row = {
+            "id": f"questions/{name}",
+            "audio": audio,
+            "text": text,
+            "language": "en",
+            "speaker": f"kokoro-{voice}",
+        }
+        row |= {
+            "seconds": round(len(samples) / RATE, 3),
+            "source": "kokoro/tour",
+            "licence": "voice Apache-2.0",
+        }
+        rows.append(row | {"reference": answers[0], "answers": list(answers)})
+    write_rows(HERE / "questions.jsonl", rows)
+
+
+if __name__ == "__main__":
+    main()
