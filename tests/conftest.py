@@ -1,0 +1,63 @@
+"""What every test can count on: one thread, fixed seeds, no network, and tiny random models as folders.
+
+    def test_something(tiny_llm, tiny_whisper):
+        folder = tiny_llm("qwen3")          # llama, qwen2, qwen3, gemma2, gemma3; made once a session
+        ears = tiny_whisper
+
+The models themselves are described in tiny_models.py; in memory and in float64: `tiny_models.tiny_blsp`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ |= {  # before torch is imported, and for the processes that tests start
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+}
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings as hypothesis_settings
+from tiny_models import save_language_model, save_whisper
+
+hypothesis_settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
+hypothesis_settings.load_profile("tests")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Each test starts from the same random state, whichever ran before it."""
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this session's tiny models lie: read them, do not write into them."""
+    return tmp_path_factory.mktemp("tiny-models")
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tiny_models_folder: Path) -> Callable[[str], str]:
+    """`tiny_llm(family)` is the folder of a random LLM of that family, with a ChatML tokenizer."""
+
+    def folder_of(family: str = "llama") -> str:
+        folder = tiny_models_folder / family
+        return str(folder) if folder.exists() else save_language_model(folder, family)
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def tiny_whisper(tiny_models_folder: Path) -> str:
+    """The folder of a random Whisper, decoder and all."""
+    folder = tiny_models_folder / "whisper"
+    return str(folder) if folder.exists() else save_whisper(folder)
