@@ -34,7 +34,8 @@ MOST_FRAMES_PER_BYTE = 8192  # FLAC's densest frame: 65,535 samples in some 10 b
 UNKNOWN_LENGTH = 1 << 62  # libsndfile reports about 2**63 frames when a stream does not say
 STREAMED_WAV = 0x7FFF0000  # data lengths from here on are what programs write into a pipe
 OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page (RFC 3533)
-MP3_RUN_UP = 1.0  # seconds decoded before a place in an mp3, whose frames lean on those before them
+RUN_UP = 1.0  # seconds decoded before a place in mp3, vorbis and opus, whose frames lean on those before
+LAST_OGG_PAGE = 40.0  # seconds that an ogg file's last page may hold; seeking into it is off by its padding
 CONTAINERS = frozenset(
     ["WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF", "NIST"]
 )
@@ -60,8 +61,12 @@ def describe_source(source: AudioSource) -> str:
         return f"audio array {source.shape} {source.dtype}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"audio of {len(source)} bytes"
+    if not isinstance(source, (str, os.PathLike)):
+        raise AudioError(f"audio is a path, bytes, a data URI or an array, not {type(source).__name__}")
     text = os.fspath(source)
-    return f"{text[:32]}… (data URI)" if text.startswith("data:") else text or "audio path ''"
+    if text.startswith("data:"):
+        return f"{text[:32]}… (data URI)"
+    return f"…{text[-200:]}" if len(text) > 300 else text or "audio path ''"
 
 
 def open_audio(source: str | os.PathLike[str] | bytes | bytearray | memoryview, name: str) -> SoundStream:
@@ -111,7 +116,7 @@ def read_blocks(stream: SoundStream, name: str, frames: float = math.inf) -> Ite
 
 def go_to(stream: SoundStream, frame: int, name: str) -> None:
     """Make `frame` the next one to be read."""
-    run_up = min(frame, round(stream.samplerate * MP3_RUN_UP)) if stream.format in ("MP3", "MPEG") else 0
+    run_up = _run_up(stream, frame)
     if frame > run_up:
         try:
             stream.seek(frame - run_up)
@@ -122,6 +127,16 @@ def go_to(stream: SoundStream, frame: int, name: str) -> None:
             ) from error
     for _ in read_blocks(stream, name, run_up):
         pass
+
+
+def _run_up(stream: SoundStream, frame: int) -> int:
+    """How many frames before `frame` to seek to, and decode from there, so that `frame` comes out exact."""
+    if stream.format not in ("MP3", "MPEG", "OGG"):
+        return 0
+    run_up = round(RUN_UP * stream.samplerate)
+    if stream.format == "OGG":
+        run_up = max(run_up, frame - stream.frames + round(LAST_OGG_PAGE * stream.samplerate))
+    return min(frame, run_up)
 
 
 def mix_channels(block: np.ndarray) -> np.ndarray:
@@ -138,7 +153,8 @@ def check_rate(rate: int, name: str) -> None:
 
 def reason_of(error: Exception) -> str:
     """What a library's exception says, without its own prefix."""
-    return str(getattr(error, "error_string", error)).strip().rstrip(".")
+    text = error.strerror if isinstance(error, OSError) else getattr(error, "error_string", error)
+    return str(text).strip().rstrip(".")
 
 
 def _decode_data_uri(uri: str, name: str) -> bytes:

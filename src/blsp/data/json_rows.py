@@ -25,6 +25,15 @@ class ManifestError(ValueError):
     """A manifest or one of its rows is not usable; the message names the file, the line and the way out."""
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+DECODER = json.JSONDecoder(
+    parse_constant=_refuse_constant
+)  # one for all rows: json.loads would make one a row
+
+
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, JSON object) of every row of one file, streaming; blank lines are passed over."""
     try:
@@ -44,7 +53,7 @@ def parse_row(raw: bytes, where: str) -> dict[str, Any]:
     """One line of JSONL as a JSON object; anything else is a `ManifestError` that begins with `where`."""
     try:
         text = raw.decode("utf-8")
-        row = json.loads(text, parse_constant=_refuse_constant)
+        row = DECODER.decode(text)
         if "\\u" in text:
             json.dumps(row, ensure_ascii=False).encode(
                 "utf-8"
@@ -69,10 +78,6 @@ def parse_row(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ManifestError(f"{where}: must be a JSON object {{...}}, not {show(row)}")
     return row
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
 
 
 def show(value: Any) -> str:

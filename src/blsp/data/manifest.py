@@ -32,7 +32,7 @@ from blsp.data.json_rows import (
     read_rows,
     show,
 )
-from blsp.data.row_index import INDEX_SUFFIX, RowIndex, open_index, refuse_shared_keys
+from blsp.data.row_index import INDEX_SUFFIX, open_index, refuse_shared_keys
 
 ROWS_READ = 64  # rows fetched at a time when all are read in order
 CONTINUATION_KEY = ("id", "behaviour", "order")  # what is unique in a continuation file
