@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from .ctranslate2_weights import join_ctranslate2, write_whisper_encoder
+from blsp.model.ctranslate2_weights import join_ctranslate2, write_whisper_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
