@@ -30,7 +30,7 @@ from blsp.model.slots import Slots
 @dataclass(frozen=True)
 class Decoding:
     """How an answer is written. temperature 0 is greedy; top_k_logprobs keeps that many log-probabilities
-    (temperature 1) of each step's distribution; stop_ids end the answer."""
+    (at top_k_temperature) of each step's distribution; stop_ids end the answer."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -38,6 +38,7 @@ class Decoding:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     top_k_logprobs: int = 0
+    top_k_temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,8 @@ class Decoder:
     def _event(self, row: _Row, scores: Tensor, finish: str | None) -> Event:
         top_ids = top_logp = cache = None
         if row.request.decoding.top_k_logprobs:
-            top = scores.log_softmax(dim=-1).topk(row.request.decoding.top_k_logprobs)
+            decoding = row.request.decoding
+            top = (scores / decoding.top_k_temperature).log_softmax(dim=-1).topk(decoding.top_k_logprobs)
             top_ids, top_logp = top.indices.cpu(), top.values.cpu()
         if finish and row.request.keep_cache and self._slots is not None:
             index = next(i for i, seated in enumerate(self.rows) if seated is row)

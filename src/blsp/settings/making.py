@@ -56,7 +56,8 @@ class PrepareSettings:
 class ContinueSettings:
     """Step 1: let the LLM continue every transcript. What it writes on reading is what it will learn to write on hearing.
 
-    Writes the manifest's rows with `continuation`, `continuation_ids` and how they came about, and OUT.meta.json.
+    Writes the manifest's rows with `continuation`, `continuation_ids` and how they came about, and OUT.meta.json;
+    with --top-k also the folder OUT.topk. Rows without words go to OUT.skipped.jsonl, with the reason.
     Equal prompts are generated once. Killed at any moment, the same command goes on and ends with the same bytes.
 
         $ blsp continue --manifest clips.jsonl --out continued.jsonl --llm embedded:smollm2-135m-instruct --top-k 32
@@ -69,7 +70,7 @@ class ContinueSettings:
     out: Path
     """the continuations to write"""
     llm: str
-    """the text LLM that shall learn to listen: a folder, a hub id or embedded:NAME (with --engine-url: its name there)"""
+    """the text LLM that shall learn to listen: a folder, a hub id or embedded:NAME (with --engine-url: its tokenizer)"""
     behaviours: str = "continue"
     """what to ask: `continue` (paper), `repeat`, `answer`, `keywords`, `translate:LANGUAGE`; `continue,repeat` asks
     both of every row, `continue:0.8,repeat:0.2` one of them, drawn with these weights"""
@@ -99,6 +100,10 @@ class ContinueSettings:
     """prompts generated side by side"""
     engine_url: str | None = None
     """an OpenAI-compatible server that writes instead, e.g. http://localhost:8000/v1"""
+    engine_model: str | None = None
+    """what that server calls the LLM, where it is not called as in --llm"""
+    engine_body: str = "{}"
+    """JSON merged into each request, e.g. '{"return_token_ids": true}' so that vLLM returns what it generated"""
     api_key_env: str = "OPENAI_API_KEY"
     """the environment variable that holds that server's key"""
     concurrency: int = 64
@@ -202,6 +207,8 @@ class TrainSettings:
     """one weight a data file: 0.5 uses half of it an epoch, 2 all of it twice"""
     adapter_options: tuple[str, ...] = ()
     """NAME=VALUE of the chosen adapter, see docs/training.md"""
+    readout: Literal["data", "full"] = "data"
+    """tokens that a fresh grounded adapter can read out: those of the transcripts, or the LLM's whole vocabulary"""
     init_from: str | None = None
     """start from this adapter's weights instead of fresh ones"""
     cache: Path | None = None
@@ -226,8 +233,8 @@ class TrainSettings:
     """longest gradient (paper: 1.0)"""
     temperature: float = 1.0
     """for kl: of teacher and student (BLSP-Emo: 2)"""
-    teacher: Literal["online", "stored"] = "online"
-    """for kl: run the text route beside the speech route, or read the stored --top-k"""
+    teacher: Literal["auto", "online", "stored"] = "auto"
+    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: stored where it is there"""
     ctc_weight: float = 0.3
     """how much of the grounding loss a grounded adapter keeps under ce and kl"""
     augment: tuple[Literal["speed", "volume", "noise"], ...] = ()
@@ -246,8 +253,14 @@ class TrainSettings:
     """steps between divergence probes on training and held-out clips"""
     save_every: int = 200
     """steps between checkpoints"""
+    save_minutes: float = 1.0
+    """and no longer than so many minutes between them: what a killed run has to do again"""
     keep: int = 2
     """checkpoints kept"""
+    average_last: int = 0
+    """the final adapter is the mean of the weights after each of the last so many steps; 0: the last ones"""
+    resume_inexact: bool = False
+    """go on from a checkpoint made with other versions, threads or processes: close, but not equal to the bit"""
     activation_checkpointing: bool = False
     """compute activations twice to hold fewer of them"""
     pad_to_30s: bool = False
@@ -263,7 +276,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         above_zero(self, "epochs", "batch_size", "batch_tokens", "lr", "clip", "temperature", "max_seconds")
-        above_zero(self, "log_every", "probe_every", "save_every", "keep")
+        above_zero(self, "log_every", "probe_every", "save_every", "save_minutes", "keep")
         if self.steps is not None:
             above_zero(self, "steps")
         if not self.data:

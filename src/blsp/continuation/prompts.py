@@ -1,0 +1,69 @@
+"""Every instruction text, in one place.
+
+In:  a behaviour's name: continue, repeat, answer, keywords, translate:<language>.
+Out: the instruction that the LLM gets beside a transcript (step 1) or beside speech (step 2, inference).
+Try: `instruction_for("translate:de")` -> 'Please translate the following text into German.'
+Flow: continuation/ — the writer asks these; training, the judge and the command line take them from here.
+
+The same words go with the transcript and with the speech, so no text says "audio" or "transcript" where the
+other route would make it false. `continue` is the paper's (arXiv 2309.00916), to the letter. The others were
+chosen on text alone, for the smallest LLM we ship with (docs/log.md, "Wording of the instructions").
+"""
+
+from __future__ import annotations
+
+from blsp.model.configuration_blsp import NO_SPEECH_SENTENCE
+
+__all__ = [
+    "BEHAVIOURS",
+    "LANGUAGES",
+    "NO_SPEECH_SENTENCE",
+    "BehaviourError",
+    "instruction_for",
+    "language_name",
+]
+
+BEHAVIOURS: dict[str, str] = {
+    "continue": "Continue the following text in a coherent and engaging style with less than 40 words.",
+    "repeat": "Please repeat the following words:",
+    "answer": "Answer the following question in one short sentence:",
+    "keywords": "List the keywords of the following text, separated by commas:",
+    "translate": "Please translate the following text into {language}.",
+}
+
+# ISO 639-1 codes of the languages in the paper's tasks, CoVoST 2, MuST-C and FLEURS' larger ones
+LANGUAGES: dict[str, str] = {
+    "ar": "Arabic", "bn": "Bengali", "ca": "Catalan", "cs": "Czech", "cy": "Welsh", "da": "Danish",
+    "de": "German", "el": "Greek", "en": "English", "es": "Spanish", "et": "Estonian", "fa": "Persian",
+    "fi": "Finnish", "fr": "French", "he": "Hebrew", "hi": "Hindi", "hu": "Hungarian", "id": "Indonesian",
+    "it": "Italian", "ja": "Japanese", "ko": "Korean", "lt": "Lithuanian", "lv": "Latvian",
+    "mn": "Mongolian", "nl": "Dutch", "no": "Norwegian", "pl": "Polish", "pt": "Portuguese",
+    "ro": "Romanian", "ru": "Russian", "sk": "Slovak", "sl": "Slovenian", "sv": "Swedish",
+    "sw": "Swahili", "ta": "Tamil", "th": "Thai", "tr": "Turkish", "uk": "Ukrainian", "ur": "Urdu",
+    "vi": "Vietnamese", "zh": "Chinese",
+}  # fmt: skip
+
+
+class BehaviourError(ValueError):
+    """A behaviour that has no instruction; the message lists those that have."""
+
+
+def instruction_for(behaviour: str) -> str:
+    """The instruction of `behaviour`; a language is an ISO 639-1 code (`translate:de`) or a name."""
+    name, _, language = behaviour.partition(":")
+    if name not in BEHAVIOURS or (name == "translate") != bool(language):
+        known = ", ".join("translate:<language>" if each == "translate" else each for each in BEHAVIOURS)
+        raise BehaviourError(f"behaviour {behaviour!r}: must be one of {known}")
+    return BEHAVIOURS[name].format(language=language_name(language)) if language else BEHAVIOURS[name]
+
+
+def language_name(language: str) -> str:
+    """The English name of an ISO 639-1 code; a name is kept as it is written."""
+    if len(language) > 2:
+        return language[0].upper() + language[1:]
+    try:
+        return LANGUAGES[language.lower()]
+    except KeyError:
+        raise BehaviourError(
+            f"language {language!r}: not a known code; write its English name, as in translate:Icelandic"
+        ) from None
