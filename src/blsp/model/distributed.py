@@ -159,7 +159,8 @@ def shard_language_model(model: PreTrainedModel, place: Place) -> PreTrainedMode
 
     Embeddings, final norm and head stay whole on each rank: they are called on their own (prefix, response
     logits) and are small beside the layers. Every rank must call the model equally often, or the others wait
-    for ever. In place; returns it.
+    for ever; and what is kept in a key/value cache must be made without gradient, as a constant prefix is
+    (FSDP watches outputs, not caches). In place; returns it.
     """
     if place.world == 1:
         return model
