@@ -32,6 +32,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from blsp.model import register
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig
 from blsp.model.digest import tensor_digest
 from blsp.model.distributed import Place, find_place
@@ -178,6 +179,7 @@ def load_blsp(folder: str | Path, place: Place) -> tuple[BlspForConditionalGener
     """Model and processor of an adapter folder (frozen parts loaded, digests checked) or of a merged export."""
     if is_adapter_folder(folder):
         return _load_adapter(folder, place)
+    register()
     model, found = BlspForConditionalGeneration.from_pretrained(folder, dtype=place.dtype, output_loading_info=True)
     if found["missing_keys"]:
         raise CheckpointError(f"{folder}: {sorted(found['missing_keys'])[0]} is missing from the export")
@@ -186,6 +188,7 @@ def load_blsp(folder: str | Path, place: Place) -> tuple[BlspForConditionalGener
 
 def _load_adapter(folder: str | Path, place: Place) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     home = _config_file(folder).parent
+    register()  # transformers' own loading of the tokenizer asks for the configuration by its name
     config = BlspConfig.from_pretrained(home)
     for role in ("audio", "text"):
         _check_digest(folder, getattr(config, f"{role}_model_id"), getattr(config, f"{role}_model_sha256"))

@@ -44,10 +44,6 @@ class BlspProcessor(ProcessorMixin):
         full_window: pad the encoder's input to 30 s (must agree with the model's configuration).
     """
 
-    attributes = ["feature_extractor", "tokenizer"]  # noqa: RUF012  transformers' convention
-    feature_extractor_class = "WhisperFeatureExtractor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         feature_extractor: WhisperFeatureExtractor,
