@@ -144,7 +144,8 @@ llm.train()
 llm.gradient_checkpointing_enable({"use_reentrant": False})
 embeds = llm.get_input_embeddings()(ids).requires_grad_()
 def gradient():
-    return torch.autograd.grad(llm.lm_head(llm.model(inputs_embeds=embeds).last_hidden_state).sum(), embeds)[0]
+    hidden = llm.model(inputs_embeds=embeds).last_hidden_state
+    return torch.autograd.grad(llm.lm_head(hidden).sum(), embeds)[0]
 recomputed = gradient()
 llm.gradient_checkpointing_disable()
 llm.eval()
