@@ -1,7 +1,7 @@
 """The house's order, held by its imports: a module imports only from its own row or the rows before it.
 
-Rows: 0 data; 1 model; 2 continuation, training, inference; 3 evaluation, serving. The doors (cli, tour, the vLLM
-plugin, the lazy names of `blsp`) stand outside and may open on anything; nothing inside imports them.
+Rows: 0 data; 1 model; 2 continuation, training, inference; 3 evaluation, serving. The doors (cli, tour, the
+vLLM plugin, the lazy names of `blsp`) stand outside and may open on anything; nothing inside imports them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def row_of(part: str) -> int:
 
 
 def imports(module: Path) -> Iterator[str]:
-    """Every module imported anywhere in the file, inside functions too; imports for type checkers are left out."""
+    """Every module imported anywhere in the file, inside functions too; imports for type checkers are left
+    out."""
     tree = ast.parse((SOURCE / module).read_text(encoding="utf-8"))
     checked_only = {
         id(inner)
@@ -79,5 +80,9 @@ def test_doors_and_data_never_import_torch(module: Path) -> None:
 def test_files_are_pages(module: Path) -> None:
     text = (SOURCE / module).read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 400, f"{module}: past 400 lines it wants to be two files"
-    assert ast.get_docstring(ast.parse(text)), f"{module}: open with what it does, what goes in and out, and a call to try"
-    assert not re.search(r"utils|helpers|common|manager|^base", module.stem), f"{module}: name it after what it does"
+    assert ast.get_docstring(ast.parse(text)), (
+        f"{module}: open with what it does, what goes in and out, and a call to try"
+    )
+    assert not re.search(r"utils|helpers|common|manager|^base", module.stem), (
+        f"{module}: name it after what it does"
+    )

@@ -28,7 +28,19 @@ _HOME = {
     "BlspProcessor": "blsp.model.processing_blsp",
 }
 
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = [
+    "__version__",
+    "load",
+    "register",
+    "Listener",
+    "Manifest",
+    "Utterance",
+    "load_audio",
+    "BlspConfig",
+    "BlspModel",
+    "BlspForConditionalGeneration",
+    "BlspProcessor",
+]
 
 if TYPE_CHECKING:
     from blsp.data.audio import load_audio

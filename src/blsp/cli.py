@@ -1,7 +1,7 @@
-"""One door: `blsp COMMAND …` → settings in, one function call out. torch is imported only when a command needs it.
+"""One door: `blsp COMMAND …` → settings in, one function call out; torch only when a command needs it.
 
-In:  the command line. Out: an exit code: 0 done; 1 the job failed, with one line that says what to do; 2 the command
-     line (or the YAML file that stands for it) is wrong; 130 interrupted.
+In:  the command line. Out: an exit code: 0 done; 1 the job failed, with one line that says what to do; 2 the
+     command line (or the YAML file that stands for it) is wrong; 130 interrupted.
 Try: `blsp --help`, `blsp train --help`.
 
 The commands stand in the order of the house:
@@ -25,7 +25,7 @@ DONE, FAILED, WRONG_COMMAND_LINE, INTERRUPTED = 0, 1, 2, 130
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its settings class in `blsp.settings`, the function that does it, one line on what it does."""
+    """A command: its settings class in `blsp.settings`, the function that does it, a line about it."""
 
     settings: str
     module: str
@@ -78,15 +78,26 @@ The LLM continues transcripts; an adapter learns to make it behave the same when
 """
 
 FOOTER = """\
-Start with `blsp tour`, or talk to the shipped model: `blsp transcribe question.wav`, `blsp chat`, `blsp serve`.
+Start with `blsp tour`, or try the shipped model: `blsp transcribe question.wav`, `blsp chat`, `blsp serve`.
 Every command but chat, export and tour also reads its flags from a YAML file: --config FILE.
 BLSP_TRACEBACK=1 shows where an error came from.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; a wrong flag exits with 2 from within tyro."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        print("blsp: interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has left: `blsp … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
         return DONE if arguments else WRONG_COMMAND_LINE
@@ -114,15 +125,11 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 
 
 def run(command: Command, settings: Any) -> int:
-    """Call the command's function; an expected error becomes one line, an unexpected one also shows where it arose."""
+    """Call the command's function; an expected error becomes one line, another also shows where it arose."""
     try:
         code = getattr(import_module(command.module), command.function)(settings)
-    except KeyboardInterrupt:
-        print("blsp: interrupted; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: `blsp … | head`
-        return FAILED
+        raise
     except Exception as error:
         return _failed(error)
     return DONE if code is None else code
@@ -135,7 +142,7 @@ def help_text() -> str:
 
 
 def _failed(error: Exception) -> int:
-    """One line for what a user can mend; the traceback as well for what only we can, or with BLSP_TRACEBACK=1."""
+    """One line for what a user can mend; the traceback too for what only we can, or with BLSP_TRACEBACK."""
     expected = _is_expected(error)
     if not expected or os.environ.get("BLSP_TRACEBACK"):
         traceback.print_exception(error)
@@ -147,7 +154,7 @@ def _failed(error: Exception) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Errors of our own classes, and the kinds we raise or let through on purpose, with a message meant for users."""
+    """Our own classes, and the kinds that we raise or let through with a message meant for users."""
     ours = type(error).__module__.partition(".")[0] == "blsp"
     return ours or isinstance(error, OSError | ValueError | ImportError | NotImplementedError)
 

@@ -1,13 +1,15 @@
 """Flags and the YAML file that stands for them → one settings object.
 
-In:  a settings class and the flags; `--config FILE` among them names a YAML mapping of the same flags, with hyphens
-     or underscores: `batch-size: 64`, `augment: [speed, noise]`, `pad-to-30s: true`, `cache: null` (left out).
+In:  a settings class and the flags; `--config FILE` among them names a YAML mapping of the same flags, with
+     hyphens or underscores: `batch-size: 64`, `augment: [speed, noise]`, `pad-to-30s: true`, `cache: null`
+     (left out).
 Out: the settings, parsed by tyro. The command line wins over the file, wherever the file says it.
 Try: `read_settings(TrainSettings, ["--config", "examples/tiny/train.yaml"], prog="blsp train")`
-Flow: cli.py → **configuration_file.py** → settings.py
+Flow: cli.py → **configuration_file.py** → settings/
 
-A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage is the top level with its
-own flags on top, writes to OUT/stages/NAME and starts from the stage before, unless it says `init-from` itself.
+A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage is the top level
+with its own flags on top, writes to OUT/stages/NAME and starts from the stage before, unless it says
+`init-from` itself.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ In:  the command line, read by tyro (a YAML file given with --config is the same
 Out: one settings object, checked, handed to one function. Inner functions take plain arguments, not settings.
 Try: `TranscribeSettings(files=("question.wav",))`, or `blsp transcribe --help`.
 
-Data and model names have no default, the shipped adapter excepted. Other defaults are the paper's where it has one
-(arXiv 2309.00916, marked "paper"). A model name is a folder, a hub id, or `embedded:NAME`.
+Data and model names have no default, the shipped adapter excepted. Other defaults are the paper's where it
+has one (arXiv 2309.00916, marked "paper"). A model name is a folder, a hub id, or `embedded:NAME`.
 """
 
 from blsp.settings.choices import SettingsError

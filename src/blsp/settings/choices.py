@@ -1,4 +1,4 @@
-"""What several commands' settings share: the values one may choose, and the complaint about one that cannot be meant.
+"""What the commands' settings share: choices, and the complaint about a value that cannot be meant.
 
 In and out: types and a check, used by `making.py` and `using.py`.
 Try: `above_zero(settings, "batch_size")`

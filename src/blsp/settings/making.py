@@ -1,4 +1,4 @@
-"""Settings of the commands that make an adapter: prepare, continue, encode, train. A field's docstring is its help.
+"""Settings of the commands that make an adapter: prepare, continue, encode, train.
 
 In:  the command line (cli.py, configuration_file.py). Out: one frozen object for one function.
 Try: `blsp train --help`
@@ -23,10 +23,11 @@ Corpus = Literal[
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """Turn a corpus on disk into a manifest: one JSON line per utterance, with its audio, its place and its text.
+    """Turn a corpus on disk into a manifest: one JSON line per utterance, with its audio and its text.
 
-    Nothing is downloaded, copied or re-encoded: long recordings stay whole and rows name `start` and `duration`.
-    Non-speech tags and empty transcripts are dropped and counted. A second run goes on where the first one stopped.
+    Nothing is downloaded, copied or re-encoded: long recordings stay whole and rows name `start` and
+    `duration`. Non-speech tags and empty transcripts are dropped and counted. A second run goes on where the
+    first one stopped.
 
         $ blsp prepare librispeech --root /data/LibriSpeech --split train-clean-100 --out librispeech.jsonl
         $ blsp prepare folder --root my_recordings/ --out mine.jsonl      # a.wav beside a.txt
@@ -54,15 +55,19 @@ class PrepareSettings:
 
 @dataclass(frozen=True)
 class ContinueSettings:
-    """Step 1: let the LLM continue every transcript. What it writes on reading is what it will learn to write on hearing.
+    r"""Step 1: let the LLM continue every transcript, as it shall when it hears the speech.
 
-    Writes the manifest's rows with `continuation`, `continuation_ids` and how they came about, and OUT.meta.json;
-    with --top-k also the folder OUT.topk. Rows without words go to OUT.skipped.jsonl, with the reason.
-    Equal prompts are generated once. Killed at any moment, the same command goes on and ends with the same bytes.
+    Writes the manifest's rows with `continuation`, `continuation_ids` and how they came about, and
+    OUT.meta.json; with --top-k also the folder OUT.topk. Rows without words go to OUT.skipped.jsonl, with the
+    reason. Equal prompts are generated once. Killed at any moment, the same command goes on and ends with the
+    same bytes.
 
-        $ blsp continue --manifest clips.jsonl --out continued.jsonl --llm embedded:smollm2-135m-instruct --top-k 32
-        $ blsp continue --manifest clips.jsonl --out continued.jsonl --llm my-model --engine-url http://localhost:8000/v1
-        $ torchrun --nproc-per-node 8 -m blsp continue --manifest 'shards/*.jsonl' --out continued.jsonl --llm MODEL
+        $ blsp continue --manifest clips.jsonl --out continued.jsonl --llm embedded:smollm2-135m-instruct \
+              --top-k 32
+        $ blsp continue --manifest clips.jsonl --out continued.jsonl --llm my-model \
+              --engine-url http://localhost:8000/v1
+        $ torchrun --nproc-per-node 8 -m blsp continue --manifest 'shards/*.jsonl' \
+              --out continued.jsonl --llm MODEL
     """
 
     manifest: str
@@ -70,14 +75,15 @@ class ContinueSettings:
     out: Path
     """the continuations to write"""
     llm: str
-    """the text LLM that shall learn to listen: a folder, a hub id or embedded:NAME (with --engine-url: its tokenizer)"""
+    """the LLM that shall learn to listen: folder, hub id, embedded:NAME (with --engine-url: its tokenizer)"""
     behaviours: str = "continue"
-    """what to ask: `continue` (paper), `repeat`, `answer`, `keywords`, `translate:LANGUAGE`; `continue,repeat` asks
-    both of every row, `continue:0.8,repeat:0.2` one of them, drawn with these weights"""
+    """what to ask: `continue` (paper), `repeat`, `answer`, `keywords`, `translate:LANGUAGE`;
+    `continue,repeat` asks both of every row, `continue:0.8,repeat:0.2` one of them, drawn with these
+    weights"""
     orders: str = "instruction-first"
-    """where the speech stands: `instruction-first` (paper), `speech-first`, or a mixture written like behaviours"""
+    """where the speech stands: `instruction-first` (paper), `speech-first`, or a mixture, as above"""
     instruction: str | None = None
-    """your own words instead of the behaviour's (for one behaviour only; a row's own instruction still wins)"""
+    """your own words instead of the behaviour's (one behaviour only; a row's own still wins)"""
     normalise: Normalise = "none"
     """take transcripts as given, or through Whisper's English normaliser (paper)"""
     max_new_tokens: int = 64
@@ -91,7 +97,7 @@ class ContinueSettings:
     seed: int = 0
     """draws behaviours, orders and samples; each row's draw depends on its id alone"""
     top_k: int = 0
-    """also store so many teacher log-probabilities a token, so that `--loss kl` costs what `ce` costs (0: none)"""
+    """also store so many teacher log-probabilities a token, for a `kl` that costs what `ce` costs"""
     top_k_temperature: float = 1.0
     """the temperature they are stored at; training refuses another"""
     score_only: bool = False
@@ -103,7 +109,7 @@ class ContinueSettings:
     engine_model: str | None = None
     """what that server calls the LLM, where it is not called as in --llm"""
     engine_body: str = "{}"
-    """JSON merged into each request, e.g. '{"return_token_ids": true}' so that vLLM returns what it generated"""
+    """JSON merged into each request, e.g. '{"return_token_ids": true}' for a vLLM server"""
     api_key_env: str = "OPENAI_API_KEY"
     """the environment variable that holds that server's key"""
     concurrency: int = 64
@@ -145,10 +151,11 @@ class ContinueSettings:
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """Run the frozen speech encoder over a manifest once and keep its output, so that training never pays for it.
+    """Run the frozen speech encoder over a manifest once and keep what it puts out.
 
-    The cache is keyed by audio content and encoder: manifests that share clips share the cache. Torn or stale
-    entries are recognised and made again. Costs 2 bytes a number: 38 KB a second for Whisper tiny.
+    Training then never pays for the encoder. The cache is keyed by audio content and encoder: manifests that
+    share clips share the cache. Torn or stale entries are recognised and made again. It takes
+    38 KB a second of speech for Whisper tiny.
 
         $ blsp encode --manifest continued.jsonl --audio-model embedded:whisper-tiny.en --cache features/
     """
@@ -162,7 +169,7 @@ class EncodeSettings:
     batch_seconds: float = 120.0
     """seconds of speech encoded side by side"""
     pad_to_30s: bool = False
-    """pad every clip to 30 s, as Whisper was trained (paper); otherwise true lengths and a mask: same use, less time"""
+    """pad every clip to 30 s, as Whisper was trained (paper); else: true lengths and a mask, in less time"""
     limit: int | None = None
     """read only so many rows"""
     device: Device = "auto"
@@ -178,12 +185,13 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Step 2: train the adapter so that the LLM, hearing, behaves as it did when reading. Encoder and LLM stay frozen.
+    r"""Step 2: train the adapter until the LLM, hearing, behaves as it did when reading.
 
-    `ctc` grounds a `grounded` adapter on a plain manifest, without running the LLM; `ce` is the paper's loss on the
-    continuations; `kl` matches the whole next-token distribution of the text route. With --config, a list `stages:`
-    runs several one after another, each inheriting the top level, each starting from the one before. The same
-    command resumes a killed run, to the bit; SIGTERM saves and leaves.
+    Encoder and LLM stay frozen. `ctc` grounds a `grounded` adapter on a plain manifest, without running the
+    LLM; `ce` is the paper's loss on the continuations; `kl` matches the whole next-token distribution of the
+    text route. With --config, a list `stages:` runs several one after another, each inheriting the top level,
+    each starting from the one before. The same command resumes a killed run, to the bit; SIGTERM saves and
+    leaves.
 
         $ blsp train --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL \\
               --adapter conv --loss ce --cache features/
@@ -208,7 +216,8 @@ class TrainSettings:
     adapter_options: tuple[str, ...] = ()
     """NAME=VALUE of the chosen adapter, see docs/training.md"""
     readout: Literal["data", "full"] = "data"
-    """tokens that a fresh grounded adapter can read out: those of the transcripts, or the LLM's whole vocabulary"""
+    """tokens a fresh grounded adapter can read out: those of the transcripts, or the LLM's whole
+    vocabulary"""
     init_from: str | None = None
     """start from this adapter's weights instead of fresh ones"""
     cache: Path | None = None
@@ -220,7 +229,7 @@ class TrainSettings:
     batch_size: int = 768
     """samples an optimiser step learns from, over all processes (paper: 768)"""
     batch_tokens: int = 4096
-    """positions (speech and text) that one pass through the LLM may hold; decides the memory, not the result"""
+    """positions (speech and text) that one pass through the LLM may hold: decides memory, not results"""
     lr: float = 5e-5
     """highest learning rate (paper: 5e-5; grounding likes 1e-3)"""
     weight_decay: float = 0.05
@@ -234,7 +243,8 @@ class TrainSettings:
     temperature: float = 1.0
     """for kl: of teacher and student (BLSP-Emo: 2)"""
     teacher: Literal["auto", "online", "stored"] = "auto"
-    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: stored where it is there"""
+    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: stored if
+    there"""
     ctc_weight: float = 0.3
     """how much of the grounding loss a grounded adapter keeps under ce and kl"""
     augment: tuple[Literal["speed", "volume", "noise"], ...] = ()
@@ -260,7 +270,7 @@ class TrainSettings:
     average_last: int = 0
     """the final adapter is the mean of the weights after each of the last so many steps; 0: the last ones"""
     resume_inexact: bool = False
-    """go on from a checkpoint made with other versions, threads or processes: close, but not equal to the bit"""
+    """go on from a checkpoint of other versions, threads or processes: close, not equal to the bit"""
     activation_checkpointing: bool = False
     """compute activations twice to hold fewer of them"""
     pad_to_30s: bool = False

@@ -2,7 +2,7 @@
 
 In:  the command line (cli.py, configuration_file.py). Out: one frozen object for one function.
 Try: `blsp transcribe --help`
-Flow: cli.py → **settings** → evaluation/report.py, inference/*.py, serving/app.py, model/checkpoint.py, tour.py
+Flow: cli.py → **settings** → evaluation, inference, serving, model/checkpoint.py, tour.py
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from blsp.shipped import DEFAULT_MODEL
 class EvaluateSettings:
     """Ask the same questions as text, through a cascade and as speech, and set the answers side by side.
 
-    The text route is the LLM's own upper bound; the cascade recognises first and then asks the same LLM. Writes
-    results.json, samples.jsonl (every question, all answers), report.md with pictures, and prints the table.
+    The text route is the LLM's own upper bound; the cascade recognises first and then asks the same LLM.
+    Writes results.json, samples.jsonl (every question, all answers), report.md with pictures, and prints the
+    table.
 
         $ blsp evaluate --suite tiny --out results/tiny
         $ blsp evaluate --model runs/x/adapter --task my_task.yaml --out results/x --routes text speech
@@ -39,7 +40,7 @@ class EvaluateSettings:
     routes: tuple[Literal["text", "cascade", "speech"], ...] = ("text", "cascade", "speech")
     """which ways to ask"""
     asr: str | None = None
-    """the cascade's recogniser: anything faster-whisper or transformers loads; left out: the model's own Whisper"""
+    """the cascade's recogniser: anything faster-whisper or transformers loads (left out: its own Whisper)"""
     normalise: Normalise = "none"
     """the text route's transcripts: as given, or through Whisper's normaliser (paper)"""
     peer: tuple[str, ...] = ()
@@ -69,9 +70,10 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """Answer every row of a manifest, spoken or written, and write the rows with their `response`, in their order.
+    """Answer every row of a manifest, spoken or written.
 
-    A row's own `instruction` wins over the command's; a row without audio is asked as text. Killed, it goes on.
+    Writes the rows with their `response`, in their order. A row's own `instruction` wins over the command's;
+    a row without audio is asked as text. Killed, it goes on.
 
         $ blsp generate --manifest questions.jsonl --out answers.jsonl --instruction "Answer the question."
     """
@@ -83,7 +85,7 @@ class GenerateSettings:
     model: str = DEFAULT_MODEL
     """the adapter or merged model that listens"""
     instruction: str | None = None
-    """what to do with the speech, e.g. "Please translate the following audio into German text."; left out: just answer"""
+    """what to do, e.g. "Please translate the following audio into German text."; left out: answer"""
     order: Order = "speech-first"
     """where the speech stands; after the instruction in the paper, before it where several were trained"""
     max_new_tokens: int = 128
@@ -113,8 +115,9 @@ class GenerateSettings:
 class TranscribeSettings:
     """Write down what was said: one line of JSON, {"audio", "text"}, per file, in the order given.
 
-    No recogniser is loaded: the LLM repeats what it hears, or a grounded adapter reads out its own tokens without
-    running the LLM at all. Left to itself, the model uses whichever of the two its card says is better.
+    No recogniser is loaded: the LLM repeats what it hears, or a grounded adapter reads out its own tokens
+    without running the LLM at all. Left to itself, the model uses whichever of the two its card says is
+    better.
 
         $ blsp transcribe meeting.wav question.mp3 --out transcripts.jsonl
     """
@@ -150,9 +153,10 @@ class TranscribeSettings:
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Talk with it in the terminal: type a message, or the path of a recording, or both; answers stream as they come.
+    """Talk with it in the terminal: type a message, or the path of a recording, or both.
 
-    Earlier turns keep their key/values, so a long conversation does not slow down. /help says what else can be typed.
+    Answers stream as they come. Earlier turns keep their key/values, so a long conversation does not slow
+    down. /help says what else can be typed.
 
         $ blsp chat
         you> examples/speech/question.opus
@@ -181,9 +185,10 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Serve it: an OpenAI-compatible API that takes speech, and a web page with a microphone. Needs blsp[serve].
+    """Serve it: an OpenAI-compatible API that takes speech, and a web page with a microphone.
 
-    Concurrent requests share batches. It listens on this machine only unless told otherwise, and then wants a key.
+    Needs blsp[serve]. Concurrent requests share batches. It listens on this machine only unless told
+    otherwise, and then wants a key.
 
         $ blsp serve                                   # then open http://127.0.0.1:8000
         $ BLSP_API_KEY=… blsp serve --host 0.0.0.0 --port 80
@@ -218,7 +223,7 @@ class ServeSettings:
     prefix_cache: int = 32
     """conversations whose key/values are kept"""
     asr: str | None = None
-    """the recogniser of the page's compare switch: anything faster-whisper loads; left out: the model's own Whisper"""
+    """the recogniser of the page's compare switch: what faster-whisper loads (left out: its own Whisper)"""
     log_content: bool = False
     """also log what was said and answered"""
     device: Device = "auto"
@@ -236,7 +241,9 @@ class ServeSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Write one self-contained Hugging Face folder, encoder and LLM included, for vLLM or a machine without the parts.
+    """Write one self-contained Hugging Face folder, encoder and LLM included.
+
+    For vLLM, or for a machine that has not got the parts.
 
     $ blsp export --model runs/x/adapter --out merged/
     """
@@ -251,10 +258,12 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class TourSettings:
-    """Walk the whole way on real speech, on a laptop's CPU, in minutes; say at each stop what went in and came out.
+    """Walk the whole way on real speech, on a laptop's CPU, in minutes.
 
-    corpora → manifest → continuations → speech features → alignment training → checkpoint → inference → evaluation.
-    A second run resumes instead of repeating.
+    corpora → manifest → continuations → speech features → alignment training → checkpoint → inference →
+    evaluation.
+
+    Says at each stop what went in and what came out. A second run resumes instead of repeating.
 
         $ blsp tour
     """
