@@ -1,4 +1,4 @@
-"""The door: help that comes at once and teaches, settings that are checked, exit codes that can be relied upon."""
+"""The door: help that comes at once and teaches, checked settings, exit codes to rely on."""
 
 from __future__ import annotations
 
@@ -47,14 +47,9 @@ MINIMAL = {
 }
 
 
-def blsp_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def blsp_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "blsp", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
+    return subprocess.run([sys.executable, "-m", "blsp", *arguments], capture_output=True, text=True)
 
 
 def exit_code(arguments: list[str]) -> int:
