@@ -40,6 +40,7 @@ from blsp.data.audio_file import (
 
 SAMPLE_RATE = 16_000  # samples per second, everywhere after this file
 LONGEST_SECONDS = 24 * 3600.0  # a longer clip must be cut with start and duration
+FARTHEST = 1e9  # seconds: no recording is that long
 END_SLACK = 0.1  # seconds: published segment times overshoot the file's end by a rounding
 MARGIN = SAMPLE_RATE // 10  # 16 kHz samples decoded around a cut for the resampler's filter
 
@@ -222,10 +223,10 @@ def _resample(blocks: Iterable[np.ndarray], rate: int, name: str, longest: float
 
 
 def _check_cut(name: str, start: float, duration: float | None) -> None:
-    if not (math.isfinite(start) and start >= 0):
-        raise AudioError(f"{name}: start is {start} seconds; it must be 0 or more")
-    if duration is not None and not (math.isfinite(duration) and duration > 0):
-        raise AudioError(f"{name}: duration is {duration} seconds; it must be more than 0")
+    if not 0 <= start <= FARTHEST:
+        raise AudioError(f"{name}: start is {start!r:.40} seconds; it must be 0 or more")
+    if duration is not None and not 0 < duration <= FARTHEST:
+        raise AudioError(f"{name}: duration is {duration!r:.40} seconds; it must be more than 0")
 
 
 def _check_place(name: str, seconds: float, start: float, duration: float | None, longest: float) -> None:

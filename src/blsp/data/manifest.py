@@ -12,7 +12,6 @@ Whatever is wrong with a row is a `ManifestError` that names the file, the line 
 from __future__ import annotations
 
 import glob
-import math
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -102,6 +101,7 @@ class Utterance:
 FIELDS = tuple(f.name for f in fields(Utterance) if f.name != "extra")
 FIELD_SET = frozenset(FIELDS)
 NUMBERS = ("start", "duration")
+MOST_SECONDS = 1e9  # thirty years: no recording
 
 
 def _check_fields(row: dict[str, Any], where: str) -> None:
@@ -125,9 +125,9 @@ def _check_fields(row: dict[str, Any], where: str) -> None:
 def _check_seconds(name: str, value: Any, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ManifestError(f'{where}: "{name}" must be a number of seconds, not {show(value)}')
-    if not math.isfinite(value) or value < 0 or (name == "duration" and value == 0):
+    if not 0 <= value <= MOST_SECONDS or (name == "duration" and value == 0):  # NaN is refused as well
         least = "more than 0" if name == "duration" else "0 or more"
-        raise ManifestError(f'{where}: "{name}" is {value}; it must be {least} seconds')
+        raise ManifestError(f'{where}: "{name}" is {show(value)}; it must be {least} seconds')
 
 
 # --- reading ----------------------------------------------------------------------------------------------

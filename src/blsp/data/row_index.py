@@ -170,18 +170,21 @@ class Scanned:
 def scan_rows(path: Path, key: tuple[str, ...]) -> Iterator[Scanned]:
     """All rows of the file, some thousand at a time, in bounded memory."""
     place, line = 0, 1
-    for data in _whole_lines(path):
+    for data in _whole_lines(path, path.stat().st_size):
         body = data.removeprefix(BYTE_ORDER_MARK) if place == 0 else data
         yield _scan_block(body, place + len(data) - len(body), line, path, key)
         place += len(data)
         line += data.count(b"\n")
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    """The file in blocks that end with a newline; a last row without one is checked, and given one."""
+def _whole_lines(path: Path, size: int) -> Iterator[bytes]:
+    """The file's first `size` bytes (it may be growing) in blocks that end with a newline.
+
+    A last row without a newline is checked, and given one.
+    """
     carry = b""
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(min(BLOCK, size - file.tell())):
             cut = block.rfind(b"\n") + 1
             if cut:
                 yield carry + block[:cut]
