@@ -21,7 +21,7 @@ ROWS = [
     {"continuation", "training", "inference"},
     {"evaluation", "serving"},
 ]
-DOORS = {"__init__", "__main__", "cli", "tour", "vllm_plugin"}
+DOORS = {"__init__", "__main__", "cli", "tour", "tour_page", "vllm_plugin"}
 TORCH_FREE = {"__init__", "__main__", "cli", "configuration_file", "settings", "shipped", "data"}
 TORCH = {"torch", "transformers", "accelerate", "torchaudio"}
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
