@@ -85,10 +85,7 @@ class OpenAIEngine:
                 if failed:
                     failed[0].result()
         finally:
-            for task in running:
-                task.cancel()
-            loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
-            loop.run_until_complete(client.aclose())
+            loop.run_until_complete(_leave(client, running))
             loop.close()
 
     async def _answer_all(self, client: httpx.AsyncClient, batch: Sequence[Prompt]) -> list[Written]:
@@ -158,6 +155,13 @@ class OpenAIEngine:
         if ids and ids[-1] in self.stop_ids:
             ids = ids[:-1]
         return Written(prompt.key, text, ids, FINISHES.get(finish, "length"), refused=refused)
+
+
+async def _leave(client: httpx.AsyncClient, running: set[asyncio.Task[list[Written]]]) -> None:
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    await client.aclose()
 
 
 def user_message(instruction: str, order: Order, text: str) -> str:

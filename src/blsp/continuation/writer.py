@@ -29,7 +29,7 @@ from typing import Any
 from blsp.model.digest import tensor_digest
 from blsp.model.distributed import Place, find_place
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from blsp.continuation.engines import Engine, Prompt, TransformersEngine
 from blsp.continuation.header import (
@@ -88,6 +88,7 @@ class Writing:
 def write_continuations(settings: ContinueSettings) -> None:
     """`blsp continue`."""
     check_settings(settings)
+    check_top_k(settings)
     if settings.score_only:
         from blsp.continuation.scoring import score_continuations
 
@@ -132,6 +133,13 @@ def _body(settings: ContinueSettings) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise SettingsError(f"--engine-body {settings.engine_body!r}: must be a JSON object")
     return body
+
+
+def check_top_k(settings: ContinueSettings) -> None:
+    """Refuse more log-probabilities than the LLM has tokens."""
+    config = AutoConfig.from_pretrained(resolve_weights(settings.llm)).get_text_config()
+    if settings.top_k > config.vocab_size:
+        raise SettingsError(f"--top-k {settings.top_k}: {settings.llm} has {config.vocab_size} tokens")
 
 
 def load_tokenizer(llm: str) -> PreTrainedTokenizerBase:
