@@ -86,8 +86,8 @@ class GenerateSettings:
     """the adapter or merged model that listens"""
     instruction: str | None = None
     """what to do, e.g. "Please translate the following audio into German text."; left out: answer"""
-    order: Order = "speech-first"
-    """where the speech stands; after the instruction in the paper, before it where several were trained"""
+    order: Order = "instruction-first"
+    """where the speech stands: after the instruction (paper) or before it; best as most of the training was"""
     max_new_tokens: int = 128
     """tokens an answer may have (paper, zero-shot: 128)"""
     temperature: float = 0.0
