@@ -193,7 +193,7 @@ class TrainSettings:
     each starting from the one before. The same command resumes a killed run, to the bit; SIGTERM saves and
     leaves.
 
-        $ blsp train --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL \\
+        $ blsp train --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL \
               --adapter conv --loss ce --cache features/
         $ blsp train --config examples/tiny/train.yaml
         $ torchrun --nproc-per-node 8 -m blsp train --config recipe.yaml

@@ -87,7 +87,7 @@ class GenerateSettings:
     instruction: str | None = None
     """what to do, e.g. "Please translate the following audio into German text."; left out: answer"""
     order: Order = "instruction-first"
-    """where the speech stands: after the instruction (paper) or before it; best as most of the training was"""
+    """where the speech stands: after the instruction (paper) or before it; best as it was trained"""
     max_new_tokens: int = 128
     """tokens an answer may have (paper, zero-shot: 128)"""
     temperature: float = 0.0

@@ -1,0 +1,60 @@
+"""The documentation keeps its word: every command it shows is one, and every file it points to is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from blsp import cli, settings
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands_in(text: str) -> list[str]:
+    """Lines that call `blsp COMMAND`, joined where they go on, without prompt, comment and environment."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        match = re.search(r"(?:^|\s|&& )(?:\$ )?(?:-m )?blsp ([a-z]+ .*|[a-z]+$)", line)
+        if match and match[1].split()[0] in cli.COMMANDS:
+            found.append(match[1])
+    return found
+
+
+def shown() -> list[tuple[str, str]]:
+    """Where each command is shown, and the command."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
+            found += [(page.name, command) for command in commands_in(block)]
+    for command in cli.COMMANDS.values():
+        found += [
+            (command.settings, shown) for shown in commands_in(getattr(settings, command.settings).__doc__)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("where", "command"), shown())
+def test_every_command_that_is_shown_is_one(where: str, command: str) -> None:
+    words = shlex.split(command, comments=True)
+    name, flags = words[0], words[1:]
+    if "--config" in flags and not Path(flags[flags.index("--config") + 1]).exists():
+        return  # a file of the reader's own
+    try:
+        cli.parse(name, flags)
+    except SystemExit as left:
+        assert left.code == 0, f"{where}: blsp {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_pointed_to_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)#]*)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), f"{page.name} points to {target}"
+    for path in re.findall(r"`((?:docs|examples|tests|src|models|requirements)/[\w./-]+)`", text):
+        if "blsp-" not in path and os.sep in path:
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
