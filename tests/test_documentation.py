@@ -50,6 +50,25 @@ def test_every_command_that_is_shown_is_one(where: str, command: str) -> None:
         assert left.code == 0, f"{where}: blsp {command}"
 
 
+RECIPES = sorted((ROOT / "examples").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: str(recipe.relative_to(ROOT)))
+def test_every_training_recipe_can_be_read(recipe: Path) -> None:
+    if "stages:" in recipe.read_text(encoding="utf-8"):
+        rest = ["--data", "continued.jsonl", "--out", "runs/x"]
+        assert cli.parse("train", ["--config", str(recipe), *rest]).stages
+
+
+def test_the_tour_script_is_made_of_commands() -> None:
+    script = (ROOT / "examples" / "tour.sh").read_text(encoding="utf-8")
+    shown = [line for line in commands_in(script) if "`" not in line]
+    assert [line.split()[0] for line in shown] == ["continue", "encode", "train", "generate", "transcribe"]
+    for line in shown:
+        words = [re.sub(r"\$(\w+)", r"\1", word) for word in shlex.split(line)]
+        cli.parse(words[0], [str(ROOT / word) if word.endswith(".yaml") else word for word in words[1:]])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_is_pointed_to_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
