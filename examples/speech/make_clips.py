@@ -1,7 +1,8 @@
-"""Make the clips of this folder: real recordings for the tour, as 16 kHz Ogg Opus, from the recipe's corpus folder.
+"""Make the clips of this folder: real recordings for the tour, as 16 kHz Ogg Opus, from the recipe's corpus
+folder.
 
-In: a corpus folder that `python -m examples.tiny.fetch --root C` has filled. Out, beside this file: `fotaq/*.opus`,
-`asterisk/*.opus` and the manifests `train.jsonl`, `heldout.jsonl`, `asterisk.jsonl`.
+In: a corpus folder that `python -m examples.tiny.fetch --root C` has filled. Out, beside this file:
+`fotaq/*.opus`, `asterisk/*.opus` and the manifests `train.jsonl`, `heldout.jsonl`, `asterisk.jsonl`.
 Where in the flow: before everything, once; the clips are committed, so that the tour needs no download.
 
     python -m examples.speech.make_clips --root C            # the audio of the manifests as they are
@@ -33,7 +34,7 @@ KEPT = ("id", "audio", "text", "language", "speaker", "seconds", "source", "lice
 
 
 def choose(root: Path) -> Iterator[tuple[str, list[dict]]]:
-    """The three lists: fotaq's training part, its development part, asterisk prompts that are not the judged ones."""
+    """The three lists: fotaq's training and development parts, prompts other than the judged ones."""
     heard = read_agreement(root)
     for name, manifest in (("train", "train_fotaq"), ("heldout", "dev_fotaq")):
         rows = [row for row in read_rows(root / f"{manifest}.jsonl") if heard.get(row["id"], 1.0) <= AGREES]
@@ -102,10 +103,9 @@ def main() -> None:
     for name in SIZES:
         rows = read_rows(HERE / f"{name}.jsonl")
         size = encode(options.root, name)
+        speakers = len({row["speaker"] for row in rows})
         minutes = sum(row["seconds"] for row in rows) / 60
-        print(
-            f"{name}: {len(rows)} clips, {minutes:.1f} min, {len({r['speaker'] for r in rows})} speakers, {size} B"
-        )
+        print(f"{name}: {len(rows)} clips, {minutes:.1f} min, {speakers} speakers, {size} B")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Speak the tour's five questions, in voices that no adapter of ours is trained on.
 
-In: the corpus folder (the Kokoro voices are fetched into it). Out: `questions/*.opus` and `questions.jsonl`, whose rows
-have the expected answer in `reference` and every accepted spelling in `answers`.
+In: the corpus folder (the Kokoro voices are fetched into it). Out: `questions/*.opus` and
+`questions.jsonl`, whose rows have the expected answer in `reference` and every accepted spelling in
+`answers`.
 Where in the flow: beside `make_clips.py`, once; the clips are committed.
 
 Try: `python -m examples.speech.make_questions --root /tmp/corpus`
