@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM as CausalLM
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
@@ -27,18 +28,21 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
 )
-from transformers import AutoModelForCausalLM as CausalLM
 from transformers.models.whisper import WhisperForConditionalGeneration
 
 from blsp.model.checkpoint import new_blsp
 from blsp.model.distributed import Place
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
+from blsp.model.speech_encoder import mel_features
 
-SPOKEN = "how many days are in a week what is the capital of france please repeat the following words hello world"
+SPOKEN = (
+    "how many days are in a week what is the capital of france please repeat the following words hello world"
+)
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 320  # some more than the tokenizer has, as in Qwen
 END_OF_TEXT, IM_START, IM_END = 0, 1, 2
@@ -89,7 +93,9 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_SIZES),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
-    "gemma2": lambda: Gemma2Config(**_SIZES | _GEMMA, final_logit_softcapping=30.0, attn_logit_softcapping=50.0),
+    "gemma2": lambda: Gemma2Config(
+        **_SIZES | _GEMMA, final_logit_softcapping=30.0, attn_logit_softcapping=50.0
+    ),
     "gemma3": lambda: Gemma3TextConfig(**_SIZES | _GEMMA),
 }
 
@@ -149,8 +155,13 @@ def tiny_blsp(
     if adapter == "grounded":
         kwargs.setdefault("readout_vocabulary", list(range(3, 300)))
     place = place or place_of(family)
-    model, processor = new_blsp(str(audio), str(text), place, adapter=adapter, adapter_options=options, **kwargs)
-    return model.to(place.dtype), processor
+    model, processor = new_blsp(
+        str(audio), str(text), place, adapter=adapter, adapter_options=options, **kwargs
+    )
+    model = model.to(place.dtype)
+    if adapter == "grounded":
+        _liven(model, processor)
+    return model, processor
 
 
 def speech_like(seconds: float, seed: int = 0) -> np.ndarray:
@@ -158,3 +169,15 @@ def speech_like(seconds: float, seed: int = 0) -> np.ndarray:
     generator = np.random.default_rng(seed)
     time = np.arange(int(seconds * 16000)) / 16000
     return (generator.standard_normal(len(time)) * 0.1 * (1 + np.sin(20 * time + seed))).astype(np.float32)
+
+
+@torch.no_grad()
+def _liven(model: BlspForConditionalGeneration, processor: BlspProcessor) -> None:
+    """Make a random read-out vary from frame to frame, with about half of its frames blank."""
+    adapter = model.model.multi_modal_projector
+    for module in adapter.modules():
+        if isinstance(module, torch.nn.Conv1d | torch.nn.Linear):
+            module.weight *= 4
+    features = mel_features(processor.feature_extractor, [speech_like(4.0, seed) for seed in range(4)])
+    log_probs = model.get_audio_features(*features).adapter.log_probs.flatten(0, 1)  # (F, K)
+    adapter.blank.bias += (log_probs[:, 1:].amax(dim=1) - log_probs[:, 0]).median()

@@ -1,4 +1,4 @@
-"""Law 3: batched equals one by one, for any mix of lengths, in encoding, in the adapters and in generation."""
+"""Law 3: batched equals one by one, for any mix of lengths: in encoding, in the adapters, in generation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def _check_encoder(tower: torch.nn.Module, lengths: list[int]) -> None:
     features, mask = _mel(lengths)
     states, frames = encode_speech(tower, features, mask)
     for row, length in enumerate(lengths):
-        alone, alone_frames = encode_speech(tower, features[row : row + 1, :, :length], mask[row : row + 1, :length])
+        alone, alone_frames = encode_speech(
+            tower, features[row : row + 1, :, :length], mask[row : row + 1, :length]
+        )
         assert frames[row] == alone_frames[0] == (length + 1) // 2 == alone.shape[1]
         _same(states[row, : alone.shape[1]], alone[0])
         assert not states[row, alone.shape[1] :].any()
@@ -122,9 +124,13 @@ def test_decoding(pair_of, family: str, batch_size: int) -> None:
 def test_decoding_equals_generate_of_transformers(pair_of, family: str) -> None:
     model, _ = pair_of("conv", family)
     ids = torch.randint(3, 300, (5, 17))
-    requests = [Request(row, embed(model, ids[row]), None, Decoding(30, stop_ids=(IM_END,))) for row in range(5)]
+    requests = [
+        Request(row, embed(model, ids[row]), None, Decoding(30, stop_ids=(IM_END,))) for row in range(5)
+    ]
     found = decode(model, requests, batch_size=5)
-    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+    expected = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False
+    )
     for row in range(5):
         answer = expected[row, 17:].tolist()
         answer = answer[: answer.index(IM_END)] if IM_END in answer else answer
@@ -160,7 +166,10 @@ def test_padding_on_either_side(pair_of, adapter: str, side: str) -> None:
         rows = [single[name][0] for single in singles]
         gaps = [width - len(row) for row in rows]
         return torch.stack(
-            [torch.nn.functional.pad(r, (g, 0) if side == "left" else (0, g)) for r, g in zip(rows, gaps, strict=True)]
+            [
+                torch.nn.functional.pad(r, (g, 0) if side == "left" else (0, g))
+                for r, g in zip(rows, gaps, strict=True)
+            ]
         )
 
     features, mask = mel_features(processor.feature_extractor, clips)

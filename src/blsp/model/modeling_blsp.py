@@ -22,7 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from blsp.model.adapter import AdapterOutput, ConvAdapter, Heard, StackAdapter
@@ -31,7 +35,11 @@ from blsp.model.grounded import GroundedAdapter
 from blsp.model.language_model import UnsupportedModelError, check_supported, scale_logits
 from blsp.model.speech_encoder import encode_speech
 
-ADAPTERS: dict[str, type[nn.Module]] = {"conv": ConvAdapter, "stack": StackAdapter, "grounded": GroundedAdapter}
+ADAPTERS: dict[str, type[nn.Module]] = {
+    "conv": ConvAdapter,
+    "stack": StackAdapter,
+    "grounded": GroundedAdapter,
+}
 
 
 @dataclass
@@ -55,7 +63,7 @@ class BlspPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The parts initialise themselves: the adapter in its constructors, the frozen ones from their files."""
+        """The parts initialise themselves: the adapter in its constructor, the frozen ones from files."""
 
 
 class BlspModel(BlspPreTrainedModel):
@@ -65,7 +73,9 @@ class BlspModel(BlspPreTrainedModel):
         super().__init__(config)
         check_supported(config.text_config)
         if config.audio_config.model_type != "whisper":
-            raise UnsupportedModelError(f"{config.audio_config.model_type}: the speech encoder must be a Whisper")
+            raise UnsupportedModelError(
+                f"{config.audio_config.model_type}: the speech encoder must be a Whisper"
+            )
         self.audio_tower = WhisperEncoder(config.audio_config)
         self.multi_modal_projector = build_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -78,7 +88,7 @@ class BlspModel(BlspPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def readout_table(self) -> Tensor | None:
-        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None for adapters that read nothing out."""
+        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None where nothing is read out."""
         if self.config.adapter != "grounded":
             return None
         table = self.get_input_embeddings()
@@ -96,11 +106,18 @@ class BlspModel(BlspPreTrainedModel):
             output.readout[:] = [[vocabulary[i] for i in path] for path in output.readout]
         return output
 
-    def get_audio_features(self, input_features: Tensor, input_features_mask: Tensor, **_: Any) -> BlspAudioOutput:
-        """Vectors of every clip of (B, M, Tm) features, flat in order: `pooler_output` (N, D), `valid` (N,)."""
+    def get_audio_features(
+        self, input_features: Tensor, input_features_mask: Tensor | None, **_: Any
+    ) -> BlspAudioOutput:
+        """The vectors of all clips of (B, M, Tm) features, flat: `pooler_output` (N, D), `valid` (N,)."""
+        if input_features_mask is None:
+            raise ValueError("input_features without input_features_mask: BlspProcessor returns both")
         with torch.no_grad():
             states, lengths = encode_speech(
-                self.audio_tower, input_features, input_features_mask.bool(), full_window=self.config.full_window
+                self.audio_tower,
+                input_features,
+                input_features_mask.bool(),
+                full_window=self.config.full_window,
             )
         heard = self.listen(states, lengths)
         inside = torch.arange(heard.vectors.shape[1], device=states.device)[None, :] < heard.places[:, None]
@@ -114,23 +131,27 @@ class BlspModel(BlspPreTrainedModel):
     def splice(
         self, input_ids: Tensor, audio: BlspAudioOutput | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (B, L, D) with the vectors in their places, and the mask (B, L) without invalid places."""
+        """Embeddings (B, L, D) with the vectors in their places; the mask (B, past + L) less invalid places."""
         places = input_ids == self.config.audio_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if audio is None or audio.pooler_output is None or audio.valid is None:
             if bool(places.any()):
-                raise ValueError(f"{int(places.sum())} audio placeholders in input_ids, but no input_features")
+                raise ValueError(
+                    f"{int(places.sum())} audio placeholders in input_ids, but no input_features"
+                )
             return embeds, attention_mask
         if int(places.sum()) != len(audio.pooler_output):
             raise ValueError(
-                f"{int(places.sum())} audio placeholders in input_ids, but {len(audio.pooler_output)} vectors of "
-                "speech: build both with the same BlspProcessor"
+                f"{int(places.sum())} audio placeholders in input_ids, but {len(audio.pooler_output)} vectors "
+                "of speech: build both with the same BlspProcessor"
             )
         embeds = embeds.masked_scatter(places[:, :, None], audio.pooler_output.to(embeds.dtype))
         if bool(audio.valid.all()):
             return embeds, attention_mask
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
-        return embeds, mask.masked_scatter(places, mask[places] * audio.valid.to(mask.dtype))
+        here = mask[:, -input_ids.shape[1] :]
+        here[places] = here[places] * audio.valid.to(mask.dtype)
+        return embeds, mask
 
     def forward(
         self,
@@ -145,21 +166,70 @@ class BlspModel(BlspPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """See `BlspForConditionalGeneration.forward`."""
-        if inputs_embeds is None:
-            audio = None
-            if input_features is not None:
-                audio = self.get_audio_features(input_features, input_features_mask)
-            inputs_embeds, attention_mask = self.splice(input_ids, audio, attention_mask)
-            if attention_mask is not None and position_ids is None and past_key_values is None:
-                position_ids = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        if inputs_embeds is not None:
+            return self._decode(
+                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+            )
+        audio = None
+        if input_features is not None:
+            audio = self.get_audio_features(input_features, input_features_mask)
+            if attention_mask is None:
+                past = past_key_values.get_seq_length() if past_key_values is not None else 0
+                attention_mask = input_ids.new_ones(len(input_ids), past + input_ids.shape[1])
+        embeds, mask = self.splice(input_ids, audio, attention_mask)
+        if mask is not None and mask.ndim == 2 and position_ids is None:
+            position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        if mask is None or audio is None or bool(audio.valid.all()):
+            return self._decode(embeds, mask, position_ids, past_key_values, use_cache, **kwargs)
+        embeds, mask, order = pack(embeds, mask)
+        position_ids = position_ids.gather(1, order)
+        outputs = self._decode(embeds, mask, position_ids, past_key_values, use_cache, **kwargs)
+        return unpack(outputs, order)
+
+    def _decode(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
         return self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
+
+
+def pack(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns that are not attended go before the others, so that distances between tokens leave them out.
+
+    A sliding window counts columns, not positions: an invalid place amid the sequence would shorten it.
+
+    embeds (B, L, D), mask (B, past + L) -> both in the new order, and `order` (B, L): where each came from.
+    """
+    width = embeds.shape[1]
+    here = mask[:, -width:].long()
+    order = here.argsort(dim=1, stable=True)
+    embeds = embeds.gather(1, order[:, :, None].expand_as(embeds))
+    return (
+        embeds,
+        torch.cat([mask[:, : mask.shape[1] - width], here.gather(1, order).to(mask.dtype)], dim=1),
+        order,
+    )
+
+
+def unpack(outputs: BaseModelOutputWithPast, order: Tensor) -> BaseModelOutputWithPast:
+    """Hidden states (B, L, D) in the order of the input again; key/values stay packed."""
+    back = order.argsort(dim=1)[:, :, None]
+    outputs.last_hidden_state = outputs.last_hidden_state.gather(1, back.expand_as(outputs.last_hidden_state))
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(h.gather(1, back.expand_as(h)) for h in outputs.hidden_states)
+    return outputs
 
 
 def build_adapter(config: BlspConfig) -> nn.Module:
@@ -193,7 +263,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the adapter's tensors and the configuration; everything when `config.adapter_only` is False."""
+        """Write the adapter's tensors and the configuration; all tensors unless `config.adapter_only`."""
         if self.config.adapter_only:
             kwargs["state_dict"] = self.adapter_state()
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -218,7 +288,9 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
     def get_decoder(self, *_: Any, **__: Any) -> nn.Module:
         return self.model.language_model
 
-    def get_audio_features(self, input_features: Tensor, input_features_mask: Tensor, **_: Any) -> BlspAudioOutput:
+    def get_audio_features(
+        self, input_features: Tensor, input_features_mask: Tensor, **_: Any
+    ) -> BlspAudioOutput:
         return self.model.get_audio_features(input_features, input_features_mask)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -271,12 +343,18 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        kept = (
+            slice(-logits_to_keep, None)
+            if isinstance(logits_to_keep, int) and logits_to_keep
+            else logits_to_keep
+        )
         hidden = outputs.last_hidden_state
         logits = self.compute_logits(hidden if isinstance(kept, int) else hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -295,5 +373,6 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             audio = self.get_audio_features(features, features_mask)
             mask = kwargs.pop("attention_mask", None)
             mask = torch.ones_like(input_ids) if mask is None else mask
-            kwargs["inputs_embeds"], kwargs["attention_mask"] = self.model.splice(input_ids, audio, mask)
+            embeds, mask = self.model.splice(input_ids, audio, mask)
+            kwargs["inputs_embeds"], kwargs["attention_mask"], _ = pack(embeds, mask)
         return super().generate(input_ids, **kwargs)
