@@ -33,7 +33,7 @@ from blsp.model.prefix import Prefix, compute_prefix
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.prompt import Order, frame_prompt, transcript_ids
 from blsp.model.speech_encoder import encode_speech, mel_features
-from blsp.shipped import DEFAULT_MODEL, find_model
+from blsp.shipped import DEFAULT_MODEL
 
 KEPT_PREFIXES = 32
 SECONDS_PER_BATCH = 60  # speech encoded at once
@@ -51,7 +51,7 @@ class Question:
 
 def load(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto") -> Listener:
     """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default)."""
-    return Listener(*load_blsp(find_model(str(model)), find_place(device, dtype)))
+    return Listener(*load_blsp(model, find_place(device, dtype)))
 
 
 class Listener:

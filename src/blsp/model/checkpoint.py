@@ -40,6 +40,7 @@ from blsp.model.embedded import resolve_weights
 from blsp.model.language_model import check_supported
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, build_adapter
 from blsp.model.processing_blsp import BlspProcessor
+from blsp.shipped import find_model
 
 if TYPE_CHECKING:
     from blsp.settings import ExportSettings
@@ -176,7 +177,11 @@ def load_adapter_folder(folder: Any, dtype: Any = None, device_map: Any = None, 
 
 
 def load_blsp(folder: str | Path, place: Place) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    """Model and processor of an adapter folder (frozen parts loaded, digests checked) or of a merged export."""
+    """Model and processor of an adapter folder (frozen parts loaded, digests checked) or of a merged export.
+
+    The name of a shipped adapter (`blsp-tiny`) stands for its folder.
+    """
+    folder = find_model(str(folder))
     if is_adapter_folder(folder):
         return _load_adapter(folder, place)
     register()

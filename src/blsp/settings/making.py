@@ -17,7 +17,7 @@ from blsp.settings.choices import Device, Dtype, Normalise, SettingsError, above
 
 Corpus = Literal[
     "librispeech", "gigaspeech", "common-voice", "covost2", "must-c", "tedlium3", "fleurs",
-    "fluent-speech-commands", "slurp", "snips", "folder", "kaldi", "lhotse", "hf",
+    "fluent-speech-commands", "slurp", "snips", "folder", "kaldi", "lhotse", "hf", "no-speech",
 ]  # fmt: skip
 
 
@@ -26,31 +26,48 @@ class PrepareSettings:
     """Turn a corpus on disk into a manifest: one JSON line per utterance, with its audio and its text.
 
     Nothing is downloaded, copied or re-encoded: long recordings stay whole and rows name `start` and
-    `duration`. Non-speech tags and empty transcripts are dropped and counted. A second run goes on where the
-    first one stopped.
+    `duration`. Non-speech tags and empty transcripts are dropped and counted in OUT.skipped.jsonl. A second
+    run goes on where the first one stopped. `no-speech` makes clips of silence, noise and babble instead.
 
         $ blsp prepare librispeech --root /data/LibriSpeech --split train-clean-100 --out librispeech.jsonl
-        $ blsp prepare folder --root my_recordings/ --out mine.jsonl      # a.wav beside a.txt
+        $ blsp prepare folder --root my_recordings/ --out mine.jsonl      # a.wav beside a.txt $ blsp
+        prepare covost2 --root /data/cv4/en --language en --target-language de --split dev --out dev.jsonl $
+        blsp prepare no-speech --root librispeech.jsonl --limit 500 --out no_speech.jsonl
     """
 
     corpus: Positional[Corpus]
     """whose layout to read"""
-    root: str
-    """the corpus' folder (for hf: a dataset folder or id)"""
     out: Path
     """the manifest to write"""
+    root: str = ""
+    """the corpus' folder (hf: a dataset's folder or id; no-speech: a manifest to mix babble from, or
+    nothing)"""
     split: str = "train"
-    """the part to read, named as the corpus names it"""
+    """the part to read, named as the corpus names it; several: `train-clean-100,train-clean-360`"""
     language: str | None = None
     """the language spoken, ISO 639-1, where the corpus has several"""
     target_language: str | None = None
     """for speech translation: the language of the reference, ISO 639-1"""
+    text_field: str | None = None
+    """hf: the column with the transcript (without: text, sentence, transcription or transcript)"""
+    reference_field: str | None = None
+    """hf: the column with the translation, label or answer"""
+    subset: str | None = None
+    """hf: the dataset's configuration"""
     check_audio: bool = False
-    """open every recording; what cannot be decoded or is cut short goes to OUT.skipped.jsonl"""
+    """decode every recording; what cannot be decoded or is cut short goes to OUT.skipped.jsonl"""
     limit: int | None = None
-    """stop after so many rows"""
+    """stop after so many rows (no-speech: how many clips to make; 300 without)"""
+    seed: int = 0
+    """no-speech: which clips are made"""
     config: Path | None = None
     """a YAML file with these same flags"""
+
+    def __post_init__(self) -> None:
+        if not self.root and self.corpus != "no-speech":
+            raise SettingsError(f"--root: name the folder in which {self.corpus} lies")
+        if self.limit is not None:
+            above_zero(self, "limit")
 
 
 @dataclass(frozen=True)
@@ -247,8 +264,8 @@ class TrainSettings:
     there"""
     ctc_weight: float = 0.3
     """how much of the grounding loss a grounded adapter keeps under ce and kl"""
-    augment: tuple[Literal["speed", "volume", "noise"], ...] = ()
-    """vary the speech; only without --cache"""
+    augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()
+    """vary the speech (without --cache), or hide short spans of its features: mask (with --cache)"""
     no_speech: float = 0.0
     """share of additional samples of silence and noise that teach the set answer"""
     max_seconds: float = 30.0
@@ -299,7 +316,9 @@ class TrainSettings:
             raise SettingsError(
                 f"--loss ctc grounds the `grounded` adapter; {self.adapter!r} has no read-out to ground"
             )
-        if self.augment and self.cache:
+        if self.cache and set(self.augment) - {"mask"}:
             raise SettingsError(
-                "--augment changes the speech before the encoder: leave out --cache, or --augment"
+                "--augment speed, volume and noise change the speech before the encoder: leave out --cache, or them"
             )
+        if not self.cache and "mask" in self.augment:
+            raise SettingsError("--augment mask hides cached features: name the --cache, or leave it out")
