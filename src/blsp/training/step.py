@@ -1,0 +1,314 @@
+"""One micro-batch through the adapter and the frozen LLM, down to the sums that are minimised.
+
+In:  examples that share a prompt prefix, the model, and what is learnt (`Objective`).
+Out: `Sums`: the loss sums of that micro-batch and how many positions were padding.
+Try: ``step.run(model, examples, objective, llm)``
+Flow: training/examples.py -> training/batches.py -> **step.py** (adapter -> LLM -> losses.py) ->
+      training/loop.py
+
+What is not paid twice: the prefix's key/values are computed once a run and shared by every batch; rows are
+``vectors | suffix | response without its last token``, right-padded, without invalid places; the vocabulary
+head runs at response positions only, in chunks. Nothing of that changes a number (law 8).
+
+Letters: B batch, T encoder frames, S adapter places, L sequence after the prefix, P prefix, N response
+positions, D LLM width, K stored top-k, C read-out classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from blsp.model.adapter import AdapterOutput
+from blsp.model.grounded import BLANK, GroundedAdapter
+from blsp.model.language_model import UnsupportedModelError, embed
+from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.model.prefix import Prefix, compute_prefix
+from blsp.model.speech_encoder import encode_speech
+from blsp.training.examples import Example
+from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, rows_per_chunk, topk_kl_loss
+
+Loss = Literal["ctc", "ce", "kl"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: mean response loss (`ce` or `kl`) + `ctc_weight` x mean ctc; for `ctc` that term
+    alone.
+    """
+
+    loss: Loss
+    temperature: float = 1.0
+    stored_teacher: bool = False
+    ctc_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the sums are divided by: of the whole step, over all micro-batches and ranks."""
+
+    responses: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.responses + other.responses, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Loss sums (scalars, differentiable) of a micro-batch; positions that went through the LLM (frames for
+    ctc).
+    """
+
+    response: Tensor
+    ctc: Tensor
+    positions: int = 0
+    padding: int = 0
+
+
+@dataclass
+class PromptedLLM:
+    """The frozen LLM after a prompt's prefix, whose key/values are computed once and shared by every batch.
+
+    checkpoint_activations: keep no activations inside the layers of a pass with gradients; transformers then
+    drops the key/values without a word, so the prefix is put before the sequence instead.
+    """
+
+    model: BlspForConditionalGeneration
+    checkpoint_activations: bool = False
+    known: dict[tuple[int, ...], Prefix] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_activations:
+            self.model.model.language_model.activation_checkpointing_enable()
+
+    def states(self, prefix_ids: tuple[int, ...], embeds: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Last hidden states (B, L, D) of right-padded embeds (B, L, D) of true `lengths`."""
+        batch, width = embeds.shape[:2]
+        before = len(prefix_ids)
+        valid = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
+        mask = torch.cat([torch.ones(batch, before, dtype=torch.bool), valid], dim=1).long().to(embeds.device)
+        positions = torch.arange(before + width, device=embeds.device)[None, :].expand(batch, -1)
+        decoder = self.model.model.language_model
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            whole = torch.cat([embed(self.model, prefix_ids).expand(batch, -1, -1), embeds], dim=1)
+            with _checkpointing(decoder):
+                output = decoder(
+                    inputs_embeds=whole, attention_mask=mask, position_ids=positions, use_cache=False
+                )
+            return output.last_hidden_state[:, before:]
+        return decoder(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions[:, before:],
+            past_key_values=self._prefix(prefix_ids).expand(batch),
+            use_cache=True,
+        ).last_hidden_state
+
+    def _prefix(self, ids: tuple[int, ...]) -> Prefix:
+        if ids not in self.known:
+            self.known[ids] = compute_prefix(self.model, ids)
+        return self.known[ids]
+
+
+@contextmanager
+def _checkpointing(decoder: nn.Module) -> Iterator[None]:
+    """The layers, not what is inside them, in training mode: they checkpoint, and no dropout wakes up."""
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UnsupportedModelError(f"{type(decoder).__name__}: has no layers that can be checkpointed")
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+
+
+def counts_of(examples: Sequence[Example], objective: Objective) -> Counts:
+    """What `run` would sum over these examples, known before anything is computed."""
+    responses = 0 if objective.loss == "ctc" else sum(len(example.response) for example in examples)
+    tokens = (
+        sum(max(1, len(e.readout)) for e in examples if e.readout is not None) if objective.ctc_weight else 0
+    )
+    return Counts(responses, tokens)
+
+
+def objective_value(sums: Sums, counts: Counts, objective: Objective) -> Tensor:
+    """The share of the step's loss that a micro-batch contributes; the step's `counts` make shares add up."""
+    # T^2 keeps the size of the gradient when the temperature changes (Hinton et al. 2015)
+    scale = objective.temperature**2 if objective.loss == "kl" else 1.0
+    response = scale * sums.response / max(1, counts.responses)
+    return response + objective.ctc_weight * sums.ctc / max(1, counts.tokens)
+
+
+def run(
+    model: BlspForConditionalGeneration,
+    examples: Sequence[Example],
+    objective: Objective,
+    llm: PromptedLLM,
+) -> Sums:
+    """Sums of one micro-batch; all its examples have the same prefix."""
+    states, lengths = speech_states(model, examples)
+    if objective.loss == "ctc":
+        log_probs, places = _posteriors(model, states, lengths)
+        ctc = _ctc_term(log_probs, places, examples)
+        frames = states.shape[0] * states.shape[1]
+        return Sums(ctc.new_zeros(()), ctc, frames, frames - int(lengths.sum()))
+    heard = model.model.listen(states, lengths)
+    zero = heard.vectors.sum() * 0
+    ctc = _ctc_term(heard.log_probs, heard.places, examples) if heard.log_probs is not None else zero
+    spoken = [row for row, example in enumerate(examples) if example.response]
+    if not spoken:
+        return Sums(zero, ctc)
+    answering = [examples[row] for row in spoken]
+    vectors = speech_vectors(heard, spoken)
+    hidden, padding = response_states(model, answering, vectors, llm)
+    positions = sum(
+        len(v) + len(e.frame.suffix_ids) + len(e.response) - 1
+        for v, e in zip(vectors, answering, strict=True)
+    )
+    response = _response_loss(model, answering, hidden, objective, llm)
+    return Sums(response, ctc, positions + padding, padding)
+
+
+def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Encoder states (B, T, E) and lengths (B,): from the cache, or encoded here from log-mel features."""
+    device = next(model.model.multi_modal_projector.parameters()).device
+    if examples[0].features is not None:
+        lengths = torch.tensor([len(example.features) for example in examples])  # type: ignore[arg-type]
+        width = int(lengths.max())
+        states = np.zeros((len(examples), width, examples[0].features.shape[1]), dtype=np.float32)
+        for row, example in enumerate(examples):
+            states[row, : lengths[row]] = example.features
+        return torch.from_numpy(states).to(device), lengths.to(device)
+    mels = [torch.from_numpy(example.mel) for example in examples]  # (M, Tm) each
+    lengths = torch.tensor([mel.shape[1] for mel in mels], device=device)
+    padded = nn.utils.rnn.pad_sequence([mel.T for mel in mels], batch_first=True).transpose(1, 2).to(device)
+    mask = torch.arange(padded.shape[2], device=device)[None, :] < lengths[:, None]
+    with torch.no_grad():
+        return encode_speech(model.model.audio_tower, padded, mask, full_window=model.config.full_window)
+
+
+def speech_vectors(heard: AdapterOutput, rows: Sequence[int]) -> list[Tensor]:
+    """The valid vectors (n, D) of each of `rows`, invalid places taken out."""
+    counts = heard.valid.sum(dim=1).tolist()
+    return [heard.vectors[row, : counts[row]] for row in rows]
+
+
+def transcript_vectors(model: BlspForConditionalGeneration, examples: Sequence[Example]) -> list[Tensor]:
+    """The text route: the transcript's own token embeddings (n, D) in the speech's place."""
+    with torch.no_grad():
+        return [embed(model, example.transcript) for example in examples]
+
+
+def response_states(
+    model: BlspForConditionalGeneration,
+    examples: Sequence[Example],
+    vectors: Sequence[Tensor],
+    llm: PromptedLLM,
+) -> tuple[Tensor, int]:
+    """Last hidden states where responses are predicted, flat (N, D), and the padded positions."""
+    with torch.no_grad():
+        tails = [embed(model, [*e.frame.suffix_ids, *e.response[:-1]]) for e in examples]
+    rows = [torch.cat([v.to(tail.dtype), tail]) for v, tail in zip(vectors, tails, strict=True)]
+    embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L, D)
+    lengths = [len(row) for row in rows]
+    hidden = llm.states(examples[0].frame.prefix_ids, embeds, lengths)
+    width = embeds.shape[1]
+    places = [
+        torch.arange(row * width + length - len(example.response), row * width + length)
+        for row, (length, example) in enumerate(zip(lengths, examples, strict=True))
+    ]
+    index = torch.cat(places).to(hidden.device)
+    return hidden.flatten(0, 1)[index], len(rows) * width - sum(lengths)
+
+
+def _response_loss(
+    model: BlspForConditionalGeneration,
+    examples: Sequence[Example],
+    hidden: Tensor,
+    objective: Objective,
+    llm: PromptedLLM,
+) -> Tensor:
+    """Sum over response positions; `hidden` (N, D). Set answers (no speech) have no teacher and take ce."""
+    taught = [
+        objective.loss == "kl" and not example.no_speech for example in examples for _ in example.response
+    ]
+    split = torch.tensor(taught, device=hidden.device)
+    targets = torch.tensor([token for e in examples for token in e.response], device=hidden.device)
+    rows = rows_per_chunk(model.config.text_config.vocab_size)
+    total = hidden.sum() * 0
+    if not all(taught):
+        fixed = targets[~split]
+        total = total + chunked(
+            hidden[~split], lambda h, part: ce_loss(model.compute_logits(h), fixed[part])[0], rows
+        )
+    if any(taught):
+        answering = [example for example in examples if not example.no_speech]
+        total = total + _divergence(model, answering, hidden[split], objective, llm, rows)
+    return total
+
+
+def _divergence(
+    model: BlspForConditionalGeneration,
+    examples: Sequence[Example],
+    hidden: Tensor,
+    objective: Objective,
+    llm: PromptedLLM,
+    rows: int,
+) -> Tensor:
+    """Sum of KL(text || speech) over `hidden` (N, D): from the stored top-k, or with the teacher run here."""
+    if objective.stored_teacher:
+        top = [example.teacher for example in examples if example.teacher is not None]
+        ids = torch.from_numpy(np.concatenate([ids for ids, _ in top]).astype(np.int64)).to(hidden.device)
+        logp = torch.from_numpy(np.concatenate([logp for _, logp in top])).to(hidden.device)
+        return chunked(
+            hidden,
+            lambda h, part: topk_kl_loss(
+                model.compute_logits(h), ids[part], logp[part], objective.temperature
+            )[0],
+            rows,
+        )
+    with torch.no_grad():
+        read, _ = response_states(model, examples, transcript_vectors(model, examples), llm)
+    return chunked(
+        hidden,
+        lambda h, part: kl_loss(
+            model.compute_logits(h), model.compute_logits(read[part]), objective.temperature
+        )[0],
+        rows,
+    )
+
+
+def _posteriors(
+    model: BlspForConditionalGeneration, states: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The grounded adapter's log-probabilities (B, S, C) and places (B,), without vectors."""
+    adapter = model.model.multi_modal_projector
+    if not isinstance(adapter, GroundedAdapter):
+        raise TypeError(f"{model.config.adapter}: only the grounded adapter has a read-out for ctc")
+    table = model.model.readout_table()
+    assert table is not None  # a grounded adapter has one
+    return adapter.posteriors(states.to(next(adapter.parameters()).dtype), lengths, table)
+
+
+def _ctc_term(log_probs: Tensor, places: Tensor, examples: Sequence[Example]) -> Tensor:
+    """Sum of -log p(transcript) over the rows that have a read-out target (no speech: the empty one)."""
+    rows = [row for row, example in enumerate(examples) if example.readout is not None]
+    if not rows:
+        return log_probs.sum() * 0
+    targets = [torch.tensor(examples[row].readout, dtype=torch.long) for row in rows]
+    padded = nn.utils.rnn.pad_sequence(targets, batch_first=True).to(log_probs.device)
+    sizes = torch.tensor([len(target) for target in targets], device=log_probs.device)
+    if len(rows) < len(examples):
+        log_probs, places = log_probs[rows], places[rows]
+    return ctc_loss(log_probs, places, padded, sizes, BLANK)[0]

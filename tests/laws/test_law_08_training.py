@@ -1,0 +1,109 @@
+"""Law 8, in training: reusing the prefix's key/values, activation checkpointing (where transformers would
+silently
+drop them), and computing logits only at response positions and in chunks change nothing but the time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_blsp
+from training_examples import make_examples
+
+from blsp.model.language_model import embed
+from blsp.training import losses, step
+from blsp.training.examples import Example
+from blsp.training.step import Objective, PromptedLLM
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def _loss_and_gradients(model, examples: list[Example], loss: str, llm: PromptedLLM) -> list[torch.Tensor]:
+    sums = step.run(model, examples, Objective(loss), llm)
+    return [sums.response.detach(), *torch.autograd.grad(sums.response, _adapter(model))]
+
+
+def _adapter(model) -> list[torch.Tensor]:
+    return list(model.model.multi_modal_projector.parameters())
+
+
+def _plainly(model, examples: list[Example]) -> list[torch.Tensor]:
+    """The textbook: every row whole, from its first token, all logits, labels of -100 but at the response."""
+    rows = []
+    for example in examples:
+        states, lengths = step.speech_states(model, [example])
+        heard = model.model.listen(states, lengths)
+        head, tail = (
+            embed(model, example.frame.prefix_ids),
+            embed(model, [*example.frame.suffix_ids, *example.response]),
+        )
+        embeds = torch.cat([head, heard.vectors[0][heard.valid[0]], tail])[None]
+        labels = torch.full(embeds.shape[:2], -100)
+        labels[0, -len(example.response) :] = torch.tensor(example.response)
+        logits = model(inputs_embeds=embeds).logits[0, :-1]
+        rows.append(
+            torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
+        )
+    total = torch.stack(rows).sum()
+    return [total.detach(), *torch.autograd.grad(total, _adapter(model))]
+
+
+def _same(found: list[torch.Tensor], expected: list[torch.Tensor], family: str = "llama") -> None:
+    tolerance = 1e-5 if family == "gemma2" else 1e-9  # transformers takes Gemma 2's softmax in float32
+    for mine, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
+
+
+@FAMILY
+def test_prefix_reuse_and_logits_where_taken(pair_of, family: str) -> None:
+    model, processor = pair_of("conv", family)
+    examples = make_examples(processor, 4, order="instruction-first")
+    _same(_loss_and_gradients(model, examples, "ce", PromptedLLM(model)), _plainly(model, examples), family)
+
+
+@FAMILY
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_activation_checkpointing(tmp_path, family: str, loss: str) -> None:
+    model, processor = tiny_blsp(tmp_path, family=family)
+    examples = make_examples(processor, 4)
+    plain = _loss_and_gradients(model, examples, loss, PromptedLLM(model))
+    runs: list[int] = []
+    layer = model.model.language_model.layers[0].mlp
+    layer.register_forward_pre_hook(
+        lambda *_: runs.append(1)
+    )  # the recomputation stops before a hook at its end
+    llm = PromptedLLM(model, checkpoint_activations=True)
+    _same(_loss_and_gradients(model, examples, loss, llm), plain, family)
+    # two runs for the student; for kl also the teacher's prefix (once) and the teacher
+    assert len(runs) == (2 if loss == "ce" else 4), "activations were kept, or computed too often"
+    _same(_loss_and_gradients(model, examples, loss, llm), plain, family)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+@pytest.mark.parametrize("logits_alive", [1, 320 * 3, 2**24])
+def test_chunks_of_the_head(pair_of, monkeypatch, loss: str, logits_alive: int) -> None:
+    model, processor = pair_of("conv")
+    examples = make_examples(processor, 4)
+    whole = _loss_and_gradients(model, examples, loss, PromptedLLM(model))
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", logits_alive)
+    sizes: list[int] = []
+    compute = model.compute_logits
+    monkeypatch.setattr(
+        model, "compute_logits", lambda hidden: (sizes.append(len(hidden)), compute(hidden))[1]
+    )
+    _same(_loss_and_gradients(model, examples, loss, PromptedLLM(model)), whole)
+    responses = sum(len(example.response) for example in examples)
+    assert sum(sizes) == responses * (1 if loss == "ce" else 2)
+    assert max(sizes) <= max(1, logits_alive // 320)
+
+
+@pytest.mark.parametrize("adapter", ["conv", "stack", "grounded"])
+def test_a_shared_prefix_serves_several_batches(pair_of, adapter: str) -> None:
+    model, processor = pair_of(adapter)
+    examples = [replace(e, readout=None) for e in make_examples(processor, 6)]
+    llm = PromptedLLM(model)
+    parts = [step.run(model, part, Objective("ce"), llm).response for part in (examples[:2], examples[2:])]
+    whole = step.run(model, examples, Objective("ce"), llm).response
+    assert len(llm.known) == 1
+    torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-9)

@@ -1,0 +1,5 @@
+"""Models that the training tests share."""
+
+from laws.conftest import pair_of
+
+__all__ = ["pair_of"]

@@ -1,0 +1,285 @@
+"""`blsp train` on tiny models: the run folder, stages, refusals, caches, what cannot be learnt from."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_models import save_language_model
+from training_examples import write_data
+
+from blsp import configuration_file
+from blsp.data.audio import write_wav
+from blsp.model.checkpoint import load_blsp
+from blsp.model.distributed import find_place
+from blsp.model.features import FeatureCache
+from blsp.settings import SettingsError, TrainSettings
+from blsp.training import loop, step
+from blsp.training.loop import TrainingError, learning_rate, train
+from blsp.training.run_state import ResumeError, newest_complete
+from blsp.training.sources import DataError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), rows=22, top_k=4)
+
+
+@pytest.fixture
+def settings(data: Path, tmp_path: Path, tiny_llm, tiny_whisper) -> TrainSettings:
+    return TrainSettings(
+        data=(str(data),),
+        out=tmp_path / "run",
+        audio_model=tiny_whisper,
+        llm=tiny_llm("llama"),
+        adapter="conv",
+        loss="ce",
+        adapter_options=("bottleneck=8",),
+        batch_size=6,
+        steps=6,
+        lr=1e-2,
+        held_out=2,
+        log_every=2,
+        probe_every=3,
+    )
+
+
+def _metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def _weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "model.safetensors")
+
+
+def test_the_run_folder_is_what_the_contract_says(settings: TrainSettings, capsys) -> None:
+    train(settings)
+    out = settings.out
+    rows = _metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 6]
+    for name in ("step", "loss", "lr", "samples", "audio_seconds", "seconds", "padding"):
+        assert all(isinstance(row[name], int | float) for row in rows)
+    probed = [row["step"] for row in rows if "held_out_kl" in row]
+    assert probed == [1, 3, 6]
+    assert {"held_out_kl_shuffled", "held_out_top1", "train_kl", "train_top1"} <= set(rows[-1])
+    assert all(before["samples"] < after["samples"] for before, after in pairwise(rows))
+    assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert newest_complete(out / "checkpoints").name == "step-6"
+    card = (out / "adapter" / "README.md").read_text()
+    assert "library_name: transformers" in card and "held-out" in card
+    model, _ = load_blsp(out / "adapter", find_place("cpu"))
+    stored = load_file(out / "checkpoints" / "step-6" / "adapter.safetensors")
+    for name, tensor in model.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(tensor, stored[name])
+    capsys.readouterr()
+    train(settings)  # finished: nothing is done again
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_settings_yaml_can_be_given_back(settings: TrainSettings) -> None:
+    train(replace(settings, steps=1))
+    read = configuration_file.read_settings(
+        TrainSettings, ["--config", str(settings.out / "settings.yaml")], "blsp train"
+    )
+    assert replace(read, config=None) == replace(settings, steps=1)
+
+
+def test_other_settings_are_refused_with_their_names(settings: TrainSettings) -> None:
+    train(settings)
+    with pytest.raises(ResumeError, match=r"lr 0\.01 -> 0\.1.*--out"):
+        train(replace(settings, lr=0.1))
+    train(replace(settings, keep=5))  # not what the result depends on
+
+
+def test_loss_falls_and_the_curve_is_the_seed_s(settings: TrainSettings, tmp_path: Path) -> None:
+    long = replace(settings, steps=25, probe_every=100, log_every=5)
+    train(long)
+    losses = [row["loss"] for row in _metrics(long.out)]
+    assert losses[-1] < losses[0] - 0.2
+    again, other = replace(long, out=tmp_path / "again"), replace(long, out=tmp_path / "other", seed=1)
+    train(again)
+    train(other)
+    assert [row["loss"] for row in _metrics(again.out)] == losses
+    assert [row["loss"] for row in _metrics(other.out)] != losses
+
+
+@pytest.mark.parametrize(("adapter", "loss"), [("conv", "ce"), ("grounded", "ctc"), ("grounded", "kl")])
+def test_cached_features_and_encoding_on_the_fly_agree(
+    settings, tmp_path: Path, adapter: str, loss: str
+) -> None:
+    online = replace(settings, adapter=adapter, loss=loss, steps=2)
+    cached = replace(online, out=tmp_path / "cached", cache=tmp_path / "features")
+    train(online)
+    train(cached)
+    assert len(list((tmp_path / "features").iterdir())) > 0
+    ours, theirs = _metrics(cached.out)[0], _metrics(online.out)[0]
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-3)  # the cache holds float16
+    assert ours["samples"] == theirs["samples"]
+
+
+def test_stored_teacher_is_taken_where_it_is_there(settings, monkeypatch) -> None:
+    objectives = []
+    run = step.run
+    monkeypatch.setattr(
+        step, "run", lambda m, e, objective, llm: (objectives.append(objective), run(m, e, objective, llm))[1]
+    )
+    train(replace(settings, loss="kl", steps=1))
+    assert objectives[0].stored_teacher
+    train(replace(settings, loss="kl", steps=1, teacher="online", out=settings.out.with_name("online")))
+    assert not objectives[-1].stored_teacher
+
+
+def test_stored_teacher_of_another_temperature_is_refused(settings) -> None:
+    with pytest.raises(ValueError, match="temperature 1, not 2"):
+        train(replace(settings, loss="kl", temperature=2.0))
+
+
+def test_stages_follow_each_other(settings: TrainSettings, tmp_path: Path) -> None:
+    recipe = {
+        "data": list(settings.data),
+        "out": str(tmp_path / "staged"),
+        "audio-model": settings.audio_model,
+        "llm": settings.llm,
+        "adapter": "grounded",
+        "adapter-options": ["bottleneck=8"],
+        "batch-size": 6,
+        "held-out": 2,
+        "lr": 0.01,
+        "stages": [
+            {"name": "ground", "loss": "ctc", "steps": 3},
+            {"name": "align", "loss": "kl", "steps": 2},
+        ],
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    staged = configuration_file.read_settings(TrainSettings, ["--config", str(file)], "blsp train")
+    train(staged)
+    out = tmp_path / "staged"
+    grounded, aligned = (
+        load_file(out / "stages" / name / "adapter" / "model.safetensors") for name in ("ground", "align")
+    )
+    final = _weights(out)
+    assert all(torch.equal(final[name], aligned[name]) for name in aligned)
+    assert any(not torch.equal(final[name], grounded[name]) for name in grounded)
+    assert [(row["stage"], row["step"]) for row in _metrics(out)] == [
+        ("ground", 1), ("ground", 3), ("align", 4), ("align", 5),
+    ]  # fmt: skip
+    assert "held_out_wer" in _metrics(out)[0] and "held_out_kl" in _metrics(out)[-1]
+    first = torch.cat([tensor.flatten() for tensor in grounded.values()])
+    last = torch.cat([tensor.flatten() for tensor in aligned.values()])
+    assert (first - last).abs().mean() < 0.02  # the second stage began where the first ended
+    again = configuration_file.read_settings(
+        TrainSettings, ["--config", str(out / "settings.yaml")], "blsp train"
+    )
+    assert [stage.loss for stage in again.stages] == ["ctc", "kl"]
+    assert again.stages[1].init_from == str(out / "stages" / "ground" / "adapter")
+
+
+def test_broken_and_unusable_rows_are_listed_and_the_rest_is_learnt(settings, tmp_path: Path) -> None:
+    path = write_data(tmp_path / "mixed", rows=10)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    folder = path.parent
+    (folder / "0.wav").write_bytes(b"not audio")
+    rows[1]["audio"] = "missing.wav"
+    rows[2] |= {"continuation": "", "continuation_ids": [], "finish": "length"}
+    del rows[3]["continuation"], rows[3]["continuation_ids"]
+    rows[4]["audio"] = ""
+    write_wav(folder / "5.wav", np.zeros(16_000 * 3))
+    header = (folder / "6.wav").read_bytes()
+    (folder / "6.wav").write_bytes(header[:-300])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = replace(settings, data=(str(path),), steps=2, max_seconds=2.0, held_out=0)
+    for chosen in (run, replace(run, out=tmp_path / "cached", cache=tmp_path / "features")):
+        train(chosen)
+        listed = [json.loads(line) for line in Path(f"{chosen.out}.skipped.jsonl").read_text().splitlines()]
+        reasons = {row["id"]: row["reason"] for row in listed}
+        assert set(reasons) == {f"clip-{number}" for number in range(7)}
+        assert "continuation" in reasons["clip-3"] and "no audio" in reasons["clip-4"]
+        assert "--max-seconds 2" in reasons["clip-5"]
+        assert _metrics(chosen.out)[-1]["samples"] == 2 * 3
+
+
+def test_nothing_to_learn_from_is_an_error(settings, tmp_path: Path) -> None:
+    path = write_data(tmp_path / "none", rows=2)
+    path.write_text("".join(json.dumps(json.loads(line) | {"audio": ""}) + "\n" for line in path.open()))
+    with pytest.raises(DataError, match=r"skipped\.jsonl"):
+        train(replace(settings, data=(str(path),)))
+
+
+def test_continuations_of_another_llm_are_refused(settings, tmp_path: Path) -> None:
+    path = write_data(tmp_path / "others", rows=4)
+    (path.parent / "continued.jsonl.meta.json").write_text(json.dumps({"llm_sha256": "f" * 64}))
+    (path.parent / "continued.meta.json").write_text(json.dumps({"llm_sha256": "f" * 64}))
+    with pytest.raises(DataError, match="written by another LLM"):
+        train(replace(settings, data=(str(path),)))
+
+
+def test_a_loss_that_is_not_a_number_names_its_rows(settings, monkeypatch) -> None:
+    run = step.run
+
+    def poisoned(model, examples, objective, llm):
+        sums = run(model, examples, objective, llm)
+        return replace(sums, response=sums.response * float("nan"))
+
+    monkeypatch.setattr(step, "run", poisoned)
+    with pytest.raises(TrainingError, match=r"step 1.*nan.*clip-\d+"):
+        train(settings)
+
+
+def test_init_from_goes_on_with_an_adapter_of_its_kind(settings, tmp_path: Path, tiny_llm) -> None:
+    train(settings)
+    start = str(settings.out / "adapter")
+    train(replace(settings, out=tmp_path / "on", init_from=start, adapter_options=(), steps=1, lr=1e-9))
+    before, after = _weights(settings.out), _weights(tmp_path / "on")
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    with pytest.raises(SettingsError, match="is a conv adapter"):
+        train(replace(settings, out=tmp_path / "x", init_from=start, adapter="stack", adapter_options=()))
+    other = save_language_model(tmp_path / "other-llm", "llama", seed=9)
+    with pytest.raises(SettingsError, match="other weights than --llm"):
+        train(replace(settings, out=tmp_path / "y", init_from=start, adapter_options=(), llm=other))
+
+
+def test_the_average_of_the_last_steps_is_what_is_shipped(settings, tmp_path: Path, monkeypatch) -> None:
+    seen: list[dict[str, torch.Tensor]] = []
+    move = loop.move
+
+    def watched(run, state, *rest):
+        move(run, state, *rest)
+        seen.append({n: t.clone() for n, t in run.model.model.multi_modal_projector.state_dict().items()})
+
+    monkeypatch.setattr(loop, "move", watched)
+    train(replace(settings, average_last=3))
+    weights = _weights(settings.out)
+    for name in seen[0]:
+        mean = torch.stack([each[name] for each in seen[-3:]]).mean(0)
+        torch.testing.assert_close(weights[f"model.multi_modal_projector.{name}"], mean)
+
+
+def test_no_speech_clips_are_made_and_mixed_in(settings) -> None:
+    train(replace(settings, no_speech=0.5, steps=4))
+    assert len(list((settings.out / "no_speech").glob("*.wav"))) == 64
+    table = np.load(settings.out / "rows.npy")
+    assert table["no_speech"].sum() == 64
+    # 20 rows (2 are held out) and half as many again: an epoch of 5 steps of 6
+    assert _metrics(settings.out)[-1]["samples"] == 4 * 6
+
+
+def test_learning_rate_warms_up_and_falls(settings) -> None:
+    rates = [learning_rate(replace(settings, warmup_steps=5), number, 100) for number in range(1, 101)]
+    assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
+    assert all(a > b for a, b in pairwise(rates[5:])) and 0 < rates[-1] < 1e-5
+    short = [learning_rate(settings, number, 20) for number in range(1, 21)]  # 1000 steps do not fit in 20
+    assert max(short) == pytest.approx(0.01, rel=0.02) and short.index(max(short)) <= 2
+    assert learning_rate(replace(settings, schedule="constant"), 90, 100) == 0.01
+
+
+def test_features_of_the_run_are_found_again_by_the_cache(settings, tmp_path: Path) -> None:
+    cached = replace(settings, cache=tmp_path / "features", steps=1)
+    train(cached)
+    train(replace(cached, out=tmp_path / "second"))
+    assert isinstance(FeatureCache(tmp_path / "features", "other encoder"), FeatureCache)

@@ -1,0 +1,74 @@
+"""Checkpoints count when they are whole, and say what they need to be gone on with."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from blsp.training.run_state import (
+    Progress,
+    ResumeError,
+    add_to_window,
+    check_environment,
+    complete_checkpoints,
+    cut_metrics,
+    empty_window,
+    environment,
+    load_checkpoint,
+    newest_complete,
+    save_checkpoint,
+)
+
+
+def _save(folder: Path, step: int, keep: int = 2) -> Path:
+    weights = {"w": torch.full((2, 3), float(step)), "s": torch.tensor(1.5)}
+    optimiser = torch.optim.AdamW([torch.nn.Parameter(weights["w"])], lr=0.1)
+    progress = Progress(step=step, samples=8 * step, seconds=0.1 * step)
+    return save_checkpoint(folder, progress, weights, {}, optimiser.state_dict(), environment(1, "cpu"), keep)
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    stored = load_checkpoint(_save(tmp_path, 3))
+    assert stored.progress == Progress(step=3, samples=24, seconds=0.1 * 3)
+    assert torch.equal(stored.adapter["w"], torch.full((2, 3), 3.0))
+    assert stored.environment == environment(1, "cpu")
+    assert stored.average == {}
+
+
+def test_the_newest_complete_one_counts_and_old_ones_go(tmp_path: Path) -> None:
+    assert newest_complete(tmp_path) is None
+    for step in (2, 4, 10):
+        _save(tmp_path, step)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-4", "step-10"]
+    torn = tmp_path / "step-12"
+    torn.mkdir()
+    (torn / "adapter.safetensors").write_bytes(b"half")
+    assert newest_complete(tmp_path) == tmp_path / "step-10"
+    assert newest_complete(_save(tmp_path, 12).parent) == torn
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    cut_metrics(path, 5)  # nothing there: nothing to do
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 5, 10)) + '{"step": 15, "lo')
+    cut_metrics(path, 5)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 5]
+
+
+def test_another_machine_is_refused_by_name(tmp_path: Path) -> None:
+    here = environment(1, "cpu")
+    check_environment(here, here, tmp_path, inexact=False)
+    other = here | {"threads": 64, "torch": "9.9"}
+    with pytest.raises(ResumeError, match=r"torch .* -> .*threads .*--resume-inexact"):
+        check_environment(here, other, tmp_path, inexact=False)
+    check_environment(here, other, tmp_path, inexact=True)
+
+
+def test_the_window_of_a_metrics_line_adds_up_and_empties() -> None:
+    progress = Progress(step=7)
+    for loss in (1.0, 2.0):
+        progress = add_to_window(progress, loss, positions=10, padding=1)
+    assert (progress.window_steps, progress.window_loss, progress.window_padding) == (2, 3.0, 2)
+    assert empty_window(progress) == replace(Progress(), step=7)
