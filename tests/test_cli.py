@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -47,11 +46,6 @@ MINIMAL = {
 }
 
 
-def blsp_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    return subprocess.run([sys.executable, "-m", "blsp", *arguments], capture_output=True, text=True)
-
-
 def exit_code(arguments: list[str]) -> int:
     """What the process would exit with, in this process."""
     try:
@@ -72,18 +66,6 @@ def does(monkeypatch: pytest.MonkeyPatch) -> Any:
         )
 
     return replace
-
-
-def test_law_11_help_answers_in_under_half_a_second_and_without_torch() -> None:
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        assert "transcribe" in blsp_process("--help").stdout
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5  # the least of five: the machine may be busy with something else
-    heavy = "[m for m in ('torch', 'transformers', 'numpy', 'tyro') if m in sys.modules]"
-    program = f"import sys, blsp, blsp.cli; blsp.cli.main(['--help']); sys.exit(bool({heavy}))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
