@@ -1,4 +1,4 @@
-"""Law 6: placeholders = adapter frames, a function of the length alone; beyond 30 s windowed, not cut; invalid
+"""Law 6: placeholders = adapter frames, a function of length alone; beyond 30 s windowed, not cut; invalid
 places of `grounded` are masked, and taking them out gives the same numbers; all blank is no speech."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoint folders: the adapter alone, with the names and digests of the frozen parts; or everything merged.
+"""Checkpoint folders: the adapter alone, with the names and digests of the frozen parts; or all of it.
 
 In:  names of an encoder and an LLM (folder, hub id, `embedded:` name), or a folder written here.
 Out: a model whose frozen parts are frozen, and its processor.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig
 from blsp.model.digest import tensor_digest
 from blsp.model.distributed import Place, find_place
 from blsp.model.embedded import resolve_weights
-from blsp.model.language_model import check_supported
+from blsp.model.language_model import check_supported, embed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, build_adapter
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.shipped import find_model
@@ -54,7 +55,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """What is never trained: the encoder and the LLM, with the tokenizer and the mel extractor that belong to them."""
+    """What is never trained: the encoder and the LLM, with the mel extractor and tokenizer they need."""
 
     tower: WhisperEncoder
     llm: PreTrainedModel
@@ -71,7 +72,7 @@ def load_language_model(name: str, place: Place) -> tuple[PreTrainedModel, PreTr
 
 
 def load_speech_encoder(name: str, place: Place) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
-    """The Whisper encoder alone, frozen, in eval mode on `place`, and its mel extractor. No decoder is loaded."""
+    """The Whisper encoder, frozen, in eval mode on `place`, and its mel extractor. No decoder is loaded."""
     folder = resolve_weights(name)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a whole Whisper holds a decoder that is left out on purpose
@@ -108,10 +109,9 @@ def new_blsp(
     full_window: bool = False,
     seed: int = 0,
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    """Two frozen parts with a fresh adapter between them; its last norm starts at the size of the LLM's embeddings."""
+    """Two frozen parts and a fresh adapter between them; vectors start as large as the LLM's embeddings."""
     parts = load_frozen(audio_model, text_model, place)
-    table = parts.llm.get_input_embeddings().weight
-    rows = table if readout_vocabulary is None else table[readout_vocabulary]
+    embeddings = embed(parts.llm, readout_vocabulary or range(parts.llm.config.vocab_size))
     parts.tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
     config = BlspConfig(
         audio_config=parts.tower.config,
@@ -122,7 +122,10 @@ def new_blsp(
         audio_model_sha256=tensor_digest(resolve_weights(audio_model)),
         text_model_sha256=tensor_digest(resolve_weights(text_model)),
         adapter=adapter,
-        adapter_options={"embedding_std": round(float(rows.float().std()), 6), **(adapter_options or {})},
+        adapter_options={
+            "embedding_std": round(float(embeddings.float().std()), 6),
+            **(adapter_options or {}),
+        },
         readout_vocabulary=readout_vocabulary,
         full_window=full_window,
     )
@@ -140,7 +143,9 @@ def new_processor(config: BlspConfig, parts: FrozenParts) -> BlspProcessor:
     return BlspProcessor(parts.extractor, parts.tokenizer, strides=strides, full_window=config.full_window)
 
 
-def assemble(config: BlspConfig, parts: FrozenParts, projector: nn.Module, place: Place) -> BlspForConditionalGeneration:
+def assemble(
+    config: BlspConfig, parts: FrozenParts, projector: nn.Module, place: Place
+) -> BlspForConditionalGeneration:
     """A model made of loaded parts; nothing is initialised twice. The adapter stays in float32."""
     with torch.device("meta"):
         model = BlspForConditionalGeneration(config)
@@ -158,7 +163,9 @@ def assemble(config: BlspConfig, parts: FrozenParts, projector: nn.Module, place
 def _config_file(folder: Any) -> Path:
     found = cached_file(str(folder), "config.json", _raise_exceptions_for_missing_entries=False)
     if found is None:
-        raise CheckpointError(f"{folder}: no config.json there; give a folder written by `blsp train` or `blsp export`")
+        raise CheckpointError(
+            f"{folder}: no config.json there; give a folder written by `blsp train` or `blsp export`"
+        )
     return Path(found)
 
 
@@ -168,11 +175,21 @@ def is_adapter_folder(folder: Any) -> bool:
     return config.get("model_type") == "blsp" and config.get("adapter_only", False)
 
 
-def load_adapter_folder(folder: Any, dtype: Any = None, device_map: Any = None, **_: Any) -> BlspForConditionalGeneration:
-    """The model of an adapter folder, on `device_map` (a device; default: CPU) in `dtype` (default: float32)."""
+def refuse_missing(folder: Any, names: Collection[str]) -> None:
+    """Raise `CheckpointError` when a checkpoint lacks tensors of the model."""
+    if names:
+        raise CheckpointError(f"{folder}: {sorted(names)[0]} is missing from it; export or download it again")
+
+
+def load_adapter_folder(
+    folder: Any, dtype: Any = None, device_map: Any = None, **_: Any
+) -> BlspForConditionalGeneration:
+    """The model of an adapter folder, on the device `device_map` (default: CPU), in `dtype` (float32)."""
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     place = find_place(device="cpu" if device_map in (None, "auto") else str(device_map), dtype="float32")
-    model, _ = _load_adapter(folder, Place(place.device, dtype if isinstance(dtype, torch.dtype) else place.dtype, 0, 1))
+    model, _ = _load_adapter(
+        folder, Place(place.device, dtype if isinstance(dtype, torch.dtype) else place.dtype, 0, 1)
+    )
     return model
 
 
@@ -185,9 +202,7 @@ def load_blsp(folder: str | Path, place: Place) -> tuple[BlspForConditionalGener
     if is_adapter_folder(folder):
         return _load_adapter(folder, place)
     register()
-    model, found = BlspForConditionalGeneration.from_pretrained(folder, dtype=place.dtype, output_loading_info=True)
-    if found["missing_keys"]:
-        raise CheckpointError(f"{folder}: {sorted(found['missing_keys'])[0]} is missing from the export")
+    model = BlspForConditionalGeneration.from_pretrained(folder, dtype=place.dtype)
     return _frozen(model.to(place.device)), BlspProcessor.from_pretrained(folder)
 
 
@@ -214,7 +229,8 @@ def _check_digest(folder: Any, name: str, expected: str | None) -> None:
     if found != expected:
         raise CheckpointError(
             f"{folder}: was trained with other weights than {name} holds now "
-            f"(tensor digest {found[:12]}…, config.json says {str(expected)[:12]}…); load the weights it was trained with"
+            f"(tensor digest {found[:12]}…, config.json says {str(expected)[:12]}…); "
+            "load the weights it was trained with"
         )
 
 
@@ -228,16 +244,18 @@ def save_adapter(
 ) -> None:
     """Write the adapter folder under a temporary name, then rename it into place."""
     state = {name: tensor.to(dtype).contiguous() for name, tensor in model.adapter_state().items()}
-    _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card)
+    _write_folder(
+        folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card
+    )
 
 
 def export_merged(model: BlspForConditionalGeneration, processor: BlspProcessor, folder: str | Path) -> None:
     """Write everything, frozen parts included, as one ordinary Hugging Face checkpoint."""
-    model.config.adapter_only = False
+    before, model.config.adapter_only = model.config.adapter_only, False
     try:
         _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new), processor, None)
     finally:
-        model.config.adapter_only = True
+        model.config.adapter_only = before
 
 
 def _write_folder(folder: str | Path, write: Any, processor: BlspProcessor, card: str | None) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -30,13 +30,27 @@ def check_supported(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModelError` unless `config` is a decoder-only LLM with plain key/value attention."""
     name = config.model_type
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name}: not a decoder-only language model; take a causal LM such as Llama or Qwen")
+        raise UnsupportedModelError(
+            f"{name}: not a decoder-only language model; take a causal LM such as Llama or Qwen"
+        )
     other = set(getattr(config, "layer_types", None) or []) - PLAIN_ATTENTION
-    if other or any(hasattr(config, mark) for mark in ("ssm_cfg", "state_size", "mamba_d_state", "attn_layer_period")):
+    if other or any(
+        hasattr(config, mark) for mark in ("ssm_cfg", "state_size", "mamba_d_state", "attn_layer_period")
+    ):
         kinds = ", ".join(sorted(other)) or "state-space"
         raise UnsupportedModelError(f"{name}: has {kinds} layers, whose state cannot be shared as a prefix")
-    if getattr(config, "lm_head_multiplier", 1.0) != 1.0 or getattr(config, "mup_width_scale", None) is not None:
+    if (
+        getattr(config, "lm_head_multiplier", 1.0) != 1.0
+        or getattr(config, "mup_width_scale", None) is not None
+    ):
         raise UnsupportedModelError(f"{name}: scales its logits in a way that is not known here")
+
+
+def head_has_bias(config: PretrainedConfig) -> bool:
+    """Whether the LLM's vocabulary projection has a bias, as in Phi."""
+    with torch.device("meta"):
+        head = AutoModelForCausalLM.from_config(config).get_output_embeddings()
+    return getattr(head, "bias", None) is not None
 
 
 def decoder_of(llm: PreTrainedModel) -> nn.Module:

@@ -32,7 +32,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from blsp.model.adapter import AdapterOutput, ConvAdapter, Heard, StackAdapter
 from blsp.model.configuration_blsp import BlspConfig
 from blsp.model.grounded import GroundedAdapter
-from blsp.model.language_model import UnsupportedModelError, check_supported, scale_logits
+from blsp.model.language_model import UnsupportedModelError, check_supported, head_has_bias, scale_logits
+from blsp.model.packing import pack, unpack
 from blsp.model.speech_encoder import encode_speech
 
 ADAPTERS: dict[str, type[nn.Module]] = {
@@ -48,6 +49,11 @@ class BlspAudioOutput(BaseModelOutputWithPooling):
 
     valid: Tensor | None = None
     adapter: AdapterOutput | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every place holds a vector."""
+        return self.valid is None or bool(self.valid.all())
 
 
 class BlspPreTrainedModel(PreTrainedModel):
@@ -65,6 +71,26 @@ class BlspPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """The parts initialise themselves: the adapter in its constructor, the frozen ones from files."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter folder (with the frozen parts it names, digests checked) or a merged export.
+
+        Raises CheckpointError rather than leave a tensor at its random first value.
+        """
+        from blsp.model.checkpoint import is_adapter_folder, load_adapter_folder, refuse_missing
+
+        informed = kwargs.pop("output_loading_info", False)
+        found: dict[str, Any] = {"missing_keys": set()}
+        if is_adapter_folder(pretrained_model_name_or_path):
+            whole = load_adapter_folder(pretrained_model_name_or_path, **kwargs)
+            model: Any = whole.model if issubclass(cls, BlspModel) else whole
+        else:
+            model, found = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+            refuse_missing(pretrained_model_name_or_path, found["missing_keys"])
+        return (model, found) if informed else model
+
 
 class BlspModel(BlspPreTrainedModel):
     """Encoder, adapter and the LLM without its head."""
@@ -81,7 +107,7 @@ class BlspModel(BlspPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -131,7 +157,7 @@ class BlspModel(BlspPreTrainedModel):
     def splice(
         self, input_ids: Tensor, audio: BlspAudioOutput | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (B, L, D) with the vectors in their places; the mask (B, past + L) less invalid places."""
+        """Embeddings (B, L, D) with the vectors in their places; mask (B, past + L) less invalid places."""
         places = input_ids == self.config.audio_token_id
         embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if audio is None or audio.pooler_output is None or audio.valid is None:
@@ -142,11 +168,11 @@ class BlspModel(BlspPreTrainedModel):
             return embeds, attention_mask
         if int(places.sum()) != len(audio.pooler_output):
             raise ValueError(
-                f"{int(places.sum())} audio placeholders in input_ids, but {len(audio.pooler_output)} vectors "
-                "of speech: build both with the same BlspProcessor"
+                f"{int(places.sum())} audio placeholders in input_ids, but {len(audio.pooler_output)} "
+                "vectors of speech: build both with the same BlspProcessor"
             )
         embeds = embeds.masked_scatter(places[:, :, None], audio.pooler_output.to(embeds.dtype))
-        if bool(audio.valid.all()):
+        if audio.complete:
             return embeds, attention_mask
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
         here = mask[:, -input_ids.shape[1] :]
@@ -170,6 +196,8 @@ class BlspModel(BlspPreTrainedModel):
             return self._decode(
                 inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs
             )
+        if input_ids is None:
+            raise ValueError("give input_ids, or inputs_embeds")
         audio = None
         if input_features is not None:
             audio = self.get_audio_features(input_features, input_features_mask)
@@ -179,7 +207,7 @@ class BlspModel(BlspPreTrainedModel):
         embeds, mask = self.splice(input_ids, audio, attention_mask)
         if mask is not None and mask.ndim == 2 and position_ids is None:
             position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        if mask is None or audio is None or bool(audio.valid.all()):
+        if mask is None or position_ids is None or audio is None or audio.complete:
             return self._decode(embeds, mask, position_ids, past_key_values, use_cache, **kwargs)
         embeds, mask, order = pack(embeds, mask)
         position_ids = position_ids.gather(1, order)
@@ -205,33 +233,6 @@ class BlspModel(BlspPreTrainedModel):
         )
 
 
-def pack(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns that are not attended go before the others, so that distances between tokens leave them out.
-
-    A sliding window counts columns, not positions: an invalid place amid the sequence would shorten it.
-
-    embeds (B, L, D), mask (B, past + L) -> both in the new order, and `order` (B, L): where each came from.
-    """
-    width = embeds.shape[1]
-    here = mask[:, -width:].long()
-    order = here.argsort(dim=1, stable=True)
-    embeds = embeds.gather(1, order[:, :, None].expand_as(embeds))
-    return (
-        embeds,
-        torch.cat([mask[:, : mask.shape[1] - width], here.gather(1, order).to(mask.dtype)], dim=1),
-        order,
-    )
-
-
-def unpack(outputs: BaseModelOutputWithPast, order: Tensor) -> BaseModelOutputWithPast:
-    """Hidden states (B, L, D) in the order of the input again; key/values stay packed."""
-    back = order.argsort(dim=1)[:, :, None]
-    outputs.last_hidden_state = outputs.last_hidden_state.gather(1, back.expand_as(outputs.last_hidden_state))
-    if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(h.gather(1, back.expand_as(h)) for h in outputs.hidden_states)
-    return outputs
-
-
 def build_adapter(config: BlspConfig) -> nn.Module:
     """The adapter that a configuration names, freshly initialised."""
     if config.adapter not in ADAPTERS:
@@ -248,19 +249,13 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
     def __init__(self, config: BlspConfig) -> None:
         super().__init__(config)
         self.model = BlspModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.text_config
+        self.lm_head: nn.Module = nn.Linear(text.hidden_size, text.vocab_size, bias=head_has_bias(text))
         if config.tie_word_embeddings:
-            self._tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+            table = self.get_input_embeddings()
+            name = next(name for name, module in self.named_modules() if module is table)
+            self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load an adapter folder (with the frozen parts it names, digests checked) or a merged export."""
-        from blsp.model.checkpoint import is_adapter_folder, load_adapter_folder
-
-        if is_adapter_folder(pretrained_model_name_or_path):
-            return load_adapter_folder(pretrained_model_name_or_path, **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write the adapter's tensors and the configuration; all tensors unless `config.adapter_only`."""
@@ -273,7 +268,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         state = self.model.multi_modal_projector.state_dict()
         return {f"model.multi_modal_projector.{name}": tensor for name, tensor in state.items()}
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -303,7 +298,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         lengths = torch.tensor([len(states) for states in features], device=device)
         padded = nn.utils.rnn.pad_sequence([states.to(device) for states in features], batch_first=True)
         output = self.model.listen(padded, lengths)
-        readout = output.readout or [None] * len(features)
+        readout: Sequence[list[int] | None] = output.readout or [None] * len(features)
         return [
             Heard(vectors[valid], int(places), bool(speech), ids)
             for vectors, valid, places, speech, ids in zip(
@@ -371,8 +366,8 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         input_ids = kwargs.pop("input_ids", inputs)
         if features is not None:
             audio = self.get_audio_features(features, features_mask)
-            mask = kwargs.pop("attention_mask", None)
+            given = kwargs.pop("attention_mask", None)
+            embeds, mask = self.model.splice(input_ids, audio, given)
             mask = torch.ones_like(input_ids) if mask is None else mask
-            embeds, mask = self.model.splice(input_ids, audio, mask)
             kwargs["inputs_embeds"], kwargs["attention_mask"], _ = pack(embeds, mask)
         return super().generate(input_ids, **kwargs)
