@@ -98,7 +98,8 @@ class Listener:
         """Answers in the order of the questions; speech and text may be mixed."""
         spoken = [i for i, question in enumerate(questions) if question.audio is not None]
         heard = dict(zip(spoken, self.hear([questions[i].audio for i in spoken]), strict=True))
-        answers = {i: self.model.config.no_speech_sentence for i, clip in heard.items() if not clip.speech}
+        silent = self.model.config.no_speech_sentence
+        answers: dict[Any, str] = {i: silent for i, clip in heard.items() if not clip.speech}
         requests = [
             self.request(i, question, heard.get(i), decoding or self.decoding)
             for i, question in enumerate(questions)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 HOP_SAMPLES = 160  # one mel frame each 10 ms at 16 kHz
 WINDOW_MEL_FRAMES = 3000  # 30 s: as many positions as Whisper's encoder has, times two
@@ -75,7 +76,7 @@ def _log_mel(extractor: WhisperFeatureExtractor, audio: np.ndarray, frames: int)
 
 
 def encode_speech(
-    tower: nn.Module, input_features: Tensor, mask: Tensor, *, full_window: bool = False
+    tower: WhisperEncoder, input_features: Tensor, mask: Tensor, *, full_window: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Run the encoder on (B, M, Tm) features whose valid frames `mask` (B, Tm) names (valid ones first).
 
@@ -99,7 +100,7 @@ def encode_speech(
 
 
 def _encode_window(
-    tower: nn.Module, features: Tensor, mel_lengths: Tensor, full_window: bool
+    tower: WhisperEncoder, features: Tensor, mel_lengths: Tensor, full_window: bool
 ) -> tuple[Tensor, Tensor]:
     """At most 30 s: `WhisperEncoder.forward` in parts, since the whole accepts 3000 frames only."""
     lengths = (mel_lengths + 1) // 2
