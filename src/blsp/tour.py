@@ -69,7 +69,9 @@ def visit(stop: Stop, folder: Path) -> str:
     seen = stop.look()
     folder.mkdir(parents=True, exist_ok=True)
     fresh = record.with_suffix(".writing")
-    fresh.write_text(json.dumps({"commands": commands, "seen": seen}, ensure_ascii=False, indent=1), encoding="utf-8")
+    fresh.write_text(
+        json.dumps({"commands": commands, "seen": seen}, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
     fresh.replace(record)
     return seen
 
@@ -80,7 +82,9 @@ def run_command(command: Sequence[str]) -> None:
 
     print("  $ blsp " + " ".join(command), flush=True)
     if code := main(list(command)):
-        raise TourError(f"`blsp {' '.join(command)}` ended with exit code {code}; mend that and run the tour again")
+        raise TourError(
+            f"`blsp {' '.join(command)}` ended with exit code {code}; mend that and run the tour again"
+        )
 
 
 def plan(settings: TourSettings) -> list[Stop]:
@@ -167,7 +171,9 @@ def _show_manifests(speech: Path) -> str:
         minutes = sum(row.get("seconds", 0.0) for row in rows) / 60
         speakers = len({row.get("speaker") for row in rows})
         lines.append(f"{speech / name}: {len(rows)} clips, {minutes:.1f} minutes, {speakers} speakers")
-    shown: dict[str, Any] = {key: rows_value for key, rows_value in read_manifest(speech / "train.jsonl")[0].items()}
+    shown: dict[str, Any] = {
+        key: rows_value for key, rows_value in read_manifest(speech / "train.jsonl")[0].items()
+    }
     return "\n".join([*lines, json.dumps(shown, ensure_ascii=False)])
 
 

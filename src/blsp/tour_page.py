@@ -84,7 +84,11 @@ def question_page(adapter: str, manifest: Path, device: str) -> str:
     hearing = listener.generate([Question(audio=clip) for clip in audio])
     lines = []
     for row, text_answer, speech_answer in zip(rows, reading, hearing, strict=True):
-        lines += [row["text"], f"   on reading: {_short(text_answer)}", f"   on hearing: {_short(speech_answer)}"]
+        lines += [
+            row["text"],
+            f"   on reading: {_short(text_answer)}",
+            f"   on hearing: {_short(speech_answer)}",
+        ]
     return "\n".join(lines)
 
 

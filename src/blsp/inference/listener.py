@@ -61,7 +61,9 @@ class Listener:
         self.model = model.eval()
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.decoding = Decoding(max_new_tokens=128, stop_ids=stop_ids(model))  # the paper's zero-shot setting
+        self.decoding = Decoding(
+            max_new_tokens=128, stop_ids=stop_ids(model)
+        )  # the paper's zero-shot setting
         self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
 
     def answer(self, audio: Any, instruction: str = "", *, max_new_tokens: int = 128) -> str:

@@ -184,7 +184,9 @@ class Decoder:
         prefix = group[0].prefix
         before = len(prefix) if prefix else 0
         lengths = torch.tensor([len(request.embeds) for request in group], device=self._device)
-        embeds = nn.utils.rnn.pad_sequence([request.embeds for request in group], batch_first=True)  # (R, L, D)
+        embeds = nn.utils.rnn.pad_sequence(
+            [request.embeds for request in group], batch_first=True
+        )  # (R, L, D)
         positions = before + torch.arange(embeds.shape[1], device=self._device)
         cache = prefix.expand(len(group)) if prefix else DynamicCache()
         output = decoder_of(self.llm)(  # no mask: causal attention never looks at the padding on the right
@@ -193,7 +195,9 @@ class Decoder:
             past_key_values=cache,
             use_cache=True,
         )
-        rows = [_Row(request, before + length) for request, length in zip(group, lengths.tolist(), strict=True)]
+        rows = [
+            _Row(request, before + length) for request, length in zip(group, lengths.tolist(), strict=True)
+        ]
         for row in rows:
             if row.request.decoding.temperature > 0:
                 row.generator = torch.Generator().manual_seed(row.request.decoding.seed)

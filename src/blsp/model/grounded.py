@@ -105,7 +105,9 @@ class _ContextLayer(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         query, key, value = self.qkv(self.norm_attention(hidden)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         query, key, value = (_rotate(query), _rotate(key), value.transpose(1, 2))
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
+        mixed = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask[:, None, None, :]
+        )
         hidden = hidden + self._drop(self.out(mixed.transpose(1, 2).flatten(2)))
         return hidden + self._drop(self.down(nn.functional.gelu(self.up(self.norm_mlp(hidden)))))
 
@@ -161,5 +163,7 @@ def _run_means(log_probs: Tensor, table: Tensor, spoken: Tensor, runs: Tensor) -
     expected = posterior @ table.to(posterior.dtype)  # (F, D)
     slots = (runs + torch.arange(batch, device=runs.device)[:, None] * width)[spoken]  # (F,)
     sums = expected.new_zeros(batch * width, table.shape[1]).index_add(0, slots, expected)
-    counts = expected.new_zeros(batch * width).index_add(0, slots, torch.ones_like(slots, dtype=expected.dtype))
+    counts = expected.new_zeros(batch * width).index_add(
+        0, slots, torch.ones_like(slots, dtype=expected.dtype)
+    )
     return (sums / counts.clamp(min=1)[:, None]).unflatten(0, (batch, width))

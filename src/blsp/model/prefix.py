@@ -30,7 +30,9 @@ class Prefix:
 
     def expand(self, batch: int) -> DynamicCache:
         """A cache for `batch` rows; the rows are views of one copy until a layer appends to them."""
-        return DynamicCache([(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers])
+        return DynamicCache(
+            [(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self.layers]
+        )
 
 
 @torch.no_grad()

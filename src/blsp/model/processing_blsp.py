@@ -87,7 +87,9 @@ class BlspProcessor(ProcessorMixin):
         clips = self._clips(audio, sampling_rate)
         wanted = sum(piece.count(AUDIO_TOKEN) for piece in texts)
         if wanted != len(clips):
-            raise ValueError(f"{wanted} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place")
+            raise ValueError(
+                f"{wanted} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place"
+            )
         counts = iter([self.places(len(clip)) for clip in clips])
         expanded = ["".join(self._expand(piece, counts)) for piece in texts]
         data = dict(
@@ -118,7 +120,9 @@ class BlspProcessor(ProcessorMixin):
         while flat and isinstance(flat[0], (list, tuple)):
             flat = [clip for clips in flat for clip in clips]
         return [
-            load_audio(clip, sampling_rate=(sampling_rate or SAMPLE_RATE) if isinstance(clip, np.ndarray) else None)
+            load_audio(
+                clip, sampling_rate=(sampling_rate or SAMPLE_RATE) if isinstance(clip, np.ndarray) else None
+            )
             for clip in flat
         ]
 

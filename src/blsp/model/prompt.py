@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 Order = Literal["speech-first", "instruction-first"]
 ORDERS: tuple[Order, ...] = ("speech-first", "instruction-first")
-_MARK = "\ue000{}\ue001"  # private-use characters: no template contains them, and user text goes in only as marks
+_MARK = (
+    "\ue000{}\ue001"  # private-use characters: no template contains them, and user text goes in only as marks
+)
 _MARK_PATTERN = re.compile("\ue000(\\d+)\ue001")
 
 
@@ -44,7 +46,9 @@ class Speech:
     index: int
 
 
-Part = str | Speech | tuple[int, ...]  # user text, a clip, or ids taken as they are (an answer that was written)
+Part = (
+    str | Speech | tuple[int, ...]
+)  # user text, a clip, or ids taken as they are (an answer that was written)
 Segment = tuple[int, ...] | Speech
 
 
@@ -92,7 +96,9 @@ def render(
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answer: bool) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; BLSP needs an instruct LLM")
+        raise PromptError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; BLSP needs an instruct LLM"
+        )
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
 
 

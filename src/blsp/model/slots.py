@@ -56,7 +56,9 @@ class Slots:
     def take(self, row: int, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
         """A copy of one row's key/values, each (1, H, length, d)."""
         place = (slice(row, row + 1), slice(None), slice(self.end - length, self.end))
-        return tuple((layer.buffer_keys[place].clone(), layer.buffer_values[place].clone()) for layer in self.layers)
+        return tuple(
+            (layer.buffer_keys[place].clone(), layer.buffer_values[place].clone()) for layer in self.layers
+        )
 
     def _reserve(self, rows: int, width: int, like: DynamicCache | None, after: int = 0) -> None:
         """Room for `rows` rows that are `width` columns wide and `after` columns more; in-use columns are kept."""
@@ -87,10 +89,16 @@ class _SlotLayer(DynamicLayer):
             return
         width = max(width, end - start)
         capacity = (-(-(width + after) // COLUMNS_AT_A_TIME) + 1) * COLUMNS_AT_A_TIME
-        self.buffer_keys = _regrown(self.buffer_keys, like.keys if like else None, rows, capacity, used, width)
-        self.buffer_values = _regrown(self.buffer_values, like.values if like else None, rows, capacity, used, width)
+        self.buffer_keys = _regrown(
+            self.buffer_keys, like.keys if like else None, rows, capacity, used, width
+        )
+        self.buffer_values = _regrown(
+            self.buffer_values, like.values if like else None, rows, capacity, used, width
+        )
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write the open column (R, H, 1, d); return the columns in use, (R, H, C, d) each."""
         slots = self.slots
         self.buffer_keys[: slots.active, :, slots.end] = key_states[:, :, 0]
