@@ -228,7 +228,7 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.tuples(
@@ -491,7 +491,7 @@ def test_damaged_manifests_are_read_or_refused(seed: int, path: Path) -> None:
             assert len(found) == len(read) == len({row.id for row in found})
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.sampled_from([*Utterance.__dataclass_fields__, "other"]), JSON_VALUES | st.floats())
 )

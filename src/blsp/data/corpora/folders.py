@@ -1,0 +1,141 @@
+"""Data without a publisher: a folder of audio and text files, a Kaldi data directory.
+
+    >>> next(audio_and_text(Wanted(root="my_recordings", ...)))       # my_recordings/a.wav beside a.txt
+    Utterance(id="a", audio="/home/me/my_recordings/a.wav", text="What I said.")
+
+In: a folder. Out: utterances, streaming. A Kaldi directory is read as its documentation describes it
+(kaldi-asr.org/doc/data_prep.html: wav.scp, text, and optionally segments, utt2spk, utt2lang).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from blsp.data.corpora.layout import (
+    Corpus,
+    Dropped,
+    Lookup,
+    Read,
+    Row,
+    Wanted,
+    heard,
+    iso,
+    number,
+    read_lines,
+)
+
+FOLDER = Corpus("recordings", "your own disk: audio files (wav, flac, ogg, opus, mp3) beside .txt files")
+KALDI = Corpus("a Kaldi data directory", "https://kaldi-asr.org/doc/data_prep.html (its layout)")
+
+AUDIO_SUFFIXES = frozenset([".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph"])
+TEXT_SUFFIXES = (".txt", ".lab")
+# commands of wav.scp that only decode a file: flac -c -d -s FILE |, sph2pipe -f wav -p FILE |, cat FILE |
+DECODING = re.compile(r"(?:\S*/)?(?:flac(?: -[cds]+)+|sph2pipe(?: -f \w+| -p)+|cat) (\S+) *\|")
+
+
+def audio_and_text(wanted: Wanted) -> Read:
+    """Every audio file below the folder (or its subfolder SPLIT) with the .txt or .lab file of its name."""
+    root = FOLDER.need(wanted.folder)
+    for split in wanted.splits:
+        for path in _audio_files(root / split if (root / split).is_dir() else root):
+            id = path.relative_to(root).with_suffix("").as_posix()
+            texts = [path.with_suffix(suffix) for suffix in TEXT_SUFFIXES]
+            beside = next((text for text in texts if text.exists()), None)
+            if beside is None:
+                yield Dropped(id, str(path), f"no transcript: {texts[0].name} is missing")
+                continue
+            text = " ".join(line.strip() for _, line in read_lines(beside, FOLDER))
+            yield heard(id, path, text, language=iso(wanted.language))
+
+
+def _audio_files(folder: Path) -> Iterator[Path]:
+    """In an order that does not change; only one folder's names are in memory."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        for name in sorted(files):
+            if Path(name).suffix.lower() in AUDIO_SUFFIXES:
+                yield Path(place) / name
+
+
+# --- Kaldi ------------------------------------------------------------------------------------------------
+
+
+def kaldi(wanted: Wanted) -> Read:
+    """A data directory (or its subdirectory SPLIT): text names the utterances, segments or wav.scp the
+    audio."""
+    root = KALDI.need(wanted.folder)
+    for split in wanted.splits:
+        if (root / "wav.scp").exists():
+            yield from _kaldi_directory(root, wanted)
+        else:
+            yield from _kaldi_directory(KALDI.need(root / split / "wav.scp").parent, wanted)
+
+
+def _kaldi_directory(folder: Path, wanted: Wanted) -> Read:
+    with ExitStack() as stack:
+        tables = {
+            name: stack.enter_context(Lookup(_mapping(folder / name)))
+            for name in ("wav.scp", "segments", "utt2spk", "utt2lang")
+            if (folder / name).exists()
+        }
+        for line, content in read_lines(KALDI.need(folder / "text"), KALDI):
+            id, text = _split_once(content)
+            if id:
+                yield _kaldi_row(id, text, tables, folder, line, iso(wanted.language))
+
+
+def _kaldi_row(
+    id: str, text: str, tables: dict[str, Lookup], folder: Path, line: int, language: str | None
+) -> Row:
+    recording = id
+    times: dict[str, Any] = {}
+    if "segments" in tables:
+        segment = (tables["segments"].get(id) or "").split()
+        if len(segment) < 3:
+            return Dropped(id, "", "no segment: the utterance is not in segments")
+        recording = segment[0]
+        start = number(segment[1], folder / "segments", line, KALDI)
+        end = number(segment[2], folder / "segments", line, KALDI)
+        if end <= start:
+            return Dropped(id, recording, f"no segment: it goes from {start} to {end} s")
+        times = {"start": start, "duration": round(end - start, 6)}
+    entry = tables["wav.scp"].get(recording)
+    audio = _audio_of(entry or "", folder)
+    if audio is None:
+        reason = f"{entry!r} is a command or archive" if entry else "not in wav.scp"
+        return Dropped(id, recording, f"no audio file: {reason}")
+    speaker = tables["utt2spk"].get(id) if "utt2spk" in tables else None
+    spoken = iso(tables["utt2lang"].get(id)) if "utt2lang" in tables else language
+    return heard(id, audio, text, language=spoken, speaker=speaker, **times)
+
+
+def _audio_of(entry: str, folder: Path) -> Path | None:
+    """The file behind an entry of wav.scp: a path, or one that a command merely decodes."""
+    entry = entry.strip()
+    if decoded := DECODING.fullmatch(entry):
+        entry = decoded[1]
+    if not entry or entry.endswith("|") or re.search(r"\.ark:\d+$", entry):
+        return None
+    if (folder / entry).exists():
+        return folder / entry  # an absolute path stays what it is
+    return Path(entry).absolute()  # Kaldi's own way: from where it is run
+
+
+def _mapping(path: Path) -> Iterator[tuple[str, str]]:
+    for line, content in read_lines(path, KALDI):
+        name, value = _split_once(content)
+        if name and not value:
+            raise KALDI.broken(path, line, f"{name!r} stands without a value")
+        if name:
+            yield name, value
+
+
+def _split_once(content: str) -> tuple[str, str]:
+    """Name and rest of a line; Kaldi parts them with blanks or a tab."""
+    name, *rest = content.split(maxsplit=1) or [""]
+    return name, (rest[0].strip() if rest else "")

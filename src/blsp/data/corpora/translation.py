@@ -1,0 +1,257 @@
+"""Corpora of several languages: Common Voice, CoVoST 2, MuST-C, FLEURS.
+
+    >>> next(must_c(Wanted(root="/data/MUSTC_v1.0", split="dev", target_language="de", ...)))
+    Utterance(id="ted_1-000001", ..., text="Hello.", reference="Hallo.", start=12.6, duration=3.2, ...)
+
+In: a corpus' folder as published. Out: utterances, streaming; the translation, where one is asked for, is
+`reference`.
+
+Sources of the layouts: Common Voice's release notes (github.com/common-voice/cv-dataset); CoVoST's
+`get_covost_splits.py` (github.com/facebookresearch/covost) and fairseq's `prep_covost_data.py`; fairseq's
+`prep_mustc_data.py`; FLEURS' repository (huggingface.co/datasets/google/fleurs, `data/`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from blsp.data.corpora.layout import (
+    Corpus,
+    CorpusError,
+    Dropped,
+    Lookup,
+    Read,
+    Row,
+    Wanted,
+    folders_in,
+    heard,
+    iso,
+    number,
+    read_lines,
+    read_table,
+)
+
+COMMON_VOICE = Corpus("Common Voice", "https://datacollective.mozillafoundation.org (Common Voice)")
+COVOST = Corpus("CoVoST 2", "https://github.com/facebookresearch/covost (and Common Voice 4 for the audio)")
+MUST_C = Corpus("MuST-C", "https://mt.fbk.eu/must-c/")
+FLEURS = Corpus("FLEURS", "https://huggingface.co/datasets/google/fleurs")
+
+FLEURS_COLUMNS = [
+    "id",
+    "file_name",
+    "raw_transcription",
+    "transcription",
+    "characters",
+    "num_samples",
+    "gender",
+]
+FLEURS_RATE = 16_000
+
+
+def common_voice(wanted: Wanted) -> Read:
+    """LANGUAGE/{train,dev,test,validated,other,invalidated}.tsv and LANGUAGE/clips/*.mp3, any release."""
+    folder = _language_folder(wanted, COMMON_VOICE, "clips")
+    for split in wanted.splits:
+        path = COMMON_VOICE.need_split(
+            folder / f"{split}.tsv", split, [p.stem for p in sorted(folder.glob("*.tsv"))]
+        )
+        for _, row in read_table(path, COMMON_VOICE, ["client_id", "path", "sentence"]):
+            yield _clip(row, folder, iso(row.get("locale") or wanted.language or folder.name))
+
+
+def _clip(row: dict[str, str], folder: Path, language: str | None, **more: Any) -> Row:
+    """A line of Common Voice; early releases leave `.mp3` out of the path."""
+    name = row["path"] if Path(row["path"]).suffix else f"{row['path']}.mp3"
+    speaker = row.get("client_id") or None
+    return heard(
+        Path(name).stem, folder / "clips" / name, row["sentence"], language=language, speaker=speaker, **more
+    )
+
+
+def _language_folder(wanted: Wanted, corpus: Corpus, inside: str) -> Path:
+    """The folder of one language: the root itself, or its subfolder."""
+    root = corpus.need(wanted.folder)
+    if (root / inside).exists():
+        return root
+    there = [name for name in folders_in(root) if (root / name / inside).exists()]
+    if wanted.language is None and there:
+        raise CorpusError(f"{root}: has several languages; say --language, one of {', '.join(there)}")
+    for name in there:
+        if wanted.language in (name, iso(name)):
+            return root / name
+    return corpus.need(root / (wanted.language or "") / inside).parent
+
+
+# --- CoVoST 2 ---------------------------------------------------------------------------------------------
+
+
+def covost2(wanted: Wanted) -> Read:
+    """Common Voice 4's folder of the source language, with CoVoST's table in it.
+
+    Either covost_v2.SRC_TGT.SPLIT.tsv (path, sentence, translation, client_id), which CoVoST's own script
+    writes, or the published covost_v2.SRC_TGT.tsv (path, translation, split) beside Common Voice's
+    validated.tsv, joined here by the same rule: `train` is train and train_covost.
+    """
+    if not wanted.target_language:
+        raise CorpusError("CoVoST 2 is a translation corpus: say --target-language (and --language)")
+    folder = _language_folder(wanted, COVOST, "clips")
+    pair = re.compile(rf"covost_v2\.([\w-]+)_{re.escape(wanted.target_language)}(-\w+)?(\.\w+)?\.tsv")
+    tables = {path.name: path for path in sorted(folder.glob("covost_v2.*.tsv")) if pair.fullmatch(path.name)}
+    for split in wanted.splits:
+        ready = [path for name, path in tables.items() if name.endswith(f".{split}.tsv")]
+        raw = [path for name, path in tables.items() if name.count(".") == 2]
+        if ready:
+            yield from _covost_ready(ready[0], folder, wanted)
+        elif raw:
+            yield from _covost_joined(raw[0], split, folder, wanted)
+        else:
+            language = wanted.language or folder.name
+            COVOST.need(folder / f"covost_v2.{language}_{wanted.target_language}.tsv")
+
+
+def _covost_ready(path: Path, folder: Path, wanted: Wanted) -> Read:
+    for _, row in read_table(path, COVOST, ["path", "sentence", "translation", "client_id"]):
+        yield _translated(row, row["translation"], folder, wanted, path)
+
+
+def _covost_joined(path: Path, split: str, folder: Path, wanted: Wanted) -> Read:
+    chosen = {"train", "train_covost"} if split == "train" else {split}
+    table = read_table(path, COVOST, ["path", "translation", "split"])
+    with Lookup(
+        (row["path"], row["translation"]) for _, row in table if row["split"] in chosen
+    ) as translations:
+        validated = COVOST.need(folder / "validated.tsv")
+        for _, row in read_table(validated, COVOST, ["client_id", "path", "sentence"]):
+            translation = translations.get(row["path"])
+            if translation is not None:
+                yield _translated(row, translation, folder, wanted, path)
+
+
+def _translated(row: dict[str, str], translation: str, folder: Path, wanted: Wanted, path: Path) -> Row:
+    language = iso(path.name.split(".")[1].split("_")[0])
+    if not translation.strip():
+        return Dropped(Path(row["path"]).stem, str(folder / "clips" / row["path"]), "no translation")
+    extra = {"target_language": iso(wanted.target_language)}
+    return _clip(row, folder, language, reference=translation.strip(), extra=extra)
+
+
+# --- MuST-C -----------------------------------------------------------------------------------------------
+
+
+def must_c(wanted: Wanted) -> Read:
+    """en-TGT/data/SPLIT/{wav/*.wav, txt/SPLIT.yaml, txt/SPLIT.en, txt/SPLIT.TGT}; splits train, dev,
+    tst-COMMON, tst-HE.
+
+    A line of the YAML file per sentence: `- {duration: 3.5, offset: 16.1, speaker_id: spk.1, wav:
+    ted_1.wav}`.
+    """
+    if not wanted.target_language:
+        raise CorpusError("MuST-C is a translation corpus: say --target-language")
+    target = wanted.target_language
+    root = MUST_C.need(wanted.folder)
+    data = MUST_C.need(root / f"en-{target}" / "data", root / "data")
+    for split in wanted.splits:
+        folder = MUST_C.need_split(data / split, split, folders_in(data))
+        yield from _must_c_part(folder, split, target)
+
+
+def _must_c_part(folder: Path, split: str, target: str) -> Read:
+    listing = MUST_C.need(folder / "txt" / f"{split}.yaml")
+    audio = MUST_C.need(folder / "wav")
+    said = read_lines(MUST_C.need(folder / "txt" / f"{split}.en"), MUST_C)
+    meant = read_lines(MUST_C.need(folder / "txt" / f"{split}.{target}"), MUST_C)
+    try:
+        for (line, segment), (_, text), (_, translation) in zip(_segments(listing), said, meant, strict=True):
+            id = f"{Path(segment['wav']).stem}-{line:06d}"
+            path = audio / segment["wav"]
+            if not translation.strip():
+                yield Dropped(id, str(path), "no translation")
+                continue
+            yield heard(
+                id,
+                path,
+                text,
+                start=number(segment["offset"], listing, line, MUST_C),
+                duration=number(segment["duration"], listing, line, MUST_C),
+                language="en",
+                speaker=segment.get("speaker_id"),
+                reference=translation.strip(),
+                extra={"target_language": iso(target)},
+            )
+    except ValueError as error:
+        if "zip()" not in str(error):
+            raise
+        raise CorpusError(
+            f"{listing}: the YAML file and the two texts have different numbers of lines"
+        ) from error
+
+
+def _segments(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The list in the YAML file, a line at a time: as a whole it would take minutes and gigabytes."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    for line, content in read_lines(path, MUST_C):
+        if not content.strip():
+            continue
+        try:
+            (segment,) = yaml.load(content, Loader=loader)
+            if not {"wav", "offset", "duration"} <= set(segment):
+                raise TypeError
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise MUST_C.broken(path, line, "not a segment {duration, offset, speaker_id, wav}") from error
+        yield line, segment
+
+
+# --- FLEURS -----------------------------------------------------------------------------------------------
+
+
+def fleurs(wanted: Wanted) -> Read:
+    """data/LANGUAGE/{train,dev,test}.tsv (no header) and data/LANGUAGE/audio/SPLIT/*.wav, unpacked from
+    SPLIT.tar.gz.
+
+    With a target language, the same sentence's text in that language (train, dev and test together) is
+    `reference`.
+    """
+    root = FLEURS.need(wanted.folder)
+    root = root / "data" if (root / "data").is_dir() else root
+    folder = _fleurs_folder(root, wanted.language)
+    target = _fleurs_folder(root, wanted.target_language) if wanted.target_language else None
+    sentences = _fleurs_sentences(target) if target else {}
+    for split in wanted.splits:
+        path = FLEURS.need_split(
+            folder / f"{split}.tsv", split, [p.stem for p in sorted(folder.glob("*.tsv"))]
+        )
+        audio = FLEURS.need(folder / "audio" / split, folder / split)
+        for line, row in read_table(path, FLEURS, [], FLEURS_COLUMNS):
+            id = f"{folder.name}-{Path(row['file_name']).stem}"
+            clip = audio / row["file_name"]
+            reference = sentences.get(row["id"])
+            if target and reference is None:
+                yield Dropped(id, str(clip), f"no translation: sentence {row['id']} is not in {target.name}")
+                continue
+            duration = number(row["num_samples"] or "nan", path, line, FLEURS) / FLEURS_RATE
+            more = {"target_language": iso(target.name)} if target else {}
+            extra = {"sentence": row["id"], "gender": row["gender"].lower(), "seconds": duration} | more
+            text = row["raw_transcription"]
+            yield heard(id, clip, text, language=iso(folder.name), reference=reference, extra=extra)
+
+
+def _fleurs_folder(root: Path, language: str | None) -> Path:
+    there = folders_in(root)
+    if language is None:
+        raise CorpusError(f"{root}: FLEURS has many languages; say --language ({', '.join(there[:5])}, …)")
+    for name in there:
+        if language == name or iso(name) == language.lower():
+            return root / name
+    return FLEURS.need(root / language)
+
+
+def _fleurs_sentences(folder: Path) -> dict[str, str]:
+    """Sentence number -> text; FLEURS has some 3,000 sentences."""
+    tables = (FLEURS.need(folder / f"{split}.tsv") for split in ("train", "dev", "test"))
+    rows = (row for path in tables for _, row in read_table(path, FLEURS, [], FLEURS_COLUMNS))
+    return {row["id"]: row["raw_transcription"].strip() for row in rows}
