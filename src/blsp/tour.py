@@ -150,8 +150,13 @@ def plan(settings: TourSettings) -> list[Stop]:
             "a minute",
             (),
             lambda: compare_page(
-                adapter, start, [("learnt from", speech / "train.jsonl", 5), ("never heard", speech / "heldout.jsonl", 5),
-                                 ("another voice", speech / "asterisk.jsonl", 3)], settings.device,
+                adapter, start,
+                [
+                    ("learnt from", speech / "train.jsonl", 5),
+                    ("never heard", speech / "heldout.jsonl", 5),
+                    ("another voice", speech / "asterisk.jsonl", 3),
+                ],
+                settings.device,
             ),
         ),
         Stop(
