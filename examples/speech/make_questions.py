@@ -2,7 +2,7 @@
 
 In: the corpus folder (the Kokoro voices are fetched into it). Out: `questions/*.opus` and
 `questions.jsonl`, whose rows have the expected answer in `reference` and every accepted spelling in
-`answers`.
+`references`.
 Where in the flow: beside `make_clips.py`, once; the clips are committed.
 
 Try: `python -m examples.speech.make_questions --root /tmp/corpus`
@@ -59,7 +59,7 @@ def main() -> None:
             "source": "kokoro/tour",
             "licence": "voice Apache-2.0",
         }
-        rows.append(row | {"reference": answers[0], "answers": list(answers)})
+        rows.append(row | {"reference": answers[0], "references": list(answers)})
     write_rows(HERE / "questions.jsonl", rows)
 
 

@@ -1,4 +1,4 @@
-"""Waveform augmentation toward the channels that real speech comes through, deterministic from (seed, clip id).
+"""Augmentation toward the channels that real speech comes through, deterministic from (seed, clip id).
 
 In: (N,) float32 at 16 kHz. Out: (M,) float32 at 16 kHz; only tempo, reverb and pauses change the length.
 Where in the flow: between the recipe's clips and `blsp encode`; `write_augmented` makes copies with a
@@ -28,7 +28,7 @@ from examples.tiny.rows import read_rows, summary, write_rows
 Wave = np.ndarray  # (N,) float32
 Chance = np.random.Generator
 
-# Name -> share of the clips that it is applied to; in this order, as sound travels: mouth, room, microphone, line.
+# Name -> share of the clips that it is applied to, in this order: as sound travels.
 SHARES = {"speed": 0.5, "reverb": 0.3, "noise": 0.4, "band": 0.45, "codec": 0.4, "volume": 0.8, "pauses": 0.5}
 
 
@@ -136,7 +136,8 @@ def _encoded(wave: Wave, rate: int, container: str, subtype: str, compression: f
 
 
 EFFECTS: dict[str, Callable[[Wave, Chance], Wave]] = {
-    "speed": speed, "reverb": reverb, "noise": noise, "band": band, "codec": codec, "volume": volume, "pauses": pauses,
+    "speed": speed, "reverb": reverb, "noise": noise, "band": band,
+    "codec": codec, "volume": volume, "pauses": pauses,
 }  # fmt: skip
 
 
