@@ -16,6 +16,7 @@ positions, D LLM width, K stored top-k, C read-out classes.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ from blsp.training.examples import Example
 from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, rows_per_chunk, topk_kl_loss
 
 Loss = Literal["ctc", "ce", "kl"]
+PREFIXES_KEPT = 64  # data whose every row has an instruction of its own would fill the memory otherwise
 
 
 @dataclass(frozen=True)
@@ -83,30 +85,30 @@ class PromptedLLM:
 
     model: BlspForConditionalGeneration
     checkpoint_activations: bool = False
-    known: dict[tuple[int, ...], Prefix] = field(default_factory=dict)
+    known: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         if self.checkpoint_activations:
             self.model.model.language_model.activation_checkpointing_enable()
 
-    def states(self, prefix_ids: tuple[int, ...], embeds: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Last hidden states (B, L, D) of right-padded embeds (B, L, D) of true `lengths`."""
+    def states(self, prefix_ids: tuple[int, ...], embeds: Tensor) -> Tensor:
+        """Last hidden states (B, L, D) of right-padded embeds (B, L, D).
+
+        No mask: causal attention never looks at the padding on the right, whose states nobody reads.
+        """
         batch, width = embeds.shape[:2]
         before = len(prefix_ids)
-        valid = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
-        mask = torch.cat([torch.ones(batch, before, dtype=torch.bool), valid], dim=1).long().to(embeds.device)
         positions = torch.arange(before + width, device=embeds.device)[None, :].expand(batch, -1)
         decoder = self.model.model.language_model
         if self.checkpoint_activations and torch.is_grad_enabled():
             whole = torch.cat([embed(self.model, prefix_ids).expand(batch, -1, -1), embeds], dim=1)
             with _checkpointing(decoder):
                 output = decoder(
-                    inputs_embeds=whole, attention_mask=mask, position_ids=positions, use_cache=False
+                    inputs_embeds=whole, position_ids=positions, use_cache=False
                 )
             return output.last_hidden_state[:, before:]
         return decoder(
             inputs_embeds=embeds,
-            attention_mask=mask,
             position_ids=positions[:, before:],
             past_key_values=self._prefix(prefix_ids).expand(batch),
             use_cache=True,
@@ -115,6 +117,9 @@ class PromptedLLM:
     def _prefix(self, ids: tuple[int, ...]) -> Prefix:
         if ids not in self.known:
             self.known[ids] = compute_prefix(self.model, ids)
+        self.known.move_to_end(ids)
+        if len(self.known) > PREFIXES_KEPT:
+            self.known.popitem(last=False)
         return self.known[ids]
 
 
@@ -191,7 +196,7 @@ def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Exampl
             states[row, : lengths[row]] = example.features
         return torch.from_numpy(states).to(device), lengths.to(device)
     mels = [torch.from_numpy(example.mel) for example in examples]  # (M, Tm) each
-    lengths = torch.tensor([mel.shape[1] for mel in mels], device=device)
+    lengths = torch.tensor([example.mel_frames for example in examples], device=device)
     padded = nn.utils.rnn.pad_sequence([mel.T for mel in mels], batch_first=True).transpose(1, 2).to(device)
     mask = torch.arange(padded.shape[2], device=device)[None, :] < lengths[:, None]
     with torch.no_grad():
@@ -222,7 +227,7 @@ def response_states(
     rows = [torch.cat([v.to(tail.dtype), tail]) for v, tail in zip(vectors, tails, strict=True)]
     embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L, D)
     lengths = [len(row) for row in rows]
-    hidden = llm.states(examples[0].frame.prefix_ids, embeds, lengths)
+    hidden = llm.states(examples[0].frame.prefix_ids, embeds)
     width = embeds.shape[1]
     places = [
         torch.arange(row * width + length - len(example.response), row * width + length)
