@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, IM_END, TOLERANCE, speech_like
+from tiny_models import FAMILIES, IM_END, TOLERANCE, speech_like, tiny_blsp
 
 from blsp.model.decoding import Decoding, Request, decode
 from blsp.model.language_model import embed
 from blsp.model.prefix import compute_prefix
-from blsp.model.speech_encoder import encode_speech, mel_features
+from blsp.model.speech_encoder import encode_speech, mel_features, mel_frames
 
 ADAPTERS = ("conv", "stack", "grounded")
 LENGTHS = (7, 1, 40, 16, 33)  # encoder frames
@@ -183,3 +183,27 @@ def test_padding_on_either_side(pair_of, adapter: str, side: str) -> None:
         text = single["input_ids"][0] != model.config.audio_token_id
         kept = padded("attention_mask")[row].bool()
         _same(batch[row, kept][text], model(**single).logits[0, text])
+
+
+@pytest.mark.parametrize("full_window", [False, True])
+@torch.no_grad()
+def test_training_hears_each_clip_on_its_true_length(tiny_models_folder, full_window: bool) -> None:
+    from blsp.inference.listener import Listener
+    from blsp.model.prompt import Frame
+    from blsp.training.examples import Example
+    from blsp.training.step import speech_states
+
+    model, processor = tiny_blsp(tiny_models_folder, full_window=full_window)
+    clips = [speech_like(seconds) for seconds in (0.4, 2.01)]
+    examples = []
+    for clip in clips:
+        mel, _ = mel_features(processor.feature_extractor, [clip], full_window=full_window)
+        example = Example(
+            "a", 1.0, Frame((), ()), [], [], False, mel=mel[0].numpy(), mel_frames=mel_frames(len(clip))
+        )
+        examples.append(example)
+    states, lengths = speech_states(model, examples)
+    expected = Listener(model, processor).encode(clips)
+    assert lengths.tolist() == [len(alone) for alone in expected]
+    for row, alone in enumerate(expected):
+        _same(states[row, : len(alone)], alone)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 def pack(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """embeds (B, L, D), mask (B, past + L) -> both with invalid columns first; `order` (B, L): their old places."""
+    """Both with invalid columns first: embeds (B, L, D), mask (B, past + L); `order` (B, L): old places."""
     width = embeds.shape[1]
     past, here = mask[:, : mask.shape[1] - width], mask[:, -width:].long()
     order = here.argsort(dim=1, stable=True)

@@ -80,10 +80,17 @@ def encode_speech(
 ) -> tuple[Tensor, Tensor]:
     """Run the encoder on (B, M, Tm) features whose valid frames `mask` (B, Tm) names (valid ones first).
 
+    With `full_window` the features must be whole windows of `mel_features(…, full_window=True)`: what follows
+    the speech is attended, and zeros are not the mel features of silence.
+
     Returns: states (B, T, E), zero where invalid, and lengths (B,) in encoder frames.
     """
     mel_lengths = mask.sum(dim=1)
     width = input_features.shape[2]
+    if full_window and width % WINDOW_MEL_FRAMES:
+        raise ValueError(
+            f"full_window needs a multiple of {WINDOW_MEL_FRAMES} mel frames (30 s), not {width}"
+        )
     if width <= WINDOW_MEL_FRAMES:
         return _encode_window(tower, input_features, mel_lengths, full_window)
     count = -(-width // WINDOW_MEL_FRAMES)
