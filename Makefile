@@ -4,15 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := torch==2.13.0
+CORPUS := $(or $(BLSP_CACHE),$(HOME)/.cache/blsp)/corpus
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help install tour test lint evaluate clean
+.PHONY: help install tour test lint eval-data evaluate bench clean
 
 help:
 	@echo "make install   virtual environment with everything pinned, embedded weights included"
 	@echo "make tour      the whole way on real speech, in minutes"
 	@echo "make test      the tests"
 	@echo "make lint      ruff (lint and format) and mypy, as in CI"
+	@echo "make eval-data the speech of the tiny suite, made once (a quarter of an hour on two cores)"
 	@echo "make evaluate  the tiny suite for the shipped model, into results/tiny"
+	@echo "make bench     all benchmarks, into results/bench.json"
 
 install: $(INSTALLED)
 
@@ -41,8 +45,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-evaluate: $(INSTALLED)
+eval-data: $(CORPUS)/.eval-data
+
+# Recordings from Debian packages, spoken questions in held-out voices; resumable.
+$(CORPUS)/.eval-data: examples/tiny/eval_data.py | $(INSTALLED)
+	@command -v espeak-ng >/dev/null && command -v npm >/dev/null \
+		|| { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq espeak-ng npm; }
+	$(BIN)/python -m examples.tiny.eval_data --root "$(CORPUS)"
+	@touch "$@"
+
+evaluate: $(INSTALLED) eval-data
 	$(BIN)/blsp evaluate --suite tiny --out results/tiny
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks --out results/bench.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
