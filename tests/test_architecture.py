@@ -86,3 +86,8 @@ def test_files_are_pages(module: Path) -> None:
     assert not re.search(r"utils|helpers|common|manager|^base", module.stem), (
         f"{module}: name it after what it does"
     )
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names)), "pytest imports test files by their bare name"
