@@ -217,7 +217,7 @@ def answer(texts: list[str], answers: list[str]) -> dict[str, float]:
 
 
 def keywords(texts: list[str], answers: list[str]) -> dict[str, float]:
-    """Precision and recall of listed words against the content words that were said; the share of comma lists."""
+    """Precision and recall of listed words against the content words said; the share of comma lists."""
     listed = [{word for word in clean(said).split() if word not in STOP_WORDS} for said in answers]
     content = [{word for word in clean(text).split() if word not in STOP_WORDS} for text in texts]
     hits = sum(len(a & b) for a, b in zip(listed, content, strict=True))
@@ -261,12 +261,13 @@ def main() -> None:
     parser.add_argument("behaviour", choices=SCORES)
     parser.add_argument("--llm", default="embedded:smollm2-135m-instruct")
     parser.add_argument("--sentences", type=int, default=60)
+    parser.add_argument("--tokens", type=int, default=48, help="that an answer may have")
     parser.add_argument("--seed", type=int, default=0, help="which sentences are drawn")
     parser.add_argument("--wording", action="append", help="try these instead (repeatable)")
     arguments = parser.parse_args()
     folder = resolve_weights(arguments.llm)
     llm = AutoModelForCausalLM.from_pretrained(folder).eval()
-    engine = TransformersEngine(llm, AutoTokenizer.from_pretrained(folder), Decoding(max_new_tokens=48))
+    engine = TransformersEngine(llm, AutoTokenizer.from_pretrained(folder), Decoding(max_new_tokens=arguments.tokens))
     asked = arguments.behaviour
     least = 6 if asked == "keywords" else 2
     texts = (

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server that misbehaves on purpose: full queues, errors, hangs, broken JSON, dropped connections.
+"""An OpenAI-compatible server that misbehaves on purpose: full queues, errors, hangs, broken replies.
 
-In:  a list of misdeeds, done to the first requests that arrive; after them it answers every prompt with its echo.
+In:  a list of misdeeds, done to the first requests that arrive; then it answers every prompt with an echo.
 Out: a server on localhost that counts what it was asked.
-Try: `with misbehaving_server(["429", "drop"]) as server: httpx.post(server.url + "/chat/completions", json={…})`
+Try: `with misbehaving_server(["429", "drop"]) as server: httpx.post(server.url + "/chat/completions", …)`
 """
 
 from __future__ import annotations

@@ -25,7 +25,13 @@ from blsp.model.prompt import frame_prompt, transcript_ids
 from blsp.settings import ContinueSettings
 
 Settings = Callable[..., ContinueSettings]
-BROKEN = ["{", "[]", "null", '{"choices": []}', '{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}']
+BROKEN = [
+    "{",
+    "[]",
+    "null",
+    '{"choices": []}',
+    '{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}',
+]
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +119,9 @@ def test_what_is_asked() -> None:
         asking = engine(server.url, body=body, api_key="secret", decoding=Decoding(max_new_tokens=7))
         ((written,),) = asking.write(prompts(1))
     (request,) = server.asked
-    assert request["max_tokens"] == 7 and request["temperature"] == 0.0 and request["return_token_ids"] is True
+    assert (
+        request["max_tokens"] == 7 and request["temperature"] == 0.0 and request["return_token_ids"] is True
+    )
     assert "top_p" not in request and server.keys == {"Bearer secret"}
     assert written.finish == "length" and written.ids is None
     assert "secret" not in repr(asking)
@@ -151,7 +159,9 @@ def test_returned_token_ids_are_kept_without_the_end(tmp_path: Path, settings: S
     assert read_rows(tmp_path / "out.jsonl")[0]["continuation_ids"] == [50, 51]
 
 
-def test_what_a_server_refuses_to_answer_is_left_out_with_the_reason(tmp_path: Path, settings: Settings) -> None:
+def test_what_a_server_refuses_to_answer_is_left_out_with_the_reason(
+    tmp_path: Path, settings: Settings
+) -> None:
     with misbehaving_server([], extra={"finish_reason": "content_filter"}) as server:
         write_continuations(settings(tmp_path / "out.jsonl", engine_url=server.url, behaviours="repeat"))
     assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == ["silence"] * 2

@@ -15,7 +15,9 @@ K = 2
 
 def written(key: int, steps: int = 3) -> Written:
     ids = np.arange(steps * K, dtype=np.uint32).reshape(steps, K) + 100 * key
-    return Written(key, f"text {key}", list(range(steps)), "stop", Top(ids, np.full((steps, K), -key, np.float16)))
+    return Written(
+        key, f"text {key}", list(range(steps)), "stop", Top(ids, np.full((steps, K), -key, np.float16))
+    )
 
 
 def batch(*keys: int) -> list[Written]:

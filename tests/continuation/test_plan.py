@@ -1,4 +1,4 @@
-"""The plan: equal prompts once, batches of like length, bounded memory, and nothing else than the input decides it."""
+"""The plan: equal prompts once, batches of like length, bounded memory; the input alone decides it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def random_rows(count: int, texts: int) -> list[tuple[int, int, str | None]]:
     return [draw.choice(kinds) if draw.random() < 0.9 else (0, 5, None) for _ in range(count)]
 
 
-def test_equal_prompts_are_one_and_batches_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_are_one_and_batches_are_sorted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(planning, "ROWS_AT_A_TIME", 64)  # several shares and blocks
     rows = random_rows(1000, 150)
     plan = write_plan(tmp_path / "plan", jobs_of(rows), 16, {})
@@ -54,7 +56,11 @@ def test_a_plan_is_a_function_of_its_jobs(tmp_path: Path) -> None:
     assert np.array_equal(Plan(tmp_path / "one").jobs, again.jobs)
 
 
-@given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, 20), st.none() | st.sampled_from("abc")), max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.integers(1, 20), st.none() | st.sampled_from("abc")), max_size=30
+    )
+)
 def test_any_rows_can_be_planned(tmp_path_factory: pytest.TempPathFactory, rows: list) -> None:
     plan = write_plan(tmp_path_factory.mktemp("plan") / "plan", jobs_of(rows), 4, {})
     answered = {job for batch in range(plan.batches) for job in plan.batch(batch)}

@@ -1,4 +1,4 @@
-"""Step 1 against its contract: rows and order, equal prompts once, what is left out, what the LLM itself would write."""
+"""Step 1 against its contract: rows and order, equal prompts once, what is left out, what the LLM writes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from step_one import in_a_process, products, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blsp.continuation import work
@@ -21,7 +22,6 @@ from blsp.data.manifest import CONTINUATION_KEY, Manifest
 from blsp.model.distributed import Place
 from blsp.model.prompt import frame_prompt, transcript_ids
 from blsp.settings import ContinueSettings, SettingsError
-from step_one import in_a_process, products, read_rows
 
 Settings = Callable[..., ContinueSettings]
 
@@ -38,7 +38,9 @@ def test_rows_are_the_manifests_in_input_order(written: Path, manifest: Path) ->
     ids = [row["id"] for row in rows]
     assert list(dict.fromkeys(ids)) == [id for id in given if id not in ("tags", "empty", "long")]
     for row in rows:
-        assert {name: row[name] for name in ("id", "text")} == {name: given[row["id"]][name] for name in ("id", "text")}
+        assert {name: row[name] for name in ("id", "text")} == {
+            name: given[row["id"]][name] for name in ("id", "text")
+        }
         assert row["finish"] in ("stop", "length") and row["prompt_tokens"] > 0
         assert len(row["continuation_ids"]) <= 10 or row["id"] == "silence"
     assert len({(row["id"], row["behaviour"], row["order"]) for row in rows}) == len(rows) == 2 * 37
@@ -77,7 +79,9 @@ def test_what_is_written_is_what_the_llm_generates(written: Path, stopping_llm: 
         assert (plain[:-1] if stopped else plain) == row["continuation_ids"]
 
 
-def test_equal_prompts_are_generated_once(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_are_generated_once(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     write = TransformersEngine._write
     monkeypatch.setattr(
@@ -143,7 +147,9 @@ def test_a_finished_job_is_left_alone(written: Path, settings: Settings) -> None
     assert products(written) == before
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"max_new_tokens": 11}, {"behaviours": "continue"}, {"batch_size": 5}])
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"max_new_tokens": 11}, {"behaviours": "continue"}, {"batch_size": 5}]
+)
 def test_going_on_in_another_way_is_refused(written: Path, settings: Settings, other: dict) -> None:
     with pytest.raises(HeaderError, match="begun in another way"):
         write_continuations(settings(written, top_k=5, **other))
@@ -179,14 +185,18 @@ def test_ranks_write_what_one_process_writes(
     assert products(out) == products(written)
 
 
-def test_whispers_normaliser_is_the_papers_variant(tmp_path: Path, settings: Settings, manifest: Path) -> None:
+def test_whispers_normaliser_is_the_papers_variant(
+    tmp_path: Path, settings: Settings, manifest: Path
+) -> None:
     manifest.write_text(json.dumps({"id": "a", "audio": "a.wav", "text": "Hello, Mr. World!"}) + "\n")
     write_continuations(settings(tmp_path / "out.jsonl", normalise="whisper", orders="speech-first"))
     (row,) = read_rows(tmp_path / "out.jsonl")
     assert row["text"] == "hello mister world" and row["text_as_given"] == "Hello, Mr. World!"
 
 
-def test_sampling_depends_on_the_prompt_and_the_seed_alone(tmp_path: Path, settings: Settings, manifest: Path) -> None:
+def test_sampling_depends_on_the_prompt_and_the_seed_alone(
+    tmp_path: Path, settings: Settings, manifest: Path
+) -> None:
     """The same row, alone or among others, in batches of any size: the same draws (in exact arithmetic)."""
     more = {"temperature": 1.0, "dtype": "float64", "orders": "speech-first"}
     write_continuations(settings(tmp_path / "all.jsonl", **more))

@@ -5,7 +5,7 @@ Out: which prompts are done, and where each one's record lies, whatever moment t
 Try: `done = done_keys(folder, jobs=100)`
 Flow: continuation/ — between the engines and the merge. A part's line is one answer; `left` counts the
       answers of its batch that follow, so a batch whose last line (`left` 0) is missing is cut off and
-      written again. The top-k of an answer goes to flat files before its line; what no line accounts for is cut.
+      written again. The top-k of an answer goes to flat files before its line; the rest is cut.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Part:
         assert self._ids is not None and self._logp is not None, (
             "a top-k came from an engine that was not asked for it"
         )
-        self._ids.write(np.ascontiguousarray(top.ids, dtype="<u4"))
-        self._logp.write(np.ascontiguousarray(top.logp, dtype="<f2"))
+        self._ids.write(top.ids.astype("<u4").tobytes())
+        self._logp.write(top.logp.astype("<f2").tobytes())
         first, self._steps = self._steps, self._steps + len(top.ids)
         return first, len(top.ids)
 

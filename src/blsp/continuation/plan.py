@@ -113,9 +113,9 @@ def _write_jobs(folder: Path, jobs: Iterable[Job]) -> tuple[int, list[Ask]]:
             block[filled] = (job.row, ask, job.tokens, prompt, 0 if job.digest else NO_SPEECH)
             count, filled = count + 1, filled + 1
             if filled == len(block):
-                file.write(block)
+                file.write(block.tobytes())
                 filled = 0
-        file.write(block[:filled])
+        file.write(block[:filled].tobytes())
     if len(asks) >= 1 << ASK_BITS or count >= 1 << JOB_BITS:
         raise PlanError(f"{count} rows with {len(asks)} instructions; cut the manifest into several")
     return count, list(asks)
@@ -151,7 +151,7 @@ def _write_order(folder: Path, jobs: np.ndarray) -> int:
             shorter = (1 << TOKEN_BITS) - 1 - chunk["tokens"].astype(np.uint64)
             key = (chunk["ask"].astype(np.uint64) << np.uint64(TOKEN_BITS)) | shorter
             key = (key << np.uint64(JOB_BITS)) | number.astype(np.uint64)
-            file.write(np.ascontiguousarray(key[first]))
+            file.write(key[first].tobytes())
             count += int(first.sum())
     if count:
         keys = np.memmap(path, "<u8", "r+")

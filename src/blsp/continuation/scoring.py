@@ -101,7 +101,8 @@ def _check_teacher(
     if header["llm_sha256"] not in (None, digest) or header["chat_template_sha256"] != template:
         raise HeaderError(
             f"{settings.out}: was written by {header['llm']} (tensors {str(header['llm_sha256'])[:12]}…, "
-            f"template {header['chat_template_sha256'][:12]}…); {settings.llm} is another, and the teacher must be the writer"
+            f"template {header['chat_template_sha256'][:12]}…); {settings.llm} is another LLM: "
+            "the teacher must be the writer"
         )
 
 

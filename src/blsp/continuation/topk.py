@@ -65,8 +65,8 @@ class TopKStore:
         """Refuse a temperature that the log-probabilities were not taken at: they cannot be re-tempered."""
         if temperature != self.temperature:
             raise TopKError(
-                f"{self.folder}: holds the teacher at temperature {self.temperature:g}, not {temperature:g}; train "
-                f"at {self.temperature:g}, or remove the folder and run blsp continue --score-only "
+                f"{self.folder}: holds the teacher at temperature {self.temperature:g}, not {temperature:g}; "
+                f"train at {self.temperature:g}, or remove the folder and run blsp continue --score-only "
                 f"--top-k-temperature {temperature:g}"
             )
 
@@ -86,8 +86,8 @@ class TopKWriter:
     def add(self, ids: np.ndarray, logp: np.ndarray) -> int:
         """Append steps, (n, K) each; returns the number of the first."""
         first = self.steps
-        self._ids.write(np.ascontiguousarray(ids, dtype="<u4"))
-        self._logp.write(np.ascontiguousarray(logp, dtype="<f2"))
+        self._ids.write(ids.astype("<u4").tobytes())
+        self._logp.write(logp.astype("<f2").tobytes())
         self.steps += len(ids)
         return first
 

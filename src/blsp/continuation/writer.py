@@ -26,8 +26,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from blsp.model.digest import tensor_digest
-from blsp.model.distributed import Place, find_place
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -52,6 +50,8 @@ from blsp.continuation.work import await_all, compute, open_plan
 from blsp.data.manifest import Manifest, SkippedLog, Utterance, write_manifest
 from blsp.model.checkpoint import load_language_model
 from blsp.model.decoding import Decoding
+from blsp.model.digest import tensor_digest
+from blsp.model.distributed import Place, find_place
 from blsp.model.embedded import resolve_weights
 from blsp.model.prompt import ORDERS, text_ids
 from blsp.settings import ContinueSettings, SettingsError
