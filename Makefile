@@ -38,7 +38,7 @@ tour: $(INSTALLED)
 	$(BIN)/blsp tour
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
