@@ -101,8 +101,6 @@ def _kaldi_row(
         recording = segment[0]
         start = number(segment[1], folder / "segments", line, KALDI)
         end = number(segment[2], folder / "segments", line, KALDI)
-        if end <= start:
-            return Dropped(id, recording, f"no segment: it goes from {start} to {end} s")
         times = {"start": start, "duration": round(end - start, 6)}
     entry = tables["wav.scp"].get(recording)
     audio = _audio_of(entry or "", folder)

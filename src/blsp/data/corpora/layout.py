@@ -112,6 +112,9 @@ def heard(id: str, audio: Path | str, text: str, *, tags: Iterable[str] = (), **
     if not any(letter.isalnum() for word in words for letter in word):
         reason = f"tags only: {text.strip()}" if text.strip() else "no transcript"
         return Dropped(id, str(audio), reason)
+    length = fields.get("duration")
+    if length is not None and not length > 0:
+        return Dropped(id, str(audio), f"no length: {length} s")
     given = {name: value for name, value in fields.items() if value is not None}
     return Utterance(id=id, audio=str(audio), text=" ".join(words) if ignored else text.strip(), **given)
 
@@ -150,16 +153,16 @@ def read_table(
 
 
 def read_csv(path: Path, corpus: Corpus, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(row number from 2, row) of a comma-separated table with quoting and a header."""
-    with open(path, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
-        missing = sorted(set(columns) - set(reader.fieldnames or []))
-        if missing:
-            raise corpus.broken(path, 1, f"no column {', '.join(missing)}")
-        try:
+    """(row number from 2, row) of a comma-separated table with quoting and a header; missing cells are empty."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines, restval="", strict=True)
+            missing = sorted(set(columns) - set(reader.fieldnames or []))
+            if missing:
+                raise corpus.broken(path, 1, f"no column {', '.join(missing)}")
             yield from enumerate(reader, start=2)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise CorpusError(f"{path}: cannot be read ({error})") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path}: cannot be read ({error}); fetch {corpus.name} again") from error
 
 
 def number(text: object, path: Path, line: int, corpus: Corpus) -> float:

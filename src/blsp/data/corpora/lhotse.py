@@ -14,7 +14,9 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for line, raw in enumerate(lines, start=1):
                 if raw.strip():
                     yield f"{path}:{line}", parse_row(raw, f"{path}:{line}")
-    except (ManifestError, OSError, EOFError) as error:
+    except (ManifestError, OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"{error}" if str(path) in str(error) else f"{path}: damaged ({error})") from error
 
 
@@ -77,8 +79,9 @@ def _from_cuts(path: Path) -> Read:
             kind = cut.get("type", "no recording")
             yield Dropped(str(cut.get("id")), "", f"no single recording: the cut is a {kind}")
             continue
-        for supervision in cut.get("supervisions", []):
-            yield _utterance(supervision, recording, float(cut.get("start", 0.0)), where, path)
+        with _as_published(where):
+            for supervision in cut.get("supervisions", []):
+                yield _utterance(supervision, recording, float(cut.get("start", 0.0)), path)
 
 
 def _from_supervisions(recordings: Path, supervisions: Path) -> Read:
@@ -90,18 +93,23 @@ def _from_supervisions(recordings: Path, supervisions: Path) -> Read:
                 reason = f"no recording: {supervision.get('recording_id')} is not in {recordings.name}"
                 yield Dropped(str(supervision.get("id")), "", reason)
             else:
-                yield _utterance(supervision, json.loads(recording), 0.0, where, recordings)
+                with _as_published(where):
+                    yield _utterance(supervision, json.loads(recording), 0.0, recordings)
 
 
-def _utterance(
-    supervision: dict[str, Any], recording: dict[str, Any], offset: float, where: str, path: Path
-) -> Row:
+@contextmanager
+def _as_published(where: str) -> Iterator[None]:
+    """A field that is missing or of another kind is an error about that line."""
     try:
-        id = str(supervision["id"])
-        start, duration = offset + float(supervision["start"]), float(supervision["duration"])
-        sources, seconds = recording["sources"], float(recording["duration"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorpusError(f"{where}: not a Lhotse supervision with its recording ({error})") from error
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise CorpusError(f"{where}: not a Lhotse supervision with its recording ({error!r})") from error
+
+
+def _utterance(supervision: dict[str, Any], recording: dict[str, Any], offset: float, path: Path) -> Row:
+    id = str(supervision["id"])
+    start, duration = offset + float(supervision["start"]), float(supervision["duration"])
+    sources, seconds = recording["sources"], float(recording["duration"])
     unfit = _why_unfit(recording, sources)
     if unfit:
         return Dropped(id, str(recording.get("id")), f"unfit recording: {unfit}")

@@ -16,13 +16,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from blsp.data.corpora.layout import (
     Corpus,
     CorpusError,
     Read,
-    Row,
     Wanted,
     folders_in,
     heard,
@@ -71,59 +70,68 @@ def gigaspeech(wanted: Wanted) -> Read:
     GIGASPEECH.need(path.parent / "audio")
     subsets = {"{" + split + "}" for split in wanted.splits}
     for recording in read_json_array(path, "audios", GIGASPEECH):
-        if subsets.isdisjoint(recording.get("subsets", subsets)):
+        try:
+            yield from _gigaspeech_recording(recording, subsets, path)
+        except (KeyError, TypeError, AttributeError) as error:
+            where = recording.get("aid") if isinstance(recording, dict) else recording
+            raise CorpusError(f"{path}: the recording {where} is not as published ({error!r})") from error
+
+
+def _gigaspeech_recording(recording: dict[str, Any], subsets: set[str], path: Path) -> Read:
+    if subsets.isdisjoint(recording.get("subsets", subsets)):
+        return
+    audio, language = path.parent / recording["path"], iso(recording.get("language", "EN"))
+    for segment in recording["segments"]:
+        if subsets.isdisjoint(segment["subsets"]):
             continue
-        audio = path.parent / str(recording.get("path"))
-        for segment in recording.get("segments", []):
-            if not subsets.isdisjoint(segment.get("subsets", ())):
-                yield _gigaspeech_segment(segment, recording, audio, path)
+        words = segment["text_tn"]
+        for tag, point in GIGASPEECH_POINTS.items():
+            words = words.replace(f" {tag}", point).replace(tag, "")
+        start = number(segment["begin_time"], path, 1, GIGASPEECH)
+        end = number(segment["end_time"], path, 1, GIGASPEECH)
+        speaker = segment.get("speaker")
+        yield heard(
+            segment["sid"],
+            audio,
+            words,
+            tags=GIGASPEECH_TAGS,
+            start=start,
+            duration=round(end - start, 6),
+            language=language,
+            speaker=speaker if speaker != "N/A" else None,
+        )
 
 
-def _gigaspeech_segment(segment: dict[str, Any], recording: dict[str, Any], audio: Path, path: Path) -> Row:
+def read_json_array(path: Path, name: str, corpus: Corpus) -> Iterator[Any]:
+    """The items of the array `name` of a JSON file that is larger than memory, one at a time."""
     try:
-        id, begin, end = str(segment["sid"]), segment["begin_time"], segment["end_time"]
-        words = str(segment["text_tn"])
-    except KeyError as error:
-        raise CorpusError(f"{path}: a segment of {recording.get('aid')} has no {error}") from error
-    for tag, point in GIGASPEECH_POINTS.items():
-        words = words.replace(f" {tag}", point).replace(tag, "")
-    start = number(begin, path, 1, GIGASPEECH)
-    duration = round(number(end, path, 1, GIGASPEECH) - start, 6)
-    speaker = segment.get("speaker")
-    return heard(
-        id,
-        audio,
-        words,
-        tags=GIGASPEECH_TAGS,
-        start=start,
-        duration=duration,
-        language=iso(recording.get("language") or "en"),
-        speaker=speaker if speaker and speaker != "N/A" else None,
-    )
+        with open(path, encoding="utf-8") as file:
+            yield from _array_items(file, name, path, corpus)
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: is not UTF-8 ({error.reason}); fetch it again") from error
 
 
-def read_json_array(path: Path, name: str, corpus: Corpus) -> Iterator[dict[str, Any]]:
-    """The objects of the array `name` of a JSON file that is larger than memory, one at a time."""
-    decoder = json.JSONDecoder()
-    with open(path, encoding="utf-8") as file:
-        text, place = _find_array(file, name, path, corpus)
-        while True:
-            match = re.compile(r"[\s,]*").match(text, place)
-            place = match.end() if match else place
-            if text[place : place + 1] == "]":
-                return
-            try:
-                item, place = decoder.raw_decode(text, place)
-            except json.JSONDecodeError as error:
-                block = file.read(max(JSON_BLOCK, len(text)))
-                if not block:
-                    raise CorpusError(f"{path}: ends within the array {name!r}; fetch it again") from error
-                text, place = text[place:] + block, 0
-                continue
-            yield item
+def _array_items(file: IO[str], name: str, path: Path, corpus: Corpus) -> Iterator[Any]:
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    text, place = _find_array(file, name, path, corpus)
+    while True:
+        while place == len(text) and (block := file.read(JSON_BLOCK)):
+            text, place = block, 0
+        place = between.match(text, place).end()  # type: ignore[union-attr]
+        if text[place : place + 1] == "]":
+            return
+        try:
+            item, place = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            block = file.read(max(JSON_BLOCK, len(text)))  # doubling: no item is parsed more than a few times
+            if not block:
+                raise CorpusError(f"{path}: is damaged within {name!r} ({error}); fetch it again") from error
+            text, place = text[place:] + block, 0
+            continue
+        yield item
 
 
-def _find_array(file: Any, name: str, path: Path, corpus: Corpus) -> tuple[str, int]:
+def _find_array(file: IO[str], name: str, path: Path, corpus: Corpus) -> tuple[str, int]:
     """The text read so far, and the place after the array's opening bracket."""
     opening = re.compile(rf'"{re.escape(name)}"\s*:\s*\[')
     text = ""

@@ -139,13 +139,18 @@ def snips(wanted: Wanted) -> Read:
     """One of three layouts: smart lights (no parts: --split all), smart speaker (train, test), Audio
     SNIPS."""
     root = SNIPS.need(wanted.folder)
-    if (root / "all.iob.snips.txt").exists():
-        yield from _audio_snips(root, wanted)
-    elif (root / "config.json").exists():
-        yield from _smart_lights(root, wanted)
-    else:
-        SNIPS.need(root / "metadata.json")
-        yield from _smart_speaker(root, wanted)
+    try:
+        if (root / "all.iob.snips.txt").exists():
+            yield from _audio_snips(root, wanted)
+        elif (root / "config.json").exists():
+            yield from _smart_lights(root, wanted)
+        else:
+            SNIPS.need(root / "metadata.json")
+            yield from _smart_speaker(root, wanted)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorpusError(
+            f"{root}: its JSON files are not as published at {SNIPS.page} ({error!r})"
+        ) from error
 
 
 def _smart_lights(root: Path, wanted: Wanted) -> Read:
