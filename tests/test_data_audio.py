@@ -136,6 +136,16 @@ def test_any_cut_of_any_rate(rate: int, start: float, duration: float) -> None:
     np.testing.assert_allclose(cut, whole[begin : begin + len(cut)], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["hello.wav", "sorry.flac", "france.opus", "dinosaur.mp3"])
+def test_a_cut_of_real_speech(name: str) -> None:
+    path = Path(__file__).parent / "data" / name
+    whole = load_audio(path)
+    assert abs(len(whole) / SAMPLE_RATE - probe_audio(path).seconds) < 0.001 and not is_silent(whole)
+    for start in (0.0, 0.3333, 0.71):
+        begin, end = round(start * SAMPLE_RATE), round((start + 0.5) * SAMPLE_RATE)
+        np.testing.assert_allclose(load_audio(path, start=start, duration=0.5), whole[begin:end], atol=1e-5)
+
+
 def test_a_cut_may_pass_the_end_by_a_rounding_only() -> None:
     clip = tone(SAMPLE_RATE)
     assert len(load_audio(clip, sampling_rate=SAMPLE_RATE, start=2.5, duration=0.55)) == 8_000
