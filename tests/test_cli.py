@@ -104,7 +104,7 @@ def test_defaults_are_the_papers() -> None:
     assert cli.parse("generate", MINIMAL["generate"]).max_new_tokens == 128
 
 
-@pytest.mark.parametrize("name", set(cli.COMMANDS) - {"prepare", "chat", "serve", "tour", "transcribe"})
+@pytest.mark.parametrize("name", ["continue", "encode", "train", "evaluate", "generate", "export"])
 def test_data_and_models_have_no_default(name: str) -> None:
     assert exit_code([name]) == 2
 
