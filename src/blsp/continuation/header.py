@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from blsp.model.distributed import Place
 
 PACKAGES = ("blsp", "torch", "transformers", "tokenizers", "numpy")

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from blsp.model.distributed import Place
 from tqdm import tqdm
 
 from blsp.continuation.engines import Engine, Prompt
 from blsp.continuation.header import text_digest
 from blsp.continuation.parts import Part, done_keys
 from blsp.continuation.plan import Job, Plan, write_plan
+from blsp.model.distributed import Place
 
 WAIT = 0.5  # seconds between two looks for what another rank writes
 
