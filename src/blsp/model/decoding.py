@@ -82,6 +82,8 @@ def decode(
     on_event: Callable[[Event], None] | None = None,
 ) -> dict[Hashable, Result]:
     """Write every answer, at most `batch_size` at a time; free places are filled once a quarter is free."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: must be 1 or more")
     decoder, waiting = Decoder(llm), iter(requests)
     results: dict[Hashable, Result] = {}
     tops: dict[Hashable, list[Event]] = {}
@@ -184,6 +186,9 @@ class Decoder:
         prefix = group[0].prefix
         before = len(prefix) if prefix else 0
         lengths = torch.tensor([len(request.embeds) for request in group], device=self._device)
+        if not bool(lengths.all()):
+            empty = next(request.key for request in group if not len(request.embeds))
+            raise ValueError(f"request {empty!r}: has nothing to go on from; give one embedding at least")
         embeds = nn.utils.rnn.pad_sequence(
             [request.embeds for request in group], batch_first=True
         )  # (R, L, D)

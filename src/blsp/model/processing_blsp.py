@@ -57,6 +57,8 @@ class BlspProcessor(ProcessorMixin):
         self.audio_token = AUDIO_TOKEN
         if AUDIO_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
+        if tokenizer.pad_token is None:  # padding is masked: any token will do
+            tokenizer.pad_token = tokenizer.eos_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         if chat_template is None and tokenizer.chat_template:
             chat_template = FLATTEN_PARTS + tokenizer.chat_template

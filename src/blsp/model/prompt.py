@@ -84,6 +84,8 @@ def render(
         marked.append({"role": message["role"], "content": marks})
         parts.extend(content)
     pieces = _MARK_PATTERN.split(_apply_template(tokenizer, marked, answer))
+    if sorted(int(number) for number in pieces[1::2]) != list(range(len(parts))):
+        raise PromptError(f"{tokenizer.name_or_path}: its chat template leaves out or repeats what was said")
     segments: list[Segment] = []
     for place, piece in enumerate(pieces):
         if place % 2 == 0:
@@ -104,12 +106,32 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
 
 def transcript_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """A transcript as the LLM reads it in the speech's place: as given, after one leading space."""
-    return text_ids(tokenizer, " " + text.strip())
+    text = text.strip()
+    return text_ids(tokenizer, " " + text) if text else []
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Plain text: control tokens spelled in it stay characters."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    """Plain text: control tokens spelled in it stay characters.
+
+    `split_special_tokens` spells out those that the tokenizer calls special; Gemma 2's turn marks are not. A
+    piece of text that would still become an added token is cut in two inside it.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    added = tokenizer.added_tokens_decoder
+    spelled = next(
+        (str(added[token]) for token in ids if token in added and not _is_space(added[token])), None
+    )
+    if spelled is None or len(spelled) < 2:
+        return ids
+    if spelled not in text:
+        raise PromptError(f"the text would be read as the control token {spelled!r}; write it otherwise")
+    middle = text.index(spelled) + len(spelled) // 2
+    return [*text_ids(tokenizer, text[:middle]), *text_ids(tokenizer, text[middle:])]
+
+
+def _is_space(token: object) -> bool:
+    """Runs of spaces and line breaks, which some tokenizers (Gemma, Phi) add as tokens, mean nothing else."""
+    return not str(token).strip(" \n\t\r\u2581")
 
 
 def _joined(segments: Sequence[Segment]) -> tuple[int, ...]:

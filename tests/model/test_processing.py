@@ -1,0 +1,144 @@
+"""The processor, and transformers' doors: chat templates with parts, Auto classes, the any-to-any pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import speech_like, tiny_blsp
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BatchFeature, pipeline
+
+import blsp
+from blsp.data.audio import write_wav
+from blsp.inference.listener import Listener, Question
+from blsp.model.checkpoint import save_adapter
+from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig
+from blsp.model.distributed import find_place
+from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.model.processing_blsp import BlspProcessor
+
+CLIP = speech_like(1.3)
+
+
+@pytest.fixture(scope="module", params=["conv", "grounded"])
+def pair(request, tiny_models_folder: Path) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+    return tiny_blsp(tiny_models_folder, adapter=request.param, place=find_place("cpu", "float32"))
+
+
+@pytest.fixture(scope="module")
+def folder(pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    blsp.register()
+    model, processor = pair
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_adapter(model, processor, folder)
+    return folder
+
+
+def _messages(audio: object) -> list[dict]:
+    parts = [{"type": "text", "text": "Please repeat:"}, {"type": "audio", "audio": audio}]
+    return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+
+
+def _by_template(processor: BlspProcessor, messages: list[dict]) -> BatchFeature:
+    return processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+    )
+
+
+def test_a_conversation_with_parts_becomes_the_llms_own_prompt(pair) -> None:
+    model, processor = pair
+    inputs = _by_template(processor, _messages(CLIP))
+    text = processor.tokenizer.decode(inputs["input_ids"][0])
+    heard = AUDIO_TOKEN * processor.places(len(CLIP))
+    expected = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nPlease repeat:{heard}<|im_end|>\n"
+    assert text == expected + "<|im_start|>assistant\n"
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_audio_by_path_is_the_same(pair, tmp_path: Path) -> None:
+    _, processor = pair
+    write_wav(tmp_path / "clip.wav", CLIP)
+    by_path = processor(text=AUDIO_TOKEN, audio=str(tmp_path / "clip.wav"))
+    by_array = processor(text=AUDIO_TOKEN, audio=blsp.load_audio(tmp_path / "clip.wav"), sampling_rate=16000)
+    assert torch.equal(by_path["input_features"], by_array["input_features"])
+    from_template = _by_template(processor, _messages(str(tmp_path / "clip.wav")))
+    torch.testing.assert_close(from_template["input_features"], by_path["input_features"], rtol=0, atol=1e-5)
+
+
+def test_other_rates_are_resampled(pair) -> None:
+    _, processor = pair
+    inputs = processor(text=AUDIO_TOKEN, audio=np.repeat(CLIP, 2), sampling_rate=32000)
+    assert inputs["input_features"].shape[2] == 130
+
+
+def test_placeholders_smuggled_into_text_do_not_pass(pair) -> None:
+    _, processor = pair
+    messages = _messages(CLIP)
+    messages[1]["content"][0]["text"] = f"Please {AUDIO_TOKEN} repeat:"
+    with pytest.raises(ValueError, match="each clip needs its place"):
+        _by_template(processor, messages)
+
+
+def test_the_processor_survives_its_folder(pair, folder: Path) -> None:
+    _, processor = pair
+    again = AutoProcessor.from_pretrained(folder)
+    assert type(again) is BlspProcessor
+    assert (again.strides, again.audio_token_id) == (processor.strides, processor.audio_token_id)
+    assert again.chat_template == processor.chat_template
+    texts = [f"say{AUDIO_TOKEN}", f"please say{AUDIO_TOKEN} now"]
+    clips = [CLIP, speech_like(0.7)]
+    found, expected = (p(text=texts, audio=clips, sampling_rate=16000) for p in (again, processor))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_auto_classes_know_the_model(folder: Path) -> None:
+    assert type(AutoConfig.from_pretrained(folder)) is BlspConfig
+    assert type(AutoModelForMultimodalLM.from_pretrained(folder)) is BlspForConditionalGeneration
+
+
+def test_a_tokenizer_without_a_pad_token_pads(tiny_models_folder: Path) -> None:
+    _, processor = tiny_blsp(tiny_models_folder)
+    tokenizer = processor.tokenizer
+    tokenizer.pad_token = None
+    bare = BlspProcessor(processor.feature_extractor, tokenizer)
+    inputs = bare(text=["one", "one and two"])
+    assert inputs["attention_mask"][0, 0] == 0
+
+
+@pytest.mark.parametrize("source", ["path", "array"])
+def test_the_any_to_any_pipeline_answers_as_the_listener_does(
+    pair, folder: Path, tmp_path: Path, source: str
+) -> None:
+    model, processor = pair
+    write_wav(tmp_path / "clip.wav", CLIP)
+    clip = blsp.load_audio(tmp_path / "clip.wav")
+    audio = {"path": str(tmp_path / "clip.wav")} if source == "path" else {"audio": clip}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Please repeat:"}, {"type": "audio", **audio}]}
+    ]
+    asked = pipeline("any-to-any", model=str(folder))
+    found = asked(
+        text=messages, generate_kwargs={"max_new_tokens": 12, "do_sample": False}, return_full_text=False
+    )
+    expected = Listener(model, processor).answer(clip, "Please repeat:", max_new_tokens=12)
+    assert found[0]["generated_text"].strip() == expected
+
+
+def test_generate_answers_as_the_listener_does(pair) -> None:
+    """model.generate through the processor and the decode loop write the same tokens."""
+    model, processor = pair
+    listener = Listener(model, processor)
+    clips = [speech_like(seconds, seed) for seed, seconds in enumerate((0.6, 1.1, 2.4))]
+    prompt = f"<|im_start|>user\nPlease repeat:{AUDIO_TOKEN}<|im_end|>\n<|im_start|>assistant\n"
+    inputs = processor(text=[prompt] * 3, audio=clips, sampling_rate=16000)
+    written = model.generate(**inputs, max_new_tokens=16, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    texts = [text.strip() for text in processor.batch_decode(written, skip_special_tokens=True)]
+    from dataclasses import replace
+
+    decoding = replace(listener.decoding, max_new_tokens=16)
+    questions = [
+        Question(audio=clip, instruction="Please repeat:", order="instruction-first") for clip in clips
+    ]
+    assert listener.generate(questions, decoding=decoding) == texts
