@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -17,23 +22,37 @@ CPU = torch.device("cpu")
 
 
 def run_ranks(program: str, world: int = 2) -> list[str]:
-    """Start `program` once a rank, as torchrun does, and return what each printed."""
-    with socket.socket() as free:
+    """Run `program` as the ranks of a launch and return what each printed.
+
+    The ranks are forks of this process, which has imported torch already; torchrun itself is tried below.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in ranks]
-    for process, (_, errors) in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return [printed.strip() for printed, _ in outputs]
+        free.close()
+        outputs = [Path(folder) / f"rank{rank}" for rank in range(world)]
+        fork = multiprocessing.get_context("fork")
+        ranks = [
+            fork.Process(target=_be_rank, args=(program, r, world, port, outputs[r])) for r in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(300)
+        printed = [output.read_text() for output in outputs]
+        assert [process.exitcode for process in ranks] == [0] * world, "\n".join(printed)
+        return [text.strip() for text in printed]
+
+
+def _be_rank(program: str, rank: int, world: int, port: str, output: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with output.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            exec(program, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc(file=out)
+            raise
 
 
 def test_one_process_is_rank_0_of_1() -> None:
@@ -175,6 +194,6 @@ def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
         "--nproc-per-node=2",
         str(program),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()) == ["3", "3"]
