@@ -16,15 +16,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from blsp.settings import SettingsError, TourSettings
 from blsp.shipped import DEFAULT_MODEL, is_shipped
-from blsp.tour_page import compare_page, divergence_lines, question_page, read_manifest
+from blsp.tour_page import (
+    compare_page,
+    divergence_lines,
+    learnt_rows,
+    question_page,
+    read_clips,
+    read_manifest,
+)
 
 LLM = "embedded:smollm2-135m-instruct"
 ENCODER = "embedded:whisper-tiny.en"
 TOP_K = "32"
+HELD_OUT = 24  # training recordings kept back for the probes
 
 
 class TourError(RuntimeError):
@@ -138,6 +145,7 @@ def plan(settings: TourSettings) -> list[Stop]:
                 (
                     "train", "--config", str(speech.parent / "tour" / ("adapt.yaml" if start else "cold.yaml")),
                     "--data", str(continued), "--cache", str(features), "--out", str(run),
+                    "--held-out", str(HELD_OUT),
                     *(("--init-from", start) if start else ()), *device,
                 ),
             ),
@@ -145,17 +153,18 @@ def plan(settings: TourSettings) -> list[Stop]:
         ),
         Stop(
             "what it hears",
-            "Five recordings it has learnt from, five of the same actors it has never heard, and three of a\n"
-            "telephone voice: the transcript, what the adapter reads out, and how the LLM goes on.",
+            "Five recordings it has learnt from, five of the same actors it has never heard, and five of\n"
+            "a telephone voice: the transcript, what the adapter reads out, and how the LLM goes on.",
             "a minute",
             (),
             lambda: compare_page(
-                adapter, start,
-                [
-                    ("learnt from", speech / "train.jsonl", 5),
-                    ("never heard", speech / "heldout.jsonl", 5),
-                    ("another voice", speech / "asterisk.jsonl", 3),
-                ],
+                adapter,
+                start,
+                {
+                    "learnt from": learnt_rows(speech / "train.jsonl", HELD_OUT),
+                    "never heard": read_clips(speech / "heldout.jsonl"),
+                    "another voice": read_clips(speech / "asterisk.jsonl"),
+                },
                 settings.device,
             ),
         ),
@@ -176,10 +185,8 @@ def _show_manifests(speech: Path) -> str:
         minutes = sum(row.get("seconds", 0.0) for row in rows) / 60
         speakers = len({row.get("speaker") for row in rows})
         lines.append(f"{speech / name}: {len(rows)} clips, {minutes:.1f} minutes, {speakers} speakers")
-    shown: dict[str, Any] = {
-        key: rows_value for key, rows_value in read_manifest(speech / "train.jsonl")[0].items()
-    }
-    return "\n".join([*lines, json.dumps(shown, ensure_ascii=False)])
+    example = json.dumps(read_manifest(speech / "train.jsonl")[0], ensure_ascii=False)
+    return "\n".join([*lines, example])
 
 
 def _show_rows(path: Path, fields: Sequence[str], count: int) -> str:

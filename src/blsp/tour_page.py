@@ -8,7 +8,6 @@ Flow: tour.py → **tour_page.py** → inference/listener.py. What fails is show
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from blsp.inference.listener import Listener
 
 Rows = list[dict[str, Any]]
+SHOWN = 5  # clips of each part
 
 
 def read_manifest(path: Path) -> Rows:
@@ -42,23 +42,35 @@ def divergence_lines(metrics: str | Path) -> str:
     return "\n".join(lines)
 
 
-def compare_page(
-    adapter: str, before: str | None, parts: Sequence[tuple[str, Path, int]], device: str
-) -> str:
-    """Some clips of each manifest as the adapter hears them; word error rates of whole manifests below."""
+def read_clips(manifest: Path) -> Rows:
+    """The rows of a manifest with `audio` as a path from here."""
+    return [row | {"audio": str(manifest.parent / row["audio"])} for row in read_manifest(manifest)]
+
+
+def learnt_rows(manifest: Path, held_out: int) -> Rows:
+    """The rows that training learnt from: all but those that `--held-out` kept back for its probes."""
+    from blsp.training.table import id_hash
+
+    rows = read_clips(manifest)
+    kept_back = sorted(id_hash(row["id"]) for row in rows)[:held_out]
+    return [row for row in rows if id_hash(row["id"]) not in kept_back]
+
+
+def compare_page(adapter: str, before: str | None, parts: dict[str, Rows], device: str) -> str:
+    """Five clips of each part as the adapter hears them; word error rates of the whole parts below."""
     from blsp.continuation.prompts import instruction_for
     from blsp.inference.listener import Question, load
 
     listener = load(adapter, device=device)
+    instruction = instruction_for("continue")
     lines: list[str] = []
-    for label, manifest, count in parts:
-        rows = read_manifest(manifest)[:count]
-        audio = [str(manifest.parent / row["audio"]) for row in rows]
-        instruction = instruction_for("continue")
+    for label, rows in parts.items():
+        shown = rows[:SHOWN]
+        audio = [row["audio"] for row in shown]
         heard = listener.read(listener.hear(audio))
-        reading = listener.generate([Question(text=row["text"], instruction=instruction) for row in rows])
+        reading = listener.generate([Question(text=row["text"], instruction=instruction) for row in shown])
         hearing = listener.generate([Question(audio=clip, instruction=instruction) for clip in audio])
-        for row, readout, text_answer, speech_answer in zip(rows, heard, reading, hearing, strict=True):
+        for row, readout, text_answer, speech_answer in zip(shown, heard, reading, hearing, strict=True):
             lines += [
                 f"[{label}] {row['id']}",
                 f"   transcript: {row['text']}",
@@ -66,10 +78,12 @@ def compare_page(
                 f"   on reading: {_short(text_answer)}",
                 f"   on hearing: {_short(speech_answer)}",
             ]
-    models = [("before", load(before, device=device))] if before else []
-    for label, manifest, _ in parts:
-        for when, judge in [*models, ("after" if before else "now", listener)]:
-            lines.append(f"read-out word error rate, {label}, {when}: {_error_rate(judge, manifest):.3f}")
+    judges = {"before": load(before, device=device), "after": listener} if before else {"now": listener}
+    for label, rows in parts.items():
+        for when, judge in judges.items():
+            lines.append(
+                f"read-out word error rate, {label} ({len(rows)} clips), {when}: {_error_rate(judge, rows):.3f}"
+            )
     return "\n".join(lines)
 
 
@@ -78,10 +92,9 @@ def question_page(adapter: str, manifest: Path, device: str) -> str:
     from blsp.inference.listener import Question, load
 
     listener = load(adapter, device=device)
-    rows = read_manifest(manifest)
-    audio = [str(manifest.parent / row["audio"]) for row in rows]
+    rows = read_clips(manifest)
     reading = listener.generate([Question(text=row["text"]) for row in rows])
-    hearing = listener.generate([Question(audio=clip) for clip in audio])
+    hearing = listener.generate([Question(audio=row["audio"]) for row in rows])
     lines = []
     for row, text_answer, speech_answer in zip(rows, reading, hearing, strict=True):
         lines += [
@@ -92,16 +105,15 @@ def question_page(adapter: str, manifest: Path, device: str) -> str:
     return "\n".join(lines)
 
 
-def _error_rate(listener: Listener, manifest: Path) -> float:
+def _error_rate(listener: Listener, rows: Rows) -> float:
     import jiwer
     from whisper_normalizer.english import EnglishTextNormalizer
 
-    rows = read_manifest(manifest)
     normalise = EnglishTextNormalizer()
-    heard = listener.read(listener.hear([str(manifest.parent / row["audio"]) for row in rows]))
+    heard = listener.read(listener.hear([row["audio"] for row in rows]))
     return float(jiwer.wer([normalise(row["text"]) for row in rows], [normalise(text) for text in heard]))
 
 
 def _short(text: str, width: int = 150) -> str:
     flat = " ".join(text.split())
-    return flat if len(flat) <= width else flat[: width - 1] + "…"
+    return (flat if len(flat) <= width else flat[: width - 1] + "…") or "(empty)"
