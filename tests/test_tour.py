@@ -1,0 +1,58 @@
+"""The tour's own logic, without its models: a finished stop is shown again, a changed one is walked again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from blsp.settings import SettingsError, TourSettings
+from blsp.tour import Stop, TourError, plan, run_command, tour, visit
+from blsp.tour_page import divergence_lines, learnt_rows, read_manifest
+
+SPEECH = Path(__file__).parents[1] / "examples" / "speech"
+
+
+def test_a_finished_stop_is_shown_again_and_a_changed_one_walked_again(tmp_path: Path) -> None:
+    looked: list[int] = []
+
+    def stop(*commands: tuple[str, ...]) -> Stop:
+        return Stop("a stop", "why", "seconds", commands, lambda: f"seen {looked.append(1) or len(looked)}")
+
+    assert visit(stop(), tmp_path) == "seen 1"
+    assert visit(stop(), tmp_path).endswith("seen 1")
+    assert visit(stop(("--help",)), tmp_path) == "seen 2"
+
+
+def test_a_failing_command_ends_the_tour_with_its_words() -> None:
+    with pytest.raises(TourError, match="blsp encode --manifest nowhere.jsonl"):
+        run_command(["encode", "--manifest", "nowhere.jsonl", "--audio-model", "nowhere", "--cache", "nowhere"])
+
+
+def test_a_folder_without_recordings_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"train\.jsonl"):
+        tour(TourSettings(out=tmp_path / "out", speech=tmp_path))
+
+
+def test_every_command_of_the_tour_parses() -> None:
+    from blsp.cli import parse
+
+    for stop in plan(TourSettings(speech=SPEECH, cold=True)):
+        for name, *flags in stop.commands:
+            parse(name, flags)
+
+
+def test_rows_kept_back_are_not_shown_as_learnt() -> None:
+    rows = read_manifest(SPEECH / "train.jsonl")
+    learnt = learnt_rows(SPEECH / "train.jsonl", 24)
+    assert len(learnt) == len(rows) - 24
+    assert all(Path(row["audio"]).exists() for row in learnt)
+
+
+def test_divergence_is_told_from_first_to_last_probe(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    rows = [{"train_kl": 2.0, "held_out_kl": 3.0}, {"loss": 1.0}, {"train_kl": 0.5, "held_out_kl": 2.5}]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    told = divergence_lines(metrics)
+    assert "2.000 →   0.500" in told and "3.000 →   2.500" in told
