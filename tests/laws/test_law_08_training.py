@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_blsp
+from tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 from training_examples import make_examples
 
 from blsp.model.language_model import embed
 from blsp.training import losses, step
 from blsp.training.examples import Example
-from blsp.training.step import Objective, PromptedLLM
+from blsp.training.prompted_llm import PromptedLLM
+from blsp.training.step import Objective
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -50,7 +51,7 @@ def _plainly(model, examples: list[Example]) -> list[torch.Tensor]:
 
 
 def _same(found: list[torch.Tensor], expected: list[torch.Tensor], family: str = "llama") -> None:
-    tolerance = 1e-5 if family == "gemma2" else 1e-9  # transformers takes Gemma 2's softmax in float32
+    tolerance = TOLERANCE[family]
     for mine, plain in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
 

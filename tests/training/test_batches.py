@@ -76,6 +76,13 @@ def test_cut_keeps_rows_groups_and_budget(rows: list[tuple[int, int]], budget: i
         assert len(mine) == 1 or lengths[mine].max() * len(mine) <= budget
 
 
+def test_cut_does_not_depend_on_how_groups_are_numbered() -> None:
+    lengths, groups = np.array([3, 9, 4, 9, 5]), np.array([0, 1, 0, 2, 1])
+    batches = [batch.tolist() for batch in cut(np.arange(5), lengths, groups, 12)]
+    renamed = [batch.tolist() for batch in cut(np.arange(5), lengths, np.array([7, 0, 7, 5, 0]), 12)]
+    assert batches == renamed
+
+
 def test_prefetch_keeps_order_raises_and_stops() -> None:
     assert list(prefetch(range(50), ahead=3)) == list(range(50))
 

@@ -19,8 +19,9 @@ from blsp.model.checkpoint import load_blsp
 from blsp.model.distributed import find_place
 from blsp.model.features import FeatureCache
 from blsp.settings import SettingsError, TrainSettings
-from blsp.training import loop, step
-from blsp.training.loop import TrainingError, learning_rate, train
+from blsp.training import loop, reporting, step
+from blsp.training.loop import TrainingError, train
+from blsp.training.optimisation import learning_rate
 from blsp.training.run_state import ResumeError, newest_complete
 from blsp.training.sources import DataError
 
@@ -28,6 +29,13 @@ from blsp.training.sources import DataError
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"), rows=22, top_k=4)
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch) -> None:
+    """Drawing costs more than a tiny run: once is enough."""
+    if "contract" not in request.node.name:
+        monkeypatch.setattr(reporting, "draw", lambda *_: None)
 
 
 @pytest.fixture
@@ -246,17 +254,18 @@ def test_init_from_goes_on_with_an_adapter_of_its_kind(settings, tmp_path: Path,
 
 def test_the_average_of_the_last_steps_is_what_is_shipped(settings, tmp_path: Path, monkeypatch) -> None:
     seen: list[dict[str, torch.Tensor]] = []
-    move = loop.move
+    add = loop.add_to_average
 
-    def watched(run, state, *rest):
-        move(run, state, *rest)
+    def watched(run, state, number):
         seen.append({n: t.clone() for n, t in run.model.model.multi_modal_projector.state_dict().items()})
+        add(run, state, number)
 
-    monkeypatch.setattr(loop, "move", watched)
+    monkeypatch.setattr(loop, "add_to_average", watched)
     train(replace(settings, average_last=3))
     weights = _weights(settings.out)
+    assert len(seen) == 3
     for name in seen[0]:
-        mean = torch.stack([each[name] for each in seen[-3:]]).mean(0)
+        mean = torch.stack([each[name] for each in seen]).mean(0)
         torch.testing.assert_close(weights[f"model.multi_modal_projector.{name}"], mean)
 
 

@@ -9,7 +9,8 @@ from training_examples import make_examples, silent
 from blsp.model.language_model import embed
 from blsp.training import step
 from blsp.training.losses import ce_loss, kl_loss
-from blsp.training.step import Counts, Objective, PromptedLLM
+from blsp.training.prompted_llm import PromptedLLM
+from blsp.training.step import Counts, Objective
 
 TIGHT = dict(rtol=0, atol=1e-9)
 

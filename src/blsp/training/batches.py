@@ -122,10 +122,12 @@ def _table_rows(plan: Plan, epoch: int, places: Rows) -> Rows:
 def cut(rows: Rows, lengths: NDArray[np.integer], groups: NDArray[np.integer], budget: int) -> list[Rows]:
     """Micro-batches: rows of one group (they share a prefix), at most `budget` positions with their padding.
 
-    A row that is longer than the budget gets a micro-batch of its own.
+    A row that is longer than the budget gets a micro-batch of its own. Groups come in the order of their first
+    rows, whatever their numbers are: the order of micro-batches decides roundings and dropout.
     """
     batches = []
-    for group in np.unique(groups):
+    _, first = np.unique(groups, return_index=True)
+    for group in groups[np.sort(first)]:
         mine = np.flatnonzero(groups == group)
         mine = mine[np.argsort(-lengths[mine], kind="stable")]  # longest first: it sets the width
         while len(mine):

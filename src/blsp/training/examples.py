@@ -30,7 +30,7 @@ from blsp.training.sources import Source
 from blsp.training.table import ROW, is_no_speech
 
 NO_RESPONSE: list[int] = []
-ANY_PAIR = np.iinfo(np.uint16).max  # a row that no (instruction, order) pair is given for
+ANY_PAIR = np.iinfo(np.uint32).max  # a row that no (instruction, order) pair is given for
 
 
 class Features(Protocol):
@@ -99,6 +99,7 @@ class ExampleReader:
     max_seconds: float = math.inf
     seed: int = 0
     pairs: list[tuple[str, str]] = field(default_factory=list)
+    _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
     _prompts: dict[tuple[str, str], Frame] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,9 +148,10 @@ class ExampleReader:
         if self.taught.loss == "ctc" or (is_no_speech(row) and row.instruction is None):
             return ANY_PAIR
         pair = _pair(row)
-        if pair not in self.pairs:
+        if pair not in self._numbers:
+            self._numbers[pair] = len(self.pairs)
             self.pairs.append(pair)
-        return self.pairs.index(pair)
+        return self._numbers[pair]
 
     # --- for the step -------------------------------------------------------------------------------------
 

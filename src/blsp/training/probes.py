@@ -27,7 +27,8 @@ from whisper_normalizer.basic import BasicTextNormalizer
 from blsp.training.batches import cut
 from blsp.training.examples import Example
 from blsp.training.losses import kl_loss, rows_per_chunk
-from blsp.training.step import PromptedLLM, response_states, speech_states, speech_vectors, transcript_vectors
+from blsp.training.prompted_llm import PromptedLLM
+from blsp.training.step import response_states, speech_states, speech_vectors, transcript_vectors
 
 
 @torch.no_grad()

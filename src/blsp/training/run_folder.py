@@ -85,7 +85,6 @@ def is_finished(settings: TrainSettings) -> bool:
     if not (settings.out / "adapter" / "config.json").exists():
         return False
     _refuse_other_settings(settings)
-    print(f"{settings.out}: is finished; the adapter is {settings.out / 'adapter'}")
     return True
 
 

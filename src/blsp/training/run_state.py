@@ -71,7 +71,8 @@ def check_environment(stored: dict[str, Any], here: dict[str, Any], folder: Path
     ]
     if changed and not inexact:
         raise ResumeError(
-            f"{folder}: cannot go on to the bit, because of other: {', '.join(changed)}. Restore them, or "
+            f"{folder}: cannot go on to the bit, because of other: {', '.join(changed)}. Restore them "
+            "(OMP_NUM_THREADS sets the threads), or "
             "pass --resume-inexact to go on with results that are close but not equal"
         )
 

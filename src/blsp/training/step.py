@@ -16,28 +16,25 @@ positions, D LLM width, K stored top-k, C read-out classes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from blsp.model.adapter import AdapterOutput
+from blsp.model.distributed import Place
 from blsp.model.grounded import BLANK, GroundedAdapter
-from blsp.model.language_model import UnsupportedModelError, embed
+from blsp.model.language_model import embed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
-from blsp.model.prefix import Prefix, compute_prefix
 from blsp.model.speech_encoder import encode_speech
 from blsp.training.examples import Example
 from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, rows_per_chunk, topk_kl_loss
+from blsp.training.prompted_llm import PromptedLLM
 
 Loss = Literal["ctc", "ce", "kl"]
-PREFIXES_KEPT = 64  # data whose every row has an instruction of its own would fill the memory otherwise
 
 
 @dataclass(frozen=True)
@@ -75,67 +72,9 @@ class Sums:
     padding: int = 0
 
 
-@dataclass
-class PromptedLLM:
-    """The frozen LLM after a prompt's prefix, whose key/values are computed once and shared by every batch.
-
-    checkpoint_activations: keep no activations inside the layers of a pass with gradients; transformers then
-    drops the key/values without a word, so the prefix is put before the sequence instead.
-    """
-
-    model: BlspForConditionalGeneration
-    checkpoint_activations: bool = False
-    known: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
-
-    def __post_init__(self) -> None:
-        if self.checkpoint_activations:
-            self.model.model.language_model.activation_checkpointing_enable()
-
-    def states(self, prefix_ids: tuple[int, ...], embeds: Tensor) -> Tensor:
-        """Last hidden states (B, L, D) of right-padded embeds (B, L, D).
-
-        No mask: causal attention never looks at the padding on the right, whose states nobody reads.
-        """
-        batch, width = embeds.shape[:2]
-        before = len(prefix_ids)
-        positions = torch.arange(before + width, device=embeds.device)[None, :].expand(batch, -1)
-        decoder = self.model.model.language_model
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            whole = torch.cat([embed(self.model, prefix_ids).expand(batch, -1, -1), embeds], dim=1)
-            with _checkpointing(decoder):
-                output = decoder(
-                    inputs_embeds=whole, position_ids=positions, use_cache=False
-                )
-            return output.last_hidden_state[:, before:]
-        return decoder(
-            inputs_embeds=embeds,
-            position_ids=positions[:, before:],
-            past_key_values=self._prefix(prefix_ids).expand(batch),
-            use_cache=True,
-        ).last_hidden_state
-
-    def _prefix(self, ids: tuple[int, ...]) -> Prefix:
-        if ids not in self.known:
-            self.known[ids] = compute_prefix(self.model, ids)
-        self.known.move_to_end(ids)
-        if len(self.known) > PREFIXES_KEPT:
-            self.known.popitem(last=False)
-        return self.known[ids]
-
-
-@contextmanager
-def _checkpointing(decoder: nn.Module) -> Iterator[None]:
-    """The layers, not what is inside them, in training mode: they checkpoint, and no dropout wakes up."""
-    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise UnsupportedModelError(f"{type(decoder).__name__}: has no layers that can be checkpointed")
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
+def autocast(place: Place) -> torch.autocast:
+    """The adapter's float32 weights compute in bfloat16 where the frozen parts do."""
+    return torch.autocast(place.device.type, torch.bfloat16, enabled=place.dtype == torch.bfloat16)
 
 
 def counts_of(examples: Sequence[Example], objective: Objective) -> Counts:

@@ -35,7 +35,7 @@ ROW = np.dtype(
         ("hash", "<u8"),  # of the utterance's id: all behaviours of one utterance are held out together
         ("row", "<i8"),  # in its source
         ("source", "<u2"),
-        ("frame", "<u2"),  # index into the (instruction, order) pairs
+        ("frame", "<u4"),  # index into the (instruction, order) pairs
         ("frames", "<i4"),  # encoder frames of the speech
         ("transcript", "<i4"),  # tokens
         ("tail", "<i4"),  # positions after the speech: suffix and response, its last token not counted

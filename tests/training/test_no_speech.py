@@ -1,0 +1,22 @@
+"""Made silence and noise: the same from the same seed, all of it no speech, none of it too loud."""
+
+from pathlib import Path
+
+import numpy as np
+
+from blsp.data.audio import load_audio
+from blsp.data.manifest import Manifest
+from blsp.training.no_speech import CLIPS, KINDS, write_no_speech
+
+
+def test_clips_are_a_function_of_the_seed(tmp_path: Path) -> None:
+    first, second = (Manifest(write_no_speech(tmp_path / name, seed=3)) for name in ("a", "b"))
+    assert len(first) == CLIPS
+    for mine, other in zip(first, second, strict=True):
+        assert mine.text == "" and mine.extra["no_speech"] is True
+        heard, again = load_audio(mine.audio), load_audio(other.audio)
+        np.testing.assert_array_equal(heard, again)
+        assert np.abs(heard).max() <= 1 and mine.duration == len(heard) / 16_000
+    loudest = [np.abs(load_audio(row.audio)).max() for row in first]
+    assert min(loudest) == 0 and max(loudest) > 0.05
+    assert {Path(row.audio).stem.split("-", 1)[1] for row in first} == set(KINDS)

@@ -1,0 +1,61 @@
+"""The probes: zero where both routes are the same, blind to nothing, and they leave the model as it was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import tiny_blsp
+from training_examples import make_examples
+
+from blsp.model.adapter import AdapterOutput
+from blsp.model.language_model import embed
+from blsp.training import probes
+from blsp.training.prompted_llm import PromptedLLM
+
+
+def test_divergence_is_zero_where_the_speech_is_the_transcript_s_embeddings(pair_of, monkeypatch) -> None:
+    model, processor = pair_of("conv")
+    examples = make_examples(processor, 4)
+
+    def listen(states, lengths):  # an adapter that has learnt everything
+        batch = seen.pop(0)
+        vectors = torch.nn.utils.rnn.pad_sequence(
+            [embed(model, e.transcript) for e in batch], batch_first=True
+        )
+        places = torch.tensor([len(e.transcript) for e in batch])
+        valid = torch.arange(vectors.shape[1])[None, :] < places[:, None]
+        return AdapterOutput(vectors, places, valid, places > 0)
+
+    seen = list(probes._micro_batches(examples, 200))
+    monkeypatch.setattr(model.model, "listen", listen)
+    divergence, agreement = probes.divergence(examples, PromptedLLM(model), positions=200)
+    assert divergence == pytest.approx(0, abs=1e-12) and agreement == 1.0
+
+
+def test_divergence_does_not_depend_on_how_the_clips_are_cut_up(pair_of) -> None:
+    model, processor = pair_of("conv")
+    examples = [*make_examples(processor, 3), *make_examples(processor, 3, order="instruction-first", seed=1)]
+    with torch.no_grad():
+        whole = probes.divergence(examples, PromptedLLM(model), positions=100_000)
+        single = probes.divergence(examples, PromptedLLM(model), positions=1)
+    assert whole == pytest.approx(single, abs=1e-9) and whole[0] > 0.01
+
+
+def test_every_shuffled_clip_is_another_utterance_s(pair_of) -> None:
+    _, processor = pair_of("conv")
+    examples = make_examples(processor, 3)
+    doubled = [*examples, *(replace(example, response=[9, 2]) for example in examples)]
+    mels = {example.id: example.mel.shape for example in examples}
+    for mixed in probes.shuffled(doubled):
+        assert mixed.mel.shape != mels[mixed.id]
+    assert probes.shuffled(examples[:1]) == []
+
+
+def test_measure_names_what_it_found_and_leaves_the_adapter_learning(tmp_path) -> None:
+    model, processor = tiny_blsp(tmp_path, adapter="grounded")
+    model.model.multi_modal_projector.train()
+    examples = make_examples(processor, 3)
+    found = probes.measure("held_out", examples, PromptedLLM(model), processor.tokenizer, 500)
+    assert set(found) == {f"held_out_{name}" for name in ("kl", "top1", "kl_shuffled", "wer")}
+    assert model.model.multi_modal_projector.training
+    assert probes.measure("train", [], PromptedLLM(model), processor.tokenizer, 500) == {}
