@@ -22,10 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blsp.continuation.prompts import instruction_for
 from blsp.data.audio import SAMPLE_RATE, is_silent, load_audio
+from blsp.inference.pauses import cut_at_pauses
+from blsp.inference.text_stream import TextStream, answer_text
 from blsp.model.adapter import Heard
 from blsp.model.checkpoint import load_blsp
-from blsp.model.decoding import Decoder, Decoding, Request, decode
+from blsp.model.decoding import Decoder, Decoding, Event, Request, decode
 from blsp.model.distributed import find_place
 from blsp.model.language_model import embed, stop_ids
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
@@ -77,45 +80,92 @@ class Listener:
         if not heard.speech:
             yield self.model.config.no_speech_sentence
             return
-        question = Question(audio=audio, instruction=instruction)
         decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
-        request = self.request(0, question, heard, decoding)
-        yield from stream_text(self.tokenizer, Decoder(self.model), request)
+        request = self.request(0, Question(instruction=instruction), heard, decoding)
+        text = TextStream(self.tokenizer)
+        for event in written(Decoder(self.model), request):
+            piece = text.push(event.token) if event.finish != "stop" else ""
+            if piece:
+                yield piece
+        if rest := text.close():
+            yield rest
 
-    def transcribe(self, audio: Any, *, instruction: str | None = None) -> str:
-        """What was said: the adapter's own read-out, or, with an `instruction`, what the LLM repeats under it."""
-        if instruction is not None:
-            return self.answer(audio, instruction)
-        return self.read([self.hear([audio])[0]])[0]
+    def transcribe(self, audio: Any, *, readout: bool | None = None) -> str:
+        """What was said in one clip; "" where no speech is heard. See `transcribe_all`."""
+        return self.transcribe_all([audio], readout=readout)[0]
+
+    def transcribe_all(
+        self,
+        audios: Sequence[Any],
+        *,
+        readout: bool | None = None,
+        max_new_tokens: int = 256,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """What was said in each clip. Recordings of more than 30 s are cut at pauses and heard piece by piece.
+
+        readout: True: the adapter's own tokens, without the LLM (`grounded` only); False: what the LLM repeats;
+        None: the read-out where there is one.
+        """
+        readout = self.reads_out if readout is None else readout
+        pieces = [(i, piece) for i, audio in enumerate(audios) for piece in cut_at_pauses(_samples(audio))]
+        heard = self.hear([piece for _, piece in pieces])
+        texts = self.read(heard) if readout else self._repeat(heard, max_new_tokens, batch_size)
+        said: list[list[str]] = [[] for _ in audios]
+        for (i, _), text in zip(pieces, texts, strict=True):
+            said[i] += [text] if text else []
+        return [" ".join(parts) for parts in said]
+
+    @property
+    def reads_out(self) -> bool:
+        """Whether the adapter has a transcript of its own."""
+        return self.model.config.adapter == "grounded"
 
     def read(self, heard: Sequence[Heard]) -> list[str]:
-        """The adapter's own transcripts (`grounded` only), without the LLM."""
-        if any(clip.token_ids is None for clip in heard):
+        """The adapter's own transcripts (`grounded` only), without the LLM; "" where there was no speech."""
+        if not self.reads_out:
             raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out: only 'grounded' does")
-        return [self.tokenizer.decode(clip.token_ids).strip() for clip in heard]
+        return [self.tokenizer.decode(clip.token_ids or []).strip() if clip.speech else "" for clip in heard]
+
+    def _repeat(self, heard: Sequence[Heard], max_new_tokens: int, batch_size: int) -> list[str]:
+        """What the LLM says when it is asked to repeat each clip."""
+        question = Question(instruction=instruction_for("repeat"))
+        decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
+        requests = {
+            i: self.request(i, question, clip, decoding) for i, clip in enumerate(heard) if clip.speech
+        }
+        answers = self._answers(list(requests.values()), batch_size)
+        return [answers.get(i, "") for i in range(len(heard))]
 
     def generate(
         self, questions: Sequence[Question], *, decoding: Decoding | None = None, batch_size: int = 16
     ) -> list[str]:
-        """Answers in the order of the questions; speech and text may be mixed."""
+        """Answers in the order of the questions; speech and text may be mixed.
+
+        The n-th question's samples are drawn with the seed `decoding.seed + n`.
+        """
+        decoding = decoding or self.decoding
         spoken = [i for i, question in enumerate(questions) if question.audio is not None]
         heard = dict(zip(spoken, self.hear([questions[i].audio for i in spoken]), strict=True))
-        silent = self.model.config.no_speech_sentence
-        answers: dict[Any, str] = {i: silent for i, clip in heard.items() if not clip.speech}
+        answers = {i: self.model.config.no_speech_sentence for i, clip in heard.items() if not clip.speech}
         requests = [
-            self.request(i, question, heard.get(i), decoding or self.decoding)
+            self.request(i, question, heard.get(i), replace(decoding, seed=decoding.seed + i))
             for i, question in enumerate(questions)
             if i not in answers
         ]
-        requests.sort(key=lambda request: len(request.embeds))
-        for key, result in decode(self.model, requests, batch_size).items():
-            answers[key] = self.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
+        answers |= self._answers(requests, batch_size)
         return [answers[i] for i in range(len(questions))]
+
+    def _answers(self, requests: list[Request], batch_size: int) -> dict[Any, str]:
+        """The text of each request's answer, by its key; the shortest prompts first."""
+        requests = sorted(requests, key=lambda request: len(request.embeds))
+        results = decode(self.model, requests, batch_size)
+        return {key: answer_text(self.tokenizer, result.ids).strip() for key, result in results.items()}
 
     @torch.no_grad()
     def hear(self, audios: Sequence[Any]) -> list[Heard]:
         """Each clip's vectors, encoded in batches of like length. A clip of digital silence holds no speech."""
-        clips = [audio if isinstance(audio, np.ndarray) else load_audio(audio) for audio in audios]
+        clips = [_samples(audio) for audio in audios]
         heard: dict[int, Heard] = {}
         for batch in _by_length([len(clip) for clip in clips]):
             states = self.encode([clips[i] for i in batch])
@@ -159,20 +209,17 @@ class Listener:
         return self._prefixes[ids]
 
 
-def stream_text(tokenizer: Any, decoder: Decoder, request: Request) -> Iterator[str]:
-    """Text as it becomes certain: a character whose bytes are not complete yet is held back."""
-    ids: list[int] = []
-    sent = ""
+def written(decoder: Decoder, request: Request) -> Iterator[Event]:
+    """The events of one request that has the decoder to itself."""
     events = decoder.join([request])
     while events:
-        event = events[0]
-        if event.finish != "stop":
-            ids.append(event.token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if len(text) > len(sent) and (event.finish or not text.endswith("\ufffd")):
-            yield text[len(sent) :]
-            sent = text
+        yield events[0]
         events = decoder.step() if len(decoder) else []
+
+
+def _samples(audio: Any) -> np.ndarray:
+    """16 kHz samples (N,) of a path, bytes or data-URI; an array is taken for such."""
+    return audio if isinstance(audio, np.ndarray) else load_audio(audio)
 
 
 def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -25,6 +25,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 HOP_SAMPLES = 160  # one mel frame each 10 ms at 16 kHz
 WINDOW_MEL_FRAMES = 3000  # 30 s: as many positions as Whisper's encoder has, times two
+WINDOWS_AT_A_TIME = 8  # of long recordings, so that an hour takes no more memory than four minutes
 FEATURES_VERSION = "mel-1"  # enters the feature cache's key: raise it when the numbers change
 
 
@@ -98,10 +99,11 @@ def encode_speech(
     windows = padded.unflatten(2, (count, WINDOW_MEL_FRAMES)).transpose(1, 2).flatten(0, 1)  # (B*W, M, 3000)
     starts = torch.arange(count, device=mask.device) * WINDOW_MEL_FRAMES
     window_lengths = (mel_lengths[:, None] - starts).clamp(0, WINDOW_MEL_FRAMES).flatten()  # (B*W,)
-    spoken = window_lengths > 0
-    states, _ = _encode_window(tower, windows[spoken], window_lengths[spoken], full_window)
-    joined = states.new_zeros(len(windows), encoder_frames(WINDOW_MEL_FRAMES), states.shape[2])
-    joined[spoken, : states.shape[1]] = states
+    frames, conv = encoder_frames(WINDOW_MEL_FRAMES), tower.conv1
+    joined = windows.new_zeros(len(windows), frames, conv.out_channels, dtype=conv.weight.dtype)
+    for some in window_lengths.nonzero().flatten().split(WINDOWS_AT_A_TIME):
+        states, _ = _encode_window(tower, windows[some], window_lengths[some], full_window)
+        joined[some, : states.shape[1]] = states
     lengths = (mel_lengths + 1) // 2
     return joined.unflatten(0, (-1, count)).flatten(1, 2)[:, : int(lengths.max())], lengths
 

@@ -1,0 +1,141 @@
+"""`blsp chat`: talk with the model in the terminal.
+
+In:  lines that are typed: text, paths of recordings, or both; /reset, /help, /quit.
+Out: what was heard, and answers, streamed as they are written.
+Try: `blsp chat`, then `What is said here? examples/speech/question.opus`
+Flow: inference/ — lines → **parts of a turn → Conversation** → answers.
+
+A word that ends like an audio file is one; a path with spaces is quoted or has its spaces escaped, as terminals do
+when a file is dropped on them. A file that cannot be read is named with the reason, and the talk goes on.
+"""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from blsp.data.audio import AudioError, load_audio
+from blsp.inference.conversation import ContextError, Conversation
+from blsp.inference.listener import load
+from blsp.model.adapter import Heard
+from blsp.model.prompt import PromptError
+
+if TYPE_CHECKING:
+    from blsp.settings import ChatSettings
+
+AUDIO_SUFFIXES = (
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aiff",
+    ".aif",
+    ".au",
+    ".caf",
+    ".w64",
+    ".sph",
+)
+# "quoted", 'quoted', or characters of which a backslash takes the next along; without what ends a sentence
+WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|[^\s\\])+?))(?=[?!,;:.]*(?:\s|$))""")
+PROMPT = "you> "
+HELP = """\
+Type a message, or the path of a recording, or both in one line: What is said here? "my clip.wav"
+/reset   begin a new conversation        Ctrl-C   stop the answer
+/help    show this                       /quit    leave (or Ctrl-D)"""
+
+
+def chat(settings: ChatSettings) -> None:
+    """Talk until /quit or the end of the input."""
+    listener = load(settings.model, device=settings.device, dtype=settings.dtype)
+    decoding = replace(
+        listener.decoding,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=settings.seed,
+    )
+    print(HELP)
+    converse(Conversation(listener, system=settings.system, decoding=decoding), typed_lines(), show)
+
+
+def typed_lines() -> Iterator[str]:
+    """Lines as they are typed, with the terminal's own editing where there is one."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  (importing it gives input() a history)
+    while True:
+        try:
+            yield input(PROMPT)
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+def show(text: str) -> None:
+    """Print a piece at once, without a line's end."""
+    print(text, end="", flush=True)
+
+
+def converse(conversation: Conversation, lines: Iterable[str], say: Callable[[str], None]) -> None:
+    """Answer line after line; what goes wrong with one is said, and the next is taken."""
+    for line in lines:
+        command = line.strip().lower()
+        if command in ("/quit", "/exit", "/q"):
+            return
+        if command == "/reset":
+            conversation.reset()
+            say("A new conversation.\n")
+        elif command in ("/help", "/?"):
+            say(HELP + "\n")
+        elif re.fullmatch(r"/\w+", command):
+            say(f"There is no {command}; /help says what there is.\n")
+        elif command:
+            answer_line(conversation, line, say)
+
+
+def answer_line(conversation: Conversation, line: str, say: Callable[[str], None]) -> None:
+    """One turn: hear its recordings, say what a grounded adapter reads in them, stream the answer."""
+    try:
+        parts = [_hear(conversation, part, say) if isinstance(part, Path) else part for part in parse(line)]
+        for piece in conversation.ask(*parts):
+            say(piece)
+        say("\n")
+    except (AudioError, ContextError, PromptError) as error:
+        say(f"{error}\n")
+    except KeyboardInterrupt:
+        say(" …\n")
+
+
+def _hear(conversation: Conversation, path: Path, say: Callable[[str], None]) -> Heard:
+    listener = conversation.listener
+    heard = listener.hear([load_audio(path)])[0]
+    if listener.reads_out and heard.speech:
+        say(f"[heard: {listener.read([heard])[0]}]\n")
+    return heard
+
+
+def parse(line: str) -> list[str | Path]:
+    """A line as text and recordings, in their order."""
+    parts: list[str | Path] = []
+    end = 0
+    for word in WORD.finditer(line):
+        if (path := _audio_path(word)) is not None:
+            parts += [line[end : word.start()].strip(), path]
+            end = word.end()
+    parts.append(line[end:].strip())
+    return [part for part in parts if part]
+
+
+def _audio_path(word: re.Match[str]) -> Path | None:
+    """The recording that a word names, if its name ends like one."""
+    double, single, bare = word.groups()
+    name = double or single or re.sub(r"\\(.)", r"\1", bare)
+    if name.startswith("file://"):
+        name = urllib.parse.unquote(name.removeprefix("file://"))
+    return Path(name).expanduser() if name.lower().endswith(AUDIO_SUFFIXES) else None

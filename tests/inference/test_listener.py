@@ -1,0 +1,77 @@
+"""The high-level door: answers, streams, prefixes kept within bounds, and errors that say what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import speech_like
+
+from blsp.data.audio import AudioError, write_wav
+from blsp.inference.listener import KEPT_PREFIXES, Listener, Question
+from blsp.model.checkpoint import CheckpointError
+
+ADAPTERS = pytest.mark.parametrize("adapter", ["conv", "stack", "grounded"])
+
+
+@ADAPTERS
+def test_a_stream_is_the_answer(listener_of, adapter: str) -> None:
+    listener = listener_of(adapter)
+    for seed, instruction in enumerate(("", "Please repeat:")):
+        clip = speech_like(1.0, seed)
+        pieces = list(listener.stream(clip, instruction, max_new_tokens=20))
+        assert "".join(pieces) == listener.answer(clip, instruction, max_new_tokens=20)
+        assert len(pieces) > 1
+    assert list(listener.stream(clip * 0)) == [listener.model.config.no_speech_sentence]
+
+
+def test_clips_come_as_path_bytes_or_array(listener_of, tmp_path: Path) -> None:
+    listener = listener_of("conv")
+    write_wav(tmp_path / "a.wav", speech_like(0.7))
+    from blsp.data.audio import load_audio
+
+    path = tmp_path / "a.wav"
+    answers = {listener.answer(clip) for clip in (path, str(path), path.read_bytes(), load_audio(path))}
+    assert len(answers) == 1
+    with pytest.raises(AudioError, match=r"absent\.wav"):
+        listener.answer(tmp_path / "absent.wav")
+
+
+def test_speech_and_text_are_asked_side_by_side(listener_of) -> None:
+    listener = listener_of("grounded")
+    questions = [
+        Question(audio=speech_like(1.0, 1)),
+        Question(text="hello world"),
+        Question(audio=speech_like(1.0) * 0),
+        Question(audio=speech_like(0.4, 2), instruction="repeat", order="speech-first"),
+    ]
+    together = listener.generate(questions)
+    assert together == [listener.generate([question])[0] for question in questions]
+    assert together[2] == listener.model.config.no_speech_sentence
+    assert listener.generate([]) == []
+
+
+def test_prefixes_are_kept_within_bounds(listener_of) -> None:
+    shared = listener_of("conv")
+    listener = Listener(shared.model, shared.processor)
+    for number in range(KEPT_PREFIXES + 5):
+        listener.prefix((3, 4, 5 + number))
+    first = listener.prefix((3, 4, 5 + KEPT_PREFIXES))
+    assert listener.prefix((3, 4, 5 + KEPT_PREFIXES)) is first
+    assert len(listener._prefixes) == KEPT_PREFIXES
+    assert listener.prefix(()) is None
+
+
+def test_read_out_needs_an_adapter_that_reads_out(listener_of) -> None:
+    listener = listener_of("conv")
+    assert not listener.reads_out
+    with pytest.raises(ValueError, match="only 'grounded'"):
+        listener.transcribe(np.ones(16000, dtype=np.float32) * 0.1, readout=True)
+
+
+def test_models_that_are_not_there(tmp_path: Path) -> None:
+    import blsp
+
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        blsp.load(tmp_path)

@@ -1,0 +1,117 @@
+"""`blsp transcribe`: one line of JSON a file, in order; by read-out or by repetition; resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import speech_like
+
+from blsp import cli
+from blsp.continuation.prompts import instruction_for
+from blsp.data.audio import load_audio, write_wav
+from blsp.inference import transcribe as command
+from blsp.inference.pauses import cut_at_pauses
+from blsp.settings import TranscribeSettings
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Four recordings, one of them silent, and two names that are none."""
+    for number, seconds in enumerate((0.9, 0.5, 1.4)):
+        write_wav(tmp_path / f"{number}.wav", speech_like(seconds, number))
+    write_wav(tmp_path / "silence.wav", np.zeros(8000, dtype=np.float32))
+    (tmp_path / "broken.mp3").write_text("no audio")
+    return [
+        str(tmp_path / name)
+        for name in ("0.wav", "absent.wav", "1.wav", "broken.mp3", "silence.wav", "2.wav")
+    ]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, listener_of, files: list[str], tmp_path: Path):
+    """Run the command with a tiny model of some adapter; the rows that it wrote."""
+
+    def transcribe(adapter: str = "grounded", out: str = "out.jsonl", **changes: Any) -> list[dict[str, str]]:
+        monkeypatch.setattr(command, "load", lambda *_, **__: listener_of(adapter))
+        flags = {"files": tuple(files), "model": "tiny", "out": tmp_path / out, "batch_size": 2}
+        command.transcribe(TranscribeSettings(**flags | changes))
+        return [json.loads(line) for line in (tmp_path / out).read_text().splitlines()]
+
+    return transcribe
+
+
+def test_a_grounded_adapter_reads_out(run, files: list[str], listener_of) -> None:
+    listener = listener_of("grounded")
+    rows = run()
+    assert [row["audio"] for row in rows] == [files[i] for i in (0, 2, 4, 5)]
+    assert all(row.keys() == {"audio", "text"} for row in rows)
+    for row in rows:
+        heard = listener.hear([load_audio(row["audio"])])
+        assert row["text"] == listener.read(heard)[0] == listener.transcribe(row["audio"])
+    assert rows[0]["text"]
+    assert rows[2]["text"] == ""
+    assert run(readout=True, out="readout.jsonl") == rows
+
+
+@pytest.mark.parametrize("adapter", ["conv", "grounded"])
+def test_the_others_and_whoever_is_asked_let_the_llm_repeat(run, adapter: str, listener_of) -> None:
+    listener = listener_of(adapter)
+    for row in run(adapter, repeat=adapter == "grounded", max_new_tokens=7):
+        answer = listener.answer(row["audio"], instruction_for("repeat"), max_new_tokens=7)
+        assert row["text"] == ("" if answer == listener.model.config.no_speech_sentence else answer)
+
+
+def test_read_out_of_an_adapter_that_has_none_is_refused(run) -> None:
+    with pytest.raises(ValueError, match="'conv' reads nothing out"):
+        run("conv", readout=True)
+
+
+def test_broken_files_are_named_and_the_job_goes_on(run, files: list[str], tmp_path: Path, capsys) -> None:
+    run()
+    told = capsys.readouterr()
+    assert files[1] in told.err
+    assert files[3] in told.err
+    assert "4 of 6 files transcribed; 2 skipped" in told.out
+    skipped = [json.loads(line) for line in (tmp_path / "out.jsonl.skipped.jsonl").read_text().splitlines()]
+    assert [row["audio"] for row in skipped] == [files[1], files[3]]
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(run, tmp_path: Path) -> None:
+    run()
+    out = tmp_path / "out.jsonl"
+    whole = out.read_bytes()
+    for length in range(0, len(whole) + 1, 29):
+        out.write_bytes(whole[:length])
+        run()
+        assert out.read_bytes() == whole
+
+
+def test_to_the_screen(monkeypatch: pytest.MonkeyPatch, listener_of, files: list[str], capsys) -> None:
+    monkeypatch.setattr(command, "load", lambda *_, **__: listener_of("grounded"))
+    command.transcribe(TranscribeSettings(files=(files[0], files[1], files[5]), model="tiny"))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["audio"] for row in rows] == [files[0], files[5]]
+
+
+def test_a_long_recording_is_heard_piece_by_piece(listener_of) -> None:
+    listener = listener_of("grounded")
+    audio = speech_like(64, 3)
+    expected = [listener.transcribe(piece) for piece in cut_at_pauses(audio)]
+    assert len(expected) == 3
+    assert listener.transcribe(audio) == " ".join(expected)
+
+
+def test_from_the_command_line(tiny_models_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:
+    from tiny_models import tiny_blsp
+
+    from blsp.model.checkpoint import save_adapter
+    from blsp.model.distributed import find_place
+
+    pair = tiny_blsp(tiny_models_folder, adapter="grounded", place=find_place("cpu", "float32"))
+    save_adapter(*pair, tmp_path / "adapter")
+    assert cli.main(["transcribe", *files, "--model", str(tmp_path / "adapter")]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
