@@ -119,6 +119,16 @@ def test_another_k_is_refused_and_the_same_is_left_alone(settings: Settings, pla
         write_continuations(settings(plain, top_k=5, score_only=True))
 
 
+def test_the_first_command_still_finds_its_work_done(settings: Settings, plain: Path) -> None:
+    with pytest.raises(HeaderError, match="--score-only"):
+        write_continuations(settings(plain, top_k=4))
+    write_continuations(settings(plain, top_k=4, score_only=True))
+    before = products(plain)
+    write_continuations(settings(plain))
+    write_continuations(settings(plain, top_k=4))
+    assert products(plain) == before
+
+
 def test_nothing_to_score_is_told(tmp_path: Path, settings: Settings) -> None:
     with pytest.raises(HeaderError, match="no header"):
         write_continuations(settings(tmp_path / "nothing.jsonl", top_k=4, score_only=True))

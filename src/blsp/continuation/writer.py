@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from blsp.continuation.engines import Engine, Prompt, TransformersEngine
 from blsp.continuation.header import (
+    HeaderError,
     changed_surroundings,
     file_digest,
     header_path,
@@ -97,7 +98,7 @@ def write_continuations(settings: ContinueSettings) -> None:
     writing = _prepare(settings, place)
     facts = _facts(writing)
     if writing.out.exists():
-        require_same(writing.out, read_header(writing.out), facts)
+        _check_finished(writing, facts)
         if place.rank == 0:
             shutil.rmtree(writing.folder, ignore_errors=True)
             _report(writing, "is complete: nothing to do")
@@ -202,6 +203,17 @@ def _engine_facts(settings: ContinueSettings) -> dict[str, Any]:
     if not settings.engine_url:
         return {"name": "transformers"}
     return {"name": "openai", "model": settings.engine_model or settings.llm, "body": _body(settings)}
+
+
+def _check_finished(writing: Writing, facts: dict[str, Any]) -> None:
+    """A finished file must be of this job; `--score-only` may have added to it since."""
+    header = read_header(writing.out)
+    added = {"continuation_ids"} if writing.settings.top_k else {"continuation_ids", "top_k"}
+    if facts["top_k"] and (header["top_k"] is None or not topk_folder(writing.out).is_dir()):
+        raise HeaderError(
+            f"{writing.out}: is written, but has no top-k; add it: the same command with --score-only"
+        )
+    require_same(writing.out, header, {name: fact for name, fact in facts.items() if name not in added})
 
 
 def _begin(writing: Writing, facts: dict[str, Any]) -> Plan:
