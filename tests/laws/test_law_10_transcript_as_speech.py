@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, TOLERANCE
+from tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 
 from blsp.inference.listener import Listener, Question
 from blsp.model.adapter import Heard
@@ -86,3 +86,13 @@ def test_placeholders_filled_with_the_transcript_equal_its_ids(pair_of) -> None:
     for row, kept in enumerate((words[:2], words[4:7])):
         plain = torch.cat([ids[row, :5], kept, ids[row, 5:]])[None]
         torch.testing.assert_close(found[row], model(input_ids=plain).logits[0, -1], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_read_out_follows_embeddings_that_change(tiny_models_folder) -> None:
+    model, _ = tiny_blsp(tiny_models_folder, adapter="grounded")
+    first = model.model.readout_table()
+    assert model.model.readout_table() is first
+    model.get_input_embeddings().weight.mul_(2)
+    torch.testing.assert_close(model.model.readout_table(), 2 * first, rtol=0, atol=0)
+    assert model.float().model.readout_table().dtype == torch.float32

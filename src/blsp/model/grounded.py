@@ -83,8 +83,9 @@ class GroundedAdapter(nn.Module):
                 hidden = layer(hidden, mask)
         hidden = self.project(hidden)
         hidden = self.norm(hidden + self.up(nn.functional.gelu(self.down(hidden))))
-        directions = nn.functional.normalize(table.to(hidden.dtype), dim=-1)
-        logits = self.scale * (hidden @ directions.T) + self.bias
+        table = table.to(hidden.dtype)
+        scale = self.scale / torch.linalg.vector_norm(table, dim=-1).clamp(min=1e-12)  # (K-1,)
+        logits = (hidden @ table.T) * scale + self.bias
         return torch.cat([self.blank(hidden), logits], dim=-1).log_softmax(dim=-1), lengths
 
 

@@ -105,6 +105,7 @@ class BlspModel(BlspPreTrainedModel):
         self.audio_tower = WhisperEncoder(config.audio_config)
         self.multi_modal_projector = build_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self._readout: tuple[Any, Tensor] | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -114,14 +115,24 @@ class BlspModel(BlspPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def readout_table(self) -> Tensor | None:
-        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None where nothing is read out."""
+        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None where nothing is read out.
+
+        Gathered once, and again when the embeddings have changed or moved.
+        """
         if self.config.adapter != "grounded":
             return None
         table = self.get_input_embeddings()
         if self.config.readout_vocabulary is None and type(table) is nn.Embedding:
             return table.weight
-        ids = self.config.readout_vocabulary or range(self.config.text_config.vocab_size)
-        return table(torch.tensor(list(ids), device=table.weight.device))
+        weight = table.weight
+        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._readout is None or self._readout[0] != state:
+            ids = self.config.readout_vocabulary or range(self.config.text_config.vocab_size)
+            rows = table(torch.tensor(list(ids), device=weight.device))
+            if weight.requires_grad:
+                return rows
+            self._readout = (state, rows)
+        return self._readout[1]
 
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
         """The adapter on encoder states (B, T, E) with lengths (B,); readouts in the LLM's ids."""
