@@ -26,7 +26,7 @@ def test_a_finished_stop_is_shown_again_and_a_changed_one_walked_again(tmp_path:
 
 
 def test_a_failing_command_ends_the_tour_with_its_words() -> None:
-    with pytest.raises(TourError, match="blsp encode --manifest nowhere.jsonl"):
+    with pytest.raises(TourError, match=r"blsp encode --manifest nowhere\.jsonl"):
         run_command(["encode", "--manifest", "nowhere.jsonl", "--audio-model", "nowhere", "--cache", "nowhere"])
 
 
