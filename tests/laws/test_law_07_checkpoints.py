@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import blsp
+from blsp import cli
 from blsp.model.checkpoint import CheckpointError, export_merged, load_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.distributed import find_place
@@ -238,3 +239,26 @@ def test_other_families_merge_with_their_own_heads_and_tables(tmp_path: Path, co
     export_merged(model, processor, tmp_path / "merged")
     loaded, again = load_blsp(tmp_path / "merged", F32)
     assert torch.equal(_answer(loaded, again), _answer(model, processor))
+
+
+def test_export_keeps_the_parts_type_or_takes_the_one_named(saved, tmp_path: Path) -> None:
+    _, _, folder = saved()
+    for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
+        assert (
+            cli.main(["export", "--model", str(folder), "--out", str(tmp_path / dtype), "--dtype", dtype])
+            == 0
+        )
+        stored = load_file(tmp_path / dtype / "model.safetensors")
+        assert stored["model.language_model.layers.0.mlp.up_proj.weight"].dtype == expected
+        load_blsp(tmp_path / dtype, F32)
+
+
+def test_a_folder_with_other_things_is_not_replaced(saved, tmp_path: Path) -> None:
+    model, processor, _ = saved()
+    (tmp_path / "home").mkdir()
+    save_adapter(model, processor, tmp_path / "home")  # empty: taken
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers/thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        save_adapter(model, processor, tmp_path / "papers")
+    assert (tmp_path / "papers/thesis.txt").exists()

@@ -182,14 +182,20 @@ def refuse_missing(folder: Any, names: Collection[str]) -> None:
 
 
 def load_adapter_folder(
-    folder: Any, dtype: Any = None, device_map: Any = None, **_: Any
+    folder: Any, dtype: Any = None, device_map: Any = None, **others: Any
 ) -> BlspForConditionalGeneration:
-    """The model of an adapter folder, on the device `device_map` (default: CPU), in `dtype` (float32)."""
+    """The model of an adapter folder, on the device `device_map` (default: CPU), in `dtype` (float32).
+
+    What else transformers passes on (`config`, `revision`, …) has no part in it; wishes that would change the
+    weights are refused.
+    """
+    for name in ("quantization_config", "attn_implementation", "state_dict"):
+        if others.get(name) is not None:
+            raise NotImplementedError(f"{folder}: {name} is for merged models; make one with `blsp export`")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     place = find_place(device="cpu" if device_map in (None, "auto") else str(device_map), dtype="float32")
-    model, _ = _load_adapter(
-        folder, Place(place.device, dtype if isinstance(dtype, torch.dtype) else place.dtype, 0, 1)
-    )
+    dtype = dtype if isinstance(dtype, torch.dtype) else place.dtype
+    model, _ = _load_adapter(folder, Place(place.device, dtype, 0, 1))
     return model
 
 
@@ -221,7 +227,7 @@ def _load_adapter(folder: str | Path, place: Place) -> tuple[BlspForConditionalG
         projector.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: its tensors do not fit its config.json: {error}") from error
-    return assemble(config, parts, projector, place), BlspProcessor.from_pretrained(home)
+    return assemble(config, parts, projector, place), BlspProcessor.from_pretrained(folder)
 
 
 def _check_digest(folder: Any, name: str, expected: str | None) -> None:
@@ -259,21 +265,37 @@ def export_merged(model: BlspForConditionalGeneration, processor: BlspProcessor,
 
 
 def _write_folder(folder: str | Path, write: Any, processor: BlspProcessor, card: str | None) -> None:
-    folder = Path(folder)
-    fresh = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
+    folder = Path(folder).absolute()
+    if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
+        raise CheckpointError(f"{folder}: is no checkpoint and is not empty; name another folder")
+    fresh, old = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "old"))
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
     fresh.parent.mkdir(parents=True, exist_ok=True)
     write(fresh)
     processor.save_pretrained(fresh)
     if card is not None:
         (fresh / "README.md").write_text(card)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def export(settings: ExportSettings) -> None:
     """`blsp export`: an adapter folder becomes a merged one."""
-    model, processor = load_blsp(settings.model, find_place(device="cpu", dtype="float32"))
+    folder = find_model(settings.model)
+    dtype = _stored_dtype(folder) if settings.dtype == "auto" else settings.dtype
+    model, processor = load_blsp(folder, find_place(device="cpu", dtype=dtype))
     export_merged(model, processor, settings.out)
     print(f"wrote {settings.out}")
+
+
+def _stored_dtype(folder: str) -> str:
+    """The type in which the LLM of a checkpoint is stored."""
+    register()
+    config = BlspConfig.from_pretrained(folder)
+    text = config.text_config
+    if config.adapter_only:
+        text = AutoConfig.from_pretrained(resolve_weights(str(config.text_model_id)))
+    return str(text.dtype or torch.float32).removeprefix("torch.")
