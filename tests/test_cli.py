@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import types
@@ -96,6 +97,16 @@ def test_each_command_calls_one_function_with_its_settings(name: str, does: Any)
         seen[0].device = "other"
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_each_commands_function_is_where_the_door_says(name: str) -> None:
+    command = cli.COMMANDS[name]
+    folder = Path(blsp.__file__).parent.joinpath(*command.module.split(".")[1:])
+    file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+    if name == "serve" and not file.exists():
+        pytest.skip("the server is not part of this version")
+    assert re.search(rf"^def {command.function}\(|\b{command.function}\b", file.read_text(), re.M)
+
+
 def test_defaults_are_the_papers() -> None:
     train = cli.parse("train", TRAIN)
     assert (train.lr, train.weight_decay, train.warmup_steps, train.clip) == (5e-5, 0.05, 1000, 1.0)
@@ -155,6 +166,15 @@ def test_an_unexpected_error_shows_where_it_arose(does: Any, capsys: pytest.Capt
     assert cli.main(["chat"]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and err.splitlines()[-1].startswith("blsp: error: KeyError")
+
+
+def test_a_missing_extra_is_named(does: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
+
+    does("serve", fail)
+    assert cli.main(["serve"]) == 1
+    assert "pip install 'blsp[serve]'" in capsys.readouterr().err
 
 
 def test_the_traceback_can_be_asked_for(

@@ -21,6 +21,15 @@ from importlib import import_module
 from typing import Any
 
 DONE, FAILED, WRONG_COMMAND_LINE, INTERRUPTED = 0, 1, 2, 130
+EXTRAS = {  # a package that may not be there -> the extra of ours that brings it
+    "datasets": "data",
+    "lhotse": "data",
+    "fastapi": "serve",
+    "uvicorn": "serve",
+    "multipart": "serve",
+    "faster_whisper": "cascade",
+    "gguf": "embedded",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "EvaluateSettings",
-        "blsp.evaluation.report",
+        "blsp.evaluation.judge",
         "evaluate",
         "the same questions as text, cascade and speech",
     ),
@@ -147,6 +156,8 @@ def _failed(error: Exception) -> int:
     if not expected or os.environ.get("BLSP_TRACEBACK"):
         traceback.print_exception(error)
     message = _one_line(str(error)) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in EXTRAS:
+        message += f"; install it with: pip install 'blsp[{EXTRAS[str(error.name).partition('.')[0]]}]'"
     if not expected:
         message = f"{type(error).__name__}: {message} (unexpected: please report it with the lines above)"
     print(f"blsp: error: {message}", file=sys.stderr)
