@@ -206,11 +206,16 @@ def job(tiny_whisper: str, tmp_path: Path) -> Encoding:
     tower, extractor = load_speech_encoder(tiny_whisper, PLACE)
     cache = FeatureCache(tmp_path / "cache", encoder_id(tiny_whisper))
     bar = tqdm(file=io.StringIO())
-    return Encoding(cache, tower, extractor, PLACE, SkippedLog(tmp_path / "out"), False, bar, 20)
+    return Encoding(cache, tower, extractor, PLACE, SkippedLog(tmp_path / "out"), False, bar)
+
+
+def read_clips(job: Encoding, manifest: Path) -> list[encoding.Clip]:
+    read = [job.read(lacking) for lacking in job.look(list(Manifest(manifest)))]
+    return [clip for clip in read if isinstance(clip, encoding.Clip)]
 
 
 def test_a_batch_equals_its_clips_alone(manifest: Path, job: Encoding) -> None:
-    clips = [clip for row in Manifest(manifest) if isinstance(clip := job.read(row), encoding.Clip)]
+    clips = read_clips(job, manifest)
     assert len(clips) == 20
     alone = {clip.row.id: job.encode([clip])[0][1] for clip in clips}
     for clip, states in job.encode(clips):
@@ -220,10 +225,9 @@ def test_a_batch_equals_its_clips_alone(manifest: Path, job: Encoding) -> None:
 def test_a_very_long_clip_is_encoded_in_pieces(
     tmp_path: Path, job: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (row,) = Manifest(write_clips(tmp_path, [95.3]))
+    manifest = write_clips(tmp_path, [95.3])
     for job.full_window in (False, True):
-        clip = job.read(row)
-        assert isinstance(clip, encoding.Clip)
+        (clip,) = read_clips(job, manifest)
         (_, whole) = job.encode([clip])[0]
         with monkeypatch.context() as patch:
             patch.setattr(encoding, "PIECE_MEL_FRAMES", 3000)
@@ -235,7 +239,7 @@ def test_a_very_long_clip_is_encoded_in_pieces(
 def test_batches_hold_like_lengths_within_the_budget(
     manifest: Path, job: Encoding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clips = [clip for row in Manifest(manifest) if isinstance(clip := job.read(row), encoding.Clip)]
+    clips = read_clips(job, manifest)
     random.Random(0).shuffle(clips)
     monkeypatch.setattr(encoding, "SORTED_SECONDS", 8.0)
     batches = list(_batches(clips, 3.0))

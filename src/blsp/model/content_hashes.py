@@ -4,7 +4,7 @@ A clip's features are filed under a hash of the audio file's bytes. Terabytes ar
 start: a file's hash is remembered under its path, size and time, in logs beside the features.
 
     >>> hashes = ContentHashes(Path("features/files"))
-    >>> hashes.of("/data/a.flac")          # read the first time, looked up ever after
+    >>> hashes.of(["/data/a.flac"])          # read the first time, looked up ever after
 
 Flow:  features.py asks here for each row's audio.
 """
@@ -16,6 +16,8 @@ import os
 import threading
 import time
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +28,24 @@ from blsp.model.sorted_table import KEY, merged_table, read_log
 RECORD = np.dtype([*KEY, ("content", "V16")])
 UNSETTLED_NS = 2_000_000_000  # a file this young may yet change within its time stamp's resolution
 RECENT = 1 << 14  # hashes of this run that are kept in memory
+
+
+@dataclass(frozen=True)
+class Look:
+    """A file from outside."""
+
+    key: bytes  # hash of path, size and time
+    changed: int  # nanoseconds
+
+
+def _look(source: str) -> Look | None:
+    try:
+        stat = os.stat(source)
+    except (OSError, ValueError):  # ValueError: a NUL in the path
+        return None
+    path = source if os.path.isabs(source) else os.path.abspath(source)
+    looks = f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="surrogateescape")
+    return Look(hashlib.blake2b(looks, digest_size=16).digest(), stat.st_mtime_ns)
 
 
 class ContentHashes:
@@ -43,25 +63,30 @@ class ContentHashes:
         looks = [[path.name, len(log)] for path, log in zip(paths, logs, strict=True)]
         self._table = merged_table(folder, "hashes", lambda: logs, RECORD, looks)
 
-    def of(self, source: str) -> bytes:
-        """16 bytes for a path, or for a data URI's text. Raises OSError where the file cannot be read."""
-        if source.startswith("data:"):
-            return hashlib.blake2b(source.encode(), digest_size=16).digest()
-        stat = os.stat(source)
-        looks = f"{os.path.abspath(source)}\0{stat.st_size}\0{stat.st_mtime_ns}"
-        key = hashlib.blake2b(looks.encode(errors="surrogateescape"), digest_size=16).digest()
-        known = self._recent.get(key) or self._look_up(key)
-        if known:
-            return known
-        with open(source, "rb") as file:
-            content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-        if time.time_ns() - stat.st_mtime_ns > UNSETTLED_NS:
-            self._remember(key, content)
-        return content
+    def of(self, sources: Sequence[str]) -> list[bytes | None]:
+        """16 bytes for each path, or data URI; None where a file cannot be read."""
+        looks = [_look(source) for source in sources]
+        asked = [i for i, look in enumerate(looks) if look]
+        places = self._table.find([looks[i].key for i in asked])  # type: ignore[union-attr]
+        found: list[bytes | None] = [None] * len(sources)
+        for i, place in zip(asked, places, strict=True):
+            found[i] = self._table.records["content"][place].tobytes() if place >= 0 else None
+        for i, (source, look) in enumerate(zip(sources, looks, strict=True)):
+            if source.startswith("data:"):
+                found[i] = hashlib.blake2b(source.encode(), digest_size=16).digest()
+            elif look and found[i] is None:
+                found[i] = self._recent.get(look.key) or self._read(source, look)
+        return found
 
-    def _look_up(self, key: bytes) -> bytes | None:
-        place = int(self._table.find([key])[0])
-        return None if place < 0 else self._table.records["content"][place].tobytes()
+    def _read(self, source: str, look: Look) -> bytes | None:
+        try:
+            with open(source, "rb") as file:
+                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+        except OSError:
+            return None
+        if time.time_ns() - look.changed > UNSETTLED_NS:
+            self._remember(look.key, content)
+        return content
 
     def _remember(self, key: bytes, content: bytes) -> None:
         with self._lock:

@@ -42,10 +42,12 @@ AHEAD = 64  # clips that are read ahead
 SORTED_SECONDS = 600.0  # an accelerator's batches are sorted by length within so much speech
 BLOCK_ROWS = 256  # neighbouring rows go to one rank: they often share a file, or are the same clip
 PIECE_MEL_FRAMES = 8 * WINDOW_MEL_FRAMES  # a longer clip is encoded in pieces of eight windows
-BAR = "{percentage:3.0f}% |{bar}| {n:.0f}/{total:.0f} s of speech [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+
+
+Lacking = tuple[Utterance, bytes]  # a row whose features are not there, and its key
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Refused:
     """A row whose audio cannot be used."""
 
     row: Utterance
+    key: bytes
     reason: str
 
 
@@ -91,36 +94,48 @@ class Encoding:
     place: Place
     skipped: SkippedLog
     full_window: bool
-    bar: tqdm
-    expected_rows: int
+    bar: tqdm  # over the rows
     tally: Tally = field(default_factory=Tally)
-    pending: set[bytes] = field(default_factory=set)  # keys between `sift` and `keep`
+    pending: set[bytes] = field(default_factory=set)  # keys on their way
+    begun: float = field(default_factory=time.perf_counter)
 
-    def read(self, row: Utterance) -> Clip | Refused | None:
-        """The clip of a row (in a thread); None where there is nothing to do."""
-        if not row.audio:
-            return None
-        key = self.cache.key(row)
-        if self.cache.has(key):
-            return None
+    def look(self, rows: Sequence[Utterance]) -> list[Lacking]:
+        """The rows that the cache has no features for, with their keys (in a thread)."""
+        spoken = [row for row in rows if row.audio]
+        keys = self.cache.keys(spoken)
+        held = self.cache.held(keys)
+        return [(row, key) for row, key, there in zip(spoken, keys, held, strict=True) if not there]
+
+    def lacking(self, blocks: Iterable[list[Lacking]], sizes: Iterable[int]) -> Iterator[Lacking]:
+        """What is to be read, each clip once; the other rows are counted."""
+        for block, size in zip(blocks, sizes, strict=True):
+            self.tally.cached += size - len(block)
+            self.bar.update(size - len(block))
+            for row, key in block:
+                if key in self.pending or self.cache.has(key):
+                    self.tally.cached += 1
+                    self.bar.update()
+                else:
+                    self.pending.add(key)
+                    yield row, key
+
+    def read(self, lacking: Lacking) -> Clip | Refused:
+        """The clip of a row (in a thread)."""
+        row, key = lacking
         try:
             audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
         except (AudioError, OSError) as error:
-            return Refused(row, str(error))
+            return Refused(row, key, str(error))
         mel, mask = mel_features(self.extractor, [audio], full_window=self.full_window)
         return Clip(row, key, mel[0], mask[0])
 
-    def sift(self, read: Iterable[Clip | Refused | None]) -> Iterator[Clip]:
-        """The clips that must be encoded; the others are counted."""
+    def heard(self, read: Iterable[Clip | Refused]) -> Iterator[Clip]:
+        """The clips that can be encoded; the others are listed."""
         for clip in read:
-            if isinstance(clip, Clip) and clip.key not in self.pending and not self.cache.has(clip.key):
-                self.pending.add(clip.key)
+            if isinstance(clip, Clip):
                 yield clip
-            elif isinstance(clip, Refused):
-                self.refuse(clip)
             else:
-                self.tally.cached += 1
-                self.advance(0.0)
+                self.refuse(clip)
 
     @torch.inference_mode()
     def encode(self, batch: list[Clip]) -> list[tuple[Clip, np.ndarray]]:
@@ -150,25 +165,25 @@ class Encoding:
     def keep(self, writer: ShardWriter, clip: Clip, states: np.ndarray) -> None:
         """Write a clip's states, unless they are no numbers."""
         if not np.isfinite(states).all():
-            self.refuse(Refused(clip.row, "the encoder's output is not finite in this number format"))
+            self.refuse(
+                Refused(clip.row, clip.key, "the encoder's output is not finite in this number format")
+            )
             return
         writer.add(clip.key, states)
         self.pending.discard(clip.key)
-        seconds = float(clip.mask.sum()) / MEL_PER_SECOND
         self.tally.encoded += 1
-        self.tally.seconds += seconds
-        self.advance(seconds)
+        self.tally.seconds += float(clip.mask.sum()) / MEL_PER_SECOND
+        speed = self.tally.seconds / (time.perf_counter() - self.begun)
+        self.bar.set_postfix_str(
+            f"{self.tally.seconds:.0f} s of speech, {speed:.0f} × real time", refresh=False
+        )
+        self.bar.update()
 
     def refuse(self, clip: Refused) -> None:
+        self.pending.discard(clip.key)
         self.tally.skipped += 1
         self.skipped.add(clip.row.id, clip.row.audio, clip.reason)
-        self.advance(0.0)
-
-    def advance(self, seconds: float) -> None:
-        """Move the bar; how much speech there is in all is estimated from the rows so far."""
-        rows = self.tally.encoded + self.tally.cached + self.tally.skipped
-        self.bar.total = max(1.0, self.tally.seconds / rows * self.expected_rows)
-        self.bar.update(seconds)
+        self.bar.update()
 
 
 def encode_manifest(
@@ -190,9 +205,9 @@ def encode_manifest(
     threads = torch.get_num_threads()
     if on_cpu:
         torch.set_num_threads(1)  # a clip a core; threads inside an operation would only wait for each other
-    begun = time.perf_counter()
-    bar = tqdm(total=1.0, unit="s", bar_format=BAR, disable=place.rank != 0, dynamic_ncols=True)
-    job = Encoding(cache, tower, extractor, place, skipped, full_window, bar, -(-len(rows) // place.world))
+    blocks = _share(len(rows), place)
+    bar = tqdm(total=sum(map(len, blocks)), unit="row", disable=place.rank != 0, dynamic_ncols=True)
+    job = Encoding(cache, tower, extractor, place, skipped, full_window, bar)
     try:
         with (
             ThreadPoolExecutor(READERS) as readers,
@@ -200,14 +215,18 @@ def encode_manifest(
             cache.writer(place.rank, tower.config.d_model) as writer,
             bar,
         ):
-            clips = job.sift(in_order(readers, job.read, _share(rows, place), AHEAD))
+            looked = in_order(
+                readers, lambda block: job.look(rows[block.start : block.stop]), blocks, READERS
+            )
+            read = in_order(readers, job.read, job.lacking(looked, map(len, blocks)), AHEAD)
+            clips = job.heard(read)
             batches = ([clip] for clip in clips) if on_cpu else _batches(clips, batch_seconds)
             for batch in in_order(encoders, job.encode, batches, threads + 1 if on_cpu else 2):
                 for clip, states in batch:
                     job.keep(writer, clip, states)
     finally:
         torch.set_num_threads(threads)
-    job.tally.wall = time.perf_counter() - begun
+    job.tally.wall = time.perf_counter() - job.begun
     return job.tally
 
 
@@ -228,11 +247,11 @@ def in_order(
             future.cancel()
 
 
-def _share(rows: Sequence[Utterance], place: Place) -> Iterator[Utterance]:
+def _share(rows: int, place: Place) -> list[range]:
     """This rank's rows, in blocks of neighbours; where rows are few the blocks are small."""
-    block = max(1, min(BLOCK_ROWS, len(rows) // (4 * place.world)))
-    for number in shard_rows(-(-len(rows) // block), place):
-        yield from rows[number * block : (number + 1) * block]
+    block = max(1, min(BLOCK_ROWS, rows // (4 * place.world)))
+    starts = [number * block for number in shard_rows(-(-rows // block), place)]
+    return [range(start, min(start + block, rows)) for start in starts]
 
 
 def _batches(clips: Iterable[Clip], batch_seconds: float) -> Iterator[list[Clip]]:
