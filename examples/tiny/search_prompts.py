@@ -267,7 +267,9 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = resolve_weights(arguments.llm)
     llm = AutoModelForCausalLM.from_pretrained(folder).eval()
-    engine = TransformersEngine(llm, AutoTokenizer.from_pretrained(folder), Decoding(max_new_tokens=arguments.tokens))
+    engine = TransformersEngine(
+        llm, AutoTokenizer.from_pretrained(folder), Decoding(max_new_tokens=arguments.tokens)
+    )
     asked = arguments.behaviour
     least = 6 if asked == "keywords" else 2
     texts = (
