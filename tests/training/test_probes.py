@@ -10,6 +10,7 @@ from training_examples import make_examples
 from blsp.model.adapter import AdapterOutput
 from blsp.model.language_model import embed
 from blsp.training import probes
+from blsp.training.probes import Probe
 from blsp.training.prompted_llm import PromptedLLM
 
 
@@ -26,18 +27,24 @@ def test_divergence_is_zero_where_the_speech_is_the_transcript_s_embeddings(pair
         valid = torch.arange(vectors.shape[1])[None, :] < places[:, None]
         return AdapterOutput(vectors, places, valid, places > 0)
 
-    seen = list(probes._micro_batches(examples, 200))
+    seen = [[examples[i] for i in numbers] for numbers in probes.micro_batches(examples, 200)]
     monkeypatch.setattr(model.model, "listen", listen)
-    divergence, agreement = probes.divergence(examples, PromptedLLM(model), positions=200)
+    divergence, agreement = probes.divergence(
+        Probe("train", examples), examples, PromptedLLM(model), positions=200
+    )
     assert divergence == pytest.approx(0, abs=1e-12) and agreement == 1.0
 
 
-def test_divergence_does_not_depend_on_how_the_clips_are_cut_up(pair_of) -> None:
+def test_divergence_does_not_depend_on_how_the_clips_are_cut_up(pair_of, monkeypatch) -> None:
     model, processor = pair_of("conv")
     examples = [*make_examples(processor, 3), *make_examples(processor, 3, order="instruction-first", seed=1)]
     with torch.no_grad():
-        whole = probes.divergence(examples, PromptedLLM(model), positions=100_000)
-        single = probes.divergence(examples, PromptedLLM(model), positions=1)
+        probe, llm = Probe("train", examples), PromptedLLM(model)
+        whole = probes.divergence(probe, examples, llm, positions=100_000)
+        monkeypatch.setattr(
+            probes, "transcript_vectors", lambda *_: pytest.fail("the transcript was read again")
+        )
+        single = probes.divergence(probe, examples, llm, positions=1)
     assert whole == pytest.approx(single, abs=1e-9) and whole[0] > 0.01
 
 
@@ -55,7 +62,7 @@ def test_measure_names_what_it_found_and_leaves_the_adapter_learning(tmp_path) -
     model, processor = tiny_blsp(tmp_path, adapter="grounded")
     model.model.multi_modal_projector.train()
     examples = make_examples(processor, 3)
-    found = probes.measure("held_out", examples, PromptedLLM(model), processor.tokenizer, 500)
+    found = probes.measure(Probe("held_out", examples), PromptedLLM(model), processor.tokenizer, 500)
     assert set(found) == {f"held_out_{name}" for name in ("kl", "top1", "kl_shuffled", "wer")}
     assert model.model.multi_modal_projector.training
-    assert probes.measure("train", [], PromptedLLM(model), processor.tokenizer, 500) == {}
+    assert probes.measure(Probe("train", []), PromptedLLM(model), processor.tokenizer, 500) == {}

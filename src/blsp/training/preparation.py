@@ -25,6 +25,7 @@ from blsp.training.batches import DataFile, Plan, Rows, cut
 from blsp.training.examples import Example, ExampleReader, Taught, lengths_for
 from blsp.training.no_speech import write_no_speech
 from blsp.training.opening import check_teacher, end_token, open_model
+from blsp.training.probes import Probe
 from blsp.training.prompted_llm import PromptedLLM
 from blsp.training.sources import DataError, Source, choose_teacher, open_sources
 from blsp.training.step import Objective
@@ -48,7 +49,7 @@ class Run:
     table: Table
     plan: Plan
     skipped: SkippedLog
-    probes: dict[str, list[Example]]
+    probes: list[Probe]
 
     @property
     def steps(self) -> int:
@@ -86,7 +87,7 @@ def prepare(settings: TrainSettings, place: Place) -> Run:
     table = open_table(sources, reader, folder, skipped, settings.held_out, reader.pairs)
     llm = PromptedLLM(model, settings.activation_checkpointing)
     plan = plan_of(settings, sources, table)
-    probes = probe_examples(reader, table, sources)
+    probes = open_probes(reader, table, sources)
     return Run(
         settings, place, model, processor, llm, objective, reader, sources, table, plan, skipped, probes
     )
@@ -150,15 +151,15 @@ def plan_of(settings: TrainSettings, sources: list[Source], table: Table) -> Pla
     return plan
 
 
-def probe_examples(reader: ExampleReader, table: Table, sources: list[Source]) -> dict[str, list[Example]]:
+def open_probes(reader: ExampleReader, table: Table, sources: list[Source]) -> list[Probe]:
     """The clips that divergence is measured on, always the same ones; never augmented."""
     plain = replace(reader, augmentation=())
-    found = {}
+    probes = []
     for part, rows in (("held_out", table.held_out), ("train", table.rows)):
         order = np.random.default_rng(0).permutation(len(rows))[: 2 * PROBE_ROWS]
         examples = [plain.example(rows[i], sources, epoch=0) for i in order if not rows[i]["no_speech"]]
-        found[part] = [example for example in examples if isinstance(example, Example)][:PROBE_ROWS]
-    return found
+        probes.append(Probe(part, [e for e in examples if isinstance(e, Example)][:PROBE_ROWS]))
+    return probes
 
 
 def step_examples(run: Run, first: int) -> Iterator[tuple[int, list[list[Example]]]]:

@@ -2,7 +2,7 @@
 
 In:  examples from the training part and held-out ones, the model.
 Out: ``{"held_out_kl": …, "held_out_kl_shuffled": …, "held_out_top1": …, "held_out_wer": …, "train_kl": …}``.
-Try: ``measure("held_out", examples, llm, positions=4096)``
+Try: ``measure(Probe("held_out", examples), llm, tokenizer, positions=4096)``
 Flow: training/loop.py every so many steps -> **probes.py** -> metrics.jsonl, curves.png
 
 `kl` is the mean over response tokens of KL(text || speech), temperature 1, whole vocabulary, nats; it
@@ -16,6 +16,7 @@ Letters: N response positions, D LLM width.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import jiwer
 import numpy as np
@@ -31,46 +32,73 @@ from blsp.training.prompted_llm import PromptedLLM
 from blsp.training.step import response_states, speech_states, speech_vectors, transcript_vectors
 
 
+@dataclass
+class Probe:
+    """The clips of one part of the data, and what the LLM makes of their transcripts: computed once, for
+    good.
+
+    text: last hidden states (n, D) of the reading LLM at each answered example's response.
+    """
+
+    part: str
+    examples: list[Example]
+    text: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def answered(self) -> list[Example]:
+        return [example for example in self.examples if example.response and not example.no_speech]
+
+
 @torch.no_grad()
 def measure(
-    part: str,
-    examples: Sequence[Example],
-    llm: PromptedLLM,
-    tokenizer: PreTrainedTokenizerBase,
-    positions: int,
+    probe: Probe, llm: PromptedLLM, tokenizer: PreTrainedTokenizerBase, positions: int
 ) -> dict[str, float]:
     """The probes of one part of the data ("train" or "held_out"); those that it has examples for."""
     adapter = llm.model.model.multi_modal_projector
     learning = adapter.training
     adapter.eval()
-    spoken = [example for example in examples if not example.no_speech]
-    answered = [example for example in spoken if example.response]
     found: dict[str, float] = {}
-    if answered:
-        found["kl"], found["top1"] = divergence(answered, llm, positions)
-        if len(others := shuffled(answered)) > 1:
-            found["kl_shuffled"], _ = divergence(others, llm, positions)
+    if probe.answered:
+        found["kl"], found["top1"] = divergence(probe, probe.answered, llm, positions)
+        if others := shuffled(probe.answered):
+            found["kl_shuffled"], _ = divergence(probe, others, llm, positions)
+    spoken = {example.id: example for example in probe.examples if not example.no_speech}
     if spoken and llm.model.config.adapter == "grounded":
-        found["wer"] = readout_wer(list({e.id: e for e in spoken}.values()), llm, tokenizer, positions)
+        found["wer"] = readout_wer(list(spoken.values()), llm, tokenizer, positions)
     adapter.train(learning)
-    return {f"{part}_{name}": round(value, 6) for name, value in found.items()}
+    return {f"{probe.part}_{name}": round(value, 6) for name, value in found.items()}
 
 
-def divergence(examples: Sequence[Example], llm: PromptedLLM, positions: int) -> tuple[float, float]:
-    """Mean KL(text || speech) in nats and top-1 agreement over all response positions."""
-    divergence_sum, agreed, count = 0.0, 0, 0
-    for batch in _micro_batches(examples, positions):
+def divergence(
+    probe: Probe, hearing: Sequence[Example], llm: PromptedLLM, positions: int
+) -> tuple[float, float]:
+    """Mean KL(text || speech) in nats and top-1 agreement over all response positions.
+
+    hearing: the probe's answered examples, or the same with other clips to be heard.
+    """
+    total, agreed, count = 0.0, 0, 0
+    rows = rows_per_chunk(llm.model.config.text_config.vocab_size)
+    for numbers in micro_batches(hearing, positions):
+        batch = [hearing[number] for number in numbers]
         heard = llm.model.model.listen(*speech_states(llm.model, batch))
         speech, _ = response_states(llm.model, batch, speech_vectors(heard, range(len(batch))), llm)
-        text, _ = response_states(llm.model, batch, transcript_vectors(llm.model, batch), llm)
-        for hearing, reading in _chunks(
-            speech, text, rows_per_chunk(llm.model.config.text_config.vocab_size)
-        ):
-            student, teacher = llm.model.compute_logits(hearing), llm.model.compute_logits(reading)
-            divergence_sum += kl_loss(student, teacher)[0].item()
+        text = _text_states(probe, numbers, batch, llm)
+        for start in range(0, len(speech), rows):
+            part = slice(start, start + rows)
+            student, teacher = llm.model.compute_logits(speech[part]), llm.model.compute_logits(text[part])
+            total += kl_loss(student, teacher)[0].item()
             agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
             count += len(student)
-    return divergence_sum / count, agreed / count
+    return total / count, agreed / count
+
+
+def _text_states(probe: Probe, numbers: Sequence[int], batch: Sequence[Example], llm: PromptedLLM) -> Tensor:
+    """States (N, D) of the reading LLM at the responses of a micro-batch, from the first time on remembered."""
+    if any(number not in probe.text for number in numbers):
+        states, _ = response_states(llm.model, batch, transcript_vectors(llm.model, batch), llm)
+        found = states.split([len(example.response) for example in batch])
+        probe.text.update(zip(numbers, found, strict=True))
+    return torch.cat([probe.text[number] for number in numbers])
 
 
 def readout_wer(
@@ -79,7 +107,8 @@ def readout_wer(
     """Word error rate of the adapter's read-out, lower case and without punctuation on both sides."""
     normalise = BasicTextNormalizer()
     references, hypotheses = [], []
-    for batch in _micro_batches(examples, positions):
+    for numbers in micro_batches(examples, positions):
+        batch = [examples[number] for number in numbers]
         readouts = llm.model.model.listen(*speech_states(llm.model, batch)).readout or []
         references += [normalise(example.text) for example in batch]
         hypotheses += [normalise(tokenizer.decode(ids)) for ids in readouts]
@@ -90,27 +119,22 @@ def readout_wer(
 
 
 def shuffled(examples: Sequence[Example]) -> list[Example]:
-    """Every example with the speech of another utterance; those for which there is none are left out."""
+    """Every example with the speech of another utterance; nothing where there is but one utterance."""
+    if len({example.id for example in examples}) < 2:
+        return []
     found = []
     for place, example in enumerate(examples):
         turned = [*examples[place + 1 :], *examples[:place]]
-        other = next((other for other in turned if other.id != example.id), None)
-        if other is not None:
-            found.append(example.hearing(other))
+        found.append(example.hearing(next(other for other in turned if other.id != example.id)))
     return found
 
 
-def _micro_batches(examples: Sequence[Example], positions: int) -> Iterator[list[Example]]:
-    """Examples that share a prefix, under the budget: speech counted at its encoder frames over eight."""
+def micro_batches(examples: Sequence[Example], positions: int) -> Iterator[list[int]]:
+    """Numbers of examples that share a prefix, under the budget: speech counted at its encoder frames over
+    eight.
+    """
     prefixes = sorted({example.frame.prefix_ids for example in examples})
     groups = np.array([prefixes.index(example.frame.prefix_ids) for example in examples])
-    lengths = np.array(
-        [round(e.seconds * 50 / 8) + len(e.frame.suffix_ids) + len(e.response) for e in examples]
-    )
-    for rows in cut(np.arange(len(examples)), lengths, groups, positions):
-        yield [examples[row] for row in rows]
-
-
-def _chunks(speech: Tensor, text: Tensor, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(0, len(speech), rows):
-        yield speech[start : start + rows], text[start : start + rows]
+    lengths = [round(e.seconds * 50 / 8) + len(e.frame.suffix_ids) + len(e.response) for e in examples]
+    for numbers in cut(np.arange(len(examples)), np.array(lengths), groups, positions):
+        yield numbers.tolist()

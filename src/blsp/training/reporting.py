@@ -58,9 +58,8 @@ def measure(run: Run) -> dict[str, float]:
     """The probes on held-out and training clips."""
     found: dict[str, float] = {}
     with step.autocast(run.place):
-        for part, examples in run.probes.items():
-            budget = run.settings.batch_tokens
-            found |= probes.measure(part, examples, run.llm, run.processor.tokenizer, budget)
+        for probe in run.probes:
+            found |= probes.measure(probe, run.llm, run.processor.tokenizer, run.settings.batch_tokens)
     return found
 
 
