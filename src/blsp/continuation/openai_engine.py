@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -61,6 +61,7 @@ class OpenAIEngine:
     attempts: int = 8  # a request
     body: dict[str, Any] = field(default_factory=dict)  # merged into each request; null takes a field out
     stop_ids: tuple[int, ...] = ()  # cut off the end of the ids that the server returns
+    content: Callable[[Prompt], Any] | None = None  # the user's turn, where it is not plain words
 
     def write(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Written]]:
         """The answers of each batch, in the order in which batches get done."""
@@ -108,7 +109,8 @@ class OpenAIEngine:
         raise EngineError(f"{self.url}: may be asked {self.attempts} times; it must be at least once")
 
     def _request(self, prompt: Prompt) -> dict[str, Any]:
-        content = user_message(prompt.instruction, prompt.order, prompt.text)
+        words = user_message(prompt.instruction, prompt.order, prompt.text)
+        content = self.content(prompt) if self.content else words
         request = {
             "model": self.model,
             "messages": [{"role": "user", "content": content}],

@@ -39,14 +39,20 @@ class EvaluateSettings:
     """single tasks, by name or by YAML file"""
     routes: tuple[Literal["text", "cascade", "speech"], ...] = ("text", "cascade", "speech")
     """which ways to ask"""
+    data: Path | None = None
+    """the folder of the suite's manifests; left out: corpus/ in the cache folder (`make eval-data`)"""
     asr: str | None = None
     """the cascade's recogniser: anything faster-whisper or transformers loads (left out: its own Whisper)"""
+    asr_compute: Literal["int8", "float32", "auto"] = "int8"
+    """how faster-whisper computes; auto times both and takes the faster, so runs may differ"""
     normalise: Normalise = "none"
     """the text route's transcripts: as given, or through Whisper's normaliser (paper)"""
     peer: tuple[str, ...] = ()
-    """OpenAI-compatible servers that take speech, as further columns"""
+    """OpenAI-compatible servers that take speech, as further columns: MODEL@URL (key: OPENAI_API_KEY)"""
     judge: str | None = None
-    """an OpenAI-compatible server that rates open answers"""
+    """an OpenAI-compatible server that rates open answers: MODEL@URL"""
+    compare: tuple[Path, ...] = ()
+    """results folders of other checkpoints: the report shows divergence against scores over all of them"""
     limit: int | None = None
     """ask only the first so many questions of each task"""
     batch_size: int = 32

@@ -1,0 +1,299 @@
+"""What answers are worth: each kind of task's metrics, as figures that can be resampled.
+
+In:  a task, its rows, one route's answers (and the text route's, where answers are compared with those).
+Out: `Score`: corpus figures with their statistics, and each row's own values for samples.jsonl.
+Try: `score(task, rows, answers, None).figures["wer"].point()`
+Flow: evaluation/ — routes.py → **scoring** → report.py. docs/evaluation.md explains every metric and its source.
+
+wer, cer: Whisper's normaliser, errors over reference length (jiwer). bleu, chrf: sacrebleu's defaults.
+em, f1: SQuAD's, on words as Whisper's normaliser writes them. accuracy: for choices, the likeliest option
+(mean log-likelihood a token); for short answers, the reference stands in the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import jiwer
+import numpy as np
+from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.base import Metric
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
+
+from blsp.data.manifest import Utterance
+from blsp.evaluation.answers import NO_SPEECH, Answer, Answers
+from blsp.evaluation.bootstrap import Figure, mean_figure, ratio
+from blsp.evaluation.faults import faults
+from blsp.evaluation.tasks import Task
+
+LOWER_IS_BETTER = frozenset({"wer", "cer"})
+MAIN_METRIC = {
+    "asr": "wer",
+    "st": "bleu",
+    "slu": "accuracy",
+    "sqa": "accuracy",
+    "chat": "chrf",
+    "continuation": "chrf",
+    "no-speech": "accuracy",
+}
+UNSPACED = {"zh", "ja", "th"}  # no spaces between words: letters are counted
+BLEU_TOKENIZER = {"zh": "zh", "ja": "char", "th": "char"}
+
+
+@dataclass
+class Score:
+    """figures: metric -> corpus figure. rows: id -> metric -> value. counts: fault -> how many answers."""
+
+    figures: dict[str, Figure] = field(default_factory=dict)
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    signatures: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, rows: Sequence[Utterance], figure: Figure, values: Sequence[float]) -> None:
+        self.figures[name] = figure
+        for row, value in zip(rows, values, strict=True):
+            self.rows.setdefault(row.id, {})[name] = value
+
+
+def score(task: Task, rows: Sequence[Utterance], answers: Answers, text_answers: Answers | None) -> Score:
+    """All metrics of the task's kind; `text_answers` None: nothing to compare the answers with."""
+    result = Score()
+    given = [answers[row.id] for row in rows]
+    SCORERS[task.kind](task, rows, given, text_answers, result)
+    _count_faults(task, rows, given, result)
+    return result
+
+
+def score_transcripts(task: Task, rows: Sequence[Utterance], texts: Sequence[str]) -> Score:
+    """WER and CER of transcripts that no LLM wrote: the recogniser's, or the adapter's own."""
+    result = Score()
+    _transcripts(task.language, rows, texts, result)
+    result.counts = {"empty": sum(not text.strip() for text in texts)}
+    return result
+
+
+def plain_words(text: str, language: str = "en") -> list[str]:
+    """Words as Whisper's normaliser writes them: lower case, no punctuation, numbers as digits (English)."""
+    return _normaliser(language)(text).split()
+
+
+@cache
+def _normaliser(language: str) -> Callable[[str], str]:
+    if language == "en":
+        return EnglishTextNormalizer()
+    return BasicTextNormalizer(split_letters=language in UNSPACED)
+
+
+# --- recognition --------------------------------------------------------------------------------------------
+
+
+def _score_asr(
+    task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], _: Answers | None, result: Score
+) -> None:
+    _transcripts(task.language, rows, [answer.text for answer in answers], result)
+
+
+def _transcripts(language: str, rows: Sequence[Utterance], texts: Sequence[str], result: Score) -> None:
+    references = [" ".join(plain_words(row.text, language)) for row in rows]
+    written = [" ".join(plain_words(text, language)) for text in texts]
+    for name, process in (("wer", jiwer.process_words), ("cer", jiwer.process_characters)):
+        counts = [_errors(process, *pair) for pair in zip(references, written, strict=True)]
+        statistics = np.array(counts, dtype=float)
+        result.add(
+            name, rows, Figure(statistics, ratio), [wrong / max(length, 1) for wrong, length in counts]
+        )
+
+
+def _errors(process: Callable, reference: str, written: str) -> tuple[int, int]:
+    found = process([reference], [written])
+    wrong = found.substitutions + found.deletions + found.insertions
+    return wrong, found.hits + found.substitutions + found.deletions
+
+
+# --- translation --------------------------------------------------------------------------------------------
+
+
+def _score_st(
+    task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], _: Answers | None, result: Score
+) -> None:
+    references = [row.reference or "" for row in rows]
+    texts = [answer.text for answer in answers]
+    tokenizer = BLEU_TOKENIZER.get(task.answer_language, "13a")
+    _sacrebleu(
+        "bleu",
+        BLEU(tokenize=tokenizer),
+        BLEU(tokenize=tokenizer, effective_order=True),
+        rows,
+        texts,
+        references,
+        result,
+    )
+    _sacrebleu("chrf", CHRF(), CHRF(), rows, texts, references, result)
+
+
+def _sacrebleu(
+    name: str,
+    metric: Metric,
+    sentence_metric: Metric,
+    rows: Sequence[Utterance],
+    texts: Sequence[str],
+    references: Sequence[str],
+    result: Score,
+) -> None:
+    """A corpus metric whose sums over sentences sacrebleu hands out (its own significance test uses them too)."""
+    statistics = np.array(metric._extract_corpus_statistics(list(texts), [list(references)]), dtype=float)
+    sentences = [
+        sentence_metric.corpus_score([text], [[reference]]).score
+        for text, reference in zip(texts, references, strict=True)
+    ]
+    value = lambda total: float(metric._compute_score_from_stats([int(n) for n in total]).score)  # noqa: E731
+    result.add(name, rows, Figure(statistics, value), sentences)
+    result.signatures[name] = str(metric.get_signature())
+
+
+# --- understanding ------------------------------------------------------------------------------------------
+
+
+def _score_understanding(
+    task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], _: Answers | None, result: Score
+) -> None:
+    if all(row.options is not None for row in rows):
+        if all(
+            answer.option_scores is not None or answer.finish == NO_SPEECH for answer in answers
+        ):  # not a peer's
+            _means(
+                "accuracy",
+                rows,
+                [_chose(row, answer) for row, answer in zip(rows, answers, strict=True)],
+                result,
+            )
+        if task.generate:
+            named = [
+                _named(row, answer, task.answer_language) for row, answer in zip(rows, answers, strict=True)
+            ]
+            _means("accuracy_generated", rows, named, result)
+        return
+    pairs = [
+        (_accepted(row, task.answer_language), _words(answer, task))
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    _means(
+        "accuracy",
+        rows,
+        [float(any(_contains(given, each) for each in known)) for known, given in pairs],
+        result,
+    )
+    _means("em", rows, [float(given in known) for known, given in pairs], result)
+    _means("f1", rows, [max(_f1(given, each) for each in known) for known, given in pairs], result)
+
+
+def _chose(row: Utterance, answer: Answer) -> float:
+    """1 where the likeliest option is the reference; a route that heard nothing has chosen nothing."""
+    assert row.options is not None
+    if answer.option_scores is None:
+        return 0.0
+    return float(row.options[int(np.argmax(answer.option_scores))] == row.reference)
+
+
+def _named(row: Utterance, answer: Answer, language: str) -> float:
+    """1 where the first option that the written answer names is the reference (of two that begin there, the longer)."""
+    assert row.options is not None
+    written = plain_words(answer.text, language)
+    found = []
+    for option in row.options:
+        words = plain_words(option, language)
+        at = _position(written, words)
+        if at is not None:
+            found.append((at, -len(words), option))
+    return float(bool(found) and min(found)[2] == row.reference)
+
+
+def _accepted(row: Utterance, language: str) -> list[list[str]]:
+    """The reference and its other spellings (`references` in the row)."""
+    others = row.extra.get("references", [])
+    return [plain_words(each, language) for each in dict.fromkeys([row.reference or "", *others])]
+
+
+def _words(answer: Answer, task: Task) -> list[str]:
+    return plain_words(answer.text, task.answer_language)
+
+
+def _contains(words: list[str], part: list[str]) -> bool:
+    return bool(part) and _position(words, part) is not None
+
+
+def _position(words: list[str], part: list[str]) -> int | None:
+    """Where `part` first stands in `words`, as whole words."""
+    return next((i for i in range(len(words) - len(part) + 1) if words[i : i + len(part)] == part), None)
+
+
+def _f1(given: list[str], reference: list[str]) -> float:
+    """SQuAD's token F1 (Rajpurkar et al. 2016)."""
+    common = sum((Counter(given) & Counter(reference)).values())
+    return 2 * common / (len(given) + len(reference)) if common else 0.0
+
+
+# --- open answers -------------------------------------------------------------------------------------------
+
+
+def _score_open(
+    task: Task,
+    rows: Sequence[Utterance],
+    answers: Sequence[Answer],
+    text_answers: Answers | None,
+    result: Score,
+) -> None:
+    """How near the answer is to what the LLM answers on reading; and its length."""
+    texts = [answer.text for answer in answers]
+    if text_answers is not None:
+        references = [text_answers[row.id].text for row in rows]
+        _sacrebleu("chrf", CHRF(), CHRF(), rows, texts, references, result)
+        same = [float(text == reference) for text, reference in zip(texts, references, strict=True)]
+        _means("agreement", rows, same, result)
+    _means("words", rows, [float(len(re.findall(r"\w+", text))) for text in texts], result)
+
+
+def _score_no_speech(
+    task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], _: Answers | None, result: Score
+) -> None:
+    _means("accuracy", rows, [float(answer.finish == NO_SPEECH) for answer in answers], result)
+
+
+def _means(name: str, rows: Sequence[Utterance], values: Sequence[float], result: Score) -> None:
+    result.add(name, rows, mean_figure(np.array(values, dtype=float)), values)
+
+
+def _count_faults(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
+    """Faults of what was written, and answers that were cut or not given because nothing was heard."""
+    counts = Counter(
+        {name: 0 for name in ("refusals", "loops", "empty", "wrong_language", "cut", "no_speech")}
+    )
+    for row, answer in zip(rows, answers, strict=True):
+        if answer.finish == NO_SPEECH:
+            counts["no_speech"] += 1
+        elif answer.finish:
+            counts.update(_faults(task, row, answer))
+            counts["cut"] += answer.finish == "length"
+    result.counts = dict(counts)
+
+
+def _faults(task: Task, row: Utterance, answer: Answer) -> set[str]:
+    """Faults of the answer; a refusal or a loop that the speaker uttered is not one when it is repeated."""
+    found = faults(answer.text, task.answer_language)
+    return found - faults(row.text, task.language) if task.kind == "asr" else found
+
+
+SCORERS: dict[str, Callable[[Task, Sequence[Utterance], Sequence[Answer], Answers | None, Score], None]] = {
+    "asr": _score_asr,
+    "st": _score_st,
+    "slu": _score_understanding,
+    "sqa": _score_understanding,
+    "chat": _score_open,
+    "continuation": _score_open,
+    "no-speech": _score_no_speech,
+}

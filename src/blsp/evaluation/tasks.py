@@ -1,0 +1,260 @@
+"""What is asked: tasks and suites, read from YAML; the rows of a task, read from its manifest.
+
+In:  the name of a suite that comes with the package (`tiny`), or a YAML file of one's own.
+Out: `Suite`: tasks in order, and what the alignment analysis looks at.
+Try: `load_suite("tiny", Path("~/.cache/blsp/corpus").expanduser()).tasks[0].rows()`
+Flow: evaluation/ — **tasks** → routes → scoring → report.
+
+A task is data: adding one is ten lines of YAML (docs/evaluation.md). The kinds of task differ in how an
+answer is scored, nothing else:
+
+    asr           the LLM repeats what was said                     WER, CER
+    st            it translates                                     BLEU, chrF
+    slu           intents by choice, slots by short answer          accuracy; exact match and F1
+    sqa           spoken questions, short answers or choice         accuracy, exact match, F1
+    chat          open questions                                    chrF against the text route's answer, a judge
+    continuation  the behaviour that was trained                    chrF against the text route's answer
+    no-speech     silence, noise, music: nothing was said           accuracy: the set sentence and nothing else
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from blsp.continuation.prompts import BehaviourError, instruction_for
+from blsp.data.manifest import Manifest, Utterance
+from blsp.model.prompt import ORDERS, Order
+
+KINDS = ("asr", "st", "slu", "sqa", "chat", "continuation", "no-speech")
+SUITES = resources.files("blsp.evaluation") / "suites"
+
+
+class TaskError(ValueError):
+    """A task or suite that cannot be meant; the message names the file, the task and the way out."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One set of questions and how they are asked and scored."""
+
+    name: str
+    kind: str
+    manifest: str
+    """JSONL of utterances; in a suite of the package relative to --data, in a YAML file to its folder"""
+    note: str = ""
+    """one sentence for the report: whose speech, what is asked"""
+    instruction: str = ""
+    """asked with every row; a row's own instruction wins; empty: the speech is the question"""
+    behaviour: str = ""
+    """instead of `instruction`: one of continuation/prompts.py, e.g. repeat, translate:fr"""
+    order: Order = "instruction-first"
+    max_new_tokens: int = 128
+    """the paper's zero-shot setting"""
+    language: str = "en"
+    """ISO 639-1 of the speech"""
+    answer_language: str = "en"
+    """ISO 639-1 in which an answer is expected"""
+    samples: int | None = None
+    """ask so many rows, drawn by a hash of their names, so that the same prompts are drawn in every language"""
+    min_words: int = 0
+    """leave out rows with a shorter transcript"""
+    references: str | None = None
+    """another manifest whose transcripts are the references; rows are matched by what follows their id's first /"""
+    distractors: str | None = None
+    """a field of the rows that lists wrong answers: with the reference they are the options"""
+    chance: float = 0.0
+    """what guessing scores, where options are few"""
+    generate: bool = True
+    """False: choose among the options by likelihood only"""
+    folder: Path = field(default=Path("."), compare=False, repr=False)
+
+    def rows(self) -> list[Utterance]:
+        """The questions, each with its instruction (and reference) filled in."""
+        rows = [row for row in Manifest(self._path(self.manifest)) if len(row.text.split()) >= self.min_words]
+        if self.references is not None:
+            known = {_short(row.id): row.text for row in Manifest(self._path(self.references))}
+            rows = [replace(row, reference=known[_short(row.id)]) for row in rows if _short(row.id) in known]
+        rows = _drawn(rows, self.samples)
+        if not rows:
+            raise TaskError(f"task {self.name!r}: {self._path(self.manifest)} has no row that it could ask")
+        return [self._asked(row) for row in rows]
+
+    @property
+    def wording(self) -> str:
+        """The instruction, in words."""
+        return instruction_for(self.behaviour) if self.behaviour else self.instruction
+
+    def _asked(self, row: Utterance) -> Utterance:
+        if self.kind == "st" and row.reference is None:
+            raise TaskError(f"task {self.name!r}: row {row.id!r} has no reference to score against")
+        if self.kind in ("slu", "sqa") and row.options is None and row.reference is None:
+            raise TaskError(f"task {self.name!r}: row {row.id!r} has neither options nor a reference")
+        if self.distractors is not None:
+            wrong = row.extra.get(self.distractors)
+            if not wrong or row.reference is None:
+                raise TaskError(
+                    f"task {self.name!r}: row {row.id!r} lists no wrong answers under {self.distractors!r}"
+                )
+            row = replace(row, options=tuple(sorted({row.reference, *wrong})))
+        if row.options is not None and row.reference not in row.options:
+            raise TaskError(f"task {self.name!r}: row {row.id!r}: its reference is not among its options")
+        return replace(row, instruction=self.wording if row.instruction is None else row.instruction)
+
+    def _path(self, name: str) -> Path:
+        return self.folder / Path(name).expanduser()
+
+
+@dataclass(frozen=True)
+class AlignmentPlan:
+    """On which speech, and under which instructions, the two routes' behaviour is compared."""
+
+    manifest: str
+    behaviours: tuple[str, ...] = ("continue", "repeat", "answer")
+    """the first is the headline"""
+    order: Order = "instruction-first"
+    samples: int | None = None
+    min_words: int = 0
+    layer_samples: int = 24
+    """clips looked at layer by layer and in the picture of instructions"""
+    max_new_tokens: int = 64
+    folder: Path = field(default=Path("."), compare=False, repr=False)
+
+    def task(self, behaviour: str) -> Task:
+        """The questions of one behaviour, as a task."""
+        shared = {f.name: getattr(self, f.name) for f in fields(self)} | {"kind": "continuation"}
+        del shared["behaviours"], shared["layer_samples"]
+        return Task(name=f"alignment.{behaviour.replace(':', '-')}", behaviour=behaviour, **shared)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks in the order of the report, and the alignment analysis, if one is wanted."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    alignment: AlignmentPlan | None = None
+
+
+def load_suite(name: str, data: Path) -> Suite:
+    """A suite of the package, its manifests in the folder `data`; or a YAML file, its manifests beside it."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        return _suite(
+            path.stem, _mapping(path.read_text(encoding="utf-8"), name), name, path.absolute().parent
+        )
+    source = SUITES / f"{name}.yaml"
+    if not source.is_file():
+        known = ", ".join(sorted(file.name.removesuffix(".yaml") for file in SUITES.iterdir()))
+        raise TaskError(f"--suite {name}: there are {known}; or name a YAML file")
+    return _suite(name, _mapping(source.read_text(encoding="utf-8"), name), name, data)
+
+
+def select(suite: str | None, names: Sequence[str], data: Path) -> Suite:
+    """What `--suite` and `--task` name: a whole suite, some tasks of it, or tasks of YAML files."""
+    if not names:
+        assert suite is not None
+        return load_suite(suite, data)
+    whole = load_suite(suite or "tiny", data)
+    by_name = {task.name: task for task in whole.tasks}
+    chosen: list[Task] = []
+    alignment = whole.alignment if suite else None
+    for name in names:
+        if name.endswith((".yaml", ".yml")):
+            own = load_suite(name, data)
+            chosen.extend(own.tasks)
+            alignment = own.alignment or alignment
+        elif name in by_name:
+            chosen.append(by_name[name])
+        else:
+            raise TaskError(f"--task {name}: {whole.name} has {', '.join(by_name)}; or name a YAML file")
+    return Suite(whole.name if suite else "+".join(task.name for task in chosen), tuple(chosen), alignment)
+
+
+def check_manifests(suite: Suite) -> None:
+    """Raise `TaskError` for the first manifest that is not there, before anything heavy is loaded."""
+    wanted = [
+        (task.folder, name) for task in suite.tasks for name in (task.manifest, task.references) if name
+    ]
+    if suite.alignment is not None:
+        wanted.append((suite.alignment.folder, suite.alignment.manifest))
+    for folder, name in wanted:
+        path = folder / Path(name).expanduser()
+        if not path.is_file():
+            raise TaskError(
+                f"{path}: no such manifest; `make eval-data` makes the suite's speech once, "
+                "and --data names another folder that has it"
+            )
+
+
+def _suite(name: str, content: dict[str, Any], where: str, folder: Path) -> Suite:
+    mappings = content.get("tasks", [content] if "kind" in content else None)
+    if not isinstance(mappings, list) or not mappings:
+        raise TaskError(f"{where}: holds neither one task (name, kind, manifest) nor a list `tasks:` of them")
+    tasks = tuple(_task(mapping, where, folder) for mapping in mappings)
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise TaskError(f"{where}: two tasks are called {max(names, key=names.count)!r}")
+    plan = None
+    if "alignment" in content:
+        mapping = _checked(AlignmentPlan, content["alignment"], f"{where}, alignment")
+        mapping["behaviours"] = tuple(mapping.get("behaviours", AlignmentPlan.behaviours))
+        plan = AlignmentPlan(**mapping, folder=folder)
+    return Suite(name, tasks, plan)
+
+
+def _task(mapping: Any, where: str, folder: Path) -> Task:
+    where = f"{where}, task {mapping.get('name')!r}" if isinstance(mapping, dict) else where
+    task = Task(**_checked(Task, mapping, where), folder=folder)
+    if task.kind not in KINDS:
+        raise TaskError(f"{where}: kind {task.kind!r}: must be one of {', '.join(KINDS)}")
+    if task.order not in ORDERS:
+        raise TaskError(f"{where}: order {task.order!r}: must be one of {', '.join(get_args(Order))}")
+    if task.behaviour and task.instruction:
+        raise TaskError(f"{where}: give `instruction` or `behaviour`, not both")
+    try:
+        _ = task.wording
+    except BehaviourError as error:
+        raise TaskError(f"{where}: {error}") from error
+    return task
+
+
+def _checked(kind: type, mapping: Any, where: str) -> dict[str, Any]:
+    """The mapping, if its keys are fields of `kind` and the needed ones are there."""
+    known = {f.name for f in fields(kind)} - {"folder"}
+    needed = {"name", "kind", "manifest"} & known
+    if not isinstance(mapping, dict) or not needed <= set(mapping):
+        raise TaskError(f"{where}: needs {', '.join(sorted(needed))}")
+    if unknown := set(mapping) - known:
+        raise TaskError(f"{where}: unknown {sorted(unknown)[0]!r}; it knows {', '.join(sorted(known))}")
+    return dict(mapping)
+
+
+def _mapping(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TaskError(f"{where}: is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise TaskError(f"{where}: must hold a mapping, as in `kind: asr`")
+    return content
+
+
+def _short(identifier: str) -> str:
+    """asterisk_en/agent-pass -> agent-pass: the prompt, whatever the language."""
+    return identifier.partition("/")[2] or identifier
+
+
+def _drawn(rows: list[Utterance], samples: int | None) -> list[Utterance]:
+    """`samples` of the rows in their order: those whose names hash lowest."""
+    if samples is None or len(rows) <= samples:
+        return rows
+    drawn = sorted(rows, key=lambda row: hashlib.sha256(_short(row.id).encode()).digest())[:samples]
+    kept = {row.id for row in drawn}
+    return [row for row in rows if row.id in kept]

@@ -1,0 +1,51 @@
+"""Ears for the judge to judge: perfect ones, and ones that hear another clip.
+
+In:  a loaded model. Out: what `Bench(hear=...)` takes in the place of the model's own ears.
+Try: `Bench(listener, folder, hear=shuffled(transcripts_as_speech(listener)))`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from blsp.data.manifest import Utterance
+from blsp.evaluation.routes import Said, Say
+from blsp.inference.listener import Listener
+from blsp.model.adapter import Heard
+from blsp.model.language_model import embed
+from blsp.model.prompt import transcript_ids
+
+TEXTS = (
+    "hello world",
+    "how many days are in a week",
+    "what is the capital of france",
+    "please repeat the following words",
+    "the capital of france",
+    "repeat the words hello world please",
+    "how many words are in the following",
+)
+
+
+def transcripts_as_speech(listener: Listener) -> Say:
+    """Perfect ears: the speech's vectors are the transcript's own embeddings."""
+
+    def hear(rows: Sequence[Utterance]) -> list[Said]:
+        return [_as_heard(listener, row.text) for row in rows]
+
+    return hear
+
+
+def shuffled(hear: Say) -> Say:
+    """Ears that hear another clip: each row gets that of another text."""
+
+    def wrong(rows: Sequence[Utterance]) -> list[Said]:
+        others = [replace(row, text=TEXTS[(TEXTS.index(row.text) + 3) % len(TEXTS)]) for row in rows]
+        return hear(others)
+
+    return wrong
+
+
+def _as_heard(listener: Listener, text: str) -> Heard:
+    vectors = embed(listener.model, transcript_ids(listener.tokenizer, text)).detach()
+    return Heard(vectors, places=len(vectors), speech=True)

@@ -1,0 +1,99 @@
+"""The divergence is the textbook's, its end included; layers and pictures say what they claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ears import shuffled, transcripts_as_speech
+from tiny_models import FAMILIES, TOLERANCE, tiny_blsp
+
+from blsp.evaluation.alignment import Compared, by_position, summarise
+from blsp.evaluation.answers import Answer
+from blsp.evaluation.forced import answer_states, answer_tokens, divergence, layer_states
+from blsp.evaluation.judge import Bench, judge
+from blsp.evaluation.layers import linear_cka
+from blsp.evaluation.projection import project
+from blsp.evaluation.tasks import Suite
+from blsp.inference.listener import Listener, Question
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_states_along_an_answer_equal_one_plain_pass(
+    tiny_models_folder: Path, family: str, finish: str
+) -> None:
+    listener = Listener(*tiny_blsp(tiny_models_folder, family=family))
+    answers = [Answer("", finish, (5, 6, 7, 8)), Answer("", finish, (9,))]
+    texts = ["how many days", "hello world what is the capital of france"]
+    requests = [
+        listener.request(i, Question(text=text, instruction="Say:"), None, listener.decoding)
+        for i, text in enumerate(texts)
+    ]
+    batched = answer_states(listener.model, requests, answers)
+    for request, answer, states in zip(requests, answers, batched, strict=True):
+        assert request.prefix is not None
+        prefix = listener.model.get_input_embeddings()(torch.tensor(request.prefix.ids))
+        rest = listener.model.get_input_embeddings()(torch.tensor(answer.ids))
+        whole = torch.cat([prefix, request.embeds, rest])[None]
+        plain = listener.model.get_decoder()(inputs_embeds=whole).last_hidden_state[0]
+        first = len(prefix) + len(request.embeds) - 1
+        assert answer_tokens(answer) == len(answer.ids) + (finish == "stop")
+        torch.testing.assert_close(
+            states, plain[first : first + answer_tokens(answer)], atol=TOLERANCE[family], rtol=0
+        )
+        alone, layers = layer_states(listener.model, [request], [answer])[0]
+        torch.testing.assert_close(layers[-1], states, atol=TOLERANCE[family], rtol=0)
+        assert alone.shape[1] == len(request.embeds)
+
+
+def test_divergence_is_the_textbooks(listener: Listener) -> None:
+    text, speech = torch.randn(2, 5, 32, dtype=torch.float64)
+    found, agreed = divergence(listener.model, text, speech)
+    teacher = torch.distributions.Categorical(logits=listener.model.compute_logits(text))
+    student = torch.distributions.Categorical(logits=listener.model.compute_logits(speech))
+    assert found == pytest.approx(torch.distributions.kl_divergence(teacher, student).tolist())
+    assert agreed == (teacher.probs.argmax(-1) == student.probs.argmax(-1)).tolist()
+    assert divergence(listener.model, text, text) == ([0.0] * 5, [True] * 5)
+
+
+def test_figures_are_means_over_tokens_not_over_clips() -> None:
+    clips = [Compared((1.0, 1.0, 1.0), (True, True, False), 6.0), Compared((5.0,), (False,), 2.0)]
+    found = summarise(clips, samples=100, seed=0)
+    assert (found["kl"], found["top1_agreement"], found["kl_shuffled"]) == (2.0, 0.5, 2.0)
+    assert (found["n"], found["tokens"]) == (2, 4)
+    assert found["kl_ci"] == [1.0, 5.0]
+    assert by_position(clips) == {"kl": [3.0, 1.0, 1.0], "top1_agreement": [0.5, 1.0, 0.0], "n": [2, 1, 1]}
+
+
+def test_instructions_that_are_ignored_are_seen(
+    bench: Callable[..., Bench], suite: Suite, listener: Listener
+) -> None:
+    """Perfect ears keep every clip beside its transcript; the wrong clip's ears do not."""
+    only = Suite("alignment", (), suite.alignment)
+    right = judge(bench(hear=transcripts_as_speech(listener)), only).to_json()["alignment"]
+    wrong = judge(bench(hear=shuffled(transcripts_as_speech(listener))), only).to_json()["alignment"]
+    assert right["retrieval"] == 1.0 and wrong["retrieval"] < 0.5
+    assert np.mean(wrong["layers"]["cosine"][1:]) < np.mean(right["layers"]["cosine"][1:])
+
+
+def test_cka_ignores_rotation_and_scale_and_sees_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(200, 8, generator=generator, dtype=torch.float64)
+    turned = 3 * states @ torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0] + 5
+    assert linear_cka(states, turned) == pytest.approx(1.0)
+    assert linear_cka(states, torch.randn(200, 8, generator=generator, dtype=torch.float64)) < 0.2
+
+
+def test_the_projection_keeps_clusters_apart_and_is_always_the_same() -> None:
+    generator = np.random.default_rng(0)
+    states = np.concatenate([generator.normal(20 * i, 1, (30, 6)) for i in range(3)])
+    points = project(states)
+    assert np.array_equal(points, project(states))
+    centres = points.reshape(3, 30, 2).mean(axis=1)
+    spread = points.reshape(3, 30, 2).std(axis=1).max()
+    assert min(np.linalg.norm(centres[i] - centres[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 2 * spread
+    assert project(states[:3]).shape == (3, 2)

@@ -1,0 +1,165 @@
+"""The cascade asks the same LLM about what a recogniser wrote; peers and the judge speak OpenAI's language."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+
+from blsp.data.manifest import Manifest, Utterance
+from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, answer_log
+from blsp.evaluation.judge import Bench, judge
+from blsp.evaluation.peers import Endpoint, PeerError, parse_endpoint, read_mark
+from blsp.evaluation.recognise import Recogniser, recogniser_of
+from blsp.evaluation.tasks import Suite
+
+
+class Parrot:
+    """A recogniser that writes the transcript, but "misheard" for the first row and nothing for the second."""
+
+    name, compute, multilingual = "parrot", "int8", False
+
+    def hears(self, language: str) -> bool:
+        return language == "en"
+
+    def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
+        return [{"en/0": "misheard", "en/1": ""}.get(row.id, row.text) for row in rows]
+
+
+@pytest.fixture
+def chat(suite: Suite) -> Suite:
+    return Suite("chat", tuple(task for task in suite.tasks if task.name in ("chat", "asr")))
+
+
+def test_the_cascade_is_the_text_route_on_the_recognisers_words(
+    bench: Callable[..., Bench], chat: Suite
+) -> None:
+    asr, talk = judge(bench(routes=("text", "cascade"), recogniser=Parrot()), chat).tasks
+    text, cascade = talk.answers["text"], talk.answers["cascade"]
+    assert all(cascade[name] == text[name] for name in text if name not in ("en/0", "en/1"))
+    assert cascade["en/0"].text != text["en/0"].text and cascade["en/0"].heard == "misheard"
+    assert cascade["en/1"].finish == NO_SPEECH  # nothing was written: there is nothing to ask about
+    assert asr.scores["recogniser"].figures["wer"].point() > 0
+
+
+def test_a_language_that_nobody_hears_is_not_available(bench: Callable[..., Bench], chat: Suite) -> None:
+    french = Suite("fr", tuple(replace(task, language="fr") for task in chat.tasks))
+    results = judge(bench(routes=("text", "cascade", "speech"), recogniser=Parrot()), french)
+    found = results.to_json()["tasks"]["chat"]
+    assert found["text"]["n"] == 7 and found["speech"]["n"] == found["cascade"]["n"] == 0
+    assert "English only" in found["speech"]["unavailable"]
+
+
+def test_the_default_recogniser_is_the_models_own_whisper() -> None:
+    assert recogniser_of("embedded:whisper-tiny.en") == "embedded:whisper-tiny.en:ct2"
+    assert recogniser_of("openai/whisper-small") == "openai/whisper-small"
+
+
+@pytest.mark.embedded
+def test_faster_whisper_on_real_speech(tmp_path: Path) -> None:
+    rows = list(Manifest(Path(__file__).parents[1] / "data" / "clips.jsonl"))
+    spoken = [row for row in rows if row.text]
+    recogniser = Recogniser("embedded:whisper-tiny.en:ct2", "int8")
+    with answer_log(tmp_path / "log.jsonl", "x") as log:
+        written = recogniser.transcribe(spoken, log)
+        assert recogniser.transcribe(spoken, log) == written
+    assert not recogniser.hears("fr")
+    shared = [
+        set(a.lower().split()) & set(b.text.lower().split()) for a, b in zip(written, spoken, strict=True)
+    ]
+    assert sum(map(bool, shared)) >= len(spoken) / 2
+
+
+# --- over HTTP ----------------------------------------------------------------------------------------------
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers every chat completion; remembers what it was sent."""
+
+    requests: list[dict[str, Any]]
+    reply: str
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.requests.append(body)
+        choice = {"message": {"role": "assistant", "content": self.reply}, "finish_reason": "stop"}
+        answer = json.dumps({"choices": [choice]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: Any) -> None:
+        """Silence."""
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[str], tuple[str, list[dict[str, Any]]]]]:
+    """`server(reply)` is a URL and the list of requests that come there."""
+    running: list[ThreadingHTTPServer] = []
+
+    def start(reply: str) -> tuple[str, list[dict[str, Any]]]:
+        handler = type("Handler", (Server,), {"requests": [], "reply": reply})
+        running.append(ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=running[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{running[-1].server_port}/v1", handler.requests
+
+    yield start
+    for each in running:
+        each.shutdown()
+        each.server_close()
+
+
+def test_a_peer_hears_the_clip_and_gets_a_column(
+    bench: Callable[..., Bench], suite: Suite, server: Any
+) -> None:
+    url, requests = server("A turn on the days.")
+    only = Suite("peer", tuple(task for task in suite.tasks if task.name in ("slu", "chat")))
+    results = judge(bench(routes=("text",), peers=(Endpoint("org/big-ears", url),)), only)
+    slu, chat = (results.to_json()["tasks"][name]["big-ears"] for name in ("slu", "chat"))
+    assert "accuracy" not in slu and slu["accuracy_generated"] == pytest.approx(1 / 7)
+    assert chat["n"] == 7 and "chrf" in chat
+    sent = next(request for request in requests if "Talk." in json.dumps(request))
+    audio, words = sent["messages"][0]["content"]  # the task is speech-first
+    assert words == {"type": "text", "text": "Talk."} and sent["model"] == "org/big-ears"
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio["input_audio"]["data"])))
+    assert rate == 16_000 and len(samples) > 3000
+    count = len(requests)
+    judge(bench(routes=("text",), peers=(Endpoint("org/big-ears", url),)), only)
+    assert len(requests) == count  # answers are kept
+
+
+def test_a_judge_rates_open_answers_only(bench: Callable[..., Bench], suite: Suite, server: Any) -> None:
+    url, requests = server("I would say 7 of 10.")
+    only = Suite("rated", tuple(task for task in suite.tasks if task.name in ("sqa", "chat")))
+    results = judge(bench(rater=Endpoint("", url)), only)
+    found = results.to_json()["tasks"]
+    assert found["chat"]["speech"]["judge"] == 7.0 and "judge" not in found["sqa"]["speech"]
+    assert len(requests) == 2 * 7 and "model" not in requests[0]
+    assert "Rating:" in requests[0]["messages"][0]["content"]
+
+
+def test_endpoints_and_marks() -> None:
+    assert parse_endpoint("a/b@http://x:1/v1") == Endpoint("a/b", "http://x:1/v1")
+    assert parse_endpoint("http://x:1/v1").name == "x:1"
+    with pytest.raises(PeerError, match="MODEL@URL"):
+        parse_endpoint("ultravox")
+    assert [read_mark(text) for text in ("10", "Rating: 8/10", "100")][:2] == [10.0, 8.0]
+    assert read_mark("no idea") != read_mark("no idea")
+
+
+def test_an_answer_survives_its_log(tmp_path: Path) -> None:
+    answer = Answer("hi", "stop", (1, 2), (-0.1234567890123456789, -2.0), "hey")
+    with answer_log(tmp_path / "a.jsonl", "x") as log:
+        log.write({"q": answer})
+    assert answer_log(tmp_path / "a.jsonl", "x").known == {"q": answer}
+    assert answer_log(tmp_path / "a.jsonl", "y").known == {}

@@ -1,0 +1,189 @@
+"""The judge: what a perfect, a deaf and a confused model get; the contract's files; the same numbers twice."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ears import shuffled, transcripts_as_speech
+from transformers import AutoModelForCausalLM
+
+from blsp.evaluation.judge import Bench, judge
+from blsp.evaluation.report import write_report
+from blsp.evaluation.results import Results
+from blsp.evaluation.tasks import Suite
+from blsp.inference.listener import Listener
+
+BenchMaker = Callable[..., Bench]
+
+
+def figures(results: Results, *path: str) -> Any:
+    found: Any = results.to_json()
+    for name in path:
+        found = found[name]
+    return found
+
+
+@pytest.fixture
+def silent_tasks(suite: Suite) -> Suite:
+    """The suite without the no-speech task, for ears that always hear words."""
+    return Suite(suite.name, tuple(task for task in suite.tasks if task.kind != "no-speech"), suite.alignment)
+
+
+def test_the_contracts_files(bench: BenchMaker, suite: Suite, tmp_path: Path) -> None:
+    results = judge(bench(), suite)
+    screen = write_report(results, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(found["tasks"]) == {task.name for task in suite.tasks}
+    metrics = {
+        "asr": ("wer", "cer"),
+        "st-en-fr": ("bleu", "chrf"),
+        "slu": ("accuracy",),
+        "sqa": ("em", "f1", "accuracy"),
+    }
+    for task, names in metrics.items():
+        for route in ("text", "speech"):
+            for name in names:
+                low, high = found["tasks"][task][route][f"{name}_ci"]
+                assert low <= found["tasks"][task][route][name] <= high
+                assert found["tasks"][task][route]["n"] == 7
+    assert {"kl", "kl_ci", "top1_agreement", "by_position", "layers", "instruction_separation"} <= set(
+        found["alignment"]
+    )
+    assert set(found["signatures"]["st-en-fr"]) == {"bleu", "chrf"}
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 6 * 7 + 1 and all("answers" in sample for sample in samples)
+    report = (tmp_path / "out" / "report.md").read_text()
+    for picture in ("scores", "divergence_by_position", "layers", "instructions"):
+        assert f"({picture}.png)" in report
+        assert (tmp_path / "out" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert "asr" in screen and "divergence" in screen
+
+
+def test_two_runs_are_equal_to_the_digit(bench: BenchMaker, suite: Suite, tmp_path: Path) -> None:
+    first, second = (judge(bench(folder=tmp_path / name), suite) for name in "ab")
+    for part in ("tasks", "gaps", "alignment", "signatures"):
+        assert json.dumps(figures(first, part)) == json.dumps(figures(second, part))
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(
+    bench: BenchMaker, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = judge(bench(folder=tmp_path / "whole", batch_size=1), suite)
+    calls = 0
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 7:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    import blsp.evaluation.routes as routes
+
+    real = routes.decode
+    monkeypatch.setattr(routes, "decode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        judge(bench(folder=tmp_path / "torn", batch_size=1), suite)
+    log = max((tmp_path / "torn" / "log").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    with log.open("ab") as file:
+        file.write(b'{"id": "torn')
+    monkeypatch.setattr(routes, "decode", real)
+    again = judge(bench(folder=tmp_path / "torn", batch_size=1), suite)
+    for part in ("tasks", "gaps", "alignment"):
+        assert json.dumps(figures(again, part)) == json.dumps(figures(whole, part))
+
+
+def test_answers_of_another_model_are_not_reused(
+    bench: BenchMaker, suite: Suite, capsys: pytest.CaptureFixture[str], listener: Listener
+) -> None:
+    results = judge(bench(), suite)
+    other = copy.deepcopy(listener)
+    with torch.no_grad():
+        for parameter in other.model.model.multi_modal_projector.parameters():
+            parameter.mul_(-1.5)
+    changed = judge(bench(listener=other), suite)
+    assert "done again" in capsys.readouterr().out
+    assert figures(changed, "alignment", "kl") != figures(results, "alignment", "kl")
+    assert figures(changed, "tasks", "chat", "text") == figures(results, "tasks", "chat", "text")
+
+
+def test_transcripts_as_speech_give_divergence_zero_and_the_text_routes_scores(
+    bench: BenchMaker, silent_tasks: Suite, listener: Listener
+) -> None:
+    results = judge(bench(hear=transcripts_as_speech(listener)), silent_tasks)
+    for task, routes in figures(results, "tasks").items():
+        assert routes["speech"] == routes["text"], task
+    alignment = figures(results, "alignment")
+    for behaviour, found in alignment["behaviours"].items():
+        assert found["kl"] == 0.0 and found["top1_agreement"] == 1.0, behaviour
+        assert found["kl_shuffled"] > 0.05, behaviour
+    assert alignment["layers"]["cka"] == pytest.approx([1.0] * 4)
+    assert alignment["layers"]["kl"] == [0.0] * 4
+    assert alignment["retrieval"] == 1.0
+    assert figures(results, "tasks", "continuation", "speech", "agreement") == 1.0
+
+
+@pytest.mark.parametrize("ears", ["zeroed", "shuffled"])
+def test_the_judge_can_fail(bench: BenchMaker, silent_tasks: Suite, listener: Listener, ears: str) -> None:
+    """A model that hears nothing, or the wrong clip, is far from the text route wherever the judge looks."""
+    if ears == "zeroed":
+        deaf = copy.deepcopy(listener)
+        with torch.no_grad():
+            for parameter in deaf.model.model.multi_modal_projector.parameters():
+                parameter.zero_()
+        results = judge(bench(listener=deaf), silent_tasks)
+    else:
+        results = judge(bench(hear=shuffled(transcripts_as_speech(listener))), silent_tasks)
+    alignment = figures(results, "alignment")
+    assert alignment["kl"] > 0.05 and alignment["top1_agreement"] < 0.9
+    assert alignment["kl"] > 0.5 * alignment["kl_shuffled"]  # no better than another clip's speech
+    continuation = figures(results, "tasks", "continuation")
+    assert continuation["text"]["chrf"] == 100.0 and continuation["speech"]["chrf"] < 60
+    assert continuation["speech"]["agreement"] < 0.2
+    assert alignment["layers"]["cka"][-1] < 0.99
+
+
+def test_the_text_route_is_the_plain_llm(
+    bench: BenchMaker, suite: Suite, listener: Listener, tiny_llm: Callable[[str], str]
+) -> None:
+    """The same words through transformers' own template and `generate`, without a line of ours."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llm("llama"), dtype=torch.float64)
+    task = next(task for task in suite.tasks if task.name == "chat")
+    results = judge(bench(routes=("text",)), Suite("one", (task,)))
+    answers = results.tasks[0].answers["text"]
+    for row in task.rows():
+        turn = [{"role": "user", "content": f" {row.text}\nTalk."}]
+        ids = listener.tokenizer.apply_chat_template(
+            turn, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        written = plain.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert listener.tokenizer.decode(written, skip_special_tokens=True).strip() == answers[row.id].text
+
+
+def test_silence_is_answered_with_the_set_sentence(bench: BenchMaker, suite: Suite) -> None:
+    results = judge(bench(), suite)
+    found = figures(results, "tasks", "no-speech", "speech")
+    assert (
+        found["accuracy"] == 1.0
+        and found["no_speech"] == 1
+        and "text" not in figures(results, "tasks", "no-speech")
+    )
+
+
+def test_limit_asks_the_first_questions_only(bench: BenchMaker, suite: Suite) -> None:
+    results = judge(bench(limit=2), suite)
+    assert figures(results, "tasks", "asr", "text", "n") == 2
+    assert figures(results, "alignment", "n") == 2
+
+
+def test_normalised_transcripts_are_the_papers_variant(bench: BenchMaker, suite: Suite, corpus: Path) -> None:
+    task = next(task for task in suite.tasks if task.name == "continuation")
+    row = task.rows()[1]
+    assert bench(normalise="whisper").read([row])[row.id] == "how many days are in a week"
+    assert bench().read([row])[row.id] == row.text

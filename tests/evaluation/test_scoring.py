@@ -1,0 +1,160 @@
+"""Every metric on answers whose worth is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sacrebleu import corpus_bleu, corpus_chrf
+
+from blsp.data.manifest import Utterance
+from blsp.evaluation.answers import NO_SPEECH, Answer
+from blsp.evaluation.bootstrap import Figure, draws, interval, mean_figure, ratio, relative_gap
+from blsp.evaluation.faults import faults, guess_language, loops
+from blsp.evaluation.scoring import Score, score, score_transcripts
+from blsp.evaluation.tasks import Task
+
+
+def scored(
+    kind: str, rows: list[Utterance], answers: list[Answer], texts: list[str] | None = None, **task: str
+) -> Score:
+    known = None if texts is None else {row.id: Answer(text) for row, text in zip(rows, texts, strict=True)}
+    given_answers = {row.id: answer for row, answer in zip(rows, answers, strict=True)}
+    return score(Task("t", kind, "m.jsonl", **task), rows, given_answers, known)  # type: ignore[arg-type]
+
+
+def row(text: str = "hi", **fields: object) -> Utterance:
+    return Utterance(id=f"{text}{sorted(fields.items(), key=str)}", audio="", text=text, **fields)  # type: ignore[arg-type]
+
+
+def test_word_errors_are_summed_over_the_corpus_after_whispers_normaliser() -> None:
+    rows = [row("I've got twenty-one dollars."), row("Press the pound key")]
+    found = scored("asr", rows, [Answer("i have got $21", "stop"), Answer("press a key", "stop")])
+    assert found.figures["wer"].point() == pytest.approx(2 / 8)  # (0 of 4) and (2 of 4)
+    assert found.rows[rows[1].id]["wer"] == pytest.approx(2 / 4)
+    assert found.figures["cer"].point() > 0
+
+
+def test_an_empty_reference_counts_insertions_and_a_silent_transcript_deletions() -> None:
+    rows = [row("..."), row("one two three")]
+    found = score_transcripts(Task("t", "asr", "m"), rows, ["made up words", ""])
+    assert found.figures["wer"].point() == pytest.approx((3 + 3) / 3)
+    assert found.counts == {"empty": 1}
+
+
+def test_translation_is_sacrebleus_corpus_score() -> None:
+    rows = [
+        row(str(i), reference=text)
+        for i, text in enumerate(["le chat est là", "un chien dort ici", "bonjour à tous"])
+    ]
+    texts = ["le chat est ici", "un chien dort", "bonjour à tous"]
+    found = scored("st", rows, [Answer(text, "stop") for text in texts], answer_language="fr")
+    references = [[each.reference for each in rows]]
+    assert found.figures["bleu"].point() == pytest.approx(corpus_bleu(texts, references).score)
+    assert found.figures["chrf"].point() == pytest.approx(corpus_chrf(texts, references).score)
+    assert "tok:13a" in found.signatures["bleu"] and "nc:6" in found.signatures["chrf"]
+
+
+def test_choices_go_to_the_likeliest_option_and_to_the_first_that_is_named() -> None:
+    options = ("turn on", "turn on the fan", "lock")
+    rows = [row(str(i), options=options, reference="turn on the fan") for i in range(4)]
+    answers = [
+        Answer("Turn on the fan, then lock.", "stop", option_scores=(-2.0, -1.0, -3.0)),
+        Answer("Lock it and turn on the fan.", "stop", option_scores=(-1.0, -2.0, -3.0)),
+        Answer("Something else.", "stop", option_scores=(-1.0, -0.5, -3.0)),
+        Answer("I could not hear any speech.", NO_SPEECH),
+    ]
+    found = scored("slu", rows, answers)
+    assert found.figures["accuracy"].point() == 0.5
+    assert found.figures["accuracy_generated"].point() == 0.25
+    assert found.counts["no_speech"] == 1
+
+
+def test_a_peer_without_likelihoods_has_no_likelihood_accuracy() -> None:
+    rows = [row("a", options=("yes", "no"), reference="no")]
+    assert set(scored("sqa", rows, [Answer("No.", "stop")]).figures) == {"accuracy_generated"}
+
+
+def test_short_answers_accept_every_spelling() -> None:
+    rows = [row(str(i), reference="seven", extra={"references": ["a week's worth"]}) for i in range(3)]
+    found = scored(
+        "sqa",
+        rows,
+        [Answer("7.", "stop"), Answer("There are seven days.", "stop"), Answer("Seventy.", "stop")],
+    )
+    assert [found.figures[name].point() for name in ("em", "accuracy")] == pytest.approx([1 / 3, 2 / 3])
+    assert found.figures["f1"].point() == pytest.approx((1 + 2 / 5 + 0) / 3)
+
+
+def test_open_answers_are_compared_with_the_text_routes() -> None:
+    rows = [row("a"), row("b")]
+    found = scored(
+        "chat",
+        rows,
+        [Answer("one answer", "stop"), Answer("other", "length")],
+        ["one answer", "another answer"],
+    )
+    assert found.figures["agreement"].point() == 0.5
+    assert found.figures["words"].point() == 1.5
+    assert found.counts["cut"] == 1
+    assert "chrf" not in scored("chat", rows, [Answer("x"), Answer("y")]).figures
+
+
+@pytest.mark.parametrize(
+    "answer, language, expected",
+    [
+        ("I'm sorry, but I can't assist with that.", "en", {"refusals"}),
+        ("As an AI language model, I have no ears.", "en", {"refusals"}),
+        ("I’m unable to help you.", "en", {"refusals"}),
+        ("I can help you with that.", "en", set()),
+        ("go on and on and on and on and on", "en", {"loops"}),
+        ("  ...  ", "en", {"empty"}),
+        ("La maison est dans le jardin et les fleurs sont belles.", "en", {"wrong_language"}),
+        ("La maison est dans le jardin et les fleurs sont belles.", "fr", set()),
+        ("The house is in the garden and it is for you.", "fr", {"wrong_language"}),
+        ("Пожалуйста, введите номер", "en", {"wrong_language"}),
+        ("Paris.", "de", set()),
+    ],
+)
+def test_faults(answer: str, language: str, expected: set[str]) -> None:
+    assert faults(answer, language) == expected
+
+
+def test_a_long_loop_of_sentences_is_found_and_an_ordinary_list_is_not() -> None:
+    assert loops("The number you have dialed is not in service today, sorry. " * 8)
+    assert not loops("one two three four five six seven eight nine ten eleven twelve thirteen")
+    assert guess_language("42") is None
+
+
+def test_what_the_speaker_said_is_no_fault_when_it_is_repeated() -> None:
+    rows = [row("I'm sorry, I can't help you.")]
+    assert scored("asr", rows, [Answer("I'm sorry, I can't help you.", "stop")]).counts["refusals"] == 0
+    assert scored("chat", rows, [Answer("I'm sorry, I can't help you.", "stop")]).counts["refusals"] == 1
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=30))
+def test_intervals_hold_the_mean_and_depend_on_the_seed_alone(values: list[float]) -> None:
+    figure = mean_figure(np.array(values))
+    rows = draws(len(values), 200, seed=1)
+    low, high = interval(figure, rows)
+    assert min(values) - 1e-12 <= low <= high <= max(values) + 1e-12
+    assert (low, high) == interval(figure, draws(len(values), 200, seed=1))
+
+
+def test_the_interval_of_a_ratio_of_sums_weighs_long_utterances() -> None:
+    figure = Figure(np.array([[0.0, 100.0], [1.0, 1.0]]), ratio)
+    assert figure.point() == pytest.approx(1 / 101)
+    assert interval(figure, draws(2, 400, seed=0)) == (0.0, 1.0)
+
+
+def test_gaps_are_paired() -> None:
+    """A route that is always 10 % below another has a gap of 10 % without doubt, however uncertain both are."""
+    values = np.random.default_rng(0).uniform(0.5, 1, 40)
+    gap, (low, high) = relative_gap(mean_figure(0.9 * values), mean_figure(values), draws(40, 200, seed=0))
+    assert (gap, low, high) == pytest.approx((-10, -10, -10))
+
+
+def test_undefined_figures_are_nan_not_zero() -> None:
+    assert np.isnan(mean_figure(np.array([np.nan])).point())
+    assert np.isnan(relative_gap(mean_figure(np.ones(1)), mean_figure(np.zeros(1)), draws(1, 5, seed=0))[0])
