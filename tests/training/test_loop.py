@@ -22,6 +22,7 @@ from blsp.settings import SettingsError, TrainSettings
 from blsp.training import loop, reporting, step
 from blsp.training.loop import TrainingError, train
 from blsp.training.optimisation import learning_rate
+from blsp.training.run_folder import claimed
 from blsp.training.run_state import ResumeError, newest_complete
 from blsp.training.sources import DataError
 
@@ -102,6 +103,16 @@ def test_other_settings_are_refused_with_their_names(settings: TrainSettings) ->
     with pytest.raises(ResumeError, match=r"lr 0\.01 -> 0\.1.*--out"):
         train(replace(settings, lr=0.1))
     train(replace(settings, keep=5))  # not what the result depends on
+
+
+def test_two_runs_in_one_folder_are_refused_and_nothing_foreign_is_removed(settings: TrainSettings) -> None:
+    mine = settings.out / "checkpoints" / "not-ours.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("kept")
+    with claimed(settings.out, find_place("cpu")), pytest.raises(ResumeError, match="another process"):
+        train(settings)
+    train(replace(settings, steps=1))
+    assert mine.read_text() == "kept"
 
 
 def test_loss_falls_and_the_curve_is_the_seed_s(settings: TrainSettings, tmp_path: Path) -> None:

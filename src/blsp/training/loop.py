@@ -37,7 +37,7 @@ from blsp.training.optimisation import (
 )
 from blsp.training.preparation import Run, prepare, step_examples
 from blsp.training.reporting import picture, progress_bar, report, say
-from blsp.training.run_folder import Leaving, begin_folder, deterministic, finish_stages, is_finished
+from blsp.training.run_folder import Leaving, begin_folder, claimed, deterministic, finish_stages, is_finished
 from blsp.training.run_state import add_to_window
 
 AHEAD = 3  # steps whose examples are read before they are needed
@@ -54,7 +54,8 @@ def train(settings: TrainSettings) -> None:
         for stage in settings.stages or (settings,):
             if is_finished(stage):
                 say(place, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
-            else:
+                continue
+            with claimed(stage.out, place):
                 train_stage(stage, place, leaving)
             if leaving.asked:
                 break

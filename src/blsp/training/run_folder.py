@@ -10,6 +10,7 @@ Flow: training/loop.py opens and closes a run with these.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -54,12 +55,27 @@ def begin_folder(settings: TrainSettings, place: Place) -> None:
         settings.out.mkdir(parents=True, exist_ok=True)
         if newest_complete(settings.out / "checkpoints") is not None:
             _refuse_other_settings(settings)
-        else:  # nothing learnt yet: whatever a killed start has left is made again
+        elif (settings.out / "settings.yaml").exists():  # nothing learnt yet: what a killed start left goes
             for name in ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl"):
                 (settings.out / name).unlink(missing_ok=True)
             shutil.rmtree(settings.out / "checkpoints", ignore_errors=True)
         write_text(settings.out / "settings.yaml", _dump(as_flags(settings)))
     barrier(place)
+
+
+@contextmanager
+def claimed(folder: Path, place: Place) -> Iterator[None]:
+    """Keep a second run out of the folder for as long as this one lasts; a killed one leaves nothing behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:
+        if place.rank == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ResumeError(
+                    f"{folder}: another process is training here; wait for it, stop it, or choose another --out"
+                ) from error
+        yield
 
 
 def _refuse_other_settings(settings: TrainSettings) -> None:
