@@ -38,7 +38,7 @@ def _alone(model: torch.nn.Module, request: Request) -> list[int]:
     script=st.lists(st.sampled_from(["join", "step", "step", "leave"]), min_size=5, max_size=60),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_rows_that_join_and_leave_write_what_they_write_alone(model, script: list[str], seed: int) -> None:
     """Any interleaving; rows taken out early have written a beginning of it."""
     chance = random.Random(seed)
