@@ -33,5 +33,5 @@ blsp train --config examples/tour/cold.yaml --data "$RUN/continued.jsonl" --cach
 blsp generate --model "$RUN/train/adapter" --manifest examples/speech/questions.jsonl --out "$RUN/answers.jsonl"
 blsp transcribe --model "$RUN/train/adapter" examples/speech/questions/*.opus
 
-# → evaluation, serving: `blsp evaluate --help`, `blsp serve --help`
+# → evaluation, serving: `blsp evaluate --help`
 echo "the adapter: $RUN/train/adapter   the answers: $RUN/answers.jsonl   the curves: $RUN/train/curves.png"

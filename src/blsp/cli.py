@@ -69,7 +69,7 @@ COMMANDS = {
         "TranscribeSettings", "blsp.inference.transcribe", "transcribe", "write down what was said"
     ),
     "chat": Command("ChatSettings", "blsp.inference.chat", "chat", "talk with it in the terminal"),
-    "serve": Command("ServeSettings", "blsp.serving.app", "serve", "OpenAI-compatible server and web page"),
+    "serve": Command("ServeSettings", "blsp.serving.app", "serve", "(to come) OpenAI-compatible server"),
     "export": Command(
         "ExportSettings", "blsp.model.checkpoint", "export", "one self-contained Hugging Face folder"
     ),
@@ -87,7 +87,7 @@ The LLM continues transcripts; an adapter learns to make it behave the same when
 """
 
 FOOTER = """\
-Start with `blsp tour`, or try the shipped model: `blsp transcribe question.wav`, `blsp chat`, `blsp serve`.
+Start with `blsp tour`; then `blsp chat --model runs/tour/train/adapter`.
 Every command but chat, export and tour also reads its flags from a YAML file: --config FILE.
 BLSP_TRACEBACK=1 shows where an error came from.
 """
