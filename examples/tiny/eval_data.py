@@ -54,7 +54,8 @@ INTENTS = {  # in plain words: what the small LLM is asked to choose from
     "HassFanSetSpeed": "set the speed of the fan",
     "HassGetState": "ask if something is open or on",
 }
-HARD_TABLES = frozenset[str]()  # tables of quiz.py that the small LLM cannot answer even as text
+# Tables of quiz.py that SmolLM2-135M answers wrongly even as text (0 to 20 % right; the others 65 % together).
+HARD_TABLES = frozenset({"sum", "color", "past"})
 
 
 def questions() -> Iterator[dict]:
