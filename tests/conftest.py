@@ -10,6 +10,7 @@ The models themselves are described in tiny_models.py; in memory and in float64:
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,11 @@ import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
 from tiny_models import save_language_model, save_whisper
+from tqdm import tqdm
 
+# tqdm's lock is shared with forked children: one that a test kills while it draws a bar would keep it for ever
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 hypothesis_settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 hypothesis_settings.load_profile("tests")
 torch.set_num_threads(1)
