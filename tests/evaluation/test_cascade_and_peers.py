@@ -14,13 +14,21 @@ from typing import Any
 
 import pytest
 import soundfile
+from transformers import (
+    GenerationConfig,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
 
 from blsp.data.manifest import Manifest, Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, answer_log
 from blsp.evaluation.judge import Bench, judge
 from blsp.evaluation.peers import Endpoint, PeerError, parse_endpoint, read_mark
-from blsp.evaluation.recognise import Recogniser, recogniser_of
+from blsp.evaluation.recognise import Recogniser, RecogniserError, recogniser_of
 from blsp.evaluation.tasks import Suite
+from blsp.model.embedded import resolve_weights
 
 
 class Parrot:
@@ -77,6 +85,39 @@ def test_faster_whisper_on_real_speech(tmp_path: Path) -> None:
         set(a.lower().split()) & set(b.text.lower().split()) for a, b in zip(written, spoken, strict=True)
     ]
     assert sum(map(bool, shared)) >= len(spoken) / 2
+
+
+def test_a_whisper_that_cannot_write_is_refused_by_name(tiny_whisper: str) -> None:
+    with pytest.raises(RecogniserError, match="no tokenizer"):
+        Recogniser(tiny_whisper, "int8")
+
+
+@pytest.mark.embedded
+def test_a_whisper_in_transformers_format_recognises_too(tmp_path: Path, corpus: Path) -> None:
+    """Random weights write nonsense, the same twice; what is tested is the way there and back."""
+    sizes = {"encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 16}
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 16, "vocab_size": 51864}
+    ids = {
+        "decoder_start_token_id": 50257,
+        "eos_token_id": 50256,
+        "pad_token_id": 50256,
+        "bos_token_id": 50256,
+    }
+    model = WhisperForConditionalGeneration(WhisperConfig(d_model=16, **sizes, **decoder, **ids))
+    options = {"is_multilingual": False, "no_timestamps_token_id": 50362, "max_new_tokens": 8}
+    model.generation_config = GenerationConfig(**ids, **options)
+    model.save_pretrained(tmp_path / "whisper")
+    WhisperFeatureExtractor().save_pretrained(tmp_path / "whisper")
+    words = Path(resolve_weights("embedded:whisper-tiny.en:ct2"), "tokenizer.json")
+    WhisperTokenizer(tokenizer_file=str(words)).save_pretrained(tmp_path / "whisper")
+    recogniser = Recogniser(str(tmp_path / "whisper"))
+    rows = list(Manifest(corpus / "speech.jsonl"))[:2]
+    written = []
+    for name in "ab":
+        with answer_log(tmp_path / f"{name}.jsonl", "x") as log:
+            written.append(recogniser.transcribe(rows, log))
+    assert written[0] == written[1] and all(isinstance(text, str) for text in written[0])
+    assert not recogniser.hears("fr")
 
 
 # --- over HTTP ----------------------------------------------------------------------------------------------

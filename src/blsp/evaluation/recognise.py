@@ -27,6 +27,7 @@ from blsp.model.embedded import PREFIX, resolve_weights
 
 COMPUTE_TYPES = ("int8", "float32")
 CLIPS_AT_A_TIME = 32  # transcripts written to the log together
+WINDOW_SECONDS = 30
 
 Hear = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcript
 
@@ -34,6 +35,10 @@ Hear = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcrip
 def recogniser_of(audio_model_id: str) -> str:
     """The recogniser whose encoder is the model's own: the fairest cascade."""
     return f"{audio_model_id}:ct2" if audio_model_id.startswith(PREFIX) else audio_model_id
+
+
+class RecogniserError(ValueError):
+    """A recogniser that cannot be used; the message says why and what to name instead."""
 
 
 class Recogniser:
@@ -120,15 +125,22 @@ def _faster_type(load: Callable[[str], Any], write: Callable[[Any, np.ndarray, s
 def _transformers(folder: str, compute: str, device: str) -> tuple[Hear, bool]:
     from transformers import pipeline
 
-    recognise = pipeline("automatic-speech-recognition", model=folder, device=device, chunk_length_s=30)
+    recognise = pipeline("automatic-speech-recognition", model=folder, device=device)
+    if (
+        len(recognise.tokenizer) < recognise.model.config.vocab_size // 2
+    ):  # transformers makes an empty one up
+        raise RecogniserError(f"{folder}: holds no tokenizer, so it cannot write; name another with --asr")
     is_whisper = recognise.model.config.model_type == "whisper"
     multilingual = is_whisper and bool(getattr(recognise.model.generation_config, "is_multilingual", False))
 
     def hear(clip: np.ndarray, language: str) -> str:
-        options: dict[str, Any] = {"num_beams": 1} if is_whisper else {}
+        sound = {"raw": clip, "sampling_rate": SAMPLE_RATE}
+        if not is_whisper:
+            return str(recognise(sound, chunk_length_s=WINDOW_SECONDS)["text"]).strip()
+        options: dict[str, Any] = {"num_beams": 1}
         if multilingual:
             options |= {"language": language, "task": "transcribe"}
-        found = recognise({"raw": clip, "sampling_rate": SAMPLE_RATE}, generate_kwargs=options)
-        return str(found["text"]).strip()
+        windows = len(clip) > WINDOW_SECONDS * SAMPLE_RATE  # Whisper goes on from its own timestamps
+        return str(recognise(sound, return_timestamps=windows, generate_kwargs=options)["text"]).strip()
 
     return hear, multilingual
