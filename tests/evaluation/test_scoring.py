@@ -62,12 +62,13 @@ def test_choices_go_to_the_likeliest_option_and_to_the_first_that_is_named() -> 
     answers = [
         Answer("Turn on the fan, then lock.", "stop", option_scores=(-2.0, -1.0, -3.0)),
         Answer("Lock it and turn on the fan.", "stop", option_scores=(-1.0, -2.0, -3.0)),
-        Answer("Something else.", "stop", option_scores=(-1.0, -0.5, -3.0)),
+        Answer("Turning on that fan.", "stop", option_scores=(-1.0, -0.5, -3.0)),
         Answer("I could not hear any speech.", NO_SPEECH),
     ]
     found = scored("slu", rows, answers)
     assert found.figures["accuracy"].point() == 0.5
-    assert found.figures["accuracy_generated"].point() == 0.25
+    named = [found.rows[each.id]["accuracy_generated"] for each in rows]
+    assert named == [1, 0, 1, 0]  # the third by likeness
     assert found.counts["no_speech"] == 1
 
 

@@ -196,4 +196,4 @@ def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split()) == ["3", "3"]
+    assert done.stdout.count("3") == 2  # the ranks may write into one line

@@ -10,9 +10,10 @@ linear CKA (Kornblith et al. 2019, eq. 3) and the divergence of what the LLM wou
 (final norm and head on that layer's state; "logit lens"). At the question's places, whose number differs,
 the cosine of the means.
 
-The picture is the paper's (§4.4): one point a clip, route and instruction, the mean last-layer state over
-everything from the speech to the end of the question. An adapter trained on recognition alone collapses:
-its points do not part by instruction.
+The picture is the paper's (§4.4): one point a clip, route and instruction. A point is the last-layer state at
+the question's last place, from which the answer's first token is read: there the LLM has put instruction and
+content together (means over the question show the content alone). An adapter trained on recognition alone
+collapses: its points do not part by instruction.
 
 Letters: A layers + 1, L question, N answer tokens, D LLM width, C clips, M points.
 """
@@ -55,16 +56,19 @@ class LayerAnalysis:
     routes: list[str]  # (M,)
     clips: list[str]  # (M,)
     separation: float
+    separation_text: float
     retrieval: float
     n: int
 
     def figures(self) -> dict[str, Any]:
         """instruction_separation: how many of the speech's states lie nearest to the text states' centre of their
-        own instruction. retrieval: how many of them have their own transcript as the nearest."""
+        own instruction (_text: how many of the text's, left out of the centre: the ceiling).
+        retrieval: how many have their own transcript's state as the nearest under the same instruction."""
         lists = {name: getattr(self, name) for name in ("cosine", "cosine_question", "cka", "kl")}
         return {
             "layers": lists | {"n": self.n},
             "instruction_separation": self.separation,
+            "instruction_separation_text": self.separation_text,
             "retrieval": self.retrieval,
         }
 
@@ -107,8 +111,8 @@ def analyse_layers(
 
 
 def _end(question: Tensor) -> Tensor:
-    """(A, L, D) -> (D,): the mean of the last layer's states."""
-    return question[-1].mean(dim=0)
+    """(A, L, D) -> (D,): the last layer's state from which the answer is begun."""
+    return question[-1, -1].clone()
 
 
 def _slices(rows: Sequence[Utterance]) -> list[slice]:
@@ -182,21 +186,22 @@ def _picture(ends: dict[str, dict[str, list[Tensor]]], clips: list[str]) -> dict
         "behaviours": [behaviour for behaviour, _ in labels],
         "routes": [route for _, route in labels],
         "clips": [clip for _ in range(len(labels) // len(clips)) for clip in clips],
-        "separation": _separation(ends),
+        "separation": _separation(ends, "speech"),
+        "separation_text": _separation(ends, "text"),
         "retrieval": _retrieval(ends),
     }
 
 
-def _separation(ends: dict[str, dict[str, list[Tensor]]]) -> float:
-    """Share of speech states nearest to the text states' mean under their own instruction."""
-    centres = torch.stack(
-        [torch.stack(each["text"]).mean(dim=0) for each in ends.values()]
-    )  # (behaviours, D)
-    right = [
-        torch.cdist(torch.stack(each["speech"]), centres).argmin(dim=1) == place
-        for place, each in enumerate(ends.values())
-    ]
-    return float(torch.cat(right).double().mean())
+def _separation(ends: dict[str, dict[str, list[Tensor]]], route: str) -> float:
+    """Share of a route's states nearest to the text states' mean under their own instruction, their own clip left
+    out of every mean."""
+    text = torch.stack([torch.stack(each["text"]) for each in ends.values()])  # (behaviours, C, D)
+    states = torch.stack([torch.stack(each[route]) for each in ends.values()])
+    clips = text.shape[1]
+    others = text.sum(dim=1, keepdim=True) - text if clips > 1 else text
+    centres = (others / max(clips - 1, 1)).transpose(0, 1)  # (C, behaviours, D)
+    nearest = torch.cdist(states.transpose(0, 1), centres).argmin(dim=2)  # (C, behaviours)
+    return float((nearest == torch.arange(len(ends))).double().mean())
 
 
 def _retrieval(ends: dict[str, dict[str, list[Tensor]]]) -> float:

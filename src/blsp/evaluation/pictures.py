@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from blsp.evaluation.alignment import Alignment, Compared
 from blsp.evaluation.layers import LayerAnalysis
@@ -157,6 +157,8 @@ def _spread(axis: Axes, compared: Sequence[Compared]) -> None:
         xscale="log",
     )
     axis.set_ylim(0, 1.02)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.legend(frameon=False, loc="upper left")
     axis.grid(alpha=0.3)
 
@@ -227,7 +229,9 @@ def draw_instructions(layers: LayerAnalysis, picture: Path) -> None:
     axis.plot([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="none", label="transcript")
     axis.plot([], [], color=GREY, marker="D", linestyle="none", label="speech")
     axis.set(
-        title="What the LLM makes of transcript and speech under different instructions", xticks=[], yticks=[]
+        title="What the LLM is about to do, on reading and on hearing, under different instructions",
+        xticks=[],
+        yticks=[],
     )
     for side in axis.spines.values():
         side.set_visible(False)

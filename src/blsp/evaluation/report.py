@@ -50,11 +50,11 @@ perfect); **agreement** is how often both routes hold the same next token for th
 the same model made to listen to the wrong recording: an adapter that merely does no harm would stand there.
 """
 INSTRUCTIONS = """\
-The next picture shows what the model makes of the whole question: one point a clip, route and instruction (mean
-last-layer state, t-SNE). Where the method works, a clip's two points lie side by side and instructions part; an adapter
-trained on recognition alone ignores the instruction, and they do not. Read off the unprojected states: {separation} of
-the speech states lie nearest to the text states of their own instruction, and for {retrieval} the nearest text state is
-their own transcript's ({n} clips).
+The next picture shows what the model is about to do: one point a clip, route and instruction (the last-layer state from
+which the answer is begun, t-SNE). Where the method works, a clip's two points lie side by side and instructions part;
+an adapter trained on recognition alone ignores the instruction, and they do not. Read off the unprojected states:
+{separation} of the speech states lie nearest to the text states of their own instruction (of the text states
+themselves, {separation_text}), and for {retrieval} the nearest text state is their own transcript's ({n} clips).
 """
 
 
@@ -266,6 +266,7 @@ def _alignment(results: Results, found: dict[str, Any], folder: Path) -> str:
             "![Similarity and divergence by layer](layers.png)",
             INSTRUCTIONS.format(
                 separation=shown("accuracy", alignment.layers.separation),
+                separation_text=shown("accuracy", alignment.layers.separation_text),
                 retrieval=shown("accuracy", alignment.layers.retrieval),
                 n=alignment.layers.n,
             ),

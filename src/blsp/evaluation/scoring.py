@@ -201,7 +201,8 @@ def _chose(row: Utterance, answer: Answer) -> float:
 
 
 def _named(row: Utterance, answer: Answer, language: str) -> float:
-    """1 where the first option that the written answer names is the reference (of two that begin there, the longer)."""
+    """1 where the written answer means the reference: it is the first option that the answer names (of two that
+    begin there, the longer), or, where it names none, the one whose letters the answer is most like (chrF)."""
     assert row.options is not None
     written = plain_words(answer.text, language)
     found = []
@@ -210,7 +211,17 @@ def _named(row: Utterance, answer: Answer, language: str) -> float:
         at = _position(written, words)
         if at is not None:
             found.append((at, -len(words), option))
-    return float(bool(found) and min(found)[2] == row.reference)
+    if found:
+        return float(min(found)[2] == row.reference)
+    if answer.finish == NO_SPEECH:
+        return 0.0
+    likeness = [_letters().sentence_score(answer.text, [option]).score for option in row.options]
+    return float(max(likeness) > 0 and row.options[int(np.argmax(likeness))] == row.reference)
+
+
+@cache
+def _letters() -> CHRF:
+    return CHRF(lowercase=True)
 
 
 def _accepted(row: Utterance, language: str) -> list[list[str]]:
