@@ -76,17 +76,25 @@ class GroundedAdapter(nn.Module):
 
     def posteriors(self, states: Tensor, lengths: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """CTC log-probabilities (B, S, K), blank first, and lengths (B,) in frames of the stack."""
+        hidden, lengths = self.frames(states, lengths)
+        return self.logits(hidden, table).log_softmax(dim=-1), lengths
+
+    def frames(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """A vector a frame (B, S, D), to be compared with the LLM's embeddings, and lengths (B,)."""
         hidden, lengths = self.stack(states, lengths)
         if self.layers:
             mask = valid_mask(lengths, hidden.shape[1])
             for layer in self.layers:
                 hidden = layer(hidden, mask)
         hidden = self.project(hidden)
-        hidden = self.norm(hidden + self.up(nn.functional.gelu(self.down(hidden))))
-        table = table.to(hidden.dtype)
-        scale = self.scale / torch.linalg.vector_norm(table, dim=-1).clamp(min=1e-12)  # (K-1,)
-        logits = (hidden @ table.T) * scale + self.bias
-        return torch.cat([self.blank(hidden), logits], dim=-1).log_softmax(dim=-1), lengths
+        return self.norm(hidden + self.up(nn.functional.gelu(self.down(hidden)))), lengths
+
+    def logits(self, hidden: Tensor, table: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, K), blank first; with `tokens`, of these rows (N,) of the table alone: (B, S, 1 + N)."""
+        bias = self.bias if tokens is None else self.bias[tokens]
+        table = (table if tokens is None else table[tokens]).to(hidden.dtype)
+        scale = self.scale / torch.linalg.vector_norm(table, dim=-1).clamp(min=1e-12)
+        return torch.cat([self.blank(hidden), (hidden @ table.T) * scale + bias], dim=-1)
 
 
 class _ContextLayer(nn.Module):

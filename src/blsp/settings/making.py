@@ -264,6 +264,9 @@ class TrainSettings:
     there"""
     ctc_weight: float = 0.3
     """how much of the grounding loss a grounded adapter keeps under ce and kl"""
+    negatives: int = 0
+    """for ctc: read-out tokens drawn a batch to stand for all that its transcripts do not hold; 0: all of
+    them"""
     augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()
     """vary the speech (without --cache), or hide short spans of its features: mask (with --cache)"""
     no_speech: float = 0.0

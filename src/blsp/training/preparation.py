@@ -100,7 +100,7 @@ def objective_of(settings: TrainSettings, stored: bool) -> Objective:
     """ctc alone has weight 1; under ce and kl a grounded adapter keeps `--ctc-weight` of it."""
     weight = settings.ctc_weight if settings.adapter == "grounded" else 0.0
     weight = 1.0 if settings.loss == "ctc" else weight
-    return Objective(settings.loss, settings.temperature, stored, weight)
+    return Objective(settings.loss, settings.temperature, stored, weight, settings.negatives)
 
 
 def reader_of(

@@ -33,6 +33,7 @@ from blsp.model.speech_encoder import encode_speech
 from blsp.training.examples import Example
 from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, rows_per_chunk, topk_kl_loss
 from blsp.training.prompted_llm import PromptedLLM
+from blsp.training.shortlist import shortlist
 
 Loss = Literal["ctc", "ce", "kl"]
 
@@ -47,6 +48,7 @@ class Objective:
     temperature: float = 1.0
     stored_teacher: bool = False
     ctc_weight: float = 0.0
+    negatives: int = 0  # for `ctc`: see shortlist.py
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ def run(
     """Sums of one micro-batch; all its examples have the same prefix."""
     states, lengths = speech_states(model, examples)
     if objective.loss == "ctc":
-        log_probs, places = _posteriors(model, states, lengths)
-        ctc = _ctc_term(log_probs, places, examples)
+        ctc = _grounding_term(model, states, lengths, examples, objective.negatives)
         frames = states.shape[0] * states.shape[1]
         return Sums(ctc.new_zeros(()), ctc, frames, frames - int(lengths.sum()))
     heard = model.model.listen(states, lengths)
@@ -233,16 +234,26 @@ def _divergence(
     )
 
 
-def _posteriors(
-    model: BlspForConditionalGeneration, states: Tensor, lengths: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The grounded adapter's log-probabilities (B, S, C) and places (B,), without vectors."""
+def _grounding_term(
+    model: BlspForConditionalGeneration,
+    states: Tensor,
+    lengths: Tensor,
+    examples: Sequence[Example],
+    negatives: int,
+) -> Tensor:
+    """Sum of -log p(transcript), without vectors for the LLM."""
     adapter = model.model.multi_modal_projector
     if not isinstance(adapter, GroundedAdapter):
         raise TypeError(f"{model.config.adapter}: only the grounded adapter has a read-out for ctc")
     table = model.model.readout_table()
     assert table is not None  # a grounded adapter has one
-    return adapter.posteriors(states.to(next(adapter.parameters()).dtype), lengths, table)
+    hidden, places = adapter.frames(states.to(next(adapter.parameters()).dtype), lengths)
+    targets: Sequence[Sequence[int]] = [example.readout or () for example in examples]
+    if 0 < negatives < len(table) - len(set().union(*targets)):
+        log_probs, targets = shortlist(adapter, hidden, table, targets, negatives)
+    else:
+        log_probs = adapter.logits(hidden, table).log_softmax(dim=-1)
+    return _alignment_term(log_probs, places, targets)
 
 
 def _ctc_term(log_probs: Tensor, places: Tensor, examples: Sequence[Example]) -> Tensor:
@@ -250,9 +261,14 @@ def _ctc_term(log_probs: Tensor, places: Tensor, examples: Sequence[Example]) ->
     rows = [row for row, example in enumerate(examples) if example.readout is not None]
     if not rows:
         return log_probs.sum() * 0
-    targets = [torch.tensor(examples[row].readout, dtype=torch.long) for row in rows]
-    padded = nn.utils.rnn.pad_sequence(targets, batch_first=True).to(log_probs.device)
-    sizes = torch.tensor([len(target) for target in targets], device=log_probs.device)
     if len(rows) < len(examples):
         log_probs, places = log_probs[rows], places[rows]
+    return _alignment_term(log_probs, places, [examples[row].readout or () for row in rows])
+
+
+def _alignment_term(log_probs: Tensor, places: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+    """Sum of -log p(targets) of log_probs (B, S, C) that are valid for `places` (B,)."""
+    each = [torch.tensor(target, dtype=torch.long) for target in targets]
+    padded = nn.utils.rnn.pad_sequence(each, batch_first=True).to(log_probs.device)
+    sizes = torch.tensor([len(target) for target in targets], device=log_probs.device)
     return ctc_loss(log_probs, places, padded, sizes, BLANK)[0]
