@@ -1,0 +1,157 @@
+"""A finished run -> `models/NAME`: the adapter in float16, its training logs, and a card of what was measured.
+
+In: a run folder (`blsp train`), the manifests it learnt from, and, once that folder has been judged, results.json.
+Out: an adapter folder with `README.md` and `training/` (settings, metrics, curves of each stage).
+Where in the flow: after `blsp train`; then `blsp evaluate --model models/NAME`; then this again with --results, which
+writes the card alone, so that every figure on it was measured on the file beside it.
+
+Try: `python -m examples.tiny.ship --run runs/blsp-tiny --out models/blsp-tiny --manifests 'C/train_*.jsonl'`
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+import yaml
+
+from blsp.evaluation.tables import NAMES, shown, table
+from blsp.model.checkpoint import load_blsp, save_adapter
+from blsp.model.distributed import find_place
+from examples.tiny.rows import read_rows
+
+HEAD = {
+    "library_name": "transformers",
+    "pipeline_tag": "audio-text-to-text",
+    "language": "en",
+    "license": "apache-2.0",
+    "tags": ["blsp", "speech", "adapter-grounded"],
+}
+USE = """\
+An adapter of {size:.1f} MB that lets the frozen LLM `{llm}` listen through the frozen encoder of `{audio}`. It was
+trained by behaviour alignment of continuation writing (BLSP, arXiv 2309.00916) with this project's own commands, on two
+CPU cores, without speech instructions. The folder holds the adapter alone; the frozen parts are loaded by name and
+checked by digest.
+
+    blsp transcribe question.wav --model {name}
+    blsp chat --model {name}
+
+```python
+import blsp
+print(blsp.load("{name}").answer("question.wav"))
+```
+"""
+LIMITS = """\
+## Limits
+
+It hears read and acted English with the vocabulary of its transcripts; a token that never occurred there is never read
+out. Noisy rooms, several speakers at once, other languages and accents far from the training voices are heard badly.
+What it then says is what a language model of 135 million parameters says: check facts. On silence, noise and music it
+is trained to say “{no_speech}”; how often it does is in the table (`no-speech`). Not for decisions about people.
+"""
+
+
+def write_weights(run: Path, out: Path) -> None:
+    """The run's adapter in float16, with the logs of its stages."""
+    model, processor = load_blsp(run / "adapter", find_place(device="cpu", dtype="float32"))
+    save_adapter(model, processor, out, dtype=torch.float16)
+    for stage in sorted((run / "stages").iterdir()):
+        target = out / "training" / stage.name
+        target.mkdir(parents=True)
+        for name in ("settings.yaml", "metrics.jsonl", "curves.png"):
+            shutil.copy(stage / name, target / name)
+
+
+def card(out: Path, sources: str, results: Path | None) -> str:
+    """The model card: use, training, data with licences, what was measured, limits."""
+    config = json.loads((out / "config.json").read_text())
+    size = (out / "model.safetensors").stat().st_size / 1e6
+    use = USE.format(size=size, llm=config["text_model_id"], audio=config["audio_model_id"], name=out.name)
+    parts = [
+        f"---\n{yaml.safe_dump(HEAD, sort_keys=False).strip()}\n---\n\n# {out.name}",
+        use,
+        "## Training\n\n" + _stages(out / "training"),
+        sources,
+        _results(json.loads(results.read_text())) if results else "## Measured\n\nNot judged yet.",
+        LIMITS.format(no_speech=config["no_speech_sentence"]),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _stages(training: Path) -> str:
+    rows = []
+    for stage in sorted(training.iterdir(), key=lambda stage: (stage / "metrics.jsonl").stat().st_mtime):
+        settings = yaml.safe_load((stage / "settings.yaml").read_text())
+        last = json.loads((stage / "metrics.jsonl").read_text().splitlines()[-1])
+        rows.append(
+            [
+                stage.name,
+                settings["loss"],
+                f"{last['step']:,}",
+                f"{last['samples']:,}",
+                f"{last['audio_seconds'] / 3600:.1f}",
+                f"{last['seconds'] / 3600:.2f}",
+                f"{last['loss']:.3f}",
+            ]
+        )
+    head = ["stage", "loss", "steps", "samples", "hours of speech heard", "hours of work", "last loss"]
+    note = (
+        "Settings, metrics and curves of each stage: `training/`. Two cores of an AMD EPYC, no GPU, float32."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def data_table(manifests: str) -> str:
+    """Hours and clips by source and licence, from the manifests."""
+    clips: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for path in sorted(glob.glob(manifests)):
+        for row in read_rows(Path(path)):
+            clips[(row["source"].split("/")[0], row["licence"])].append(row["seconds"])
+    rows = [
+        [source, f"{len(each):,}", f"{sum(each) / 3600:.2f}", licence]
+        for (source, licence), each in sorted(clips.items(), key=lambda item: -sum(item[1]))
+    ]
+    hours = sum(map(sum, clips.values())) / 3600
+    return (
+        f"## Data\n\n{hours:.1f} hours, rebuilt by `examples/tiny/`; held-out sets, texts and voices are never in it "
+        f"(`tests/test_recipe_split.py`).\n\n{table(['source', 'clips', 'hours', 'licence'], rows)}"
+    )
+
+
+def _results(results: dict) -> str:
+    rows = []
+    for task, routes in results["tasks"].items():
+        for route, found in routes.items():
+            for metric in (each for each in NAMES if each in found and f"{each}_ci" in found):
+                low, high = found[f"{metric}_ci"]
+                interval = f"{shown(metric, low)} to {shown(metric, high)}"
+                rows.append(
+                    [task, route, NAMES[metric], shown(metric, found[metric]), interval, str(found["n"])]
+                )
+    alignment = {name: value for name, value in results["alignment"].items() if isinstance(value, float)}
+    figures = table(["alignment", "value"], [[name, f"{value:.3f}"] for name, value in alignment.items()])
+    head = ["task", "route", "metric", "value", "95 % interval", "n"]
+    return f"## Measured\n\n`blsp evaluate --suite tiny`, this file.\n\n{table(head, rows)}\n\n{figures}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, help="the finished run; left out: write the card alone")
+    parser.add_argument("--out", type=Path, required=True, help="the model's folder, models/NAME")
+    parser.add_argument("--manifests", required=True, help="glob of the manifests that it learnt from")
+    parser.add_argument("--results", type=Path, help="results.json of `blsp evaluate --model OUT`")
+    options = parser.parse_args()
+    if options.run is not None:
+        write_weights(options.run, options.out)
+    text = card(options.out, data_table(options.manifests), options.results)
+    (options.out / "README.md").write_text(text, encoding="utf-8")
+    print(f"{options.out}: written")
+
+
+if __name__ == "__main__":
+    main()
