@@ -69,7 +69,7 @@ COMMANDS = {
         "TranscribeSettings", "blsp.inference.transcribe", "transcribe", "write down what was said"
     ),
     "chat": Command("ChatSettings", "blsp.inference.chat", "chat", "talk with it in the terminal"),
-    "serve": Command("ServeSettings", "blsp.serving.app", "serve", "(to come) OpenAI-compatible server"),
+    "serve": Command("ServeSettings", "blsp.serving.app", "serve", "OpenAI-compatible server and a web page"),
     "export": Command(
         "ExportSettings", "blsp.model.checkpoint", "export", "one self-contained Hugging Face folder"
     ),

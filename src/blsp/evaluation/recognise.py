@@ -69,6 +69,10 @@ class Recogniser:
                 log.write({key: Answer(text) for (key, _), text in zip(batch, texts, strict=True)})
         return [log.known[_clip_key(row)].text for row in rows]
 
+    def hear(self, clip: np.ndarray, language: str) -> str:
+        """What is said in 16 kHz samples (N,)."""
+        return self._hear(clip, language)
+
     def _transcribe(self, row: Utterance) -> str:
         return self._hear(load_clip(row), row.language or "en")
 

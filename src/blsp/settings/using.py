@@ -7,6 +7,7 @@ Flow: cli.py → **settings** → evaluation, inference, serving, model/checkpoi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -243,6 +244,11 @@ class ServeSettings:
         above_zero(
             self, "max_upload_mb", "max_audio_seconds", "max_batch", "queue", "deadline", "max_new_tokens"
         )
+
+    @property
+    def key(self) -> str | None:
+        """What clients must send, from --api-key or $BLSP_API_KEY."""
+        return self.api_key or os.environ.get("BLSP_API_KEY") or None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,13 @@
+"""Over HTTP: an OpenAI-compatible API that takes speech, and a web page with a microphone.
+
+    app.py        the routes and `serve`, the end of `blsp serve`
+    guard.py      what is checked before a route runs: key, size of the request
+    schema.py     requests and errors in OpenAI's form
+    sound.py      what a request brings as audio -> samples, within limits
+    scheduler.py  one thread that asks the model: requests join and leave the one decode loop between steps
+    writing.py    tokens of one answer -> pieces of text, stop strings, SSE
+    metrics.py    counters and histograms for Prometheus
+    web/          the page: plain HTML, CSS, JavaScript
+
+Flow: a request -> guard -> schema -> sound -> **scheduler** (inference/conversation.py, model/decoding.py) -> writing.
+"""

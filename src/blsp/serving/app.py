@@ -1,0 +1,425 @@
+"""The server: OpenAI's routes, the page, and `serve`, the end of `blsp serve`.
+
+In:  settings; HTTP. Out: answers, whole or as server-sent events.
+Try: `blsp serve`, then http://127.0.0.1:8000
+Flow: serving/ — guard.py -> **app** -> sound.py -> exchange.py -> scheduler.py.
+
+Conventions (roles, parts, chunks, usage, error objects) are OpenAI's, so that its client libraries work unchanged.
+Nothing of what is said or answered is logged unless --log-content asks for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import generate_latest
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from blsp.continuation.prompts import instruction_for
+from blsp.inference.listener import Listener, load
+from blsp.inference.pauses import cut_at_pauses
+from blsp.model.decoding import Decoding
+from blsp.serving import sound
+from blsp.serving.exchange import Exchange
+from blsp.serving.guard import Guard
+from blsp.serving.metrics import Metrics
+from blsp.serving.recogniser import SharedRecogniser
+from blsp.serving.scheduler import Limits, Scheduler
+from blsp.serving.schema import ApiError, AudioPart, ChatRequest, TextPart
+
+if TYPE_CHECKING:
+    from blsp.settings import ServeSettings
+
+log = logging.getLogger("blsp.serving")
+WEB = Path(__file__).parent / "web"
+RECOGNISER = "recogniser"  # the second name that /v1/audio/transcriptions knows: the cascade's first half
+POLICY = (
+    "default-src 'self'; style-src 'self'; script-src 'self'; media-src 'self' blob:; frame-ancestors 'none'"
+)
+LEFT = 499  # the status that is counted when the client has gone
+
+
+def serve(settings: ServeSettings) -> None:
+    """Load the model and serve until SIGTERM or Ctrl-C; requests that were taken are finished first."""
+    check_exposure(settings)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    listener = load(settings.model, device=settings.device, dtype=settings.dtype)
+    config = uvicorn.Config(
+        create_app(listener, settings),
+        host=settings.host,
+        port=settings.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=round(settings.deadline),
+        timeout_keep_alive=30,
+    )
+    Server(config).run()
+
+
+def check_exposure(settings: ServeSettings) -> None:
+    """Beyond this machine only with a key, or when told so twice."""
+    local = settings.host in ("127.0.0.1", "::1", "localhost")
+    if not local and not settings.key and not settings.insecure:
+        raise SystemExit(
+            f"--host {settings.host} lets others in: set $BLSP_API_KEY (or --api-key), or say --insecure"
+        )
+
+
+class Server(uvicorn.Server):
+    """Says where it listens, and ends with exit code 0 after SIGTERM."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for server in self.servers:
+            for each in server.sockets:
+                host, port = each.getsockname()[:2]
+                print(f"listening on http://{host}:{port}", flush=True)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Without uvicorn's raising of the signal once more at the end, which would be the exit code."""
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, self.handle_exit)
+        yield
+
+
+def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
+    """The application around a loaded model."""
+    service = Service(listener, settings)
+    app = FastAPI(title="BLSP", description=__doc__, lifespan=service.lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Guard, api_key=settings.key, most_bytes=int(settings.max_upload_mb * 1e6))
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origin),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.post("/v1/chat/completions", response_model=None)(service.chat)
+    app.post("/v1/audio/transcriptions", response_model=None)(service.transcriptions)
+    app.post("/v1/audio/translations", response_model=None)(service.translations)
+    app.get("/v1/models")(service.models)
+    app.get("/health", response_model=None)(service.health)
+    app.get("/metrics", response_model=None)(service.report_metrics)
+    app.add_exception_handler(ApiError, service.refuse)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, service.refuse_form)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, service.refuse_route)  # type: ignore[arg-type]
+    app.mount("/", Page(directory=WEB, html=True))
+    return app
+
+
+class Page(StaticFiles):
+    """The page's files, which may load nothing from elsewhere."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["content-security-policy"] = POLICY
+        return response
+
+
+class Service:
+    """What the routes share: the scheduler, the limits, the recogniser of the page's comparison."""
+
+    def __init__(self, listener: Listener, settings: ServeSettings) -> None:
+        self.listener, self.settings = listener, settings
+        self.name = Path(settings.model).name
+        self.metrics = Metrics()
+        limits = Limits(settings.max_batch, settings.queue, settings.prefix_cache)
+        self.scheduler = Scheduler(listener, limits, self.metrics)
+        self.recogniser = SharedRecogniser(settings.asr, listener)
+        self.ready = False
+        self.created = int(time.time())
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        self.scheduler.start()
+        warming = asyncio.create_task(self._warm_up())
+        yield
+        warming.cancel()
+        self.ready = False
+        await run_in_threadpool(self.scheduler.stop)
+
+    async def _warm_up(self) -> None:
+        """One spoken and one written question, so that the first user does not wait for what is done once."""
+        noise = np.random.default_rng(0).normal(scale=0.01, size=16_000).astype(np.float32)
+        for parts in ([noise, "Hello."], ["Hello."]):
+            exchange = self._ask(
+                [{"role": "user", "parts": parts}], replace(self.listener.decoding, max_new_tokens=2)
+            )
+            await exchange.started()
+            [_ async for _ in exchange.pieces()]
+        self.ready = True
+
+    # --- routes -------------------------------------------------------------------------------------------
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        """An answer to a conversation of text and speech; with `stream`, piece by piece."""
+        began = time.monotonic()
+        messages = await run_in_threadpool(self._decoded, body)
+        exchange = self._ask(messages, self._decoding(body), stops=body.stops)
+        await self._while_there(request, exchange, exchange.started())
+        head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            return _events(self._chunks(exchange, head, usage, began))
+        text = await self._while_there(request, exchange, _gather(exchange))
+        self._note("chat", 200, began, exchange, text)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "finish_reason": exchange.finish,
+            "logprobs": None,
+        }
+        return JSONResponse(
+            {**head, "object": "chat.completion", "choices": [choice], "usage": exchange.usage}
+        )
+
+    async def transcriptions(
+        self,
+        request: Request,
+        file: Annotated[UploadFile, File()],
+        model: Annotated[str | None, Form()] = None,
+        language: Annotated[str | None, Form()] = None,
+        prompt: Annotated[str | None, Form()] = None,
+        response_format: Annotated[str, Form()] = "json",
+        temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
+        stream: Annotated[bool, Form()] = False,
+    ) -> Response:
+        """What was said: the adapter's read-out where it has one, else the LLM's repetition. `language` and
+        `prompt` are accepted and not used. model=recogniser: the cascade's recogniser instead."""
+        began = time.monotonic()
+        clip = await self._uploaded(file, response_format)
+        if model == RECOGNISER:
+            text = await run_in_threadpool(self.recogniser.transcribe, clip, language or "en")
+            self._note("transcriptions", 200, began, None, text)
+            return _transcript(text, response_format, stream)
+        text = await self._piecewise(request, clip, "repeat", temperature, readout=self.listener.reads_out)
+        self._note("transcriptions", 200, began, None, text)
+        return _transcript(text, response_format, stream)
+
+    async def translations(
+        self,
+        request: Request,
+        file: Annotated[UploadFile, File()],
+        model: Annotated[str | None, Form()] = None,
+        prompt: Annotated[str | None, Form()] = None,
+        response_format: Annotated[str, Form()] = "json",
+        temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
+    ) -> Response:
+        """What was said, in English, by the LLM."""
+        began = time.monotonic()
+        clip = await self._uploaded(file, response_format)
+        text = await self._piecewise(request, clip, "translate:en", temperature, readout=False)
+        self._note("translations", 200, began, None, text)
+        return _transcript(text, response_format, stream=False)
+
+    async def models(self) -> dict[str, Any]:
+        """The model, and the recogniser that transcriptions also know."""
+        names = [self.name] + ([RECOGNISER] if self.recogniser.available else [])
+        each = [
+            {"id": name, "object": "model", "created": self.created, "owned_by": "blsp"} for name in names
+        ]
+        return {"object": "list", "data": each}
+
+    async def health(self) -> Response:
+        """200 once the warm-up is over and while the model's thread lives."""
+        ready = self.ready and self.scheduler.alive
+        return JSONResponse(
+            {
+                "status": "ok" if ready else "starting" if self.scheduler.alive else "failed",
+                "model": self.name,
+            },
+            status_code=200 if ready else 503,
+        )
+
+    async def report_metrics(self) -> Response:
+        return PlainTextResponse(
+            generate_latest(self.metrics.registry).decode(), media_type="text/plain; version=0.0.4"
+        )
+
+    # --- from requests to the scheduler -------------------------------------------------------------------
+
+    def _decoded(self, body: ChatRequest) -> list[dict[str, Any]]:
+        """Messages with their clips decoded, in order; all clips together within --max-audio-seconds."""
+        left = self.settings.max_audio_seconds
+        messages = []
+        for message in body.messages:
+            content = message.content
+            parts: list[Any] = []
+            for part in [TextPart(type="text", text=content)] if isinstance(content, str) else content:
+                if isinstance(part, TextPart):
+                    parts.append(part.text)
+                    continue
+                clip = sound.decode(self._bytes(part), max(left, 0.1))
+                left -= len(clip) / 16_000
+                parts.append(clip)
+            role = "system" if message.role == "developer" else message.role
+            messages.append({"role": role, "parts": parts})
+        if not any(isinstance(part, np.ndarray) or part.strip() for part in messages[-1]["parts"]):
+            raise ApiError(400, "messages: the last one is empty; ask something", param="messages")
+        return messages
+
+    def _bytes(self, part: Any) -> bytes:
+        if isinstance(part, AudioPart):
+            return sound.from_base64(part.input_audio.data)
+        most = int(self.settings.max_upload_mb * 1e6)
+        return sound.from_url(
+            part.audio_url.url, allow_remote=self.settings.allow_remote_audio, most_bytes=most
+        )
+
+    def _decoding(self, body: ChatRequest) -> Decoding:
+        most = self.settings.max_new_tokens
+        return replace(
+            self.listener.decoding,
+            max_new_tokens=min(body.new_tokens or most, most),
+            temperature=body.temperature or 0.0,
+            top_p=body.top_p or 1.0,
+            seed=body.seed if body.seed is not None else secrets.randbits(32),
+        )
+
+    def _ask(self, messages: list[dict[str, Any]], decoding: Decoding, **options: Any) -> Exchange:
+        return Exchange(self.scheduler, messages, decoding, seconds=self.settings.deadline, **options)
+
+    async def _uploaded(self, file: UploadFile, response_format: str) -> np.ndarray:
+        if response_format not in ("json", "text"):
+            raise ApiError(
+                400,
+                f"response_format: {response_format!r} is not offered (no time stamps are made); json or text",
+                param="response_format",
+            )
+        data = await file.read()
+        return await run_in_threadpool(sound.decode, data, self.settings.max_audio_seconds)
+
+    async def _piecewise(
+        self, request: Request, clip: np.ndarray, behaviour: str, temperature: float, *, readout: bool
+    ) -> str:
+        """A recording is cut at pauses into pieces that the encoder hears whole, asked one after another."""
+        decoding = replace(
+            self.listener.decoding,
+            max_new_tokens=min(256, self.settings.max_new_tokens),
+            temperature=temperature,
+        )
+        texts = []
+        for piece in cut_at_pauses(clip):
+            parts: list[Any] = [piece] if readout else [instruction_for(behaviour) + "\n", piece]
+            exchange = self._ask([{"role": "user", "parts": parts}], decoding, readout=readout)
+            await self._while_there(request, exchange, exchange.started())
+            texts.append((await self._while_there(request, exchange, _gather(exchange))).strip())
+        silence = self.listener.model.config.no_speech_sentence
+        return " ".join(text for text in texts if text and text != silence)
+
+    async def _while_there(self, request: Request, exchange: Exchange, work: Any) -> Any:
+        """`work`'s result; when the client leaves first, the job is let go."""
+        task = asyncio.ensure_future(work)
+        try:
+            while True:
+                done, _ = await asyncio.wait({task}, timeout=0.25)
+                if done:
+                    return task.result()
+                if await request.is_disconnected():
+                    raise ApiError(LEFT, "the client has left")
+        finally:
+            if not task.done():
+                exchange.cancel()
+                task.cancel()
+
+    async def _chunks(
+        self, exchange: Exchange, head: dict[str, Any], usage: bool, began: float
+    ) -> AsyncIterator[dict[str, Any] | str]:
+        """OpenAI's chunks: role, content, finish_reason, usage, [DONE]; an error inside ends the stream."""
+        head = {**head, "object": "chat.completion.chunk"} | ({"usage": None} if usage else {})
+        said: list[str] = []
+        status = LEFT
+        try:
+            yield head | _choice({"role": "assistant", "content": ""})
+            async for piece in exchange.pieces():
+                said.append(piece)
+                yield head | _choice({"content": piece})
+            yield head | _choice({}, exchange.finish)
+            if usage:
+                yield head | {"choices": [], "usage": exchange.usage}
+            status = 200
+            yield "[DONE]"
+        except ApiError as error:
+            status = error.status
+            yield error.body()
+        finally:
+            exchange.cancel()
+            self._note("chat", status, began, exchange, "".join(said))
+
+    # --- what is told and counted -------------------------------------------------------------------------
+
+    def _note(self, route: str, status: int, began: float, exchange: Exchange | None, text: str) -> None:
+        self.metrics.requests.labels(route, str(status)).inc()
+        cost = f", {exchange.usage['prompt_tokens']} + {exchange.tokens} tokens" if exchange else ""
+        content = f": {text!r}" if self.settings.log_content else ""
+        log.info("%s %d, %.2f s%s%s", route, status, time.monotonic() - began, cost, content)
+
+    async def refuse(self, request: Request, error: ApiError) -> Response:
+        route = request.url.path.rpartition("/")[2]
+        self.metrics.requests.labels(route, str(error.status)).inc()
+        headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
+        return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+    async def refuse_form(self, request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(place) for place in first["loc"] if place not in ("body", "query"))
+        message = str(first["msg"]).removeprefix("Value error, ")
+        refusal = ApiError(400, f"{where}: {message}" if where else message, param=where or None)
+        return await self.refuse(request, refusal)
+
+    async def refuse_route(self, request: Request, error: HTTPException) -> Response:
+        refusal = ApiError(error.status_code, str(error.detail))
+        response = await self.refuse(request, refusal)
+        response.headers.update(error.headers or {})
+        return response
+
+
+async def _gather(exchange: Exchange) -> str:
+    return "".join([piece async for piece in exchange.pieces()])
+
+
+def _choice(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
+
+
+def _events(chunks: AsyncIterator[dict[str, Any] | str]) -> StreamingResponse:
+    async def lines() -> AsyncIterator[str]:
+        async for chunk in chunks:
+            yield f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream")
+
+
+def _transcript(text: str, response_format: str, stream: bool) -> Response:
+    if stream:
+
+        async def chunks() -> AsyncIterator[dict[str, Any] | str]:
+            yield {"type": "transcript.text.delta", "delta": text}
+            yield {"type": "transcript.text.done", "text": text}
+
+        return _events(chunks())
+    return PlainTextResponse(text + "\n") if response_format == "text" else JSONResponse({"text": text})

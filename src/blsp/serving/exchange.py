@@ -1,0 +1,106 @@
+"""One answer on the event loop's side: submit a job, follow its reports, let it go when nobody waits.
+
+In:  messages with decoded clips, how to decode. Out: pieces of text and, at the end, why it ended and what it cost.
+Try: `async for piece in exchange.pieces(): ...`
+Flow: serving/ — app.py -> **exchange** -> scheduler.py and back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from blsp.model.decoding import Decoding
+from blsp.serving.scheduler import Begun, Done, Failed, Full, Job, Report, Scheduler, Token
+from blsp.serving.schema import ApiError
+from blsp.serving.writing import Answer
+
+
+class Exchange:
+    """A job that was submitted; `pieces` may be iterated once."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        messages: Sequence[dict[str, Any]],
+        decoding: Decoding,
+        *,
+        seconds: float,
+        stops: Sequence[str] = (),
+        readout: bool = False,
+    ) -> None:
+        """Submits; raises ApiError (429) where the queue is full."""
+        loop = asyncio.get_running_loop()
+        self._reports: asyncio.Queue[Report] = asyncio.Queue()
+        self._answer = Answer(scheduler.listener.tokenizer, stops)
+        self.begun = Begun(0, 0)
+        self.tokens = 0
+        self.finish = ""
+        self._job = Job(
+            messages,
+            decoding,
+            lambda report: _hand_over(loop, self._reports, report),
+            time.monotonic() + seconds,
+            readout,
+        )
+        try:
+            scheduler.submit(self._job)
+        except Full as full:
+            raise ApiError(
+                429, f"too many requests are waiting; try again in {full.seconds} s", code="queue_full",
+                retry_after=full.seconds,
+            ) from full  # fmt: skip
+
+    async def started(self) -> None:
+        """Until the prompt is accepted, so that a refusal can still be an HTTP status."""
+        report = await self._reports.get()
+        if isinstance(report, Begun):
+            self.begun = report
+        elif isinstance(report, Failed):
+            raise report.error
+        else:
+            raise AssertionError(f"a job began with {report}")
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer's text; sets `finish`. Leaving early cancels the job."""
+        try:
+            while not self.finish:
+                for piece in self._take(await self._reports.get()):
+                    yield piece
+        finally:
+            self._job.cancel()
+
+    def _take(self, report: Report) -> list[str]:
+        if isinstance(report, Failed):
+            raise report.error
+        if isinstance(report, Token):
+            self.tokens += 1
+            text = self._answer.push(report.token)
+            if self._answer.stopped:
+                self.finish = "stop"
+            return [text] if text else []
+        if isinstance(report, Done):
+            said = report.sentence if report.sentence is not None else report.text
+            text = self._answer.close() if said is None else said
+            self.finish = report.finish
+            return [text] if text else []
+        return []
+
+    def cancel(self) -> None:
+        self._job.cancel()
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.begun.prompt,
+            "completion_tokens": self.tokens,
+            "total_tokens": self.begun.prompt + self.tokens,
+            "prompt_tokens_details": {"audio_tokens": self.begun.speech},
+        }
+
+
+def _hand_over(loop: asyncio.AbstractEventLoop, reports: asyncio.Queue[Report], report: Report) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(reports.put_nowait, report)

@@ -1,0 +1,321 @@
+"""One thread that asks the model: requests join and leave the one decode loop between steps.
+
+In:  `Job`s (a conversation, how to decode, a deadline, where to report) from any thread.
+Out: reports: `Heard` counts, tokens, the end, or what went wrong.
+Try: `scheduler = Scheduler(listener, limits); scheduler.start(); scheduler.submit(job)`
+Flow: serving/ — app.py submits; **scheduler** hears the clips, lays conversations out (inference/conversation.py),
+      seats them in the decoder (model/decoding.py) and reports each token.
+
+First come, first served. The queue is bounded: `submit` raises `Full`. Between two steps at most `JOINING` requests
+are heard and prefilled, so that those being written are not held up by a crowd. A job that is cancelled or past its
+deadline leaves at the next step. Key/values of finished conversations are kept (`Memory`, least recently used out), so
+the next turn runs only what is new.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from blsp.data.audio import SAMPLE_RATE
+from blsp.inference.conversation import (
+    ContextError,
+    LaidOut,
+    Memory,
+    lay_out,
+    remember,
+    request_for,
+    user_turn,
+)
+from blsp.inference.listener import Listener
+from blsp.model.adapter import Heard
+from blsp.model.decoding import Decoder, Decoding, Event, Request
+from blsp.model.prefix import Prefix
+from blsp.model.prompt import PromptError
+from blsp.serving.metrics import Metrics
+from blsp.serving.schema import ApiError
+
+log = logging.getLogger("blsp.serving")
+JOINING = 4  # requests heard and prefilled between two steps
+
+Part = str | np.ndarray
+
+
+class Full(Exception):
+    """The queue holds as many jobs as it may; `seconds` is a guess at when to come back."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__("the queue is full")
+        self.seconds = seconds
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The prompt was laid out: how many positions it has, and how many of them are speech."""
+
+    prompt: int
+    speech: int
+
+
+@dataclass(frozen=True)
+class Token:
+    token: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """finish: "stop" or "length". sentence: the set sentence, where no speech was heard. text: a read-out."""
+
+    finish: str = "stop"
+    sentence: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: ApiError
+
+
+Report = Begun | Token | Done | Failed
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer to write. messages: `{"role", "parts"}`, parts text and clips in their order; the last is the
+    question. With `readout`, the parts of the last message are read out, without the LLM."""
+
+    messages: Sequence[dict[str, Any]]
+    decoding: Decoding
+    report: Callable[[Report], None]
+    deadline: float  # of time.monotonic()
+    readout: bool = False
+    key: int = field(default_factory=count().__next__)
+    submitted: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+    laid: LaidOut | None = None
+    ids: list[int] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        """Nobody waits any more; the scheduler lets it go at the next step."""
+        self.cancelled = True
+
+
+@dataclass(frozen=True)
+class Limits:
+    batch: int = 16
+    queue: int = 64
+    kept: int = 32
+
+
+class Scheduler:
+    """The model's only thread."""
+
+    def __init__(self, listener: Listener, limits: Limits, metrics: Metrics | None = None) -> None:
+        self.listener, self.limits, self.metrics = listener, limits, metrics or Metrics()
+        self._decoder = Decoder(listener.model)
+        self._memory = Memory(limits.kept)
+        self._waiting: deque[Job] = deque()
+        self._running: dict[Hashable, Job] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+
+    # --- called from other threads ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Queue `job`, or raise `Full`."""
+        with self._changed:
+            if self._stopping:
+                raise ApiError(503, "the server is shutting down", code="shutting_down")
+            if len(self._waiting) >= self.limits.queue:
+                self._waiting = deque(each for each in self._waiting if not each.cancelled)
+            if len(self._waiting) >= self.limits.queue:
+                raise Full(self._wait_seconds())
+            self._waiting.append(job)
+            self.metrics.waiting.set(len(self._waiting))
+            self._changed.notify()
+
+    def stop(self, patience: float = 30.0) -> None:
+        """Take nothing new, finish what was taken, and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(patience)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _wait_seconds(self) -> int:
+        """About two seconds of work a batch of waiting jobs."""
+        return max(1, 2 * len(self._waiting) // self.limits.batch)
+
+    # --- the model's thread -------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while self._wait():
+            try:
+                self._turn()
+            except (
+                Exception
+            ) as error:  # a defect must not silence the server: those concerned are told, others go on
+                self._give_up(error)
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False at the end."""
+        with self._changed:
+            while not self._waiting and not self._running:
+                if self._stopping:
+                    return False
+                self._changed.wait()
+        return True
+
+    def _turn(self) -> None:
+        """Let go, let in, write one token for every row."""
+        self._let_go()
+        if joining := self._next():
+            self._dispatch(self._decoder.join(self._requests(joining)))
+        if len(self._decoder):
+            self.metrics.steps.inc()
+            self._dispatch(self._decoder.step())
+        self.metrics.running.set(len(self._running))
+
+    def _let_go(self) -> None:
+        now = time.monotonic()
+        for job in [job for job in self._running.values() if job.cancelled or now > job.deadline]:
+            self._decoder.leave(job.key)
+            self._end(job, None if job.cancelled else _late())
+
+    def _next(self) -> list[Job]:
+        """The oldest waiting jobs that there are seats for; late and cancelled ones are passed over."""
+        free = min(self.limits.batch - len(self._running), JOINING)
+        taken: list[Job] = []
+        with self._changed:
+            while self._waiting and len(taken) < free:
+                job = self._waiting.popleft()
+                if job.cancelled:
+                    continue
+                if time.monotonic() > job.deadline:
+                    job.report(Failed(_late()))
+                    continue
+                taken.append(job)
+            self.metrics.waiting.set(len(self._waiting))
+        self._running |= {job.key: job for job in taken}
+        return taken
+
+    def _requests(self, jobs: list[Job]) -> list[Request]:
+        """What the decoder shall write. Jobs that end here (no speech, a read-out, too long) are reported."""
+        clips = [
+            part for job in jobs for message in job.messages for part in message["parts"] if _sounds(part)
+        ]
+        heard = iter(self.listener.hear(clips))
+        self.metrics.speech.inc(sum(map(len, clips)) / SAMPLE_RATE)
+        requests = []
+        for job in jobs:
+            messages = [
+                message | {"parts": [next(heard) if _sounds(part) else part for part in message["parts"]]}
+                for message in job.messages
+            ]
+            if job.readout:
+                self._read(job, messages)
+            elif request := self._request(job, messages):
+                requests.append(request)
+        return _sharing_prefixes(requests, {job.key: job.laid for job in jobs})
+
+    def _read(self, job: Job, messages: list[dict[str, Any]]) -> None:
+        heard = [part for part in messages[-1]["parts"] if isinstance(part, Heard)]
+        job.report(Begun(0, sum(len(clip.vectors) for clip in heard)))
+        self._end(job, Done(text=" ".join(filter(None, self.listener.read(heard)))))
+
+    def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
+        clips = [part for part in messages[-1]["parts"] if isinstance(part, Heard)]
+        if clips and not any(clip.speech for clip in clips):
+            job.report(Begun(0, 0))
+            self._end(job, Done(sentence=self.listener.model.config.no_speech_sentence))
+            return None
+        try:
+            job.laid = lay_out(self.listener, [_as_message(message) for message in messages])
+            request = request_for(self.listener, job.key, job.laid, job.decoding, self._memory)
+        except (ContextError, PromptError) as error:
+            code = "context_length_exceeded" if isinstance(error, ContextError) else None
+            self._end(job, ApiError(400, str(error), param="messages", code=code))
+            return None
+        self.metrics.reused.inc(len(request.prefix) if request.prefix else 0)
+        job.report(Begun(len(job.laid.names), sum(isinstance(name, tuple) for name in job.laid.names)))
+        return request
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            job = self._running.get(event.key)
+            if job is None:
+                continue
+            if not job.ids:
+                self.metrics.first_token.observe(time.monotonic() - job.submitted)
+            if event.finish != "stop":
+                job.ids.append(event.token)
+                self.metrics.tokens.inc()
+                job.report(Token(event.token))
+            if event.finish:
+                assert job.laid is not None  # it was laid out before it joined
+                remember(self._memory, job.laid, job.ids, event)
+                self._end(job, Done(event.finish))
+
+    def _end(self, job: Job, last: Done | ApiError | None) -> None:
+        self._running.pop(job.key, None)
+        self.metrics.total.observe(time.monotonic() - job.submitted)
+        if last is not None:
+            job.report(Failed(last) if isinstance(last, ApiError) else last)
+
+    def _give_up(self, error: Exception) -> None:
+        """Everything that was being written is lost; a fresh decoder takes the next."""
+        log.error("the model failed", exc_info=error)
+        refusal = ApiError(500, f"the model failed ({type(error).__name__})", code="internal_error")
+        for job in list(self._running.values()):
+            self._end(job, refusal)
+        self._decoder = Decoder(self.listener.model)
+
+
+def _sounds(part: Any) -> bool:
+    return isinstance(part, np.ndarray)
+
+
+def _late() -> ApiError:
+    return ApiError(504, "the request's deadline passed", code="deadline_exceeded")
+
+
+def _as_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as conversation.py lays it out; clips without speech are left out."""
+    parts = [part for part in message["parts"] if isinstance(part, str) or part.speech]
+    if message["role"] == "user":
+        return user_turn(parts)
+    return {"role": message["role"], "content": "".join(parts)}
+
+
+def _sharing_prefixes(requests: list[Request], laid: dict[int, LaidOut | None]) -> list[Request]:
+    """Requests that begin alike share one prefix object, so that the decoder prefills them together."""
+    shared: dict[tuple[Hashable, ...], Prefix] = {}
+    result = []
+    for request in requests:
+        if request.prefix is not None:
+            names = laid[request.key].names[: len(request.prefix)]  # type: ignore[index, union-attr]
+            request = Request(
+                request.key,
+                request.embeds,
+                shared.setdefault(names, request.prefix),
+                request.decoding,
+                keep_cache=True,
+            )
+        result.append(request)
+    return result
