@@ -123,6 +123,7 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(ApiError, service.refuse)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, service.refuse_form)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, service.refuse_route)  # type: ignore[arg-type]
+    app.state.scheduler = service.scheduler
     app.mount("/", Page(directory=WEB, html=True))
     return app
 

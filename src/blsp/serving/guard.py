@@ -22,10 +22,6 @@ HEADERS = [
 ]
 
 
-class _TooLarge(Exception):
-    pass
-
-
 class Guard:
     """Refuses wrong keys (401) and bodies over `most_bytes` (413), declared or not; adds protective headers.
 
@@ -44,19 +40,20 @@ class Guard:
         if refusal := self._refusal(scope, headers):
             await _refuse(send, refusal)
             return
-        begun = False
         received = 0
 
         async def limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.most_bytes:
-                raise _TooLarge
-            return message
+            return {"type": "http.disconnect"} if received > self.most_bytes else message
+
+        begun = False
 
         async def protected(message: Message) -> None:
             nonlocal begun
+            if received > self.most_bytes and not begun:
+                return  # whatever the route makes of half a body: the refusal below is the answer
             if message["type"] == "http.response.start":
                 begun = True
                 message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
@@ -64,8 +61,8 @@ class Guard:
 
         try:
             await self.app(scope, limited, protected)
-        except _TooLarge:
-            if not begun:
+        finally:
+            if received > self.most_bytes and not begun:
                 await _refuse(send, self._too_large())
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:

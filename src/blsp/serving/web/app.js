@@ -1,0 +1,330 @@
+// The page: turns of speech and text, answers streaming in, the same question by three routes.
+
+import { base64, chat, models, ServerError, setKey, transcribe } from "./api.js";
+import { decode, drawWave, Recorder, toWav } from "./recorder.js";
+
+const SHORTEST = 0.25; // seconds: less was a click, not speech
+const $ = (id) => document.getElementById(id);
+const ROUTES = { speech: "Speech", text: "Text: what you said, as written", cascade: "Cascade: a recogniser, then the text" };
+
+let messages = []; // the speech route's conversation
+let running = null; // AbortController while an answer comes
+let recorder = null;
+let recogniser = false;
+
+// --- what is shown -----------------------------------------------------------------------------------------
+
+function notice(text) {
+  $("notice").textContent = text;
+  $("notice").hidden = !text;
+}
+
+function busy(controller) {
+  running = controller;
+  $("stop").hidden = !controller;
+  $("send").hidden = Boolean(controller);
+  $("talk").disabled = Boolean(controller);
+  $("file").disabled = Boolean(controller);
+}
+
+function addTurn(question) {
+  $("hint").hidden = true;
+  const turn = $("turn").content.cloneNode(true).firstElementChild;
+  const said = turn.querySelector(".said");
+  const words = turn.querySelector(".words");
+  words.textContent = question.text;
+  words.hidden = !question.text;
+  if (question.instruction) {
+    const instruction = document.createElement("p");
+    instruction.className = "instruction";
+    instruction.textContent = question.instruction;
+    said.prepend(instruction);
+  }
+  if (question.blob) said.append(clip(question));
+  $("turns").append(turn);
+  turn.scrollIntoView({ block: "end" });
+  return turn;
+}
+
+function clip({ blob, samples }) {
+  const holder = document.createElement("div");
+  holder.className = "clip";
+  const play = document.createElement("button");
+  play.type = "button";
+  play.textContent = "Play";
+  play.setAttribute("aria-label", "Play what was sent");
+  const sound = new Audio(URL.createObjectURL(blob));
+  play.onclick = () => (sound.paused ? sound.play() : sound.pause());
+  sound.onplay = () => (play.textContent = "Pause");
+  sound.onpause = sound.onended = () => (play.textContent = "Play");
+  holder.append(play);
+  if (samples) {
+    const wave = document.createElement("canvas");
+    wave.setAttribute("role", "img");
+    wave.setAttribute("aria-label", `Waveform, ${(samples.length / 16000).toFixed(1)} seconds`);
+    holder.append(wave);
+    requestAnimationFrame(() => drawWave(wave, samples));
+  }
+  return holder;
+}
+
+function addAnswer(turn, route) {
+  const answer = $("answer").content.cloneNode(true).firstElementChild;
+  answer.querySelector("h2").textContent = route === "only" ? "Answer" : ROUTES[route];
+  answer.dataset.route = route;
+  turn.querySelector(".answers").append(answer);
+  return answer;
+}
+
+// --- asking ------------------------------------------------------------------------------------------------
+
+// Streams one answer into its card; returns the text, or null where it failed.
+async function stream(card, conversation, signal, began = performance.now()) {
+  const text = card.querySelector(".text");
+  const timing = card.querySelector(".timing");
+  let first = 0;
+  text.textContent = "";
+  text.setAttribute("aria-busy", "true");
+  try {
+    await chat(conversation, (piece) => {
+      first = first || performance.now() - began;
+      text.textContent += piece;
+      timing.textContent = `first token ${seconds(first)}`;
+      card.scrollIntoView({ block: "nearest" });
+    }, signal);
+    timing.textContent = `first token ${seconds(first)}, whole answer ${seconds(performance.now() - began)}`;
+    return text.textContent;
+  } catch (error) {
+    fail(card, error);
+    return text.textContent || null;
+  } finally {
+    text.setAttribute("aria-busy", "false");
+  }
+}
+
+function fail(card, error) {
+  const stopped = error.name === "AbortError";
+  card.querySelector(".timing").textContent = stopped ? "stopped" : error.message;
+  card.classList.toggle("wrong", !stopped);
+  card.querySelector(".text").setAttribute("aria-busy", "false");
+  if (!stopped && !(error instanceof ServerError)) console.error(error);
+}
+
+const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
+
+// The user's message: instruction and text first, then the speech.
+async function content({ text, instruction, blob }) {
+  const words = [instruction, text].filter(Boolean).join("\n");
+  if (!blob) return words;
+  const audio = { type: "input_audio", input_audio: { data: await base64(blob), format: "wav" } };
+  return words ? [{ type: "text", text: words + "\n" }, audio] : [audio];
+}
+
+const written = (question, transcript) =>
+  [question.instruction, question.text, transcript].filter(Boolean).join("\n");
+
+async function ask(question) {
+  if (running) return;
+  notice("");
+  const controller = new AbortController();
+  busy(controller);
+  const turn = addTurn(question);
+  const comparing = $("compare").checked && question.blob;
+  try {
+    const past = [...messages];
+    const card = addAnswer(turn, comparing ? "speech" : "only");
+    const said = { role: "user", content: await content(question) };
+    const answer = await stream(card, [...past, said], controller.signal);
+    if (answer) messages = [...past, said, { role: "assistant", content: answer }];
+    if (comparing && !controller.signal.aborted) await compare(turn, question, past, controller.signal);
+  } catch (error) {
+    notice(error.message);
+  } finally {
+    busy(null);
+  }
+}
+
+async function compare(turn, question, past, signal) {
+  const cascade = addAnswer(turn, "cascade");
+  const began = performance.now();
+  let heard = "";
+  if (!recogniser) {
+    fail(cascade, new ServerError("This server has no recogniser (pip install 'blsp[cascade]')."));
+  } else {
+    try {
+      heard = await transcribe(question.blob, "recogniser", signal);
+      cascade.querySelector("h2").textContent = `${ROUTES.cascade} “${heard}”`;
+      await stream(cascade, [...past, { role: "user", content: written(question, heard) }], signal, began);
+    } catch (error) {
+      fail(cascade, error);
+    }
+  }
+  const text = addAnswer(turn, "text");
+  text.querySelector(".text").before(transcriptField(text, question, past, heard));
+  if (heard) await stream(text, [...past, { role: "user", content: written(question, heard) }], signal);
+  else text.querySelector(".text").setAttribute("aria-busy", "false");
+}
+
+// The text route needs what was really said: the recogniser's guess, to be mended.
+function transcriptField(card, question, past, heard) {
+  const holder = document.createElement("form");
+  holder.className = "transcript";
+  const label = document.createElement("label");
+  label.textContent = "What you said (mend it and press Enter)";
+  const field = document.createElement("input");
+  field.value = heard;
+  label.append(field);
+  holder.append(label);
+  holder.onsubmit = (event) => {
+    event.preventDefault();
+    if (field.value.trim()) stream(card, [...past, { role: "user", content: written(question, field.value.trim()) }]);
+  };
+  return holder;
+}
+
+const question = (more) => ({ text: $("text").value.trim(), instruction: $("preset").value, ...more });
+
+function askSpoken(blob, samples) {
+  const asked = question({ blob, samples });
+  $("text").value = "";
+  return ask(asked);
+}
+
+// --- the microphone ----------------------------------------------------------------------------------------
+
+const levels = [];
+function showLevel(rms) {
+  levels.push(rms);
+  if (levels.length > 120) levels.shift();
+  const canvas = $("level"), pen = canvas.getContext("2d");
+  pen.clearRect(0, 0, canvas.width, canvas.height);
+  pen.fillStyle = getComputedStyle(canvas).getPropertyValue("--accent");
+  levels.forEach((level, i) => {
+    const tall = Math.max(1, Math.min(1, level * 6) * canvas.height);
+    pen.fillRect((i * canvas.width) / 120, (canvas.height - tall) / 2, 1.4, tall);
+  });
+}
+
+let pressed = false;
+async function press() {
+  if (pressed || running) return;
+  pressed = true;
+  notice("");
+  $("talk").setAttribute("aria-pressed", "true");
+  $("talklabel").textContent = "Listening… let go to send";
+  recorder = new Recorder(showLevel);
+  try {
+    await recorder.start();
+    if (!pressed) await release(); // let go before the microphone was there
+  } catch (error) {
+    pressed = false;
+    idle();
+    recorder.stream?.getTracks().forEach((track) => track.stop());
+    recorder = null;
+    notice(microphoneTrouble(error));
+  }
+}
+
+async function release() {
+  pressed = false;
+  idle();
+  if (!recorder?.context) return; // still starting: press() comes back here
+  const finished = recorder;
+  recorder = null;
+  const samples = await finished.stop();
+  if (samples.length < SHORTEST * 16000) notice("That was too short: hold the button while you speak.");
+  else await askSpoken(toWav(samples), samples);
+}
+
+function idle() {
+  $("talk").setAttribute("aria-pressed", "false");
+  $("talklabel").textContent = "Hold to talk";
+}
+
+function microphoneTrouble(error) {
+  if (error.name === "NotAllowedError") return "The microphone is blocked: allow it in the browser's address bar, or choose a file.";
+  if (error.name === "NotFoundError") return "No microphone was found: plug one in, or choose a file.";
+  if (error.name === "NotReadableError") return "The microphone is in use elsewhere: close the other program, or choose a file.";
+  return error.message;
+}
+
+const talk = $("talk");
+talk.setAttribute("aria-pressed", "false");
+talk.addEventListener("pointerdown", (event) => {
+  if (event.button !== 0) return;
+  talk.setPointerCapture(event.pointerId);
+  press();
+});
+for (const end of ["pointerup", "pointercancel"]) talk.addEventListener(end, () => pressed && release());
+talk.addEventListener("keydown", (event) => {
+  if (["Space", "Enter"].includes(event.code)) {
+    event.preventDefault();
+    if (!event.repeat) press();
+  }
+});
+talk.addEventListener("keyup", (event) => {
+  if (["Space", "Enter"].includes(event.code) && pressed) release();
+});
+talk.addEventListener("blur", () => pressed && release());
+talk.addEventListener("contextmenu", (event) => event.preventDefault());
+
+// --- files, text, tools ------------------------------------------------------------------------------------
+
+async function sendFile(file) {
+  if (file) await askSpoken(file, await decode(await file.arrayBuffer()));
+}
+
+$("file").onchange = async (event) => {
+  await sendFile(event.target.files[0]);
+  event.target.value = "";
+};
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+addEventListener("dragleave", (event) => event.relatedTarget ?? document.body.classList.remove("dropping"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  sendFile(event.dataTransfer.files[0]);
+});
+
+$("ask").onsubmit = (event) => {
+  event.preventDefault();
+  const asked = question({});
+  if (!asked.text) return notice("Type something, or hold the button and speak.");
+  $("text").value = "";
+  ask(asked);
+};
+$("text").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("ask").requestSubmit();
+  }
+});
+$("stop").onclick = () => running?.abort();
+$("fresh").onclick = () => {
+  running?.abort();
+  messages = [];
+  $("turns").replaceChildren();
+  $("hint").hidden = false;
+  notice("");
+};
+$("key").onchange = (event) => {
+  setKey(event.target.value);
+  connect();
+};
+
+async function connect() {
+  try {
+    const names = await models();
+    recogniser = names.includes("recogniser");
+    $("model").textContent = names[0];
+    notice("");
+  } catch (error) {
+    $("model").textContent = "not connected";
+    if (/key/.test(error.message)) $("keybox").open = true;
+    notice(error.message);
+  }
+}
+connect();

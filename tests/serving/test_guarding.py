@@ -1,0 +1,225 @@
+"""What the server refuses, and that it goes on afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from serving.conftest import Running, audio_part, spoken, user, wav
+
+from blsp.serving import sound
+from blsp.serving.app import check_exposure
+from blsp.serving.schema import ApiError
+from blsp.settings import ServeSettings
+
+
+def chat(server: Running, body: object, **options: object) -> httpx.Response:
+    return server.http().post("/v1/chat/completions", json=body, **options)
+
+
+BAD = {
+    "no messages": {"messages": []},
+    "not base64": {"messages": [{"role": "user", "content": [audio_part(b"")]}]},
+    "not audio": {"messages": [user(b"not a sound file at all")]},
+    "truncated": {"messages": [user(spoken()[:60])]},
+    "empty": {"messages": [user("  ")]},
+    "a path": {
+        "messages": [
+            {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "/etc/passwd"}}]}
+        ]
+    },
+    "a file URL": {
+        "messages": [
+            {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "file:///etc/passwd"}}]}
+        ]
+    },
+    "remote": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "audio_url", "audio_url": {"url": "https://example.org/a"}}],
+            }
+        ]
+    },
+    "an unknown part": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    "an unknown role": {"messages": [{"role": "root", "content": "hello"}]},
+    "an assistant who speaks": {
+        "messages": [{"role": "assistant", "content": [audio_part(spoken())]}, user("hi")]
+    },
+    "the assistant's turn": {"messages": [{"role": "assistant", "content": "hello"}]},
+    "temperature": {"messages": [user("hi")], "temperature": 7},
+    "tokens": {"messages": [user("hi")], "max_tokens": 0},
+    "stop": {"messages": [user("hi")], "stop": [""]},
+    "a number": 7,
+    "too long": {"messages": [user("hello " * 9000)]},
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_get_openais_error_object(server: Running, case: str) -> None:
+    answer = chat(server, BAD[case])
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+
+
+def test_broken_json_and_unknown_routes(server: Running) -> None:
+    http = server.http()
+    assert (
+        http.post(
+            "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
+        ).status_code
+        == 400
+    )
+    assert "error" in http.get("/v1/nothing").json()
+    assert http.get("/../../etc/passwd").status_code == 404
+    assert "error" in http.get("/v1/chat/completions").json()
+
+
+def test_keys(server_with) -> None:
+    with server_with(api_key="secret") as server:
+        assert server.http().get("/v1/models").status_code == 401
+        assert server.http().get("/metrics").status_code == 401
+        assert server.http().get("/").status_code == 200
+        assert server.http().get("/health").status_code == 200
+        with pytest.raises(openai.AuthenticationError):
+            server.client("wrong").models.list()
+        assert server.client("secret").models.list().data
+
+
+def test_uploads_are_limited_before_and_while_they_come(server_with) -> None:
+    with server_with(max_upload_mb=0.1) as server:
+        big = {"messages": [user(spoken(seconds=5))]}
+        assert chat(server, big).status_code == 413
+
+        def undeclared():
+            for _ in range(400):
+                yield b" " * 1000
+
+        answer = server.http().post("/v1/chat/completions", content=undeclared())
+        assert answer.status_code == 413
+        assert chat(server, {"messages": [user("hello")]}).status_code == 200
+
+
+def test_a_decompression_bomb_ends_early(server_with) -> None:
+    quiet = wav(np.zeros(16_000 * 120, dtype=np.float32), kind="FLAC")  # a few kilobytes
+    with server_with(max_audio_seconds=10) as server:
+        answer = chat(server, {"messages": [user(quiet)]})
+        assert answer.status_code == 400
+        assert chat(server, {"messages": [user(spoken(), spoken(seconds=9.5))]}).status_code == 400
+
+
+def test_a_full_queue_says_when_to_come_back(server_with) -> None:
+    with server_with(queue=2, max_batch=1) as server:
+
+        async def crowd() -> list[httpx.Response]:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+                body = {"messages": [user("hello")], "max_tokens": 64}
+                return await asyncio.gather(
+                    *(client.post("/v1/chat/completions", json=body) for _ in range(16))
+                )
+
+        answers = asyncio.run(crowd())
+        statuses = sorted(answer.status_code for answer in answers)
+        assert set(statuses) == {200, 429} and statuses.count(200) >= 3
+        assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 429)
+        assert chat(server, {"messages": [user("hello")]}).status_code == 200
+
+
+def test_a_deadline_ends_a_request(server_with) -> None:
+    with server_with(deadline=0.001) as server:
+        server.app.state.scheduler  # noqa: B018 - it is there
+        answer = chat(server, {"messages": [user("hello")]})
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+
+
+def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
+    with (
+        server.http() as http,
+        http.stream(
+            "POST",
+            "/v1/chat/completions",
+            json={"messages": [user("hello")], "stream": True, "max_tokens": 64},
+        ) as answer,
+    ):
+        next(answer.iter_lines())
+    scheduler = server.app.state.scheduler
+    end = time.monotonic() + 5
+    while scheduler._running and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not scheduler._running
+
+
+def test_private_addresses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host in ("127.0.0.1", "localhost", "10.0.0.1", "169.254.169.254", "[::1]", "0.0.0.0"):
+        with pytest.raises(ApiError, match="public"):
+            sound.from_url(f"http://{host}/a.wav", allow_remote=True, most_bytes=10)
+    found = [
+        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 80)) for each in ("93.184.216.34", "10.0.0.1")
+    ]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: found)
+    with pytest.raises(ApiError, match="public"):  # one of its addresses is private: rebinding
+        sound.from_url("http://rebound.example/a.wav", allow_remote=True, most_bytes=10)
+
+
+def test_beyond_this_machine_only_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BLSP_API_KEY", raising=False)
+    with pytest.raises(SystemExit, match="BLSP_API_KEY"):
+        check_exposure(ServeSettings(host="0.0.0.0"))
+    check_exposure(ServeSettings(host="0.0.0.0", insecure=True))
+    monkeypatch.setenv("BLSP_API_KEY", "secret")
+    check_exposure(ServeSettings(host="0.0.0.0"))
+
+
+def test_a_failing_model_is_reported_and_the_next_request_answered(server: Running, monkeypatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(server.listener, "hear", fail)
+        answer = chat(server, {"messages": [user("hello")]})
+        assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
+    assert chat(server, {"messages": [user("hello")]}).status_code == 200
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from tiny_models import tiny_blsp
+from blsp.inference.listener import Listener
+from blsp.serving import app
+from blsp.settings import ServeSettings
+app.load = lambda *args, **named: Listener(*tiny_blsp(Path(sys.argv[1]), family="llama", adapter="grounded"))
+app.serve(ServeSettings(port=0))
+"""
+
+
+def test_sigterm_finishes_what_was_begun_and_leaves_with_0(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", SERVE, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    url = process.stdout.readline().split()[-1]
+    while httpx.get(f"{url}/health").status_code != 200:
+        time.sleep(0.05)
+    with httpx.stream(
+        "POST", f"{url}/v1/chat/completions", json={"messages": [user("hello")], "stream": True}, timeout=60
+    ) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
+    assert process.wait(30) == 0
