@@ -165,7 +165,7 @@ def test_text_cannot_forge_roles_or_speech(server: Running) -> None:
 
 def test_models_health_and_metrics(server: Running) -> None:
     http = server.http()
-    assert [each.id for each in server.client().models.list()][0] == MODEL
+    assert next(iter(server.client().models.list())).id == MODEL
     assert http.get("/health").json() == {"status": "ok", "model": MODEL}
     assert "blsp_first_token_seconds_bucket" in http.get("/metrics").text
     assert "Hold to talk" in http.get("/").text
