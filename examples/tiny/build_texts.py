@@ -23,6 +23,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
+from blsp.model.embedded import resolve_weights
 from examples.tiny.commands import commands
 from examples.tiny.heldout import TEXTS, HeldOut, held_out_texts, part_of, words
 from examples.tiny.lines import as_sentence
@@ -157,6 +160,23 @@ def spoken(rows: list[dict]) -> list[str]:
     return [text for text in texts if 2 <= len(text.split()) <= 30]
 
 
+def drilled_words() -> list[str]:
+    """The words of our sentences that the LLM writes as one token, in the order of its vocabulary: common first."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_weights("embedded:smollm2-135m-instruct"))
+    found = {}
+    for path in sorted(TEXTS.glob("*_en.txt.gz")):
+        if path.name == "words_en.txt.gz":
+            continue
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                first, *others = re.findall(r"[A-Za-z']+", line) or [""]
+                for word in (first.lower(), *others):
+                    ids = tokenizer.encode(f" {word}", add_special_tokens=False)
+                    if len(word) > 1 and word.isalpha() and len(ids) == 1:
+                        found[word] = ids[0]
+    return sorted(found, key=found.__getitem__)
+
+
 def write_list(name: str, texts: Iterable[str], held_out: HeldOut) -> None:
     kept = [text for text in dict.fromkeys(texts) if not held_out.touches(text)]
     write_gzip(TEXTS / f"{name}_en.txt.gz", kept)
@@ -183,6 +203,7 @@ def main() -> None:
     write_list("numbers", number_sentences(NUMBERS), held_out)
     write_list("wordnet_definitions", definitions(root), held_out)
     write_list("kjv", verses(), held_out)
+    write_list("words", drilled_words(), held_out)
 
 
 if __name__ == "__main__":

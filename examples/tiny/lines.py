@@ -14,6 +14,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
+from examples.tiny.drills import drills
 from examples.tiny.heldout import TEXTS, HeldOut
 from examples.tiny.rows import fraction
 from examples.tiny.voices import KOKORO_TRAINING
@@ -24,6 +25,7 @@ LICENCES = {
     "spoken": "BSD-3-Clause (ChatterBot), Apache-2.0 (Home Assistant, ours)",
     "numbers": "Apache-2.0",
     "kjv": "public domain",
+    "words": "Apache-2.0",
 }
 # Every sentence of a list falls at a fixed place in [0, 1); an engine speaks those between its two bounds.
 # The best voices get most of what people say to machines, the cheap ones the long tail of words.
@@ -41,22 +43,8 @@ SHARES: dict[str, dict[str, tuple[float, float]]] = {
         "numbers": (0.6, 1.0), "kjv": (0.2, 1.0),
     },
 }  # fmt: skip
-VOICES = {
-    "flite": (
-        "slt",
-        "rms",
-        "awb",
-        "slt",
-        "rms",
-        "awb",
-        "slt",
-        "rms",
-        "awb",
-        "kal16",
-    ),  # kal16 is the robotic one
-    "piper": ("joe",),
-    "kokoro": KOKORO_TRAINING,
-}
+FLITE = (*("slt", "rms", "awb") * 3, "kal16")  # kal16 is the robotic one
+VOICES = {"flite": FLITE, "words": FLITE, "piper": ("joe",), "kokoro": KOKORO_TRAINING}
 BLENDED = 0.4  # of Kokoro's lines are spoken by the mean of two training voices
 TEMPO = (0.85, 1.2)  # over the voice's own
 PITCH = (0.9, 1.12)  # pitch and formants together: a smaller or larger speaker (flite only)
@@ -97,6 +85,8 @@ def as_sentence(text: str) -> str:
 
 def plan(engine: str, seed: int) -> list[Line]:
     """All lines of `engine` in the order of speaking: a random one, so that any beginning is varied."""
+    if engine == "words":
+        return [_line(engine, "words", text, place, seed) for text, place in drills(seed)]
     lines = []
     held_out = HeldOut.load()
     for list_name, (low, high) in SHARES[engine].items():

@@ -27,7 +27,8 @@ from examples.tiny.rows import summary, write_rows
 
 CHUNK = 40  # lines a worker takes at a time: a Kokoro chunk is two minutes' work, a flite chunk two seconds'
 SPEECH_RATE = 13.5  # characters a second: how many lines make the hours asked for
-VOICE_LICENCE = {"flite": "BSD-4-Clause-like (Festvox)", "piper": "CC0-1.0", "kokoro": "Apache-2.0"}
+FESTVOX = "BSD-4-Clause-like (Festvox)"
+VOICE_LICENCE = {"flite": FESTVOX, "words": FESTVOX, "piper": "CC0-1.0", "kokoro": "Apache-2.0"}
 
 
 def lines_for(engine: str, seed: int, hours: float) -> list[Line]:

@@ -263,6 +263,25 @@ def test_init_from_goes_on_with_an_adapter_of_its_kind(settings, tmp_path: Path,
         train(replace(settings, out=tmp_path / "y", init_from=start, adapter_options=(), llm=other))
 
 
+def test_init_from_reads_out_the_new_words_too(settings, tmp_path: Path) -> None:
+    grounded = replace(settings, adapter="grounded", adapter_options=(), loss="ctc", readout="data", steps=1)
+    rows = Path(settings.data[0]).read_text().splitlines()
+    few = Path(settings.data[0]).with_name("few.jsonl")
+    few.write_text("\n".join(rows[: len(rows) // 2]) + "\n")
+    train(replace(grounded, data=(str(few),), out=tmp_path / "few"))
+    train(replace(grounded, out=tmp_path / "all", init_from=str(tmp_path / "few" / "adapter"), lr=1e-12))
+    before, after = (
+        json.loads((tmp_path / n / "adapter" / "config.json").read_text())["readout_vocabulary"]
+        for n in ("few", "all")
+    )
+    assert set(before) < set(after)
+    bias = {n: _weights(tmp_path / n)["model.multi_modal_projector.bias"] for n in ("few", "all")}
+    kept = torch.tensor([after.index(token) for token in before])
+    assert torch.allclose(bias["all"][kept], bias["few"], atol=1e-6)
+    added = torch.tensor([place for place, token in enumerate(after) if token not in set(before)])
+    assert torch.allclose(bias["all"][added], bias["few"].mean(), atol=1e-6)
+
+
 def test_the_average_of_the_last_steps_is_what_is_shipped(settings, tmp_path: Path, monkeypatch) -> None:
     seen: list[dict[str, torch.Tensor]] = []
     add = loop.add_to_average

@@ -15,7 +15,7 @@ E encoder width, D LLM width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,21 @@ class BlspModel(BlspPreTrainedModel):
                 return rows
             self._readout = (state, rows)
         return self._readout[1]
+
+    def widen_readout(self, tokens: Iterable[int]) -> None:
+        """Add LLM tokens to what `grounded` reads out; a new token's bias begins at the mean of the others'."""
+        known = self.config.readout_vocabulary
+        vocabulary = sorted({*(known or ()), *tokens})
+        if known is None or len(vocabulary) == len(known):
+            return
+        adapter = self.multi_modal_projector
+        bias = adapter.bias.new_full((len(vocabulary),), float(adapter.bias.detach().mean()))
+        place = {token: index for index, token in enumerate(vocabulary)}
+        bias[[place[token] for token in known]] = adapter.bias.detach()
+        adapter.bias = nn.Parameter(bias)
+        whole = len(vocabulary) == self.config.text_config.vocab_size
+        self.config.readout_vocabulary = None if whole else vocabulary
+        self._readout = None
 
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
         """The adapter on encoder states (B, T, E) with lengths (B,); readouts in the LLM's ids."""

@@ -52,6 +52,9 @@ def open_model(
     else:
         model, processor = load_blsp(settings.init_from, place)
         _check_start(settings, model, options)
+        if model.config.readout_vocabulary is not None:
+            tokens = _readout_vocabulary(settings, place, sources)
+            model.model.widen_readout(tokens or range(model.config.text_config.vocab_size))
     projector = model.model.multi_modal_projector
     projector.to(torch.float64 if place.dtype == torch.float64 else torch.float32)
     projector.requires_grad_(True).train()
