@@ -140,7 +140,7 @@ class BlspModel(BlspPreTrainedModel):
         vocabulary = sorted({*(known or ()), *tokens})
         if known is None or len(vocabulary) == len(known):
             return
-        adapter = self.multi_modal_projector
+        adapter: Any = self.multi_modal_projector
         bias = adapter.bias.new_full((len(vocabulary),), float(adapter.bias.detach().mean()))
         place = {token: index for index, token in enumerate(vocabulary)}
         bias[[place[token] for token in known]] = adapter.bias.detach()
