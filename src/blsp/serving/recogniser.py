@@ -32,10 +32,17 @@ class SharedRecogniser:
     def transcribe(self, clip: np.ndarray, language: str) -> str:
         if not self.available:
             raise ApiError(
-                501,
+                503,
                 "model: this server has no recogniser (pip install 'blsp[cascade]', --asr NAME)",
                 param="model",
             )
         with self._lock:
-            self._loaded = self._loaded or Recogniser(self._name)
+            try:
+                self._loaded = self._loaded or Recogniser(self._name)
+            except Exception as error:  # whatever a library says of weights that it cannot use
+                raise ApiError(
+                    503,
+                    f"model: the recogniser cannot be loaded: {error}",
+                    param="model",
+                ) from error
             return self._loaded.hear(clip, language)

@@ -200,7 +200,7 @@ function showLevel(rms) {
   pen.clearRect(0, 0, canvas.width, canvas.height);
   pen.fillStyle = getComputedStyle(canvas).getPropertyValue("--accent");
   levels.forEach((level, i) => {
-    const tall = Math.max(1, Math.min(1, level * 6) * canvas.height);
+    const tall = Math.max(1, Math.min(1, 1.2 * Math.sqrt(level)) * canvas.height);
     pen.fillRect((i * canvas.width) / 120, (canvas.height - tall) / 2, 1.4, tall);
   });
 }
@@ -228,7 +228,7 @@ async function press() {
 async function release() {
   pressed = false;
   idle();
-  if (!recorder?.context) return; // still starting: press() comes back here
+  if (!recorder?.ready) return; // still starting: press() comes back here
   const finished = recorder;
   recorder = null;
   const samples = await finished.stop();

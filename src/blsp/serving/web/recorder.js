@@ -7,6 +7,7 @@ export class Recorder {
   constructor(onLevel) {
     this.onLevel = onLevel;
     this.blocks = [];
+    this.ready = false;
   }
 
   async start() {
@@ -27,6 +28,7 @@ export class Recorder {
     };
     const silent = new GainNode(this.context, { gain: 0 });
     source.connect(capture).connect(silent).connect(this.context.destination);
+    this.ready = true;
   }
 
   async stop() {

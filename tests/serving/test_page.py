@@ -1,0 +1,229 @@
+"""The page in a real browser: headless Chromium whose microphone plays a real recording.
+
+Skipped where there is no Chromium (Debian: apt-get install chromium). Screenshots go to `BLSP_SCREENSHOTS`
+(default: pytest's folder), so that a person can look at what the tests saw.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Running, running, wav
+
+from blsp.data.audio import load_audio
+from blsp.inference.listener import Listener
+
+playwright = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+RECORDING = Path(__file__).parents[2] / "examples" / "speech"
+QUIET_START = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+FAKE_MICROPHONE = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+TOO_WIDE = """[...document.body.querySelectorAll('*')]
+    .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth).map(e => e.outerHTML)"""
+
+
+@pytest.fixture(scope="module")
+def microphone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real recording as the WAV file that Chromium's fake microphone plays over and over."""
+    recording = max(RECORDING.rglob("*.opus"), key=lambda path: path.stat().st_size)
+    path = tmp_path_factory.mktemp("microphone") / "speech.wav"
+    path.write_bytes(wav(np.asarray(load_audio(recording)), 16_000))
+    return path
+
+
+@pytest.fixture(scope="module")
+def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(os.environ.get("BLSP_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Callable[..., Any]]:
+    """Start a Chromium with more flags."""
+    with playwright.sync_playwright() as driver:
+        yield lambda *flags: driver.chromium.launch(executable_path=CHROMIUM, args=[*QUIET_START, *flags])
+
+
+@pytest.fixture(scope="module")
+def listening(launch, microphone: Path) -> Iterator[Any]:
+    with launch(*FAKE_MICROPHONE, f"--use-file-for-fake-audio-capture={microphone}") as chromium:
+        yield chromium
+
+
+@pytest.fixture(scope="module")
+def server(listener: Listener) -> Iterator[Running]:
+    with running(listener, asr="embedded:whisper-tiny.en:ct2") as each:
+        yield each
+
+
+@pytest.fixture
+def page(listening: Any, server: Running) -> Iterator[Any]:
+    """The page, open, with a microphone; the test fails if a script does."""
+    context = listening.new_context(viewport={"width": 1100, "height": 800}, permissions=["microphone"])
+    errors: list[str] = []
+    opened = context.new_page()
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    visit(opened, server)
+    yield opened
+    context.close()
+    assert errors == []
+
+
+def visit(page: Any, server: Running) -> None:
+    page.goto(server.url)
+    playwright.expect(page.locator("#model")).not_to_have_text("connecting…")
+
+
+def speak(page: Any, milliseconds: int = 900) -> None:
+    box = page.locator("#talk").bounding_box()
+    page.mouse.move(box["x"] + 20, box["y"] + 20)
+    page.mouse.down()
+    playwright.expect(page.locator("#talklabel")).to_contain_text("Listening")
+    page.wait_for_timeout(milliseconds)
+    page.mouse.up()
+
+
+def answered(page: Any, answers: int) -> None:
+    """All `answers` are there and none is still being written."""
+    texts = page.locator(".answer .text")
+    playwright.expect(texts).to_have_count(answers, timeout=60_000)
+    playwright.expect(page.locator('.answer .text[aria-busy="true"]')).to_have_count(0, timeout=60_000)
+    playwright.expect(page.locator("#send")).to_be_visible(timeout=60_000)
+
+
+def violations(page: Any) -> list[str]:
+    found = axe.Axe().run(page).response["violations"]
+    return [f"{each['id']}: {each['nodes'][0]['html']}" for each in found]
+
+
+def test_speech_is_answered_and_a_second_turn_follows(page, screenshots: Path) -> None:
+    assert violations(page) == []
+    page.screenshot(path=screenshots / "1-start.png")
+    speak(page)
+    answered(page, 1)
+    playwright.expect(page.locator(".answer .timing")).to_contain_text("first token")
+    playwright.expect(page.get_by_role("img", name="Waveform")).to_have_count(1)
+    page.screenshot(path=screenshots / "2-answered.png")
+    page.fill("#text", "And in other words?")
+    page.keyboard.press("Enter")
+    answered(page, 2)
+    assert page.locator(".turn").count() == 2
+    assert violations(page) == []
+
+
+def test_the_level_moves_while_one_speaks(page) -> None:
+    box = page.locator("#talk").bounding_box()
+    page.mouse.move(box["x"] + 20, box["y"] + 20)
+    page.mouse.down()
+    page.wait_for_timeout(700)
+    drawn = page.locator("#level").evaluate(
+        "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0)"
+    )
+    page.mouse.up()
+    answered(page, 1)
+    assert drawn
+
+
+def test_compare_shows_three_routes(page, screenshots: Path) -> None:
+    page.check("#compare")
+    page.select_option("#preset", label="repeat")
+    speak(page, milliseconds=3000)
+    answered(page, 3)
+    assert [card.get_attribute("data-route") for card in page.locator(".answer").all()] == [
+        "speech",
+        "cascade",
+        "text",
+    ]
+    heard = page.locator(".transcript input").input_value()
+    assert len(heard.split()) > 2, "the recogniser wrote what the fake microphone said"
+    page.fill(".transcript input", "What I really said")
+    page.press(".transcript input", "Enter")
+    answered(page, 3)
+    playwright.expect(page.locator('.answer[data-route="text"] .timing')).to_contain_text("whole answer")
+    assert violations(page) == []
+    page.screenshot(path=screenshots / "3-compare.png", full_page=True)
+
+
+def test_a_file_a_reload_and_a_phone_in_the_dark(
+    page, server: Running, microphone: Path, screenshots
+) -> None:
+    page.set_input_files("#file", microphone)
+    answered(page, 1)
+    visit(page, server)  # a reload forgets the conversation and works
+    assert page.locator(".turn").count() == 0
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.emulate_media(color_scheme="dark")
+    page.locator("#talk").focus()
+    page.keyboard.down("Space")
+    page.wait_for_timeout(900)
+    page.keyboard.up("Space")
+    answered(page, 1)
+    assert page.evaluate(TOO_WIDE) == [], "the page scrolls sideways on a phone"
+    assert violations(page) == []
+    page.screenshot(path=screenshots / "4-phone-dark.png")
+
+
+def test_a_click_is_too_short_to_be_a_question(page) -> None:
+    speak(page, milliseconds=0)
+    playwright.expect(page.locator("#notice")).to_contain_text("too short")
+    assert page.locator(".turn").count() == 0
+
+
+def test_says_that_the_microphone_is_blocked(launch, server: Running, screenshots: Path) -> None:
+    with launch("--use-fake-device-for-media-stream", "--deny-permission-prompts") as chromium:
+        page = chromium.new_page()
+        visit(page, server)
+        press(page)
+        playwright.expect(page.locator("#notice")).to_contain_text("microphone is blocked")
+        page.screenshot(path=screenshots / "5-blocked.png")
+        assert violations(page) == []
+
+
+def test_says_that_there_is_no_microphone(launch, server: Running) -> None:
+    with launch("--use-fake-ui-for-media-stream") as chromium:
+        page = chromium.new_page()
+        visit(page, server)
+        press(page)
+        playwright.expect(page.locator("#notice")).to_contain_text("No microphone was found")
+        page.fill("#text", "Then I write.")
+        page.keyboard.press("Enter")
+        answered(page, 1)
+
+
+def press(page: Any) -> None:
+    box = page.locator("#talk").bounding_box()
+    page.mouse.move(box["x"] + 20, box["y"] + 20)
+    page.mouse.down()
+    page.mouse.up()
+
+
+def test_asks_for_the_key(server_with, listening) -> None:
+    with server_with(api_key="sesame") as server:
+        page = listening.new_page()
+        visit(page, server)
+        playwright.expect(page.locator("#model")).to_have_text("not connected")
+        page.fill("#key", "sesame")
+        page.press("#key", "Tab")
+        playwright.expect(page.locator("#model")).not_to_have_text("not connected")
+        page.fill("#text", "Hello")
+        page.keyboard.press("Enter")
+        answered(page, 1)
+        page.close()
