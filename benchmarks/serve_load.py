@@ -1,0 +1,144 @@
+"""The server under load: throughput, waiting, crossed answers, refusals past the queue, memory.
+
+In:  an adapter folder (default: the shipped one) and the recordings in `examples/speech`.
+Out: one JSON object on the last line.
+Try: `python -m benchmarks.serve_load --share 0.05` (a twentieth); `make bench-serve` runs it whole.
+Flow: benchmarks/ — serving.py starts the server and its clients.
+
+Every question is first asked alone (the library, one at a time, which also gives each step's top-2 margin). An answer
+in company must be that one, up to the first step that was a tie when alone (margin under 1e-3): other batch shapes
+round differently, and greedy decoding may then go either way. Anything else counts as crossed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.serving import Served, Server, crowd, recordings, serving, spoken_question
+from blsp.inference.conversation import Memory, lay_out, request_for, user_turn
+from blsp.inference.listener import Listener, load, written
+from blsp.inference.text_stream import answer_text
+from blsp.model.decoding import Decoder
+from blsp.shipped import DEFAULT_MODEL
+
+INSTRUCTIONS = ("Please repeat the following words:", "Answer the following:", "Continue the following text:")
+QUESTIONS = 24
+NEW_TOKENS = 32
+CLIENTS = (1, 4, 16, 64)
+TIE = 1e-3  # nats between the best two tokens
+
+
+@dataclass(frozen=True)
+class Alone:
+    """An answer without company: its text, and how much of it is decided before the first tie."""
+
+    text: str
+    decided: str
+
+    def agrees(self, text: str) -> bool:
+        return text == self.text or (self.decided != self.text and text.startswith(self.decided))
+
+
+def answer_alone(listener: Listener, wav: bytes, instruction: str, new_tokens: int = NEW_TOKENS) -> Alone:
+    """One answer by the library, greedily, with the margins of its steps."""
+    (heard,) = listener.hear([wav])
+    if not heard.speech:
+        sentence = listener.model.config.no_speech_sentence
+        return Alone(sentence, sentence)
+    laid = lay_out(listener, [user_turn([f"{instruction}\n", heard])])
+    decoding = replace(listener.decoding, max_new_tokens=new_tokens, top_k_logprobs=2)
+    request = request_for(listener, 0, laid, decoding, Memory(1))
+    ids: list[int] = []
+    decided: int | None = None
+    for event in written(Decoder(listener.model), request):
+        assert event.top_logp is not None
+        if decided is None and float(event.top_logp[0] - event.top_logp[1]) < TIE:
+            decided = len(ids)
+        if event.finish != "stop":
+            ids.append(event.token)
+    whole = answer_text(listener.tokenizer, ids).strip()
+    return Alone(whole, whole if decided is None else answer_text(listener.tokenizer, ids[:decided]).strip())
+
+
+def throughput(
+    server: Server, questions: Sequence[Any], clients: int, requests: int
+) -> tuple[dict[str, Any], list[Served]]:
+    """Requests and tokens a second, and the wait for the first token."""
+    began = time.monotonic()
+    served = asyncio.run(crowd(server.url, questions, clients, requests, NEW_TOKENS))
+    seconds = time.monotonic() - began
+    good = [each for each in served if each.status == 200]
+    waits = sorted(each.first for each in good)
+    figures = {
+        "requests_per_second": round(len(good) / seconds, 3),
+        "tokens_per_second": round(sum(each.tokens for each in good) / seconds, 1),
+        "first_token_median_s": round(statistics.median(waits), 3),
+        "first_token_p95_s": round(waits[int(0.95 * (len(waits) - 1))], 3),
+        "requests": requests,
+        "failed": len(served) - len(good),
+    }
+    return figures, good
+
+
+def refusals(model: str, questions: Sequence[Any]) -> dict[str, Any]:
+    """48 at once where 4 are served and 8 may wait: the others are told when to come back."""
+    with serving(["--model", model, "--max-batch", "4", "--queue", "8"]) as server:
+        served = asyncio.run(crowd(server.url, questions, 48, 48, NEW_TOKENS))
+    turned_away = [each for each in served if each.status == 429]
+    return {
+        "answered": sum(each.status == 200 for each in served),
+        "turned_away": len(turned_away),
+        "with_retry_after": sum(each.retry_after for each in turned_away),
+        "other": sum(each.status not in (200, 429) for each in served),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--share", type=float, default=1.0, help="of the requests")
+    options = parser.parse_args()
+    clips = recordings(QUESTIONS)
+    wordings = [INSTRUCTIONS[number % len(INSTRUCTIONS)] for number in range(QUESTIONS)]
+    questions = [spoken_question(clip, words) for clip, words in zip(clips, wordings, strict=True)]
+    listener = load(options.model)
+    alone = [answer_alone(listener, clip, words) for clip, words in zip(clips, wordings, strict=True)]
+    del listener
+    figures: dict[str, Any] = {"clients": {}}
+    good: list[Served] = []
+    with serving(["--model", options.model]) as server:
+        for clients in CLIENTS:
+            requests = max(clients, round(options.share * (48 if clients == 1 else 200)))
+            figures["clients"][clients], more = throughput(server, questions, clients, requests)
+            good += more
+            print(clients, json.dumps(figures["clients"][clients]), flush=True)
+        before, many = server.memory_mb(), round(options.share * 2000)
+        _, more = throughput(server, questions, 16, many)
+        good += more
+        figures["memory"] = {
+            "requests": many,
+            "before_mb": round(before),
+            "growth_mb": round(server.memory_mb() - before, 1),
+        }
+    one = figures["clients"][1]["requests_per_second"]
+    figures["ratio"] = {
+        n: round(each["requests_per_second"] / one, 2) for n, each in figures["clients"].items()
+    }
+    figures["compared"] = len(good)
+    figures["other_words"] = sum(each.text.strip() != alone[each.question].text for each in good)
+    figures["crossed"] = sum(not alone[each.question].agrees(each.text.strip()) for each in good)
+    figures["past_the_queue"] = refusals(options.model, questions)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The server under bad requests: no failure of its own, no leak, and the next good request answered.
+
+In:  an adapter folder (default: the shipped one). Out: one JSON object on the last line; exit code 1 on a defect.
+Try: `python -m benchmarks.serve_robustness --share 0.05` (a twentieth); `make bench-serve` runs it whole.
+Flow: benchmarks/ — hostile.py makes the requests, serving.py the server; schemathesis makes more of its own from the
+      OpenAPI document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from benchmarks.hostile import Attempt, attempts
+from benchmarks.serving import Server, recordings, serving, spoken_question
+from blsp.shipped import DEFAULT_MODEL
+
+ATTEMPTS = 1000
+BY_SCHEMATHESIS = 40  # examples an operation
+EVERY = 25  # attempts between two good requests
+LIMITS = ("--max-upload-mb", "2", "--max-audio-seconds", "120", "--max-new-tokens", "8")
+BY_DESIGN = {503, 504}
+
+
+def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
+    """`count` bad requests; every so often a good one, whose answer must not change."""
+    statuses: Counter[int] = Counter()
+    defects: list[str] = []
+    good = {"messages": spoken_question(wav, "Please repeat the following words:"), "max_tokens": 8}
+    answers = set()
+    with httpx.Client(base_url=url, timeout=120) as client:
+        for number, attempt in zip(range(count), attempts(wav, seed), strict=False):
+            status = send(client, url, attempt)
+            statuses[status] += 1
+            if status >= 500 and status not in BY_DESIGN:
+                defects.append(f"{number}: {status} for {attempt.path} {attempt.body[:200]!r}")
+            if number % EVERY == EVERY - 1 or number == count - 1:
+                answer = client.post("/v1/chat/completions", json=good)
+                answers.add((answer.status_code, answer.json()["choices"][0]["message"]["content"]))
+    if len(answers) != 1 or next(iter(answers))[0] != 200:
+        defects.append(f"the good request was answered in more than one way: {sorted(answers)}")
+    by_status = {str(status): number for status, number in sorted(statuses.items())}
+    return {"attempts": count, "by_status": by_status, "good_requests": count // EVERY, "defects": defects}
+
+
+def send(client: httpx.Client, url: str, attempt: Attempt) -> int:
+    """The status; 0 where the client left on purpose."""
+    if attempt.leave is not None:
+        return vanish(url, attempt)
+    if attempt.upload is not None:
+        return client.post(attempt.path, files={"file": attempt.upload}).status_code
+    return client.post(
+        attempt.path, content=attempt.body, headers={"content-type": "application/json"}
+    ).status_code
+
+
+def vanish(url: str, attempt: Attempt) -> int:
+    """Send the beginning of a request and close the connection."""
+    place = urlsplit(url)
+    head = f"POST {attempt.path} HTTP/1.1\r\nhost: {place.netloc}\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(attempt.body)}\r\n\r\n"
+    with socket.create_connection((place.hostname, place.port)) as connection:
+        connection.sendall(head.encode() + attempt.body[: attempt.leave])
+    return 0
+
+
+def by_schemathesis(url: str, examples: int) -> bool:
+    """True if schemathesis got no server error out of the routes that the OpenAPI document names."""
+    command = [
+        str(Path(sys.executable).with_name("schemathesis")),
+        "run",
+        f"{url}/openapi.json",
+        "--no-color",
+    ]
+    command += [
+        "--checks",
+        "not_a_server_error",
+        "--max-examples",
+        str(examples),
+        "--no-shrink",
+        "--seed",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(done.stdout[-4000:], done.stderr[-1000:])
+    return done.returncode == 0
+
+
+def open_files(server: Server) -> int:
+    return len(list(Path(f"/proc/{server.process}/fd").iterdir()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--share", type=float, default=1.0, help="of the requests")
+    options = parser.parse_args()
+    wav = max(recordings(8), key=len)
+    with serving(["--model", options.model, *LIMITS]) as server:
+        attack(server.url, wav, 100, seed=1)  # memory is compared after everything has been done once
+        before, files = server.memory_mb(), open_files(server)
+        figures = attack(server.url, wav, round(ATTEMPTS * options.share))
+        figures["memory_growth_mb"] = round(server.memory_mb() - before, 1)
+        figures["open_files_growth"] = open_files(server) - files
+        figures["schemathesis_ok"] = by_schemathesis(
+            server.url, max(5, round(BY_SCHEMATHESIS * options.share))
+        )
+    print(json.dumps(figures))
+    return bool(figures["defects"]) or not figures["schemathesis_ok"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
