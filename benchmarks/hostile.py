@@ -159,7 +159,7 @@ def hostile_url(draw: random.Random, wav: bytes) -> Attempt:
     url = draw.choice(
         [
             "file:///etc/passwd", "/etc/passwd", "http://127.0.0.1/", "http://[::1]/", "http://169.254.169.254/latest",
-            "ftp://x/", "data:", "data:audio/wav;base64,", "data:audio/wav,x", "data:audio/wav;base64,%%%", "gopher://x", "",
+            "ftp://x/", "data:", "data:audio/wav;base64,", "data:audio/wav,x", "data:audio/wav;base64,%%%", "",
         ]
     )  # fmt: skip
     return chat([{"type": "audio_url", "audio_url": {"url": url}}])

@@ -1,0 +1,120 @@
+"""How long a spoken question waits for its answer: by the adapter, through a cascade, and padded to 30 s.
+
+In:  an adapter folder (default: the shipped one), real recordings joined to 1, 3, 10 and 30 s.
+Out: one JSON object on the last line: seconds to the first token and to the whole answer, and ratios.
+Try: `python -m benchmarks.latency --rounds 5` (about three minutes on two quiet cores)
+Flow: benchmarks/ — `make bench` gathers it into results/bench.json.
+
+Time runs from the end of the question, with samples in memory, to the first token of the LLM. The cascade is
+faster-whisper with the same Whisper (beam 1, int8 and float32, the faster one) and then the same LLM with the
+same prompt and the same kept prefix. All routes take turns on each clip; medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.serving import SPEECH
+from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.evaluation.recognise import COMPUTE_TYPES, Recogniser, recogniser_of
+from blsp.inference.listener import Listener, Question, load, written
+from blsp.model.adapter import Heard
+from blsp.model.decoding import Decoder
+from blsp.shipped import DEFAULT_MODEL
+
+SECONDS = (1, 3, 10, 30)
+INSTRUCTION = "Answer the following question in one short sentence:"
+NEW_TOKENS = 32
+Ask = Callable[[np.ndarray], "Waited"]
+Waited = tuple[float, float]  # seconds to the first token, to the last
+
+
+def clip_of(seconds: int) -> np.ndarray:
+    """Real speech of exactly this length."""
+    lines = (SPEECH / "train.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    sound = np.concatenate([load_audio(SPEECH / json.loads(line)["audio"]) for line in lines])
+    return sound[: seconds * SAMPLE_RATE]
+
+
+def answer(listener: Listener, question: Question, heard: Heard | None, began: float) -> Waited:
+    """Seconds since `began` at the first token and at the last; the prompt's prefix is kept from before."""
+    request = listener.request(0, question, heard, replace(listener.decoding, max_new_tokens=NEW_TOKENS))
+    times = [time.monotonic() - began for _ in written(Decoder(listener.model), request)]
+    return times[0], times[-1]
+
+
+def by_speech(listener: Listener, full_window: bool = False) -> Ask:
+    def ask(clip: np.ndarray) -> Waited:
+        began = time.monotonic()
+        listener.model.config.full_window = full_window
+        (heard,) = listener.hear([clip])
+        listener.model.config.full_window = False
+        return answer(listener, Question(instruction=INSTRUCTION), heard, began)
+
+    return ask
+
+
+def by_cascade(listener: Listener, recogniser: Recogniser) -> Ask:
+    def ask(clip: np.ndarray) -> Waited:
+        began = time.monotonic()
+        text = recogniser.hear(clip, "en")
+        return answer(listener, Question(instruction=INSTRUCTION, text=text or "."), None, began)
+
+    return ask
+
+
+def measure(model: str, rounds: int) -> dict[str, Any]:
+    listener = load(model)
+    name = recogniser_of(listener.model.config.audio_model_id)
+    ways: dict[str, Ask] = {"speech": by_speech(listener), "padded": by_speech(listener, full_window=True)}
+    ways |= {f"cascade_{kind}": by_cascade(listener, Recogniser(name, kind)) for kind in COMPUTE_TYPES}
+    found: dict[str, Any] = {}
+    for seconds in SECONDS:
+        clip = clip_of(seconds)
+        waits: dict[str, list[Waited]] = {name: [] for name in ways}
+        for ask in ways.values():
+            ask(clip)  # the warm-up
+        for _ in range(rounds):
+            for name, ask in ways.items():
+                waits[name].append(ask(clip))
+        medians = {
+            name: [round(statistics.median(each), 3) for each in zip(*w, strict=True)]
+            for name, w in waits.items()
+        }
+        cascade = min((medians[f"cascade_{kind}"] for kind in COMPUTE_TYPES), key=lambda each: each[0])
+        found[f"{seconds}s"] = {
+            "first_token_s": {name: each[0] for name, each in medians.items()},
+            "whole_answer_s": {name: each[1] for name, each in medians.items()},
+            "first_token_vs_cascade": round(cascade[0] / medians["speech"][0], 2),
+            "first_token_vs_padded": round(medians["padded"][0] / medians["speech"][0], 2),
+        }
+    return {
+        "first_token_vs_cascade_3s": found["3s"]["first_token_vs_cascade"],
+        "first_token_vs_padded_3s": found["3s"]["first_token_vs_padded"],
+        "by_length": found,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    print(json.dumps(measure(options.model, options.rounds)))
+
+
+if __name__ == "__main__":
+    main()
