@@ -69,7 +69,9 @@ COMMANDS = {
         "TranscribeSettings", "blsp.inference.transcribe", "transcribe", "write down what was said"
     ),
     "chat": Command("ChatSettings", "blsp.inference.chat", "chat", "talk with it in the terminal"),
-    "serve": Command("ServeSettings", "blsp.serving.app", "serve", "OpenAI-compatible server and a web page"),
+    "serve": Command(
+        "ServeSettings", "blsp.serving.process", "serve", "OpenAI-compatible server and a web page"
+    ),
     "export": Command(
         "ExportSettings", "blsp.model.checkpoint", "export", "one self-contained Hugging Face folder"
     ),

@@ -19,7 +19,7 @@ import pytest
 from serving.conftest import Running, audio_part, spoken, user, wav
 
 from blsp.serving import sound
-from blsp.serving.app import check_exposure
+from blsp.serving.process import check_exposure
 from blsp.serving.schema import ApiError
 from blsp.settings import ServeSettings
 
@@ -198,10 +198,10 @@ import sys
 from pathlib import Path
 from tiny_models import tiny_blsp
 from blsp.inference.listener import Listener
-from blsp.serving import app
+from blsp.serving import process
 from blsp.settings import ServeSettings
-app.load = lambda *args, **named: Listener(*tiny_blsp(Path(sys.argv[1]), family="llama", adapter="grounded"))
-app.serve(ServeSettings(port=0))
+process.load = lambda *args, **named: Listener(*tiny_blsp(Path(sys.argv[1]), family="llama", adapter="grounded"))
+process.serve(ServeSettings(port=0))
 """
 
 

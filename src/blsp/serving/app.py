@@ -1,8 +1,8 @@
-"""The server: OpenAI's routes, the page, and `serve`, the end of `blsp serve`.
+"""The application: OpenAI's routes and the page, around a loaded model.
 
 In:  settings; HTTP. Out: answers, whole or as server-sent events.
-Try: `blsp serve`, then http://127.0.0.1:8000
-Flow: serving/ — guard.py -> **app** -> sound.py -> exchange.py -> scheduler.py.
+Try: `create_app(listener, ServeSettings())`
+Flow: serving/ — process.py -> guard.py -> **app** -> sound.py -> exchange.py -> scheduler.py.
 
 Conventions (roles, parts, chunks, usage, error objects) are OpenAI's, so that its client libraries work unchanged.
 Nothing of what is said or answered is logged unless --log-content asks for it.
@@ -14,17 +14,14 @@ import asyncio
 import json
 import logging
 import secrets
-import signal
-import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import uvicorn
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -35,7 +32,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from blsp.continuation.prompts import instruction_for
-from blsp.inference.listener import Listener, load
+from blsp.inference.listener import Listener
 from blsp.inference.pauses import cut_at_pauses
 from blsp.model.decoding import Decoding
 from blsp.serving import sound
@@ -56,50 +53,6 @@ POLICY = (
     "default-src 'self'; style-src 'self'; script-src 'self'; media-src 'self' blob:; frame-ancestors 'none'"
 )
 LEFT = 499  # the status that is counted when the client has gone
-
-
-def serve(settings: ServeSettings) -> None:
-    """Load the model and serve until SIGTERM or Ctrl-C; requests that were taken are finished first."""
-    check_exposure(settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    listener = load(settings.model, device=settings.device, dtype=settings.dtype)
-    config = uvicorn.Config(
-        create_app(listener, settings),
-        host=settings.host,
-        port=settings.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=round(settings.deadline),
-        timeout_keep_alive=30,
-    )
-    Server(config).run()
-
-
-def check_exposure(settings: ServeSettings) -> None:
-    """Beyond this machine only with a key, or when told so twice."""
-    local = settings.host in ("127.0.0.1", "::1", "localhost")
-    if not local and not settings.key and not settings.insecure:
-        raise SystemExit(
-            f"--host {settings.host} lets others in: set $BLSP_API_KEY (or --api-key), or say --insecure"
-        )
-
-
-class Server(uvicorn.Server):
-    """Says where it listens, and ends with exit code 0 after SIGTERM."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for server in self.servers:
-            for each in server.sockets:
-                host, port = each.getsockname()[:2]
-                print(f"listening on http://{host}:{port}", flush=True)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Without uvicorn's raising of the signal once more at the end, which would be the exit code."""
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, self.handle_exit)
-        yield
 
 
 def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
