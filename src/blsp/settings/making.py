@@ -293,6 +293,8 @@ class TrainSettings:
     """go on from a checkpoint of other versions, threads or processes: close, not equal to the bit"""
     activation_checkpointing: bool = False
     """compute activations twice to hold fewer of them"""
+    shard_llm: bool = False
+    """spread the LLM's layers over the processes (FSDP2): for one that is too large for each"""
     pad_to_30s: bool = False
     """pad every clip to 30 s before the encoder (paper)"""
     device: Device = "auto"

@@ -23,7 +23,7 @@ import torch
 from blsp.model.checkpoint import save_adapter
 from blsp.model.distributed import Place, find_place, leave, reduce_gradients, sum_across
 from blsp.settings import TrainSettings
-from blsp.training import step
+from blsp.training import lockstep, step
 from blsp.training.batches import prefetch
 from blsp.training.card import model_card
 from blsp.training.examples import Example
@@ -103,7 +103,12 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
     examples = [example for batch in batches for example in batch]
     counts, samples, seconds = count_across(run, examples)
     loss, positions, padding = 0.0, 0.0, 0.0
-    for batch in batches:
+    together = run.settings.shard_llm and run.place.world > 1
+    for batch in lockstep.slots(batches, run.place) if together else batches:
+        if together and not any(example.response for example in batch):
+            lockstep.idle(run.llm)
+        if not batch:
+            continue
         with step.autocast(run.place):
             sums = step.run(run.model, batch, run.objective, run.llm)
             share = step.objective_value(sums, counts, run.objective)

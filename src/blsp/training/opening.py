@@ -8,6 +8,7 @@ Flow: settings -> **opening.py** -> training/preparation.py
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from blsp.continuation.header import header_path, read_header
 from blsp.continuation.prompts import NO_SPEECH_SENTENCE
 from blsp.model.checkpoint import load_blsp, new_blsp
 from blsp.model.digest import tensor_digest
-from blsp.model.distributed import Place, barrier
+from blsp.model.distributed import Place, barrier, shard_language_model
 from blsp.model.embedded import resolve_weights
 from blsp.model.language_model import stop_ids
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
@@ -35,6 +36,9 @@ def open_model(
     """The frozen parts with a fresh adapter, or with the one to start from; only the adapter is trainable."""
     if place.dtype == torch.float16:
         raise SettingsError("--dtype float16: its gradients overflow; train in bfloat16 or float32")
+    whole = place
+    if settings.shard_llm:  # too large for this device until it is spread
+        place = replace(place, device=torch.device("cpu"))
     options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
     if settings.init_from is None:
         vocabulary = _readout_vocabulary(settings, place, sources) if settings.adapter == "grounded" else None
@@ -55,6 +59,9 @@ def open_model(
         if model.config.readout_vocabulary is not None:
             tokens = _readout_vocabulary(settings, place, sources)
             model.model.widen_readout(tokens or range(model.config.text_config.vocab_size))
+    if settings.shard_llm:
+        shard_language_model(model.model.language_model, whole)
+        model.to(whole.device)
     projector = model.model.multi_modal_projector
     projector.to(torch.float64 if place.dtype == torch.float64 else torch.float32)
     projector.requires_grad_(True).train()

@@ -20,7 +20,7 @@ from blsp.model.distributed import Place, barrier
 from blsp.model.features import open_features
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.settings import TrainSettings
+from blsp.settings import SettingsError, TrainSettings
 from blsp.training.batches import DataFile, Plan, Rows, cut
 from blsp.training.examples import Example, ExampleReader, Taught, lengths_for
 from blsp.training.no_speech import write_no_speech
@@ -70,6 +70,10 @@ def prepare(settings: TrainSettings, place: Place) -> Run:
     sources = open_sources(
         settings.data, settings.data_weights, teacher=teacher, temperature=settings.temperature
     )
+    if settings.shard_llm and settings.loss == "kl" and teacher == "online":
+        raise SettingsError(
+            "--shard-llm --loss kl: needs a stored teacher; write it with blsp continue --top-k"
+        )
     model, processor = open_model(settings, place, sources)
     check_teacher(sources, model)
     objective = objective_of(settings, stored=teacher == "stored")
@@ -85,7 +89,7 @@ def prepare(settings: TrainSettings, place: Place) -> Run:
         open_table(sources, reader, folder, skipped, settings.held_out, reader.pairs)
     barrier(place)
     table = open_table(sources, reader, folder, skipped, settings.held_out, reader.pairs)
-    llm = PromptedLLM(model, settings.activation_checkpointing)
+    llm = PromptedLLM(model, settings.activation_checkpointing, reuse_prefix=not settings.shard_llm)
     plan = plan_of(settings, sources, table)
     probes = open_probes(reader, table, sources)
     return Run(

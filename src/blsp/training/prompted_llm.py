@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -31,10 +31,12 @@ class PromptedLLM:
 
     checkpoint_activations: keep no activations inside the layers of a pass with gradients; transformers then
     drops the key/values without a word, so the prefix is put before the sequence instead.
+    reuse_prefix: False puts it there always (lockstep.py).
     """
 
     model: BlspForConditionalGeneration
     checkpoint_activations: bool = False
+    reuse_prefix: bool = True
     known: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
@@ -50,9 +52,10 @@ class PromptedLLM:
         before = len(prefix_ids)
         positions = torch.arange(before + width, device=embeds.device)[None, :].expand(batch, -1)
         decoder = self.model.model.language_model
-        if self.checkpoint_activations and torch.is_grad_enabled():
+        checkpointing = self.checkpoint_activations and torch.is_grad_enabled()
+        if checkpointing or not self.reuse_prefix:
             whole = torch.cat([embed(self.model, prefix_ids).expand(batch, -1, -1), embeds], dim=1)
-            with _checkpointing(decoder):
+            with _checkpointing(decoder) if checkpointing else nullcontext():
                 output = decoder(inputs_embeds=whole, position_ids=positions, use_cache=False)
             return output.last_hidden_state[:, before:]
         return decoder(

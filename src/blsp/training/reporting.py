@@ -42,10 +42,11 @@ def report(run: Run, state: State, bar: tqdm) -> None:
         "padding": round(now.window_padding / max(1, now.window_positions), 4),
     }
     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+    if probing and (run.place.rank == 0 or settings.shard_llm):  # a sharded LLM is run by all or by none
+        row |= measure(run)
     if run.place.rank != 0:
         return
     if probing:
-        row |= measure(run)
         bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()), file=sys.stderr)
     with open(settings.out / "metrics.jsonl", "a", encoding="utf-8") as out:
         out.write(json.dumps(row) + "\n")
