@@ -37,6 +37,7 @@ class Features(Protocol):
     """What training asks of the feature cache (model/features.py)."""
 
     def key(self, utterance: Utterance) -> bytes: ...
+    def keys(self, rows: Sequence[Utterance]) -> list[bytes]: ...
     def lengths(self, keys: Sequence[bytes]) -> NDArray[np.int32]: ...
     def get(self, key: bytes) -> NDArray[np.float16]: ...
 
@@ -112,7 +113,7 @@ class ExampleReader:
         if self.cache is None:
             found = [_frames_of_audio(row) for row in rows]
         else:
-            lengths = self.cache.lengths([self.cache.key(row) for row in rows])
+            lengths = self.cache.lengths(self.cache.keys(rows))
             found = [
                 int(n) or "its features are not in the cache: the audio could not be encoded" for n in lengths
             ]
