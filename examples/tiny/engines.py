@@ -132,3 +132,10 @@ SPEAK: dict[str, Callable[[list[Line], Path], Spoken]] = {
     "piper": speak_piper,
     "kokoro": speak_kokoro,
 }
+VOICES: dict[str, Callable[[Path], Path]] = {"piper": piper_folder, "kokoro": kokoro_folder}
+
+
+def fetch_voices(engine: str, root: Path) -> None:
+    """Fetch what `engine` speaks with, once, before the workers ask for it all at the same time."""
+    if engine in VOICES:
+        VOICES[engine](root)

@@ -21,7 +21,7 @@ import soundfile
 from tqdm import tqdm
 
 from examples.tiny.containers import RATE, write_flac
-from examples.tiny.engines import SPEAK
+from examples.tiny.engines import SPEAK, fetch_voices
 from examples.tiny.lines import LICENCES, Line, plan
 from examples.tiny.rows import summary, write_rows
 
@@ -57,6 +57,7 @@ def synthesise(engine: str, root: Path, lines: list[Line], jobs: int) -> float:
     """Make what is missing; returns the CPU-bound wall seconds times jobs, for the cost table."""
     chunks = [lines[i : i + CHUNK] for i in range(0, len(lines), CHUNK)]
     chunks = [chunk for chunk in chunks if not all(audio_path(root, line).exists() for line in chunk)]
+    fetch_voices(engine, root)
     began = time.monotonic()
     with (
         multiprocessing.get_context("spawn").Pool(jobs) as pool,

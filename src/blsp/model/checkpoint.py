@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,6 +41,7 @@ from blsp.model.embedded import resolve_weights
 from blsp.model.language_model import check_supported, embed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, build_adapter
 from blsp.model.processing_blsp import BlspProcessor
+from blsp.model.spelling import token_strings
 from blsp.shipped import find_model
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ def new_blsp(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         projector = build_adapter(config)
-    return assemble(config, parts, projector, place), new_processor(config, parts)
+    model = assemble(config, parts, projector, place)
+    model.model.spell_readout(lambda ids: token_strings(parts.tokenizer, ids))
+    return model, new_processor(config, parts)
 
 
 def new_processor(config: BlspConfig, parts: FrozenParts) -> BlspProcessor:
@@ -222,12 +225,18 @@ def _load_adapter(folder: str | Path, place: Place) -> tuple[BlspForConditionalG
     projector = build_adapter(config)
     weights = cached_file(str(folder), "model.safetensors")
     prefix = "model.multi_modal_projector."
-    state = {name.removeprefix(prefix): tensor.float() for name, tensor in load_file(str(weights)).items()}
+    stored = load_file(str(weights))
+    state = {name.removeprefix(prefix): _as_type(tensor, torch.float32) for name, tensor in stored.items()}
     try:
         projector.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: its tensors do not fit its config.json: {error}") from error
     return assemble(config, parts, projector, place), BlspProcessor.from_pretrained(folder)
+
+
+def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in `dtype`; whole numbers (how tokens are spelled) stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _check_digest(folder: Any, name: str, expected: str | None) -> None:
@@ -249,7 +258,7 @@ def save_adapter(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the adapter folder under a temporary name, then rename it into place."""
-    state = {name: tensor.to(dtype).contiguous() for name, tensor in model.adapter_state().items()}
+    state = {name: _as_type(tensor, dtype).contiguous() for name, tensor in model.adapter_state().items()}
     _write_folder(
         folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card
     )

@@ -6,11 +6,11 @@ Try: `model.model.listen(states, lengths).readout`
 Flow: encoder states → **CTC over the LLM's embeddings → expected embeddings** → the LLM.
 
 A conv stack (and optionally a few transformer layers) gives a vector a frame; its logits are the products
-with the LLM's frozen token embeddings, plus a learned blank (class 0). Blank frames are dropped, runs of
-the same token are merged, and what the LLM receives for a run is the mean, over the run's frames, of
-posterior · embeddings: exactly a token's embedding when the posterior is one-hot. Which frames form a run
-is an argmax and carries no gradient; the posteriors inside a run do, so step 2 trains through them while a
-CTC term keeps the segmentation in shape.
+with the LLM's frozen token embeddings (and with the tokens' spelling, see spelling.py), plus a learned blank
+(class 0). Blank frames are dropped, runs of the same token are merged, and what the LLM receives for a run is
+the mean, over the run's frames, of posterior · embeddings: exactly a token's embedding when the posterior is
+one-hot. Which frames form a run is an argmax and carries no gradient; the posteriors inside a run do, so step
+2 trains through them while a CTC term keeps the segmentation in shape.
 
 Letters: B batch, T encoder frames, S frames after the stack (= places), E encoder width, H hidden width,
 D LLM width, K classes (blank + read-out tokens), N runs (vectors) of a clip, F frames that are not blank.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from blsp.model.adapter import AdapterOutput, ConvStack, valid_mask
+from blsp.model.spelling import Spelling
 
 BLANK = 0
 
@@ -30,9 +31,10 @@ class GroundedAdapter(nn.Module):
     """Conv stack + transformer layers, read out by CTC over the LLM's token embeddings.
 
     Args:
-        strides: of the three convolutions; (2, 2, 1) reads out at 12.5 frames/s.
+        strides: of the convolutions, three at most; (2, 2, 1) reads out at 12.5 frames/s.
         hidden: width H of the convolutions and layers (default: the encoder's).
         layers: transformer layers after the convolutions.
+        spelling: width of the vectors that spell a token; 0 reads out by the LLM's embeddings alone.
         scale: first value of the learned factor on the logits.
         embedding_std: first gain of the last LayerNorm: vectors start at the size of the LLM's embeddings.
         classes: K - 1, the size of the read-out vocabulary (a learned bias a class).
@@ -47,6 +49,7 @@ class GroundedAdapter(nn.Module):
         strides: tuple[int, ...] = (2, 2, 1),
         hidden: int | None = None,
         layers: int = 0,
+        spelling: int = 0,
         bottleneck: int = 512,
         dropout: float = 0.0,
         scale: float = 10.0,
@@ -65,6 +68,7 @@ class GroundedAdapter(nn.Module):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.bias = nn.Parameter(torch.zeros(classes))
         self.blank = nn.Linear(text_width, 1)
+        self.spelling = Spelling(classes, text_width, spelling) if spelling else None
 
     def places(self, frames: int) -> int:
         return self.stack.places(frames)
@@ -94,7 +98,10 @@ class GroundedAdapter(nn.Module):
         bias = self.bias if tokens is None else self.bias[tokens]
         table = (table if tokens is None else table[tokens]).to(hidden.dtype)
         scale = self.scale / torch.linalg.vector_norm(table, dim=-1).clamp(min=1e-12)
-        return torch.cat([self.blank(hidden), (hidden @ table.T) * scale + bias], dim=-1)
+        logits = (hidden @ table.T) * scale + bias
+        if self.spelling is not None:
+            logits = logits + self.spelling(hidden, tokens)
+        return torch.cat([self.blank(hidden), logits], dim=-1)
 
 
 class _ContextLayer(nn.Module):

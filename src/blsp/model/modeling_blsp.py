@@ -15,7 +15,7 @@ E encoder width, D LLM width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from blsp.model.grounded import GroundedAdapter
 from blsp.model.language_model import UnsupportedModelError, check_supported, head_has_bias, scale_logits
 from blsp.model.packing import pack, unpack
 from blsp.model.speech_encoder import encode_speech
+from blsp.model.spelling import letter_groups
 
 ADAPTERS: dict[str, type[nn.Module]] = {
     "conv": ConvAdapter,
@@ -134,7 +135,14 @@ class BlspModel(BlspPreTrainedModel):
             self._readout = (state, rows)
         return self._readout[1]
 
-    def widen_readout(self, tokens: Iterable[int]) -> None:
+    def spell_readout(self, strings_of: Callable[[Sequence[int]], list[str]]) -> None:
+        """Tell a `grounded` adapter how the read-out tokens are spelled, from the strings of their ids."""
+        spelling = getattr(self.multi_modal_projector, "spelling", None)
+        if spelling is not None:
+            ids = self.config.readout_vocabulary or range(self.config.text_config.vocab_size)
+            spelling.groups = letter_groups(strings_of(list(ids))).to(spelling.groups.device)
+
+    def widen_readout(self, tokens: Iterable[int], strings_of: Callable[[Sequence[int]], list[str]]) -> None:
         """Add LLM tokens to what `grounded` reads out; a new token's bias begins at the mean of the others'."""
         known = self.config.readout_vocabulary
         vocabulary = sorted({*(known or ()), *tokens})
@@ -148,6 +156,7 @@ class BlspModel(BlspPreTrainedModel):
         whole = len(vocabulary) == self.config.text_config.vocab_size
         self.config.readout_vocabulary = None if whole else vocabulary
         self._readout = None
+        self.spell_readout(strings_of)
 
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
         """The adapter on encoder states (B, T, E) with lengths (B,); readouts in the LLM's ids."""

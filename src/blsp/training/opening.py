@@ -25,6 +25,7 @@ from blsp.model.language_model import stop_ids
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.prompt import transcript_ids
+from blsp.model.spelling import token_strings
 from blsp.settings import SettingsError, TrainSettings
 from blsp.training.run_state import write_text
 from blsp.training.sources import DataError, Source
@@ -58,7 +59,10 @@ def open_model(
         _check_start(settings, model, options)
         if model.config.readout_vocabulary is not None:
             tokens = _readout_vocabulary(settings, place, sources)
-            model.model.widen_readout(tokens or range(model.config.text_config.vocab_size))
+            model.model.widen_readout(
+                tokens or range(model.config.text_config.vocab_size),
+                lambda ids: token_strings(processor.tokenizer, ids),
+            )
     if settings.shard_llm:
         shard_language_model(model.model.language_model, whole)
         model.to(whole.device)

@@ -70,7 +70,7 @@ def new_optimiser(run: Run) -> torch.optim.Optimizer:
         {"params": decayed, "weight_decay": run.settings.weight_decay},
         {"params": level, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=run.settings.lr)
+    return torch.optim.AdamW(groups, lr=run.settings.lr, fused=True)
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -87,14 +87,17 @@ def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
 def add_to_average(run: Run, state: State, number: int) -> None:
     """Running mean of the adapter's weights."""
     count = state.progress.averaged + 1
-    for name, tensor in run.model.model.multi_modal_projector.state_dict().items():
+    weights = dict(run.model.model.multi_modal_projector.named_parameters())
+    for name, weight in weights.items():
         if name not in state.average:
-            state.average[name] = tensor.clone()
+            state.average[name] = weight.detach().clone()
         else:
-            state.average[name] += (tensor - state.average[name]) / count
+            state.average[name] += (weight.detach() - state.average[name]) / count
     state.progress = replace(state.progress, averaged=count)
     if number == run.steps - 1:  # the end: what is measured, saved and shipped from here on is the average
-        run.model.model.multi_modal_projector.load_state_dict(state.average)
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(state.average[name])
 
 
 def time_to_save(run: Run, state: State) -> bool:
