@@ -67,7 +67,9 @@ def running(listener: Listener, **settings: Any) -> Iterator[Running]:
         while not server.started:
             time.sleep(0.01)
         url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        patience = time.monotonic() + 60
         while httpx.get(f"{url}/health").status_code != 200:
+            assert time.monotonic() < patience, "the server does not get ready"
             time.sleep(0.02)
         yield Running(url, app, listener)
     finally:

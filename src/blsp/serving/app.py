@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import logging
 import secrets
 import time
@@ -113,11 +114,16 @@ class Service:
         await run_in_threadpool(self.scheduler.stop)
 
     async def _warm_up(self) -> None:
-        """One spoken and one written question, so that the first user does not wait for what is done once."""
+        """One spoken and one written question, so that the first user does not wait for what is done once.
+
+        A deadline is for users: however short it is, the server gets ready.
+        """
         noise = np.random.default_rng(0).normal(scale=0.01, size=16_000).astype(np.float32)
         for parts in ([noise, "Hello."], ["Hello."]):
             exchange = self._ask(
-                [{"role": "user", "parts": parts}], replace(self.listener.decoding, max_new_tokens=2)
+                [{"role": "user", "parts": parts}],
+                replace(self.listener.decoding, max_new_tokens=2),
+                seconds=math.inf,
             )
             await exchange.started()
             [_ async for _ in exchange.pieces()]
@@ -255,7 +261,8 @@ class Service:
         )
 
     def _ask(self, messages: list[dict[str, Any]], decoding: Decoding, **options: Any) -> Exchange:
-        return Exchange(self.scheduler, messages, decoding, seconds=self.settings.deadline, **options)
+        options.setdefault("seconds", self.settings.deadline)
+        return Exchange(self.scheduler, messages, decoding, **options)
 
     async def _uploaded(self, file: UploadFile, response_format: str) -> np.ndarray:
         if response_format not in ("json", "text"):
