@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator
