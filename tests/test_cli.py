@@ -259,6 +259,30 @@ def test_the_command_line_wins_over_the_file_in_every_stage(recipe: Path) -> Non
     assert not whole.stages[0].activation_checkpointing
 
 
+def test_a_flag_that_takes_several_values_may_be_repeated(tmp_path: Path) -> None:
+    flags = [
+        "--out",
+        "o",
+        "--task",
+        "a",
+        "--limit",
+        "3",
+        "--task",
+        "b",
+        "c",
+        "--peer=m@http://x",
+        "--seed",
+        "-1",
+    ]
+    settings = cli.parse("evaluate", flags)
+    assert settings.task == ("a", "b", "c") and settings.peer == ("m@http://x",)
+    assert (settings.limit, settings.seed, settings.out) == (3, -1, Path("o"))
+    file = tmp_path / "evaluate.yaml"
+    file.write_text("task: [x, y]\nroutes: [text]\nout: elsewhere\n")
+    settings = cli.parse("evaluate", ["--config", str(file), "--task", "a", "--task", "b"])
+    assert settings.task == ("a", "b") and settings.routes == ("text",)  # the file is still overruled
+
+
 def test_a_file_is_the_same_flags_written_down(tmp_path: Path) -> None:
     file = tmp_path / "prepare.yaml"
     file.write_text("corpus: folder\nroot: r\nout: o.jsonl\ncheck-audio: true\n")

@@ -144,6 +144,9 @@ def test_a_language_must_be_named_where_there_are_several(tmp_path: Path) -> Non
     flags, _ = fleurs(tmp_path / "fleurs")
     with pytest.raises(CorpusError, match="say --language"):
         prepare(settings_of("fleurs", tmp_path / "fleurs", tmp_path / "m.jsonl", flags | {"language": None}))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CorpusError, match=r"empty/<language>: missing.*huggingface\.co"):
+        prepare(settings_of("fleurs", tmp_path / "empty", tmp_path / "m.jsonl", flags | {"language": None}))
     for corpus in ("covost2", "must-c"):
         with pytest.raises(CorpusError, match="say --target-language"):
             prepare(PrepareSettings(corpus, tmp_path / "m.jsonl", root=str(tmp_path)))  # type: ignore[arg-type]

@@ -3,7 +3,8 @@
 In:  a settings class and the flags; `--config FILE` among them names a YAML mapping of the same flags, with
      hyphens or underscores: `batch-size: 64`, `augment: [speed, noise]`, `pad-to-30s: true`, `cache: null`
      (left out).
-Out: the settings, parsed by tyro. The command line wins over the file, wherever the file says it.
+Out: the settings, parsed by tyro. The command line wins over the file, wherever the file says it; a flag that
+     takes several values may be given several times.
 Try: `read_settings(TrainSettings, ["--config", "examples/tiny/train.yaml"], prog="blsp train")`
 Flow: cli.py → **configuration_file.py** → settings/
 
@@ -33,6 +34,7 @@ Mapping = dict[str, Any]
 
 def read_settings(kind: type[Settings], flags: Sequence[str], prog: str) -> Settings:
     """Settings of class `kind`; raises SettingsError on a bad file, exits with 2 on a bad flag."""
+    flags = _gathered(kind, flags)
     file = _config_flag(flags)
     if file is None or "config" not in _fields(kind):
         return _parse(kind, flags, prog)
@@ -119,6 +121,30 @@ def _flag(field: dataclasses.Field[Any], value: Any, where: str) -> list[str]:
     if "Positional" in kind:
         return words
     return [f"{flag}={words[0]}"] if "tuple" not in kind else [flag, *words]
+
+
+def _gathered(kind: type, flags: Sequence[str]) -> list[str]:
+    """`--task a --task b` means `--task a b`: a flag that takes several values may be given several times."""
+    several = {
+        f"--{field.name.replace('_', '-')}" for field in _fields(kind).values() if _takes_several(field)
+    }
+    found: dict[str, list[str]] = {}
+    rest: list[str] = []
+    words = rest
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        name = name.replace("_", "-")
+        if name in several:
+            words = found.setdefault(name, [])
+            words += [value] if equals else []
+            continue
+        words = rest if flag.startswith("-") else words
+        words.append(flag)
+    return [*rest, *(word for name, values in found.items() for word in (name, *values))]
+
+
+def _takes_several(field: dataclasses.Field[Any]) -> bool:
+    return "tuple" in str(field.type) and "Positional" not in str(field.type)
 
 
 def _config_flag(flags: Sequence[str]) -> Path | None:

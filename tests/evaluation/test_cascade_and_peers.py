@@ -164,11 +164,13 @@ def test_a_peer_hears_the_clip_and_gets_a_column(
     bench: Callable[..., Bench], suite: Suite, server: Any
 ) -> None:
     url, requests = server("A turn on the days.")
-    only = Suite("peer", tuple(task for task in suite.tasks if task.name in ("slu", "chat")))
+    only = Suite("peer", tuple(task for task in suite.tasks if task.name in ("slu", "chat", "no-speech")))
     results = judge(bench(routes=("text",), peers=(Endpoint("org/big-ears", url),)), only)
     slu, chat = (results.to_json()["tasks"][name]["big-ears"] for name in ("slu", "chat"))
     assert "accuracy" not in slu and slu["accuracy_generated"] == pytest.approx(1 / 7)
     assert chat["n"] == 7 and "chrf" in chat
+    silence = results.to_json()["tasks"]["no-speech"]["big-ears"]
+    assert silence["n"] == 0 and "set sentence" in silence["unavailable"]
     sent = next(request for request in requests if "Talk." in json.dumps(request))
     audio, words = sent["messages"][0]["content"]  # the task is speech-first
     assert words == {"type": "text", "text": "Talk."} and sent["model"] == "org/big-ears"

@@ -11,9 +11,10 @@ import pytest
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.bootstrap import mean_figure
+from blsp.evaluation.findings import findings
 from blsp.evaluation.judge import Bench, judge
 from blsp.evaluation.report import write_report
-from blsp.evaluation.results import TaskResult, evidence
+from blsp.evaluation.results import Results, TaskResult, evidence
 from blsp.evaluation.scoring import Score
 from blsp.evaluation.tables import change, shown, table, with_interval
 from blsp.evaluation.tasks import Suite, Task
@@ -51,6 +52,42 @@ def test_a_task_is_evidence_only_where_the_text_route_can_do_it(
     score.add(result.metric, result.rows, mean_figure(np.array([value])), [value])
     result.scores["text"] = score
     assert (evidence(result) is None) == is_evidence
+
+
+def scored(kind: str, **values: float) -> TaskResult:
+    """A task of one question with this main figure on each route."""
+    result = TaskResult(Task(f"my-{kind}", kind, "m", chance=0.25), [Utterance("a", "", "hi")])
+    for route, value in values.items():
+        result.scores[route] = Score(counts={"no_speech": 0})
+        result.scores[route].add(result.metric, result.rows, mean_figure(np.array([value])), [value])
+    return result
+
+
+def test_the_findings_are_sentences_about_evidence_only() -> None:
+    results = Results("s", 10, 0)
+    results.tasks = [
+        scored("asr", text=0.05, speech=0.3, readout=0.25, recogniser=0.07),
+        scored("sqa", text=0.8, cascade=0.75, speech=0.5),
+        scored("slu", text=0.3, speech=0.9),
+        scored("no-speech", speech=0.0),
+    ]
+    recognition, questions, silence = findings(results, results.to_json()).splitlines()
+    assert "own read-out gets 25.0 % of the words wrong" in recognition and "7.0 %" in recognition
+    assert questions == (
+        "- **my-sqa**: right on hearing in 50.0 % of 1 cases (on reading 80.0 %, through the cascade 75.0 %). "
+        "Guessing gives 25.0 %."
+    )
+    assert "heard words in 1" in silence
+
+
+def test_a_report_explains_its_columns_and_compares_nothing_with_itself(
+    bench: Callable[..., Bench], suite: Suite, tmp_path: Path
+) -> None:
+    write_report(judge(bench(), suite), tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "- **behaviour**: on hearing" in report and "**readout**" not in report  # conv reads nothing out
+    glance = next(line for line in report.splitlines() if line.startswith("| continuation"))
+    assert "chrF to text" in glance and "(itself)" in glance
 
 
 def test_divergence_against_scores_over_checkpoints(

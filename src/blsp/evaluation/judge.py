@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 ROUTES = ("text", "cascade", "speech")
 UNHEARD = "the speech encoder knows English only"
+NO_SENTENCE = "a peer has no set sentence for silence"
 
 
 @dataclass
@@ -159,6 +160,10 @@ def judge_task(bench: Bench, task: Task, rows: list[Utterance]) -> TaskResult:
     if "speech" in bench.routes:
         _speech(bench, result)
     for peer in bench.peers:
+        if task.kind == "no-speech":
+            result.unavailable[peer.name] = NO_SENTENCE
+            bench.bar.update(len(rows))
+            continue
         with bench.log(task, rows, f"peer-{peer.name}", f"{peer.model}@{peer.url}") as log:
             result.answers[peer.name] = ask_peer(peer, task, rows, log, bench.bar.update)
     _score(bench, result)

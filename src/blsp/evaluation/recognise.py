@@ -52,7 +52,7 @@ class Recogniser:
     def __init__(self, name: str, compute: str = "int8", device: str = "cpu") -> None:
         self.name, self.compute = name, compute
         folder = resolve_weights(name)
-        faster = Path(folder, "model.bin").is_file() or "/" not in folder
+        faster = Path(folder, "model.bin").is_file() or not ("/" in folder or Path(folder).is_dir())
         self._hear, self.multilingual = (_faster if faster else _transformers)(folder, compute, device)
         self.workers = (os.cpu_count() or 1) if faster and device == "cpu" else 1
 

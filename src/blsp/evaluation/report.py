@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from blsp.evaluation import pictures
+from blsp.evaluation.findings import findings
 from blsp.evaluation.results import Results, TaskResult, evidence, write_results
 from blsp.evaluation.scoring import LOWER_IS_BETTER
 from blsp.evaluation.tables import NAMES, UNKNOWN, change, shown, table, with_interval
@@ -25,6 +26,7 @@ PANELS = {
     "bleu": "Translation: BLEU  (higher is better)",
     "chrf": "Answers like those to the text: chrF  (higher is better)",
 }
+COMPARED = ("chat", "continuation")  # kinds whose answers are compared with the text route's
 FAULTS = {
     "refusals": "refused",
     "loops": "looped",
@@ -43,6 +45,10 @@ what stands in one place of the prompt, and in nothing else. Brackets hold 95 % 
 the questions); *speech : text* is how much larger (+) or smaller (−) the speech route's figure is than the text
 route's.
 """
+COLUMNS = {
+    "recogniser": "**recogniser**: what the cascade's first half wrote, without the language model.",
+    "readout": "**readout**: the adapter's own transcript, without the language model.",
+}
 ALIGNMENT = """\
 The method promises that the model behaves on hearing as it behaves on reading. Measured token by token along the
 model's own answer to the text: **divergence** is KL(text ‖ speech) over the whole vocabulary, in nats a token (0 is
@@ -64,7 +70,8 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
     found = results.to_json()
     sections = [
         f"# How well does `{results.environment.get('model', 'the model')}` listen?\n\n{INTRODUCTION}",
-        "## At a glance\n\n" + _glance(results, found) + "\n\n" + _doubts(results),
+        _in_short(results, found),
+        "## At a glance\n\n" + _glance(results, found) + "\n\n" + _remarks(results),
         _draw_scores(results, found, folder),
         _alignment(results, found, folder),
         _checkpoints(found, folder, compare),
@@ -82,6 +89,11 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
 # --- tables -------------------------------------------------------------------------------------------------
 
 
+def _in_short(results: Results, found: dict[str, Any]) -> str:
+    sentences = findings(results, found)
+    return f"## In short\n\n{sentences}" if sentences else ""
+
+
 def _glance(results: Results, found: dict[str, Any]) -> str:
     """One line a task: the main metric on every route."""
     routes = _routes(results)
@@ -94,13 +106,24 @@ def _glance(results: Results, found: dict[str, Any]) -> str:
             [
                 each.task.name + ("" if evidence(each) is None else " *"),
                 str(len(each.rows)),
-                NAMES[metric],
-                *(_cell(scores.get(route, {}), metric) for route in routes),
+                _name(each, metric),
+                *(_glance_cell(each, scores, route) for route in routes),
                 change(gaps.get("speech_vs_text")),
                 change(gaps.get("speech_vs_cascade")),
             ]
         )
     return table(header, rows)
+
+
+def _name(result: TaskResult, metric: str) -> str:
+    """The metric's name; of answers that are compared with the text route's, that too."""
+    return f"{NAMES[metric]} to text" if metric == "chrf" and result.task.kind in COMPARED else NAMES[metric]
+
+
+def _glance_cell(result: TaskResult, scores: dict[str, Any], route: str) -> str:
+    if route == "text" and result.task.kind in COMPARED:
+        return "(itself)"
+    return _cell(scores.get(route, {}), result.metric)
 
 
 def _routes(results: Results) -> list[str]:
@@ -117,9 +140,10 @@ def _cell(score: dict[str, Any], metric: str) -> str:
     return with_interval(metric, score[metric], score[f"{metric}_ci"]) if metric in score else ""
 
 
-def _doubts(results: Results) -> str:
-    """Tasks that say nothing about listening, and routes that are missing."""
-    lines = [
+def _remarks(results: Results) -> str:
+    """What the columns are; tasks that say nothing about listening; routes that are missing."""
+    lines = [words for route, words in COLUMNS.items() if route in _routes(results)]
+    lines += [
         f"\\* **{each.task.name}** is no evidence about listening: {why}, so the small language model is the limit."
         for each in results.tasks
         if (why := evidence(each)) is not None
@@ -159,7 +183,7 @@ def _task(result: TaskResult, scores: dict[str, Any]) -> str:
     parts = [f"### {task.name}", f"{task.note} {asked}".strip()]
     metrics = list(dict.fromkeys(name for score in result.scores.values() for name in score.figures))
     rows = [[route, *(_cell(scores[route], name) for name in metrics)] for route in result.scores]
-    parts.append(table(["route", *(NAMES[name] for name in metrics)], rows))
+    parts.append(table(["route", *(_name(result, name) for name in metrics)], rows))
     if task.kind != "no-speech" or "speech" in result.scores:
         parts.append(_examples(result))
     return "\n\n".join(part for part in parts if part)
@@ -187,7 +211,9 @@ def _examples(result: TaskResult) -> str:
                 shown(result.metric, values[row.id]),
             ]
         )
-    header = ["said", "wanted", *result.answers, f"{NAMES[result.metric]} ({route})"]
+    header = ["said", "wanted", *result.answers, f"{_name(result, result.metric)} ({route})"]
+    if not any(row[1] for row in rows):
+        header, rows = [header[0], *header[2:]], [[row[0], *row[2:]] for row in rows]
     return "From best to worst on the " + route + " route, evenly spread:\n\n" + table(header, rows)
 
 
@@ -234,7 +260,7 @@ def _draw_scores(results: Results, found: dict[str, Any], folder: Path) -> str:
         factor = 100.0 if metric in ("wer", "accuracy") else 1.0
         for route, score in found["tasks"][each.task.name].items():
             values = [score.get(metric), *score.get(f"{metric}_ci", ())]
-            if route == "text" and each.task.kind in ("chat", "continuation"):
+            if route == "text" and each.task.kind in COMPARED:
                 continue
             if len(values) == 3 and all(value is not None and math.isfinite(value) for value in values):
                 point = pictures.Point(each.task.name, route, *(factor * value for value in values))

@@ -71,6 +71,8 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         above_zero(self, "batch_size", "bootstrap")
+        if self.limit is not None:
+            above_zero(self, "limit")
         if not self.suite and not self.task:
             raise SettingsError("name what to evaluate: --suite tiny, or --task NAME")
 
@@ -122,9 +124,9 @@ class GenerateSettings:
 class TranscribeSettings:
     """Write down what was said: one line of JSON, {"audio", "text"}, per file, in the order given.
 
-    No recogniser is loaded: the LLM repeats what it hears, or a grounded adapter reads out its own tokens
-    without running the LLM at all. Left to itself, the model uses whichever of the two its card says is
-    better.
+    No recogniser is loaded. A grounded adapter reads out its own tokens, and of the likeliest sequences the
+    LLM chooses the one that somebody would say; --readout leaves the LLM out. With the other adapters the
+    LLM repeats what it hears.
 
         $ blsp transcribe meeting.wav question.mp3 --out transcripts.jsonl
     """
@@ -136,7 +138,7 @@ class TranscribeSettings:
     readout: bool = False
     """the grounded adapter's own tokens, without the LLM"""
     repeat: bool = False
-    """the LLM repeats what it hears, even where the read-out would be better"""
+    """the LLM repeats what it hears, with a grounded adapter too"""
     out: Path | None = None
     """write here instead of to the screen"""
     max_new_tokens: int = 256
@@ -155,7 +157,7 @@ class TranscribeSettings:
         if not self.files:
             raise SettingsError("name at least one recording, as in `blsp transcribe question.wav`")
         if self.readout and self.repeat:
-            raise SettingsError("--readout and --repeat: choose one, or neither for the model's better one")
+            raise SettingsError("--readout and --repeat: choose one, or neither for the better way")
 
 
 @dataclass(frozen=True)

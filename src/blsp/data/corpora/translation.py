@@ -242,6 +242,8 @@ def fleurs(wanted: Wanted) -> Read:
 
 def _fleurs_folder(root: Path, language: str | None) -> Path:
     there = folders_in(root)
+    if language is None and not there:
+        FLEURS.need(root / "<language>")
     if language is None:
         raise CorpusError(f"{root}: FLEURS has many languages; say --language ({', '.join(there[:5])}, …)")
     for name in there:
