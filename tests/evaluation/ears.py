@@ -1,4 +1,4 @@
-"""Ears for the judge to judge: perfect ones, and ones that hear another clip.
+"""Ears for the judge to judge: perfect ones, and ones that hear another clip; a recogniser that repeats.
 
 In:  a loaded model. Out: what `Bench(hear=...)` takes in the place of the model's own ears.
 Try: `Bench(listener, folder, hear=shuffled(transcripts_as_speech(listener)))`
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from blsp.data.manifest import Utterance
+from blsp.evaluation.answers import AnswerLog
 from blsp.evaluation.routes import Said, Say
 from blsp.inference.listener import Listener
 from blsp.model.adapter import Heard
@@ -44,6 +45,18 @@ def shuffled(hear: Say) -> Say:
         return hear(others)
 
     return wrong
+
+
+class Parrot:
+    """A recogniser that writes the transcript, but "misheard" for the first row and nothing for the second."""
+
+    name, compute, multilingual = "parrot", "int8", False
+
+    def hears(self, language: str) -> bool:
+        return language == "en"
+
+    def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
+        return [{"en/0": "misheard", "en/1": ""}.get(row.id, row.text) for row in rows]
 
 
 def _as_heard(listener: Listener, text: str) -> Heard:

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import soundfile
+from ears import Parrot
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -22,25 +23,13 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from blsp.data.manifest import Manifest, Utterance
-from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, answer_log
+from blsp.data.manifest import Manifest
+from blsp.evaluation.answers import NO_SPEECH, Answer, answer_log
 from blsp.evaluation.judge import Bench, judge
 from blsp.evaluation.peers import Endpoint, PeerError, parse_endpoint, read_mark
 from blsp.evaluation.recognise import Recogniser, RecogniserError, recogniser_of
 from blsp.evaluation.tasks import Suite
 from blsp.model.embedded import resolve_weights
-
-
-class Parrot:
-    """A recogniser that writes the transcript, but "misheard" for the first row and nothing for the second."""
-
-    name, compute, multilingual = "parrot", "int8", False
-
-    def hears(self, language: str) -> bool:
-        return language == "en"
-
-    def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
-        return [{"en/0": "misheard", "en/1": ""}.get(row.id, row.text) for row in rows]
 
 
 @pytest.fixture

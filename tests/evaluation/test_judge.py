@@ -13,10 +13,11 @@ import torch
 from ears import shuffled, transcripts_as_speech
 from transformers import AutoModelForCausalLM
 
+from blsp.data.manifest import write_manifest
 from blsp.evaluation.judge import Bench, judge
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
-from blsp.evaluation.tasks import Suite
+from blsp.evaluation.tasks import Suite, Task, TaskError
 from blsp.inference.listener import Listener
 
 BenchMaker = Callable[..., Bench]
@@ -174,6 +175,18 @@ def test_silence_is_answered_with_the_set_sentence(bench: BenchMaker, suite: Sui
         and found["no_speech"] == 1
         and "text" not in figures(results, "tasks", "no-speech")
     )
+
+
+def test_a_missing_recording_is_named_before_anything_is_asked(
+    bench: BenchMaker, suite: Suite, tmp_path: Path
+) -> None:
+    row = {"id": "gone", "audio": str(tmp_path / "gone.wav"), "text": "hello"}
+    write_manifest(tmp_path / "m.jsonl", [row])
+    task = Task("t", "chat", str(tmp_path / "m.jsonl"))
+    with pytest.raises(TaskError, match=r"row 'gone': .*gone\.wav: no such recording"):
+        judge(bench(), Suite("one", (*suite.tasks, task)))
+    assert not (tmp_path / "results").exists()
+    assert judge(bench(routes=("text",)), Suite("one", (task,))).tasks[0].answers["text"]
 
 
 def test_limit_asks_the_first_questions_only(bench: BenchMaker, suite: Suite) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ears import Parrot
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.bootstrap import mean_figure
@@ -88,6 +89,16 @@ def test_a_report_explains_its_columns_and_compares_nothing_with_itself(
     assert "- **behaviour**: on hearing" in report and "**readout**" not in report  # conv reads nothing out
     glance = next(line for line in report.splitlines() if line.startswith("| continuation"))
     assert "chrF to text" in glance and "(itself)" in glance
+
+
+@pytest.mark.parametrize("routes", [("text",), ("speech",), ("cascade",)])
+def test_any_route_alone_makes_a_report(
+    bench: Callable[..., Bench], suite: Suite, tmp_path: Path, routes: tuple[str, ...]
+) -> None:
+    screen = write_report(judge(bench(routes=routes, recogniser=Parrot()), suite), tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert f" {routes[0]} " in screen and all(f"### {task.name}" in report for task in suite.tasks)
+    assert ("alignment" in json.loads((tmp_path / "results.json").read_text())) and "nan" not in report
 
 
 def test_divergence_against_scores_over_checkpoints(

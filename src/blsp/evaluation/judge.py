@@ -39,7 +39,7 @@ from blsp.evaluation.routes import (
     route_fingerprint,
 )
 from blsp.evaluation.scoring import plain_words, score, score_transcripts
-from blsp.evaluation.tasks import Suite, Task, check_manifests, select
+from blsp.evaluation.tasks import Suite, Task, check_manifests, check_recordings, select
 from blsp.inference.listener import Listener, load
 from blsp.model.embedded import cache_root
 
@@ -117,7 +117,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         bootstrap=settings.bootstrap,
     )
     results = judge(bench, suite)
-    results.environment |= {"model": settings.model, "data": str(data)}
+    results.environment |= {"model": settings.model, "data": str(data).replace(str(Path.home()), "~")}
     print(write_report(results, settings.out, settings.compare))
 
 
@@ -126,6 +126,8 @@ def judge(bench: Bench, suite: Suite) -> Results:
     began = time.monotonic()
     results = Results(suite.name, bench.bootstrap, bench.seed)
     rows = {task.name: bench.rows(task) for task in suite.tasks}
+    if bench.peers or set(bench.routes) - {"text"}:
+        check_recordings(rows)
     unasked = sum(
         len(rows[task.name]) for task in suite.tasks if task.kind == "no-speech" and "text" in bench.routes
     )

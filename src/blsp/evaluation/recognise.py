@@ -82,8 +82,14 @@ def load_clip(row: Utterance) -> np.ndarray:
     return load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
 
 
+def file_size(audio: str) -> int:
+    """Bytes; 0 where there is no file. A clip that was made anew under its old name is not taken for the old one."""
+    return os.path.getsize(audio) if audio and os.path.exists(audio) else 0
+
+
 def _clip_key(row: Utterance) -> str:
-    return f"{row.audio}#{row.start or 0}+{row.duration or ''}@{row.language or 'en'}"
+    part = f"{row.start or 0}+{row.duration or ''}"
+    return f"{row.audio}#{part}@{row.language or 'en'} {file_size(row.audio)} B"
 
 
 def _faster(folder: str, compute: str, device: str) -> tuple[Hear, bool]:

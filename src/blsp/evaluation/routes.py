@@ -13,7 +13,6 @@ whole, so that a resumed run has the very numbers of an uninterrupted one.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +24,7 @@ import blsp
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers, fingerprint
 from blsp.evaluation.choices import option_scores
-from blsp.evaluation.recognise import load_clip
+from blsp.evaluation.recognise import file_size, load_clip
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener, Question
 from blsp.model.adapter import Heard
@@ -153,13 +152,9 @@ def route_fingerprint(model: str, task: Task, rows: Sequence[Utterance], route: 
     return fingerprint(
         model=model,
         task=repr(replace(task, note="", name="")),
-        rows=[(row.to_json(), _file_size(row.audio)) for row in rows],
+        rows=[(row.to_json(), file_size(row.audio)) for row in rows],
         route=route,
         batch_size=batch_size,
         versions=(blsp.__version__, torch.__version__, transformers.__version__),
         threads=torch.get_num_threads(),
     )
-
-
-def _file_size(audio: str) -> int:
-    return os.path.getsize(audio) if audio and os.path.exists(audio) else 0

@@ -20,7 +20,7 @@ answer is scored, nothing else:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -191,6 +191,16 @@ def check_manifests(suite: Suite) -> None:
                 f"{path}: no such manifest; `make eval-data` makes the suite's speech once, "
                 "and --data names another folder that has it"
             )
+
+
+def check_recordings(rows: Mapping[str, Sequence[Utterance]]) -> None:
+    """Raise `TaskError` for the first recording that is not there, before hours of answers; rows by task."""
+    for task, asked in rows.items():
+        for row in asked:
+            if not Path(row.audio).is_file():
+                raise TaskError(
+                    f"task {task!r}: row {row.id!r}: {row.audio or 'no audio'}: no such recording"
+                )
 
 
 def _suite(name: str, content: dict[str, Any], where: str, folder: Path) -> Suite:
