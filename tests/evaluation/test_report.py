@@ -55,9 +55,9 @@ def test_a_task_is_evidence_only_where_the_text_route_can_do_it(
     assert (evidence(result) is None) == is_evidence
 
 
-def scored(kind: str, **values: float) -> TaskResult:
+def scored(kind: str, name: str = "", **values: float) -> TaskResult:
     """A task of one question with this main figure on each route."""
-    result = TaskResult(Task(f"my-{kind}", kind, "m", chance=0.25), [Utterance("a", "", "hi")])
+    result = TaskResult(Task(name or f"my-{kind}", kind, "m", chance=0.25), [Utterance("a", "", "hi")])
     for route, value in values.items():
         result.scores[route] = Score(counts={"no_speech": 0})
         result.scores[route].add(result.metric, result.rows, mean_figure(np.array([value])), [value])
@@ -68,17 +68,26 @@ def test_the_findings_are_sentences_about_evidence_only() -> None:
     results = Results("s", 10, 0)
     results.tasks = [
         scored("asr", text=0.05, speech=0.3, readout=0.25, recogniser=0.07),
+        scored("asr", "too-hard", text=1.4, speech=1.3, readout=0.25),
         scored("sqa", text=0.8, cascade=0.75, speech=0.5),
         scored("slu", text=0.3, speech=0.9),
         scored("no-speech", speech=0.0),
     ]
-    recognition, questions, silence = findings(results, results.to_json()).splitlines()
-    assert "own read-out gets 25.0 % of the words wrong" in recognition and "7.0 %" in recognition
+    repeated, read_out, questions, silence = findings(results, results.to_json()).splitlines()
+    assert "own read-out gets 25.0 % of the words wrong, the cascade's recogniser 7.0 %" in repeated
+    assert "repeat what it hears, 30.0 %, what it reads, 5.0 %." in repeated
+    assert read_out.endswith(
+        "own read-out gets 25.0 % of the words wrong."
+    )  # the LLM cannot repeat: not said
     assert questions == (
         "- **my-sqa**: right on hearing in 50.0 % of 1 cases (on reading 80.0 %, through the cascade 75.0 %). "
         "Guessing gives 25.0 %."
     )
     assert "heard words in 1" in silence
+    assert results.to_json()["no_evidence"] == {
+        "too-hard": "a WER of 1.40 as text",
+        "my-slu": "0.30 as text, below twice chance, 0.50",
+    }
 
 
 def test_a_report_explains_its_columns_and_compares_nothing_with_itself(

@@ -17,11 +17,11 @@ Scores = dict[str, dict[str, Any]]  # route -> metric -> value
 
 
 def findings(results: Results, found: dict[str, Any]) -> str:
-    """One bullet a task that the LLM can do on reading, and one about its behaviour."""
+    """One bullet a task that the LLM can do on reading (or that is done without it), and one about its behaviour."""
     lines = []
     for each in results.tasks:
         scores: Scores = found["tasks"][each.task.name]
-        if each.task.kind in SENTENCES and scores.get("speech", {}).get("n") and evidence(each) is None:
+        if scores.get("speech", {}).get("n") and (evidence(each) is None or "readout" in scores):
             lines.append(f"- **{each.task.name}**: {SENTENCES[each.task.kind](each, scores)}")
     if found["alignment"]:
         lines.append(f"- **behaviour**: {_behaviour(found['alignment'])}")
@@ -29,18 +29,18 @@ def findings(results: Results, found: dict[str, Any]) -> str:
 
 
 def _recognition(result: TaskResult, scores: Scores) -> str:
-    """Words wrong, by the read-out, by the LLM that repeats, and by a recogniser made for it."""
+    """Words wrong, by the read-out, by a recogniser made for it, and by the LLM that repeats, if it can."""
     parts = []
     if "readout" in scores:
         parts.append(
             f"the adapter's own read-out gets {_figure(scores, 'readout', 'wer')} of the words wrong"
         )
-    parts.append(f"the model, asked to repeat what it hears, {_figure(scores, 'speech', 'wer')}")
-    if "text" in scores:
-        parts.append(f"asked to repeat what it reads, {_figure(scores, 'text', 'wer')}")
     if "recogniser" in scores:
-        parts.append(f"the cascade's recogniser, {_figure(scores, 'recogniser', 'wer')}")
-    return f"over {len(result.rows)} utterances, {'; '.join(parts)}."
+        parts.append(f"the cascade's recogniser {_figure(scores, 'recogniser', 'wer')}")
+    if evidence(result) is None:
+        parts.append(f"the model, asked to repeat what it hears, {_figure(scores, 'speech', 'wer')}")
+        parts += [f"what it reads, {_figure(scores, 'text', 'wer')}"] if "text" in scores else []
+    return f"over {len(result.rows)} utterances {', '.join(parts)}."
 
 
 def _understanding(result: TaskResult, scores: Scores) -> str:

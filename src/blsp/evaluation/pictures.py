@@ -183,7 +183,7 @@ def draw_layers(layers: LayerAnalysis, picture: Path) -> None:
     left.set(
         title="How alike the states are",
         xlabel="layer (0: embeddings)",
-        ylim=(min(0.0, *layers.cosine_question), 1.03),
+        ylim=_similarity_range(layers),
     )
     left.legend(frameon=False, loc="best")
     right.plot(places, layers.kl, color=INK, linewidth=2, marker="o", markersize=3.5)
@@ -197,6 +197,13 @@ def draw_layers(layers: LayerAnalysis, picture: Path) -> None:
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, picture)
+
+
+def _similarity_range(layers: LayerAnalysis) -> tuple[float, float]:
+    """From the tenth below the lowest value to 1, with a little room: routes that are alike differ in hundredths."""
+    lowest = min(*layers.cosine, *layers.cka, *layers.cosine_question)
+    bottom = min(np.floor(10 * lowest) / 10, 0.9)
+    return bottom, 1 + 0.03 * (1 - bottom)
 
 
 def draw_instructions(layers: LayerAnalysis, picture: Path) -> None:
@@ -229,7 +236,7 @@ def draw_instructions(layers: LayerAnalysis, picture: Path) -> None:
     axis.plot([], [], color=GREY, marker="o", markerfacecolor="white", linestyle="none", label="transcript")
     axis.plot([], [], color=GREY, marker="D", linestyle="none", label="speech")
     axis.set(
-        title="What the LLM is about to do, on reading and on hearing, under different instructions",
+        title="What the LLM is about to do when it reads and when it hears",
         xticks=[],
         yticks=[],
     )

@@ -49,6 +49,9 @@ COLUMNS = {
     "recogniser": "**recogniser**: what the cascade's first half wrote, without the language model.",
     "readout": "**readout**: the adapter's own transcript, without the language model.",
 }
+NO_EVIDENCE = """\
+No evidence about listening, since the language model cannot do the task on reading either (a read-out, which does \
+without it, is evidence all the same):"""
 ALIGNMENT = """\
 The method promises that the model behaves on hearing as it behaves on reading. Measured token by token along the
 model's own answer to the text: **divergence** is KL(text ‖ speech) over the whole vocabulary, in nats a token (0 is
@@ -71,7 +74,7 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
     sections = [
         f"# How well does `{results.environment.get('model', 'the model')}` listen?\n\n{INTRODUCTION}",
         _in_short(results, found),
-        "## At a glance\n\n" + _glance(results, found) + "\n\n" + _remarks(results),
+        "## At a glance\n\n" + _glance(results, found) + "\n\n" + _remarks(results, found),
         _draw_scores(results, found, folder),
         _alignment(results, found, folder),
         _checkpoints(found, folder, compare),
@@ -104,7 +107,7 @@ def _glance(results: Results, found: dict[str, Any]) -> str:
         gaps = found["gaps"][each.task.name].get(metric, {})
         rows.append(
             [
-                each.task.name + ("" if evidence(each) is None else " *"),
+                _marked(each),
                 str(len(each.rows)),
                 _name(each, metric),
                 *(_glance_cell(each, scores, route) for route in routes),
@@ -113,6 +116,11 @@ def _glance(results: Results, found: dict[str, Any]) -> str:
             ]
         )
     return table(header, rows)
+
+
+def _marked(result: TaskResult) -> str:
+    """The task's name, with a star where it is no evidence about listening."""
+    return result.task.name + ("" if evidence(result) is None else " *")
 
 
 def _name(result: TaskResult, metric: str) -> str:
@@ -140,14 +148,12 @@ def _cell(score: dict[str, Any], metric: str) -> str:
     return with_interval(metric, score[metric], score[f"{metric}_ci"]) if metric in score else ""
 
 
-def _remarks(results: Results) -> str:
+def _remarks(results: Results, found: dict[str, Any]) -> str:
     """What the columns are; tasks that say nothing about listening; routes that are missing."""
     lines = [words for route, words in COLUMNS.items() if route in _routes(results)]
-    lines += [
-        f"\\* **{each.task.name}** is no evidence about listening: {why}, so the small language model is the limit."
-        for each in results.tasks
-        if (why := evidence(each)) is not None
-    ]
+    doubts = ", ".join(f"{task} ({why})" for task, why in found["no_evidence"].items())
+    if doubts:
+        lines.append(f"\\* {NO_EVIDENCE} {doubts}.")
     missing: dict[tuple[str, str], list[str]] = {}
     for each in results.tasks:
         for route, why in each.unavailable.items():
@@ -224,7 +230,7 @@ def _said(answer: Any, options: Sequence[str] | None) -> str:
     return answer.text
 
 
-def _short(text: str, limit: int = 160) -> str:
+def _short(text: str, limit: int = 110) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -263,14 +269,14 @@ def _draw_scores(results: Results, found: dict[str, Any], folder: Path) -> str:
             if route == "text" and each.task.kind in COMPARED:
                 continue
             if len(values) == 3 and all(value is not None and math.isfinite(value) for value in values):
-                point = pictures.Point(each.task.name, route, *(factor * value for value in values))
+                point = pictures.Point(_marked(each), route, *(factor * value for value in values))
                 panels.setdefault(title, []).append(point)
     if not panels:
         return ""
     pictures.draw_scores(
         {title: panels[title] for title in PANELS.values() if title in panels}, folder / "scores.png"
     )
-    return "![Every task on every route, with 95 % confidence intervals](scores.png)"
+    return "![Every task on every route, with 95 % confidence intervals; * no evidence about listening](scores.png)"
 
 
 def _alignment(results: Results, found: dict[str, Any], folder: Path) -> str:

@@ -62,6 +62,9 @@ class Results:
             "suite": self.suite,
             "tasks": {each.task.name: self._task(each) for each in self.tasks},
             "gaps": {each.task.name: self._gaps(each) for each in self.tasks},
+            "no_evidence": {
+                each.task.name: why for each in self.tasks if (why := evidence(each)) is not None
+            },
             "alignment": self.alignment.figures if self.alignment else {},
             "signatures": {
                 each.task.name: next(iter(each.scores.values())).signatures
@@ -104,13 +107,13 @@ def evidence(result: TaskResult) -> str | None:
         return None
     value, chance = score.figures[result.metric].point(), result.task.chance
     if result.metric == "wer":
-        return None if value <= ENOUGH else f"as text it already scores a WER of {value:.2f}"
+        return None if value <= ENOUGH else f"a WER of {value:.2f} as text"
     if result.metric == "bleu":
-        return None if value >= ENOUGH_BLEU else f"as text it already scores only {value:.1f} BLEU"
+        return None if value >= ENOUGH_BLEU else f"{value:.1f} BLEU as text"
     if value >= ENOUGH or (chance and value >= TWICE_CHANCE * chance):
         return None
-    bar = f"twice chance ({TWICE_CHANCE * chance:.2f})" if chance else f"{ENOUGH}"
-    return f"as text it already scores only {value:.2f}, below {bar}"
+    bar = f"twice chance, {TWICE_CHANCE * chance:.2f}" if chance else f"{ENOUGH}"
+    return f"{value:.2f} as text, below {bar}"
 
 
 def write_results(results: Results, folder: Path) -> None:
