@@ -26,8 +26,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
-from tiny_models import save_language_model, save_whisper
+from tiny_models import save_language_model, save_whisper, tiny_blsp
 from tqdm import tqdm
+
+from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.model.processing_blsp import BlspProcessor
 
 # tqdm's lock is shared with forked children: one that a test kills while it draws a bar would keep it for ever
 tqdm.monitor_interval = 0
@@ -66,3 +69,19 @@ def tiny_whisper(tiny_models_folder: Path) -> str:
     """The folder of a random Whisper, decoder and all."""
     folder = tiny_models_folder / "whisper"
     return str(folder) if folder.exists() else save_whisper(folder)
+
+
+Pair = tuple[BlspForConditionalGeneration, BlspProcessor]
+
+
+@pytest.fixture(scope="session")
+def pair_of(tiny_models_folder: Path) -> Callable[..., Pair]:
+    """`pair_of(adapter, family)` is a model and its processor, shared by all tests: do not change them."""
+    made: dict[tuple[str, str], Pair] = {}
+
+    def of(adapter: str = "conv", family: str = "llama") -> Pair:
+        if (adapter, family) not in made:
+            made[adapter, family] = tiny_blsp(tiny_models_folder, family=family, adapter=adapter)
+        return made[adapter, family]
+
+    return of

@@ -14,6 +14,7 @@ from blsp import cli
 from blsp.continuation.prompts import instruction_for
 from blsp.data.audio import load_audio, write_wav
 from blsp.inference import transcribe as command
+from blsp.inference.listener import BEAM
 from blsp.inference.pauses import cut_at_pauses
 from blsp.settings import TranscribeSettings
 
@@ -46,15 +47,25 @@ def run(monkeypatch: pytest.MonkeyPatch, listener_of, files: list[str], tmp_path
 
 def test_a_grounded_adapter_reads_out(run, files: list[str], listener_of) -> None:
     listener = listener_of("grounded")
-    rows = run()
+    rows = run(readout=True)
     assert [row["audio"] for row in rows] == [files[i] for i in (0, 2, 4, 5)]
     assert all(row.keys() == {"audio", "text"} for row in rows)
     for row in rows:
         heard = listener.hear([load_audio(row["audio"])])
-        assert row["text"] == listener.read(heard)[0] == listener.transcribe(row["audio"])
+        assert row["text"] == listener.read(heard)[0] == listener.transcribe(row["audio"], readout=True)
     assert rows[0]["text"]
     assert rows[2]["text"] == ""
-    assert run(readout=True, out="readout.jsonl") == rows
+
+
+def test_left_to_itself_the_llm_chooses_among_what_may_have_been_said(run, listener_of) -> None:
+    listener = listener_of("grounded")
+    rows = run()
+    for row in rows:
+        (heard,) = listener.hear([load_audio(row["audio"])], beam=BEAM)
+        possible = {listener.tokenizer.decode(list(each.tokens)).strip() for each in heard.hypotheses}
+        assert row["text"] == listener.transcribe(row["audio"])
+        assert row["text"] in (possible if heard.speech else {""})
+    assert rows[2]["text"] == ""
 
 
 @pytest.mark.parametrize("adapter", ["conv", "grounded"])

@@ -8,6 +8,7 @@ from tiny_models import tiny_blsp, tiny_tokenizer
 
 from blsp.model.checkpoint import load_blsp, save_adapter
 from blsp.model.distributed import Place
+from blsp.model.readout import widen_readout
 from blsp.model.spelling import GROUPS, Spelling, letter_groups, token_strings
 
 
@@ -94,7 +95,7 @@ def test_a_wider_read_out_is_spelled_anew(tmp_path) -> None:
         readout_vocabulary=list(range(10, 40)),
     )
     first = model.model.multi_modal_projector.spelling.groups
-    model.model.widen_readout([5, 50], lambda ids: token_strings(processor.tokenizer, ids))
+    widen_readout(model.model, [5, 50], lambda ids: token_strings(processor.tokenizer, ids))
     wider = model.model.multi_modal_projector.spelling.groups
     assert len(wider) == 32
     assert torch.equal(wider[1:-1], first)

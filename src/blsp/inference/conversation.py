@@ -88,10 +88,13 @@ def _digest(vectors: Tensor) -> bytes:
 
 
 class Memory:
-    """Key/values of sequences that were run, the most recently used `kept` of them, found by their names."""
+    """Key/values of sequences that were run, the most recently used `kept` of them, found by their names.
 
-    def __init__(self, kept: int = 1) -> None:
-        self._kept = kept
+    positions: how many they may have together; the latest is kept whatever its length.
+    """
+
+    def __init__(self, kept: int = 1, positions: int | None = None) -> None:
+        self._kept, self._positions = kept, positions
         self._runs: OrderedDict[tuple[Hashable, ...], Prefix] = OrderedDict()
 
     def keep(self, names: tuple[Hashable, ...], states: Prefix) -> None:
@@ -99,8 +102,11 @@ class Memory:
         for older in [older for older in self._runs if older == names[: len(older)]]:
             del self._runs[older]
         self._runs[names] = states
-        while len(self._runs) > self._kept:
+        while len(self._runs) > self._kept or (len(self._runs) > 1 and self._too_many()):
             self._runs.popitem(last=False)
+
+    def _too_many(self) -> bool:
+        return self._positions is not None and sum(map(len, self._runs)) > self._positions
 
     def longest(self, names: tuple[Hashable, ...]) -> Prefix | None:
         """The states of the longest beginning of `names` that was run, the latest of several; one position at

@@ -30,6 +30,7 @@ from blsp.model.adapter import Heard
 from blsp.model.checkpoint import load_blsp
 from blsp.model.decoding import Decoder, Decoding, Event, Request, decode
 from blsp.model.distributed import find_place
+from blsp.model.hypotheses import weighed
 from blsp.model.language_model import embed, stop_ids
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.prefix import Prefix, compute_prefix
@@ -39,6 +40,7 @@ from blsp.model.speech_encoder import encode_speech, mel_features
 from blsp.shipped import DEFAULT_MODEL
 
 KEPT_PREFIXES = 32
+BEAM = 16  # hypotheses that the LLM weighs for a transcript
 SECONDS_PER_BATCH = 60  # speech encoded at once
 
 
@@ -105,12 +107,15 @@ class Listener:
         """What was said in each clip. Recordings of more than 30 s are cut at pauses and heard piece by piece.
 
         readout: True: the adapter's own tokens, without the LLM (`grounded` only); False: what the LLM repeats;
-        None: the read-out where there is one.
+        None: of what `grounded` may have heard, that which the LLM finds likeliest; else what the LLM repeats.
         """
-        readout = self.reads_out if readout is None else readout
+        weigh = readout is None and self.reads_out
         pieces = [(i, piece) for i, audio in enumerate(audios) for piece in cut_at_pauses(_samples(audio))]
-        heard = self.hear([piece for _, piece in pieces])
-        texts = self.read(heard) if readout else self._repeat(heard, max_new_tokens, batch_size)
+        heard = self.hear([piece for _, piece in pieces], beam=BEAM if weigh else 0)
+        if weigh:
+            texts = self.weigh(heard)
+        else:
+            texts = self.read(heard) if readout else self._repeat(heard, max_new_tokens, batch_size)
         said: list[list[str]] = [[] for _ in audios]
         for (i, _), text in zip(pieces, texts, strict=True):
             said[i] += [text] if text else []
@@ -126,6 +131,13 @@ class Listener:
         if not self.reads_out:
             raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out: only 'grounded' does")
         return [self.tokenizer.decode(clip.token_ids or []).strip() if clip.speech else "" for clip in heard]
+
+    def weigh(self, heard: Sequence[Heard]) -> list[str]:
+        """Of each clip's hypotheses the one that the LLM, too, finds likely as what a user says; "" for no speech."""
+        prefix = self.prefix(frame_prompt(self.tokenizer, "", "speech-first").prefix_ids)
+        assert prefix is not None  # a chat template begins with a role
+        chosen = [weighed(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in heard]
+        return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
 
     def _repeat(self, heard: Sequence[Heard], max_new_tokens: int, batch_size: int) -> list[str]:
         """What the LLM says when it is asked to repeat each clip."""
@@ -163,13 +175,16 @@ class Listener:
         return {key: answer_text(self.tokenizer, result.ids).strip() for key, result in results.items()}
 
     @torch.no_grad()
-    def hear(self, audios: Sequence[Any]) -> list[Heard]:
-        """Each clip's vectors, encoded in batches of like length. A clip of digital silence holds no speech."""
+    def hear(self, audios: Sequence[Any], *, beam: int = 0) -> list[Heard]:
+        """Each clip's vectors, encoded in batches of like length. A clip of digital silence holds no speech.
+
+        beam: how many hypotheses of what was said to keep with them.
+        """
         clips = [_samples(audio) for audio in audios]
         heard: dict[int, Heard] = {}
         for batch in _by_length([len(clip) for clip in clips]):
             states = self.encode([clips[i] for i in batch])
-            for i, clip in zip(batch, self.model.listen(states), strict=True):
+            for i, clip in zip(batch, self.model.listen(states, beam), strict=True):
                 heard[i] = replace(clip, speech=clip.speech and not is_silent(clips[i]))
         return [heard[i] for i in range(len(clips))]
 

@@ -41,12 +41,24 @@ class AdapterOutput:
 
 @dataclass(frozen=True)
 class Heard:
-    """One clip as the LLM gets it: vectors (n, D) without the invalid places, and what was read out, if anything."""
+    """One clip as the LLM gets it: vectors (n, D) without the invalid places, and what was read out, if anything.
+
+    hypotheses: what else may have been said, best first, in the LLM's tokens, where that was asked for.
+    """
 
     vectors: Tensor
     places: int
     speech: bool
     token_ids: list[int] | None = None
+    hypotheses: tuple[Hypothesis, ...] = ()
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A sequence of tokens that may have been said, and its log-probability over all paths of the read-out."""
+
+    tokens: tuple[int, ...]
+    log_prob: float
 
 
 def valid_mask(lengths: Tensor, width: int) -> Tensor:

@@ -41,6 +41,7 @@ from blsp.model.embedded import resolve_weights
 from blsp.model.language_model import check_supported, embed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, build_adapter
 from blsp.model.processing_blsp import BlspProcessor
+from blsp.model.readout import spell_readout
 from blsp.model.spelling import token_strings
 from blsp.shipped import find_model
 
@@ -134,7 +135,7 @@ def new_blsp(
         torch.manual_seed(seed)
         projector = build_adapter(config)
     model = assemble(config, parts, projector, place)
-    model.model.spell_readout(lambda ids: token_strings(parts.tokenizer, ids))
+    spell_readout(model.model, lambda ids: token_strings(parts.tokenizer, ids))
     return model, new_processor(config, parts)
 
 

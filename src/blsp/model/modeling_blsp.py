@@ -15,7 +15,7 @@ E encoder width, D LLM width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,10 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from blsp.model.adapter import AdapterOutput, ConvAdapter, Heard, StackAdapter
 from blsp.model.configuration_blsp import BlspConfig
 from blsp.model.grounded import GroundedAdapter
+from blsp.model.hypotheses import hypotheses_of
 from blsp.model.language_model import UnsupportedModelError, check_supported, head_has_bias, scale_logits
 from blsp.model.packing import pack, unpack
 from blsp.model.speech_encoder import encode_speech
-from blsp.model.spelling import letter_groups
 
 ADAPTERS: dict[str, type[nn.Module]] = {
     "conv": ConvAdapter,
@@ -126,7 +126,13 @@ class BlspModel(BlspPreTrainedModel):
         if self.config.readout_vocabulary is None and type(table) is nn.Embedding:
             return table.weight
         weight = table.weight
-        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        state = (
+            weight.data_ptr(),
+            weight._version,
+            weight.dtype,
+            weight.device,
+            self.config.readout_vocabulary,
+        )
         if self._readout is None or self._readout[0] != state:
             ids = self.config.readout_vocabulary or range(self.config.text_config.vocab_size)
             rows = table(torch.tensor(list(ids), device=weight.device))
@@ -134,29 +140,6 @@ class BlspModel(BlspPreTrainedModel):
                 return rows
             self._readout = (state, rows)
         return self._readout[1]
-
-    def spell_readout(self, strings_of: Callable[[Sequence[int]], list[str]]) -> None:
-        """Tell a `grounded` adapter how the read-out tokens are spelled, from the strings of their ids."""
-        spelling = getattr(self.multi_modal_projector, "spelling", None)
-        if spelling is not None:
-            ids = self.config.readout_vocabulary or range(self.config.text_config.vocab_size)
-            spelling.groups = letter_groups(strings_of(list(ids))).to(spelling.groups.device)
-
-    def widen_readout(self, tokens: Iterable[int], strings_of: Callable[[Sequence[int]], list[str]]) -> None:
-        """Add LLM tokens to what `grounded` reads out; a new token's bias begins at the mean of the others'."""
-        known = self.config.readout_vocabulary
-        vocabulary = sorted({*(known or ()), *tokens})
-        if known is None or len(vocabulary) == len(known):
-            return
-        adapter: Any = self.multi_modal_projector
-        bias = adapter.bias.new_full((len(vocabulary),), float(adapter.bias.detach().mean()))
-        place = {token: index for index, token in enumerate(vocabulary)}
-        bias[[place[token] for token in known]] = adapter.bias.detach()
-        adapter.bias = nn.Parameter(bias)
-        whole = len(vocabulary) == self.config.text_config.vocab_size
-        self.config.readout_vocabulary = None if whole else vocabulary
-        self._readout = None
-        self.spell_readout(strings_of)
 
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
         """The adapter on encoder states (B, T, E) with lengths (B,); readouts in the LLM's ids."""
@@ -327,18 +310,25 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         """Logits (…, V) of the LLM's last hidden states (…, D)."""
         return scale_logits(self.config.text_config, self.lm_head(hidden))
 
-    def listen(self, features: Sequence[Tensor]) -> list[Heard]:
-        """What the LLM gets of each clip, from encoder states (T, E) a clip: invalid places taken out."""
+    def listen(self, features: Sequence[Tensor], beam: int = 0) -> list[Heard]:
+        """What the LLM gets of each clip, from encoder states (T, E) a clip: invalid places taken out.
+
+        beam: how many hypotheses of what was said to keep (`grounded` only).
+        """
         device = self.get_input_embeddings().weight.device
         lengths = torch.tensor([len(states) for states in features], device=device)
         padded = nn.utils.rnn.pad_sequence([states.to(device) for states in features], batch_first=True)
         output = self.model.listen(padded, lengths)
         readout: Sequence[list[int] | None] = output.readout or [None] * len(features)
         return [
-            Heard(vectors[valid], int(places), bool(speech), ids)
-            for vectors, valid, places, speech, ids in zip(
-                output.vectors, output.valid, output.places, output.speech, readout, strict=True
+            Heard(
+                output.vectors[row][output.valid[row]],
+                int(output.places[row]),
+                bool(output.speech[row]),
+                readout[row],
+                hypotheses_of(self.config, output, row, beam),
             )
+            for row in range(len(features))
         ]
 
     def forward(

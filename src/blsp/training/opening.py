@@ -25,6 +25,7 @@ from blsp.model.language_model import stop_ids
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.prompt import transcript_ids
+from blsp.model.readout import widen_readout
 from blsp.model.spelling import token_strings
 from blsp.settings import SettingsError, TrainSettings
 from blsp.training.run_state import write_text
@@ -59,7 +60,8 @@ def open_model(
         _check_start(settings, model, options)
         if model.config.readout_vocabulary is not None:
             tokens = _readout_vocabulary(settings, place, sources)
-            model.model.widen_readout(
+            widen_readout(
+                model.model,
                 tokens or range(model.config.text_config.vocab_size),
                 lambda ids: token_strings(processor.tokenizer, ids),
             )

@@ -1,0 +1,127 @@
+"""What else a clip may have said: the likeliest token sequences of a read-out, and what the LLM thinks of them.
+
+In:  CTC log-probabilities of one clip (S, K); sequences of the LLM's tokens.
+Out: hypotheses, best first; the log-likelihood of each under the LLM.
+Try: `n_best(log_probs, beam=8)`
+Flow: model/grounded.py (posteriors) → **hypotheses.py** → inference/listener.py (`transcribe`).
+
+The read-out's best path takes each frame for itself. Prefix beam search (Graves et al. 2006, §3.2; Hannun et
+al. 2014, algorithm 1, without a language model) adds up all paths of a sequence and keeps the best few; which
+of them somebody would have said, the LLM knows.
+
+Letters: S frames of the stack, K classes (blank first), N hypotheses, U their longest, D LLM width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from blsp.model.adapter import AdapterOutput, Hypothesis
+from blsp.model.configuration_blsp import BlspConfig
+from blsp.model.grounded import BLANK
+from blsp.model.language_model import decoder_of, embed, logits_of
+from blsp.model.prefix import Prefix
+
+LANGUAGE = (
+    0.4  # weight of the LLM's log-likelihood beside the read-out's (chosen on fotaq's development part)
+)
+LENGTH = 1.0  # nats a token, against what every further token costs under both
+CLASSES = 8  # likeliest classes of a frame that are followed
+SURE = math.log(0.999)  # a frame as blank as this changes no hypothesis
+
+
+def n_best(log_probs: Tensor, beam: int) -> list[Hypothesis]:
+    """The `beam` likeliest sequences of (S, K), best first; tokens are rows of the read-out table."""
+    values, classes = log_probs.float().topk(min(CLASSES, log_probs.shape[1]), dim=-1)
+    blanks = log_probs[:, BLANK].tolist()
+    found: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}  # ending in blank, in a token
+    for blank, frame in zip(blanks, zip(values.tolist(), classes.tolist(), strict=True), strict=True):
+        if blank > SURE:
+            found = {prefix: (_log_add(*ends) + blank, -math.inf) for prefix, ends in found.items()}
+            continue
+        found = _extended(found, blank, [(c, v) for v, c in zip(*frame, strict=True) if c != BLANK], beam)
+    best = sorted(found.items(), key=lambda item: -_log_add(*item[1]))[:beam]
+    return [Hypothesis(tuple(each - 1 for each in prefix), _log_add(*ends)) for prefix, ends in best]
+
+
+def _extended(
+    found: dict[tuple[int, ...], tuple[float, float]],
+    blank: float,
+    tokens: list[tuple[int, float]],
+    beam: int,
+) -> dict[tuple[int, ...], tuple[float, float]]:
+    """One frame further; the `beam` best prefixes."""
+    after: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [-math.inf, -math.inf])
+    for prefix, (in_blank, in_token) in found.items():
+        either = _log_add(in_blank, in_token)
+        after[prefix][0] = _log_add(after[prefix][0], either + blank)
+        for token, value in tokens:
+            repeated = bool(prefix) and prefix[-1] == token
+            if repeated:  # the same token goes on; a second one needs a blank between
+                after[prefix][1] = _log_add(after[prefix][1], in_token + value)
+            longer = (*prefix, token)
+            before = in_blank if repeated else either
+            if before > -math.inf:
+                after[longer][1] = _log_add(after[longer][1], before + value)
+    best = sorted(after.items(), key=lambda item: -_log_add(*item[1]))[:beam]
+    return {prefix: (ends[0], ends[1]) for prefix, ends in best}
+
+
+def _log_add(a: float, b: float) -> float:
+    high, low = (a, b) if a > b else (b, a)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+
+
+def hypotheses_of(config: BlspConfig, output: AdapterOutput, row: int, beam: int) -> tuple[Hypothesis, ...]:
+    """The `beam` likeliest sequences of one clip of a batch, in the LLM's token ids; none where nothing is read out."""
+    if not beam or output.log_probs is None:
+        return ()
+    found = n_best(output.log_probs[row, : int(output.places[row])], beam)
+    vocabulary = config.readout_vocabulary
+    if vocabulary is None:
+        return tuple(found)
+    return tuple(replace(each, tokens=tuple(vocabulary[i] for i in each.tokens)) for each in found)
+
+
+def weighed(llm: PreTrainedModel, prefix: Prefix, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:
+    """The tokens of the hypothesis that read-out and LLM together find likeliest."""
+    read = log_likelihoods(llm, prefix, [each.tokens for each in hypotheses])
+    scores = [
+        each.log_prob + LANGUAGE * likelihood + LENGTH * len(each.tokens)
+        for each, likelihood in zip(hypotheses, read, strict=True)
+    ]
+    return hypotheses[scores.index(max(scores))].tokens
+
+
+@torch.no_grad()
+def log_likelihoods(llm: PreTrainedModel, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> list[float]:
+    """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0."""
+    rows = [list(ids) for ids in sequences]
+    device = llm.get_input_embeddings().weight.device
+    padded = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.long, device=device)  # (N, U)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    # the prefix's last token predicts the first of each row, so it is run again
+    start = embed(llm, [prefix.ids[-1]]).expand(len(rows), 1, -1)
+    before = prefix.cut(len(prefix) - 1)
+    inputs = torch.cat([start, embed(llm, padded[:, :-1])], dim=1)
+    positions = len(before) + torch.arange(inputs.shape[1], device=device)
+    states = decoder_of(llm)(
+        inputs_embeds=inputs,
+        position_ids=positions.expand(len(rows), -1),
+        past_key_values=before.expand(len(rows)),
+        use_cache=True,
+    ).last_hidden_state
+    lengths = torch.tensor([len(ids) for ids in rows], device=device)
+    inside = torch.arange(padded.shape[1], device=device)[None, :] < lengths[:, None]
+    scores = logits_of(llm, states[inside]).float().log_softmax(dim=-1)
+    each = torch.zeros(inside.shape, device=device)
+    each[inside] = scores.gather(1, padded[inside][:, None]).squeeze(1)
+    return each.sum(dim=1).tolist()

@@ -1,0 +1,64 @@
+"""Prefix beam search against all paths written out, and likelihoods against the LLM asked token by token."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import groupby, product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blsp.model.adapter import Hypothesis
+from blsp.model.hypotheses import LANGUAGE, LENGTH, log_likelihoods, n_best, weighed
+from blsp.model.prefix import compute_prefix
+
+
+def collapsed(path: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(each - 1 for each, _ in groupby(path) if each)
+
+
+@given(seed=st.integers(0, 10_000), frames=st.integers(1, 5))
+@settings(max_examples=30)
+def test_with_a_wide_beam_every_sequence_has_the_sum_of_its_paths(seed: int, frames: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    log_probs = (2 * torch.randn(frames, 4, generator=generator)).log_softmax(dim=-1)
+    whole: dict[tuple[int, ...], float] = defaultdict(float)
+    for path in product(range(4), repeat=frames):
+        whole[collapsed(path)] += float(sum(log_probs[t, c] for t, c in enumerate(path)).exp())
+    found = n_best(log_probs, beam=1000)
+    assert {each.tokens for each in found} == set(whole)
+    for each in found:
+        assert torch.tensor(each.log_prob).exp().item() == pytest.approx(whole[each.tokens], abs=1e-5)
+    assert [each.log_prob for each in found] == sorted((e.log_prob for e in found), reverse=True)
+
+
+def test_sure_blanks_are_passed_over_and_separate_equal_tokens() -> None:
+    certain = torch.full((3, 3), -20.0)
+    certain[0, 1] = certain[1, 0] = certain[2, 1] = 0.0
+    best = n_best(certain.log_softmax(dim=-1), beam=4)[0]
+    assert best.tokens == (0, 0) and best.log_prob == pytest.approx(0, abs=1e-3)
+
+
+@torch.no_grad()
+def test_likelihoods_are_those_of_the_plain_llm(pair_of) -> None:
+    model, _ = pair_of("grounded")
+    prefix = compute_prefix(model, [5, 6, 7])
+    sequences = [[8, 9, 10], [11], [], [12, 13]]
+    for ids, found in zip(sequences, log_likelihoods(model, prefix, sequences), strict=True):
+        logits = model(input_ids=torch.tensor([[5, 6, 7, *ids]])).logits[0].float().log_softmax(dim=-1)
+        expected = sum(float(logits[2 + i, token]) for i, token in enumerate(ids))
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def test_the_llm_decides_between_hypotheses_that_sound_alike(pair_of) -> None:
+    model, _ = pair_of("grounded")
+    prefix = compute_prefix(model, [5, 6, 7])
+    hypotheses = [Hypothesis((token, 20), -1.0) for token in range(30, 60)]
+    likelihoods = log_likelihoods(model, prefix, [each.tokens for each in hypotheses])
+    best = likelihoods.index(max(likelihoods))
+    assert weighed(model, prefix, hypotheses) == hypotheses[best].tokens
+    louder = Hypothesis((3,), LANGUAGE * 1000 + LENGTH)
+    assert weighed(model, prefix, [*hypotheses, louder]) == (3,)
