@@ -25,12 +25,13 @@ CHAT, TRANSCRIBE = "/v1/chat/completions", "/v1/audio/transcriptions"
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request: a JSON body as bytes, or an uploaded file. `leave`: the client goes after so many bytes."""
+    """One request: a JSON body as bytes, or an uploaded file. `leave`: the client sends no more than so many bytes."""
 
     path: str
     body: bytes = b""
     upload: tuple[str, bytes] | None = None
     leave: int | None = None
+    linger: bool = False  # stays connected, and silent, until the server has had enough
 
 
 def attempts(wav: bytes, seed: int) -> Iterator[Attempt]:
@@ -160,6 +161,7 @@ def hostile_url(draw: random.Random, wav: bytes) -> Attempt:
         [
             "file:///etc/passwd", "/etc/passwd", "http://127.0.0.1/", "http://[::1]/", "http://169.254.169.254/latest",
             "ftp://x/", "data:", "data:audio/wav;base64,", "data:audio/wav,x", "data:audio/wav;base64,%%%", "",
+            "http://[x", "http://a:99999/", "http://[64:ff9b::7f00:1]/", "\ud800",
         ]
     )  # fmt: skip
     return chat([{"type": "audio_url", "audio_url": {"url": url}}])
@@ -177,6 +179,12 @@ def too_large(draw: random.Random, wav: bytes) -> Attempt:
     return Attempt(TRANSCRIBE, upload=("a.wav", bytes(3_000_000)))
 
 
+def slow(draw: random.Random, wav: bytes) -> Attempt:
+    """Sends a beginning and then nothing more, for longer than the server waits."""
+    good = chat([{"type": "text", "text": "hello"}])
+    return Attempt(CHAT, body=good.body, leave=draw.randrange(len(good.body)), linger=True)
+
+
 def chat(content: list[dict[str, Any]]) -> Attempt:
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 4}
     return Attempt(CHAT, body=json.dumps(body).encode())
@@ -187,5 +195,5 @@ BAD_AUDIO: tuple[Callable[[random.Random, bytes], bytes], ...] = (
 )  # fmt: skip
 KINDS: tuple[Callable[[random.Random, bytes], Attempt], ...] = (
     hostile_file, hostile_file, hostile_part, hostile_part, hostile_json, hostile_json, hostile_text, hostile_url,
-    vanishing, too_large,
+    vanishing, slow, too_large,
 )  # fmt: skip

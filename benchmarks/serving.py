@@ -67,8 +67,9 @@ def serving(flags: Sequence[str]) -> Iterator[Server]:
 
 
 def recordings(count: int) -> list[bytes]:
-    """Real prompts as WAV files, in the order of their list."""
-    lines = (SPEECH / "asterisk.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    """Real recordings that no adapter has learnt from, as WAV files, in the order of their lists (70 at most)."""
+    lists = [(SPEECH / name).read_text(encoding="utf-8") for name in ("asterisk.jsonl", "heldout.jsonl")]
+    lines = "".join(lists).splitlines()[:count]
     return [as_wav(load_audio(SPEECH / json.loads(line)["audio"])) for line in lines]
 
 
@@ -118,9 +119,13 @@ async def ask(client: httpx.AsyncClient, number: int, messages: Any, new_tokens:
 
 
 async def crowd(
-    url: str, questions: Sequence[Any], clients: int, requests: int, new_tokens: int
+    url: str, questions: Sequence[Any], clients: int, requests: int, new_tokens: int | Sequence[int]
 ) -> list[Served]:
-    """`requests` answers by `clients` that each ask again as soon as they have been answered."""
+    """`requests` answers by `clients` that each ask again as soon as they have been answered.
+
+    new_tokens: how long answers may be; several: one for each question, in turn.
+    """
+    lengths = [new_tokens] if isinstance(new_tokens, int) else new_tokens
     numbers = iter(range(requests))
     served: list[Served] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
@@ -128,7 +133,8 @@ async def crowd(
     async def client_loop(client: httpx.AsyncClient) -> None:
         for number in numbers:
             question = number % len(questions)
-            served.append(await ask(client, question, questions[question], new_tokens))
+            length = lengths[question % len(lengths)]
+            served.append(await ask(client, question, questions[question], length))
 
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         await asyncio.gather(*(client_loop(client) for _ in range(clients)))

@@ -144,3 +144,13 @@ def test_the_memory_keeps_the_runs_used_last(listener: Listener) -> None:
         found = memory.longest(lay_out(listener, [*talk.messages, user_turn(["more"])]).names)
         known.append(found is not None and len(found) >= asked)
     assert known == [False, True, True]
+
+
+def test_the_memory_is_bounded_in_positions_too(listener: Listener) -> None:
+    memory = Memory(kept=8, positions=60)
+    decoding = replace(listener.decoding, max_new_tokens=3)
+    for n in range(3):
+        _say(
+            Conversation(listener, system=f"Be {n}. " + "hello " * 30, decoding=decoding, memory=memory), "hi"
+        )
+    assert len(memory._runs) == 1, "each is longer than half of what may be kept"

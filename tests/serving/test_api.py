@@ -126,6 +126,14 @@ def test_transcriptions_read_out(server: Running) -> None:
         client.audio.transcriptions.create(model=MODEL, file=("a.wav", clip), response_format="srt")
 
 
+def test_a_long_recording_is_transcribed_as_it_is_heard(server: Running) -> None:
+    clip = spoken(7, 70.0)
+    whole = server.client().audio.transcriptions.create(model=MODEL, file=("a.wav", clip)).text
+    events = list(server.client().audio.transcriptions.create(model=MODEL, file=("a.wav", clip), stream=True))
+    deltas = [event.delta for event in events if event.type == "transcript.text.delta"]
+    assert len(deltas) >= 2 and "".join(deltas) == whole == events[-1].text
+
+
 def test_translations_go_through_the_llm(server: Running) -> None:
     answer = server.http().post("/v1/audio/translations", files={"file": ("a.wav", spoken(6))})
     assert answer.status_code == 200 and "text" in answer.json()
@@ -177,9 +185,16 @@ def test_what_is_not_supported_is_refused_by_name(server: Running) -> None:
         {"n": 2},
         {"logprobs": True},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"frequency_penalty": 0.5},
+        {"response_format": {"type": "json_object"}},
+        {"modalities": ["text", "audio"]},
+        {"logit_bias": {"7": 1}},
     ):
         with pytest.raises(openai.BadRequestError, match=next(iter(options))):
             ask(server, user("hello"), **options)
+    ask(
+        server, user("hello"), n=1, frequency_penalty=0, modalities=["text"], response_format={"type": "text"}
+    )
 
 
 def test_many_threads_streaming(server: Running) -> None:

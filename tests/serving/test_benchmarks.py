@@ -35,7 +35,7 @@ def test_past_the_queue_clients_are_told_to_come_back(server_with) -> None:
 
 
 def test_bad_requests_break_nothing(server_with) -> None:
-    with server_with(max_upload_mb=2, max_audio_seconds=120) as server:
+    with server_with(max_upload_mb=2, max_audio_seconds=120, deadline=10) as server:
         figures = attack(server.url, max(recordings(4), key=len), 50)
         assert figures["defects"] == []
         assert by_schemathesis(server.url, examples=5)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,14 +20,19 @@ import openai
 import pytest
 from serving.conftest import Running, audio_part, spoken, user, wav
 
+from blsp.serving import scheduler as scheduler_module
 from blsp.serving import sound
 from blsp.serving.process import check_exposure
+from blsp.serving.recogniser import SharedRecogniser
+from blsp.serving.scheduler import Failed, Job, Limits, Scheduler
 from blsp.serving.schema import ApiError
 from blsp.settings import ServeSettings
 
 
 def chat(server: Running, body: object, **options: object) -> httpx.Response:
-    return server.http().post("/v1/chat/completions", json=body, **options)
+    content = json.dumps(body).encode()  # half characters are escaped, as a hostile client would
+    headers = {"content-type": "application/json"}
+    return server.http().post("/v1/chat/completions", content=content, headers=headers, **options)
 
 
 BAD = {
@@ -63,6 +70,18 @@ BAD = {
     "stop": {"messages": [user("hi")], "stop": [""]},
     "a number": 7,
     "too long": {"messages": [user("hello " * 9000)]},
+    "half a character": {"messages": [user("hello \ud800")]},
+    "half a character in a plain message": {"messages": [{"role": "user", "content": "\udfff"}]},
+    "half a character in a type": {"messages": [{"role": "user", "content": [{"type": "\ud800"}]}]},
+    "half a character to stop at": {"messages": [user("hi")], "stop": "\ud800"},
+    "a URL that is none": {
+        "messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "http://[x"}}]}]
+    },
+    "a port that is none": {
+        "messages": [
+            {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "http://a:99999/"}}]}
+        ]
+    },
 }
 
 
@@ -85,6 +104,39 @@ def test_broken_json_and_unknown_routes(server: Running) -> None:
     assert "error" in http.get("/v1/nothing").json()
     assert http.get("/../../etc/passwd").status_code == 404
     assert "error" in http.get("/v1/chat/completions").json()
+
+
+def test_paths_that_nobody_offers_are_counted_together(server: Running) -> None:
+    http = server.http()
+    for number in range(50):
+        http.get(f"/v1/{number}")
+    counted = [
+        line for line in http.get("/metrics").text.splitlines() if line.startswith("blsp_requests_total")
+    ]
+    routes = {line.split('route="')[1].split('"')[0] for line in counted}
+    assert routes <= {"chat", "transcriptions", "translations", "models", "other"}
+
+
+def test_a_server_for_this_machine_answers_under_its_names_only(server: Running, server_with) -> None:
+    port = server.url.rpartition(":")[2]
+    for host, status in (("localhost", 200), (f"127.0.0.1:{port}", 200), (f"[::1]:{port}", 200), ("evil.example", 403),
+                         (f"evil.example:{port}", 403), ("localhost.evil.example", 403)):  # fmt: skip
+        assert server.http().get("/v1/models", headers={"host": host}).status_code == status, host
+    with server_with(api_key="secret") as known:  # behind a proxy the key does it
+        headers = {"host": "speech.example", "authorization": "Bearer secret"}
+        assert known.http().get("/v1/models", headers=headers).status_code == 200
+
+
+def test_a_body_that_does_not_come_ends_at_the_deadline(server_with) -> None:
+    with server_with(deadline=0.5) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as slow:
+            slow.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                b"content-length: 100\r\n\r\n{"
+            )
+            answer = b"".join(iter(lambda: slow.recv(4000), b""))
+    assert answer.startswith(b"HTTP/1.1 408") and b'"error"' in answer
 
 
 def test_keys(server_with) -> None:
@@ -144,6 +196,47 @@ def test_a_deadline_ends_a_request(server_with) -> None:
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
 
 
+def test_nobody_waits_in_the_queue_beyond_the_deadline(listener) -> None:
+    reports: list[object] = []
+    scheduler = Scheduler(listener, Limits(batch=1))
+    message = {"role": "user", "parts": ["hello"]}
+    decoding = replace(listener.decoding, max_new_tokens=64)
+    first = Job([message], decoding, lambda report: None, deadline=time.monotonic() + 60)
+    late = Job([message], decoding, reports.append, deadline=time.monotonic() - 1)
+    scheduler.submit(first)
+    scheduler._turn()
+    scheduler.submit(late)
+    scheduler._turn()
+    assert first.key in scheduler._running, "the only seat is taken"
+    assert isinstance(reports[0], Failed) and reports[0].error.status == 504
+
+
+def test_the_queue_is_bounded_in_speech_too(listener) -> None:
+    scheduler = Scheduler(listener, Limits(queue=2))
+    for _ in range(2):  # a minute at most may wait, but one recording always
+        clip = np.zeros(16_000 * 61, dtype=np.float32)
+        job = Job(
+            [{"role": "user", "parts": [clip]}], listener.decoding, lambda report: None, deadline=math.inf
+        )
+        if not scheduler._waiting:
+            scheduler.submit(job)
+    with pytest.raises(ApiError) as refusal:
+        scheduler.submit(job)
+    assert refusal.value.status == 429 and refusal.value.retry_after
+
+
+def test_long_recordings_join_one_by_one(listener) -> None:
+    scheduler = Scheduler(listener, Limits())
+    for seconds in (10, 50, 200, 5):
+        clip = np.zeros(16_000 * seconds, dtype=np.float32)
+        scheduler.submit(
+            Job(
+                [{"role": "user", "parts": [clip]}], listener.decoding, lambda report: None, deadline=math.inf
+            )
+        )
+    assert [[round(job.seconds) for job in scheduler._next()] for _ in range(3)] == [[10, 50], [200], [5]]
+
+
 def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
     with (
         server.http() as http,
@@ -165,6 +258,16 @@ def test_private_addresses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("127.0.0.1", "localhost", "10.0.0.1", "169.254.169.254", "[::1]", "0.0.0.0"):
         with pytest.raises(ApiError, match="public"):
             sound.from_url(f"http://{host}/a.wav", allow_remote=True, most_bytes=10)
+    for inside in (
+        "::ffff:127.0.0.1",
+        "64:ff9b::7f00:1",
+        "2002:7f00:1::",
+        "::127.0.0.1",
+        "fec0::1",
+        "ff02::1",
+    ):
+        with pytest.raises(ApiError, match="public"):  # a private address in an IPv6 one's clothes
+            sound.from_url(f"http://[{inside}]/a.wav", allow_remote=True, most_bytes=10)
     found = [
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 80)) for each in ("93.184.216.34", "10.0.0.1")
     ]
@@ -191,6 +294,38 @@ def test_a_failing_model_is_reported_and_the_next_request_answered(server: Runni
         answer = chat(server, {"messages": [user("hello")]})
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
     assert chat(server, {"messages": [user("hello")]}).status_code == 200
+
+
+def test_a_request_that_breaks_the_layout_takes_no_other_with_it(server: Running, monkeypatch) -> None:
+    lay_out = scheduler_module.lay_out
+
+    def fail_on_poison(listener: object, messages: list) -> object:
+        if "poison" in str(messages):
+            raise RuntimeError("a defect")
+        return lay_out(listener, messages)
+
+    monkeypatch.setattr(scheduler_module, "lay_out", fail_on_poison)
+    long = {"messages": [user("hello")], "max_tokens": 64, "stream": True}
+    with server.http() as http, http.stream("POST", "/v1/chat/completions", json=long) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert chat(server, {"messages": [user("poison")]}).status_code == 500
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+
+
+def test_the_recogniser_keeps_no_crowd_and_no_deadline_waits(server: Running, monkeypatch) -> None:
+    asked = SharedRecogniser(None, server.listener)
+    monkeypatch.setattr(asked, "_hear", lambda clip, language: time.sleep(0.3) or "heard")
+    clip = np.zeros(16_000, dtype=np.float32)
+
+    async def crowd() -> list[object]:
+        return await asyncio.gather(
+            *(asked.transcribe(clip, "en", 0.5) for _ in range(20)), return_exceptions=True
+        )
+
+    answers = asyncio.run(crowd())
+    statuses = [each.status if isinstance(each, ApiError) else each for each in answers]
+    assert statuses.count("heard") == 1 and statuses.count(429) == 11 and statuses.count(504) == 8
 
 
 SERVE = """

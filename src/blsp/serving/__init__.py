@@ -8,6 +8,7 @@
     exchange.py   one request's way through the scheduler and back
     scheduler.py  one thread that asks the model: requests join and leave the one decode loop between steps
     writing.py    tokens of one answer -> pieces of text, stop strings, SSE
+    replies.py    answers in OpenAI's forms, whole or as server-sent events
     recogniser.py the cascade's first half, for the page's comparison
     metrics.py    counters and histograms for Prometheus
     web/          the page: plain HTML, CSS, JavaScript

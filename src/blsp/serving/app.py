@@ -2,7 +2,7 @@
 
 In:  settings; HTTP. Out: answers, whole or as server-sent events.
 Try: `create_app(listener, ServeSettings())`
-Flow: serving/ — process.py -> guard.py -> **app** -> sound.py -> exchange.py -> scheduler.py.
+Flow: serving/ — process.py -> guard.py -> **app** -> sound.py -> exchange.py -> scheduler.py -> replies.py.
 
 Conventions (roles, parts, chunks, usage, error objects) are OpenAI's, so that its client libraries work unchanged.
 Nothing of what is said or answered is logged unless --log-content asks for it.
@@ -11,22 +11,21 @@ Nothing of what is said or answered is logged unless --log-content asks for it.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import generate_latest
 from starlette.concurrency import run_in_threadpool
@@ -36,9 +35,9 @@ from blsp.continuation.prompts import instruction_for
 from blsp.inference.listener import Listener
 from blsp.inference.pauses import cut_at_pauses
 from blsp.model.decoding import Decoding
-from blsp.serving import sound
+from blsp.serving import replies, sound
 from blsp.serving.exchange import Exchange
-from blsp.serving.guard import Guard
+from blsp.serving.guard import Guard, is_local
 from blsp.serving.metrics import Metrics
 from blsp.serving.recogniser import SharedRecogniser
 from blsp.serving.scheduler import Limits, Scheduler
@@ -51,8 +50,16 @@ log = logging.getLogger("blsp.serving")
 WEB = Path(__file__).parent / "web"
 RECOGNISER = "recogniser"  # the second name that /v1/audio/transcriptions knows: the cascade's first half
 POLICY = (
-    "default-src 'self'; style-src 'self'; script-src 'self'; media-src 'self' blob:; frame-ancestors 'none'"
+    "default-src 'self'; style-src 'self'; script-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'self'; object-src 'none'"
 )
+ROUTES = {  # as they are counted; whatever else is asked for is "other"
+    "/v1/chat/completions": "chat",
+    "/v1/audio/transcriptions": "transcriptions",
+    "/v1/audio/translations": "translations",
+    "/v1/models": "models",
+}
+T = TypeVar("T")
 LEFT = 499  # the status that is counted when the client has gone
 
 
@@ -60,7 +67,13 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     """The application around a loaded model."""
     service = Service(listener, settings)
     app = FastAPI(title="BLSP", description=__doc__, lifespan=service.lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=settings.key, most_bytes=int(settings.max_upload_mb * 1e6))
+    app.add_middleware(
+        Guard,
+        api_key=settings.key,
+        most_bytes=int(settings.max_upload_mb * 1e6),
+        patience=settings.deadline,
+        local=is_local(settings.host) and not settings.key and not settings.insecure,
+    )
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -101,7 +114,7 @@ class Service:
         limits = Limits(settings.max_batch, settings.queue, settings.prefix_cache)
         self.scheduler = Scheduler(listener, limits, self.metrics)
         self.recogniser = SharedRecogniser(settings.asr, listener)
-        self.ready = False
+        self.ready = self.failed = False
         self.created = int(time.time())
 
     @asynccontextmanager
@@ -111,6 +124,7 @@ class Service:
         yield
         warming.cancel()
         self.ready = False
+        self.recogniser.close()
         await run_in_threadpool(self.scheduler.stop)
 
     async def _warm_up(self) -> None:
@@ -118,15 +132,20 @@ class Service:
 
         A deadline is for users: however short it is, the server gets ready.
         """
-        noise = np.random.default_rng(0).normal(scale=0.01, size=16_000).astype(np.float32)
-        for parts in ([noise, "Hello."], ["Hello."]):
-            exchange = self._ask(
-                [{"role": "user", "parts": parts}],
-                replace(self.listener.decoding, max_new_tokens=2),
-                seconds=math.inf,
-            )
-            await exchange.started()
-            [_ async for _ in exchange.pieces()]
+        try:
+            noise = np.random.default_rng(0).normal(scale=0.01, size=16_000).astype(np.float32)
+            for parts in ([noise, "Hello."], ["Hello."]):
+                exchange = self._ask(
+                    [{"role": "user", "parts": parts}],
+                    replace(self.listener.decoding, max_new_tokens=2),
+                    seconds=math.inf,
+                )
+                await exchange.started()
+                [_ async for _ in exchange.pieces()]
+        except ApiError as error:
+            self.failed = True
+            log.error("the warm-up failed: %s", error)
+            return
         self.ready = True
 
     # --- routes -------------------------------------------------------------------------------------------
@@ -134,28 +153,17 @@ class Service:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """An answer to a conversation of text and speech; with `stream`, piece by piece."""
         began = time.monotonic()
+        self.scheduler.check_room()  # before its clips are decoded
         messages = await run_in_threadpool(self._decoded, body)
         exchange = self._ask(messages, self._decoding(body), stops=body.stops)
-        await self._while_there(request, exchange, exchange.started())
-        head = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": self.name,
-        }
+        await self._while_there(request, exchange.started(), exchange)
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return _events(self._chunks(exchange, head, usage, began))
-        text = await self._while_there(request, exchange, _gather(exchange))
+            return replies.events(self._chunks(exchange, head, usage, began))
+        text = await self._while_there(request, _gather(exchange), exchange)
         self._note("chat", 200, began, exchange, text)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": exchange.finish,
-            "logprobs": None,
-        }
-        return JSONResponse(
-            {**head, "object": "chat.completion", "choices": [choice], "usage": exchange.usage}
-        )
+        return replies.completion(head, text, exchange.finish, exchange.usage)
 
     async def transcriptions(
         self,
@@ -173,12 +181,13 @@ class Service:
         began = time.monotonic()
         clip = await self._uploaded(file, response_format)
         if model == RECOGNISER:
-            text = await run_in_threadpool(self.recogniser.transcribe, clip, language or "en")
-            self._note("transcriptions", 200, began, None, text)
-            return _transcript(text, response_format, stream)
-        text = await self._piecewise(request, clip, "repeat", temperature, readout=self.listener.reads_out)
-        self._note("transcriptions", 200, began, None, text)
-        return _transcript(text, response_format, stream)
+            pieces = self._recognised(request, clip, language or "en")
+        else:
+            pieces = self._piecewise(request, clip, "repeat", temperature, readout=self.listener.reads_out)
+        pieces = self._counted("transcriptions", began, pieces)
+        if stream:
+            return replies.events(replies.transcript_events(pieces))
+        return replies.transcript(" ".join([piece async for piece in pieces]), response_format)
 
     async def translations(
         self,
@@ -192,9 +201,9 @@ class Service:
         """What was said, in English, by the LLM."""
         began = time.monotonic()
         clip = await self._uploaded(file, response_format)
-        text = await self._piecewise(request, clip, "translate:en", temperature, readout=False)
-        self._note("translations", 200, began, None, text)
-        return _transcript(text, response_format, stream=False)
+        pieces = self._piecewise(request, clip, "translate:en", temperature, readout=False)
+        pieces = self._counted("translations", began, pieces)
+        return replies.transcript(" ".join([piece async for piece in pieces]), response_format)
 
     async def models(self) -> dict[str, Any]:
         """The model, and the recogniser that transcriptions also know."""
@@ -206,13 +215,10 @@ class Service:
 
     async def health(self) -> Response:
         """200 once the warm-up is over and while the model's thread lives."""
-        ready = self.ready and self.scheduler.alive
+        lives = self.scheduler.alive and not self.failed
+        status = "failed" if not lives else "ok" if self.ready else "starting"
         return JSONResponse(
-            {
-                "status": "ok" if ready else "starting" if self.scheduler.alive else "failed",
-                "model": self.name,
-            },
-            status_code=200 if ready else 503,
+            {"status": status, "model": self.name}, status_code=200 if status == "ok" else 503
         )
 
     async def report_metrics(self) -> Response:
@@ -271,29 +277,43 @@ class Service:
                 f"response_format: {response_format!r} is not offered (no time stamps are made); json or text",
                 param="response_format",
             )
+        self.scheduler.check_room()
         data = await file.read()
         return await run_in_threadpool(sound.decode, data, self.settings.max_audio_seconds)
 
     async def _piecewise(
         self, request: Request, clip: np.ndarray, behaviour: str, temperature: float, *, readout: bool
-    ) -> str:
+    ) -> AsyncIterator[str]:
         """A recording is cut at pauses into pieces that the encoder hears whole, asked one after another."""
         decoding = replace(
             self.listener.decoding,
             max_new_tokens=min(256, self.settings.max_new_tokens),
             temperature=temperature,
         )
-        texts = []
+        silence = self.listener.model.config.no_speech_sentence
         for piece in cut_at_pauses(clip):
             parts: list[Any] = [piece] if readout else [instruction_for(behaviour) + "\n", piece]
             exchange = self._ask([{"role": "user", "parts": parts}], decoding, readout=readout)
-            await self._while_there(request, exchange, exchange.started())
-            texts.append((await self._while_there(request, exchange, _gather(exchange))).strip())
-        silence = self.listener.model.config.no_speech_sentence
-        return " ".join(text for text in texts if text and text != silence)
+            await self._while_there(request, exchange.started(), exchange)
+            text = (await self._while_there(request, _gather(exchange), exchange)).strip()
+            if text and text != silence:
+                yield text
 
-    async def _while_there(self, request: Request, exchange: Exchange, work: Any) -> Any:
-        """`work`'s result; when the client leaves first, the job is let go."""
+    async def _recognised(self, request: Request, clip: np.ndarray, language: str) -> AsyncIterator[str]:
+        work = self.recogniser.transcribe(clip, language, self.settings.deadline)
+        yield await self._while_there(request, work)
+
+    async def _counted(self, route: str, began: float, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+        said: list[str] = []
+        async for piece in pieces:
+            said.append(piece)
+            yield piece
+        self._note(route, 200, began, None, " ".join(said))
+
+    async def _while_there(
+        self, request: Request, work: Coroutine[Any, Any, T], exchange: Exchange | None = None
+    ) -> T:
+        """`work`'s result; when the client leaves first, it and the job are let go."""
         task = asyncio.ensure_future(work)
         try:
             while True:
@@ -304,8 +324,9 @@ class Service:
                     raise ApiError(LEFT, "the client has left")
         finally:
             if not task.done():
-                exchange.cancel()
                 task.cancel()
+                if exchange:
+                    exchange.cancel()
 
     async def _chunks(
         self, exchange: Exchange, head: dict[str, Any], usage: bool, began: float
@@ -315,11 +336,11 @@ class Service:
         said: list[str] = []
         status = LEFT
         try:
-            yield head | _choice({"role": "assistant", "content": ""})
+            yield head | replies.delta({"role": "assistant", "content": ""})
             async for piece in exchange.pieces():
                 said.append(piece)
-                yield head | _choice({"content": piece})
-            yield head | _choice({}, exchange.finish)
+                yield head | replies.delta({"content": piece})
+            yield head | replies.delta({}, exchange.finish)
             if usage:
                 yield head | {"choices": [], "usage": exchange.usage}
             status = 200
@@ -340,7 +361,7 @@ class Service:
         log.info("%s %d, %.2f s%s%s", route, status, time.monotonic() - began, cost, content)
 
     async def refuse(self, request: Request, error: ApiError) -> Response:
-        route = request.url.path.rpartition("/")[2]
+        route = ROUTES.get(request.url.path, "other")
         self.metrics.requests.labels(route, str(error.status)).inc()
         headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
@@ -361,26 +382,3 @@ class Service:
 
 async def _gather(exchange: Exchange) -> str:
     return "".join([piece async for piece in exchange.pieces()])
-
-
-def _choice(delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}]}
-
-
-def _events(chunks: AsyncIterator[dict[str, Any] | str]) -> StreamingResponse:
-    async def lines() -> AsyncIterator[str]:
-        async for chunk in chunks:
-            yield f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)}\n\n"
-
-    return StreamingResponse(lines(), media_type="text/event-stream")
-
-
-def _transcript(text: str, response_format: str, stream: bool) -> Response:
-    if stream:
-
-        async def chunks() -> AsyncIterator[dict[str, Any] | str]:
-            yield {"type": "transcript.text.delta", "delta": text}
-            yield {"type": "transcript.text.done", "text": text}
-
-        return _events(chunks())
-    return PlainTextResponse(text + "\n") if response_format == "text" else JSONResponse({"text": text})

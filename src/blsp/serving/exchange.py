@@ -13,8 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from blsp.model.decoding import Decoding
-from blsp.serving.scheduler import Begun, Done, Failed, Full, Job, Report, Scheduler, Token
-from blsp.serving.schema import ApiError
+from blsp.serving.scheduler import Begun, Done, Failed, Job, Report, Scheduler, Token
 from blsp.serving.writing import Answer
 
 
@@ -45,13 +44,7 @@ class Exchange:
             time.monotonic() + seconds,
             readout,
         )
-        try:
-            scheduler.submit(self._job)
-        except Full as full:
-            raise ApiError(
-                429, f"too many requests are waiting; try again in {full.seconds} s", code="queue_full",
-                retry_after=full.seconds,
-            ) from full  # fmt: skip
+        scheduler.submit(self._job)
 
     async def started(self) -> None:
         """Until the prompt is accepted, so that a refusal can still be an HTTP status."""

@@ -1,20 +1,25 @@
-"""What is checked before a route runs: the key, and how much a client may send.
+"""What is checked before a route runs: the key, the host, how much a client may send and how long it may take.
 
 In:  ASGI messages. Out: the same, or a refusal in OpenAI's form before anything was read or decoded.
-Try: `app.add_middleware(Guard, api_key="…", most_bytes=25_000_000)`
+Try: `app.add_middleware(Guard, api_key="…", most_bytes=25_000_000, patience=120.0)`
 Flow: serving/ — a request -> **guard** -> app.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
+import re
+import time
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blsp.serving.schema import ApiError
 
+LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
+PORT = re.compile(rb":\d*$")
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -22,14 +27,24 @@ HEADERS = [
 ]
 
 
-class Guard:
-    """Refuses wrong keys (401) and bodies over `most_bytes` (413), declared or not; adds protective headers.
+def is_local(host: str) -> bool:
+    """Whether `host` names this machine as only this machine sees it."""
+    return host.lower() in LOCAL
 
-    The page itself and /health are open: they hold nothing, and the page asks for the key.
+
+class Guard:
+    """Refuses wrong keys (401), bodies over `most_bytes` (413), declared or not, and bodies that have not come after
+    `patience` seconds (408); adds protective headers.
+
+    The page itself and /health are open: they hold nothing, and the page asks for the key. local: a server for this
+    machine alone answers under this machine's names only (403), so that no web site reaches it under a name of its
+    own (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, most_bytes: int) -> None:
-        self.app, self.most_bytes = app, most_bytes
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, most_bytes: int, patience: float, local: bool = False
+    ) -> None:
+        self.app, self.most_bytes, self.patience, self.local = app, most_bytes, patience, local
         self._key = api_key.encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,18 +56,28 @@ class Guard:
             await _refuse(send, refusal)
             return
         received = 0
+        whole = begun = False
+        refused: ApiError | None = None
+        end = time.monotonic() + self.patience
 
         async def limited() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole, refused
+            if whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
+            except TimeoutError:
+                refused = ApiError(408, f"the request did not arrive within {self.patience:g} s")
+                return {"type": "http.disconnect"}
             received += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if received > self.most_bytes else message
-
-        begun = False
+            whole = not message.get("more_body", False)
+            if received > self.most_bytes:
+                refused = self._too_large()
+            return {"type": "http.disconnect"} if refused else message
 
         async def protected(message: Message) -> None:
             nonlocal begun
-            if received > self.most_bytes and not begun:
+            if refused and not begun:
                 return  # whatever the route makes of half a body: the refusal below is the answer
             if message["type"] == "http.response.start":
                 begun = True
@@ -62,10 +87,15 @@ class Guard:
         try:
             await self.app(scope, limited, protected)
         finally:
-            if received > self.most_bytes and not begun:
-                await _refuse(send, self._too_large())
+            if refused and not begun:
+                await _refuse(send, refused)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
+        host = PORT.sub(b"", headers.get(b"host", b"localhost")).decode("latin-1")
+        if self.local and not is_local(host):
+            return ApiError(
+                403, "this server answers to this machine alone; start it with a key, or with --insecure"
+            )
         guarded = scope["path"].startswith("/v1/") or scope["path"] in ("/metrics", "/openapi.json")
         if self._key is not None and guarded and scope["method"] != "OPTIONS":
             given = headers.get(b"authorization", b"")

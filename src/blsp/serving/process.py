@@ -18,6 +18,7 @@ import uvicorn
 
 from blsp.inference.listener import load
 from blsp.serving.app import create_app
+from blsp.serving.guard import is_local
 
 if TYPE_CHECKING:
     from blsp.settings import ServeSettings
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 def serve(settings: ServeSettings) -> None:
     """Load the model and serve until SIGTERM or Ctrl-C; requests that were taken are finished first."""
     check_exposure(settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("blsp").setLevel(logging.INFO)  # others would name URLs and parts of requests
     listener = load(settings.model, device=settings.device, dtype=settings.dtype)
     config = uvicorn.Config(
         create_app(listener, settings),
@@ -34,6 +36,7 @@ def serve(settings: ServeSettings) -> None:
         port=settings.port,
         log_level="warning",
         access_log=False,
+        ws="none",
         timeout_graceful_shutdown=round(settings.deadline),
         timeout_keep_alive=30,
     )
@@ -42,8 +45,7 @@ def serve(settings: ServeSettings) -> None:
 
 def check_exposure(settings: ServeSettings) -> None:
     """Beyond this machine only with a key, or when told so twice."""
-    local = settings.host in ("127.0.0.1", "::1", "localhost")
-    if not local and not settings.key and not settings.insecure:
+    if not is_local(settings.host) and not settings.key and not settings.insecure:
         raise SystemExit(
             f"--host {settings.host} lets others in: set $BLSP_API_KEY (or --api-key), or say --insecure"
         )

@@ -6,10 +6,10 @@ Try: `scheduler = Scheduler(listener, limits); scheduler.start(); scheduler.subm
 Flow: serving/ — app.py submits; **scheduler** hears the clips, lays conversations out (inference/conversation.py),
       seats them in the decoder (model/decoding.py) and reports each token.
 
-First come, first served. The queue is bounded: `submit` raises `Full`. Between two steps at most `JOINING` requests
-are heard and prefilled, so that those being written are not held up by a crowd. A job that is cancelled or past its
-deadline leaves at the next step. Key/values of finished conversations are kept (`Memory`, least recently used out), so
-the next turn runs only what is new.
+First come, first served. The queue is bounded, in requests and in seconds of speech: past it `submit` refuses with 429.
+Between two steps at most `JOINING` requests (or `HEARD_AT_ONCE` seconds) are heard and prefilled, so that those being
+written are not held up by a crowd. A job that is cancelled or past its deadline leaves at the next step. Key/values of
+finished conversations are kept (`Memory`, least recently used out), so the next turn runs only what is new.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -45,16 +46,11 @@ from blsp.serving.schema import ApiError
 
 log = logging.getLogger("blsp.serving")
 JOINING = 4  # requests heard and prefilled between two steps
+HEARD_AT_ONCE = 60.0  # seconds of speech among them; a longer recording joins alone
+KEPT_POSITIONS = 512  # for each conversation that is kept: a few long ones do not fill the memory
+SPEECH_A_SEAT = 30.0  # seconds: the queue's speech is bounded by this for each request that may wait
 
 Part = str | np.ndarray
-
-
-class Full(Exception):
-    """The queue holds as many jobs as it may; `seconds` is a guess at when to come back."""
-
-    def __init__(self, seconds: int) -> None:
-        super().__init__("the queue is full")
-        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -103,6 +99,11 @@ class Job:
     laid: LaidOut | None = None
     ids: list[int] = field(default_factory=list)
 
+    @cached_property
+    def seconds(self) -> float:
+        """Of speech that must be heard."""
+        return sum(map(len, _clips(self))) / SAMPLE_RATE
+
     def cancel(self) -> None:
         """Nobody waits any more; the scheduler lets it go at the next step."""
         self.cancelled = True
@@ -121,10 +122,10 @@ class Scheduler:
     def __init__(self, listener: Listener, limits: Limits, metrics: Metrics | None = None) -> None:
         self.listener, self.limits, self.metrics = listener, limits, metrics or Metrics()
         self._decoder = Decoder(listener.model)
-        self._memory = Memory(limits.kept)
+        self._memory = Memory(limits.kept, KEPT_POSITIONS * limits.kept)
         self._waiting: deque[Job] = deque()
         self._running: dict[Hashable, Job] = {}
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # its lock is re-entrant
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
@@ -134,17 +135,31 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue `job`, or raise `Full`."""
+        """Queue `job`, or raise ApiError (429, 503)."""
         with self._changed:
-            if self._stopping:
-                raise ApiError(503, "the server is shutting down", code="shutting_down")
-            if len(self._waiting) >= self.limits.queue:
-                self._waiting = deque(each for each in self._waiting if not each.cancelled)
-            if len(self._waiting) >= self.limits.queue:
-                raise Full(self._wait_seconds())
+            self.check_room(job.seconds)
             self._waiting.append(job)
             self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
+
+    def check_room(self, seconds: float = 0.0) -> None:
+        """Raise ApiError where a request with so much speech may not wait. Alone in the queue, it always may."""
+        with self._changed:
+            if self._stopping:
+                raise ApiError(503, "the server is shutting down", code="shutting_down")
+            if any(job.cancelled for job in self._waiting):
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+            waiting = sum(job.seconds for job in self._waiting)
+            too_long = waiting > 0 and waiting + seconds > SPEECH_A_SEAT * self.limits.queue
+            if len(self._waiting) < self.limits.queue and not too_long:
+                return
+            again = self._wait_seconds()
+        raise ApiError(
+            429,
+            f"too many requests are waiting; try again in {again} s",
+            code="queue_full",
+            retry_after=again,
+        )
 
     def stop(self, patience: float = 30.0) -> None:
         """Take nothing new, finish what was taken, and end the thread."""
@@ -168,10 +183,9 @@ class Scheduler:
         while self._wait():
             try:
                 self._turn()
-            except (
-                Exception
-            ) as error:  # a defect must not silence the server: those concerned are told, others go on
-                self._give_up(error)
+            except Exception as error:  # what was being written is lost; a fresh decoder takes the next
+                self._give_up(error, list(self._running.values()))
+                self._decoder = Decoder(self.listener.model)
 
     def _wait(self) -> bool:
         """Until there is something to do; False at the end."""
@@ -193,51 +207,73 @@ class Scheduler:
         self.metrics.running.set(len(self._running))
 
     def _let_go(self) -> None:
+        """Of those that nobody waits for, or that have waited too long, in the queue or in a seat."""
         now = time.monotonic()
+        with self._changed:
+            late = [job for job in self._waiting if now > job.deadline]
+            self._waiting = deque(job for job in self._waiting if now <= job.deadline and not job.cancelled)
+        for job in late:
+            self._end(job, None if job.cancelled else _late())
         for job in [job for job in self._running.values() if job.cancelled or now > job.deadline]:
             self._decoder.leave(job.key)
             self._end(job, None if job.cancelled else _late())
 
     def _next(self) -> list[Job]:
-        """The oldest waiting jobs that there are seats for; late and cancelled ones are passed over."""
+        """The oldest waiting jobs that there are seats for."""
         free = min(self.limits.batch - len(self._running), JOINING)
         taken: list[Job] = []
+        seconds = 0.0
         with self._changed:
             while self._waiting and len(taken) < free:
-                job = self._waiting.popleft()
-                if job.cancelled:
-                    continue
-                if time.monotonic() > job.deadline:
-                    job.report(Failed(_late()))
-                    continue
-                taken.append(job)
+                seconds += self._waiting[0].seconds
+                if taken and seconds > HEARD_AT_ONCE:
+                    break
+                taken.append(self._waiting.popleft())
             self.metrics.waiting.set(len(self._waiting))
         self._running |= {job.key: job for job in taken}
         return taken
 
     def _requests(self, jobs: list[Job]) -> list[Request]:
         """What the decoder shall write. Jobs that end here (no speech, a read-out, too long) are reported."""
-        clips = [
-            part for job in jobs for message in job.messages for part in message["parts"] if _sounds(part)
-        ]
-        heard = iter(self.listener.hear(clips))
-        self.metrics.speech.inc(sum(map(len, clips)) / SAMPLE_RATE)
         requests = []
-        for job in jobs:
-            messages = [
-                message | {"parts": [next(heard) if _sounds(part) else part for part in message["parts"]]}
-                for message in job.messages
-            ]
-            if job.readout:
-                self._read(job, messages)
-            elif request := self._request(job, messages):
+        for job, messages in self._heard(jobs):
+            try:
+                request = self._read(job, messages) if job.readout else self._request(job, messages)
+            except Exception as error:  # a defect of one request is told to that one
+                self._give_up(error, [job])
+                continue
+            if request is not None:
                 requests.append(request)
         return _sharing_prefixes(requests, {job.key: job.laid for job in jobs})
 
-    def _read(self, job: Job, messages: list[dict[str, Any]]) -> None:
+    def _heard(self, jobs: list[Job]) -> list[tuple[Job, list[dict[str, Any]]]]:
+        """Jobs with their messages, whose clips were heard in one go; if that fails, in one go each."""
+        clips = [clip for job in jobs for clip in _clips(job)]
+        try:
+            heard = iter(self.listener.hear(clips))
+        except Exception as error:
+            if len(jobs) == 1:
+                self._give_up(error, jobs)
+                return []
+            return [each for job in jobs for each in self._heard([job])]
+        self.metrics.speech.inc(sum(map(len, clips)) / SAMPLE_RATE)
+        return [
+            (
+                job,
+                [
+                    message | {"parts": [next(heard) if _sounds(part) else part for part in message["parts"]]}
+                    for message in job.messages
+                ],
+            )
+            for job in jobs
+        ]
+
+    def _read(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
+        """Ends the job with what was read out; there is nothing to decode."""
         heard = [part for part in messages[-1]["parts"] if isinstance(part, Heard)]
         job.report(Begun(0, sum(len(clip.vectors) for clip in heard)))
         self._end(job, Done(text=" ".join(filter(None, self.listener.read(heard)))))
+        return None
 
     def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
         clips = [part for part in messages[-1]["parts"] if isinstance(part, Heard)]
@@ -278,13 +314,16 @@ class Scheduler:
         if last is not None:
             job.report(Failed(last) if isinstance(last, ApiError) else last)
 
-    def _give_up(self, error: Exception) -> None:
-        """Everything that was being written is lost; a fresh decoder takes the next."""
+    def _give_up(self, error: Exception, jobs: Sequence[Job]) -> None:
+        """A defect must not silence the server: those concerned are told, others go on."""
         log.error("the model failed", exc_info=error)
         refusal = ApiError(500, f"the model failed ({type(error).__name__})", code="internal_error")
-        for job in list(self._running.values()):
+        for job in jobs:
             self._end(job, refusal)
-        self._decoder = Decoder(self.listener.model)
+
+
+def _clips(job: Job) -> list[np.ndarray]:
+    return [part for message in job.messages for part in message["parts"] if _sounds(part)]
 
 
 def _sounds(part: Any) -> bool:

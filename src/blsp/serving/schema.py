@@ -5,14 +5,14 @@ Try: `ChatRequest.model_validate({"model": "blsp-tiny", "messages": [{"role": "u
 Flow: serving/ — app.py reads requests with it; every refusal leaves through `ApiError`.
 
 Unknown fields are ignored, as OpenAI-compatible servers do; fields that would change the answer and are not supported
-(`n` above 1, tools, logprobs) are refused by name.
+(`n` above 1, tools, logprobs, penalties, spoken answers …) are refused by name.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 
 class ApiError(Exception):
@@ -34,7 +34,26 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = _sendable(self.param) if self.param else None
+        return {
+            "error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}
+        }
+
+
+def _sendable(text: str) -> str:
+    """What a client sent may come back in a message; half a character cannot be sent."""
+    return text.encode(errors="replace").decode()
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a character (a lone surrogate at {error.start})") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
 
 
 class InputAudio(BaseModel):
@@ -45,7 +64,7 @@ class InputAudio(BaseModel):
 
 class TextPart(BaseModel):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class AudioPart(BaseModel):
@@ -68,7 +87,7 @@ Part = Annotated[TextPart | AudioPart | AudioUrlPart, Field(discriminator="type"
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: Text | list[Part]
 
     @model_validator(mode="after")
     def _speech_is_the_users(self) -> Message:
@@ -82,6 +101,21 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+HARMLESS: dict[str, Any] = {  # fields that are not offered, and the value that asks for nothing
+    "n": 1,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "tools": [],
+    "functions": [],
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "audio": None,
+    "logit_bias": {},
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+}
+
+
 class ChatRequest(BaseModel):
     model: str | None = None
     messages: list[Message] = Field(min_length=1, max_length=512)
@@ -91,21 +125,26 @@ class ChatRequest(BaseModel):
     """left out: greedy"""
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int | None = 1
-    logprobs: bool | None = False
-    tools: list[Any] | None = None
+    # what would change the answer and is not offered: any value but these is refused
+    n: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    tools: Any = None
+    functions: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    logit_bias: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
 
     @model_validator(mode="after")
     def _only_what_is_there(self) -> ChatRequest:
-        for name, asked in (
-            ("n", self.n not in (None, 1)),
-            ("logprobs", self.logprobs),
-            ("tools", self.tools),
-        ):
-            if asked:
+        for name, harmless in HARMLESS.items():
+            if (asked := getattr(self, name)) and asked != harmless:
                 raise ValueError(f"{name}: not supported by this server; leave it out")
         if self.messages[-1].role != "user":
             raise ValueError("messages: the last one must be the user's")

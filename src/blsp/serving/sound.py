@@ -12,6 +12,7 @@ import base64
 import binascii
 import ipaddress
 import socket
+import time
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,7 +20,8 @@ import numpy as np
 from blsp.data.audio import AudioError, load_audio
 from blsp.serving.schema import ApiError
 
-FETCH_SECONDS = 20.0
+FETCH_SECONDS = 20.0  # in all
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # without what carries an IPv4 address inside
 
 
 def decode(data: bytes, longest: float) -> np.ndarray:
@@ -49,7 +51,11 @@ def from_url(url: str, *, allow_remote: bool, most_bytes: int) -> bytes:
         if not head.endswith(";base64"):
             raise ApiError(400, "audio_url: a data-URI must be base64", param="audio_url", code="invalid_url")
         return from_base64(data)
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise ApiError(400, f"audio_url: {error}", param="audio_url", code="invalid_url") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ApiError(
             400, "audio_url: must be a data-URI or an http(s) URL", param="audio_url", code="invalid_url"
@@ -61,7 +67,7 @@ def from_url(url: str, *, allow_remote: bool, most_bytes: int) -> bytes:
             param="audio_url",
             code="remote_audio_disabled",
         )
-    return _fetch(url, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80), most_bytes)
+    return _fetch(url, parts.hostname, port, most_bytes)
 
 
 def _fetch(url: str, host: str, port: int, most_bytes: int) -> bytes:
@@ -69,10 +75,11 @@ def _fetch(url: str, host: str, port: int, most_bytes: int) -> bytes:
     import httpx
 
     address = public_address(host, port)
-    pinned = httpx.URL(url).copy_with(host=address)
     headers = {"Host": host if port in (80, 443) else f"{host}:{port}"}
     received = bytearray()
+    end = time.monotonic() + FETCH_SECONDS
     try:
+        pinned = httpx.URL(url).copy_with(host=address, userinfo=b"")
         with (
             httpx.Client(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as client,
             client.stream("GET", pinned, headers=headers, extensions={"sni_hostname": host}) as answer,
@@ -86,11 +93,13 @@ def _fetch(url: str, host: str, port: int, most_bytes: int) -> bytes:
                 )
             for block in answer.iter_bytes():
                 received += block
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("the whole file took too long")
                 if len(received) > most_bytes:
                     raise ApiError(
                         413, "audio_url: the file is too large", param="audio_url", code="too_large"
                     )
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ApiError(
             400, f"audio_url: {host} could not be read ({type(error).__name__})", param="audio_url"
         ) from error
@@ -106,8 +115,17 @@ def public_address(host: str, port: int) -> str:
             400, f"audio_url: {host} is not known", param="audio_url", code="fetch_failed"
         ) from error
     addresses = [ipaddress.ip_address(str(each).partition("%")[0]) for each in found]
-    if not addresses or not all(each.is_global and not each.is_multicast for each in addresses):
+    if not addresses or not all(_is_public(each) for each in addresses):
         raise ApiError(
             400, f"audio_url: {host} is not a public address", param="audio_url", code="private_address"
         )
     return str(min(addresses, key=lambda each: each.version))
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Reachable on the internet, and not a private IPv4 address in IPv6 clothes (NAT64, 6to4, Teredo, mapped)."""
+    if isinstance(address, ipaddress.IPv6Address):
+        carries = address.ipv4_mapped or address.sixtofour or address.teredo
+        if address not in PUBLIC_IPV6 or carries:
+            return False
+    return address.is_global and not address.is_multicast
