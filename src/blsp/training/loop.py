@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from blsp.model.allocation import keep_freed_memory
 from blsp.model.checkpoint import save_adapter
 from blsp.model.distributed import Place, find_place, leave, reduce_gradients, sum_across
 from blsp.settings import TrainSettings
@@ -50,6 +51,8 @@ class TrainingError(RuntimeError):
 def train(settings: TrainSettings) -> None:
     """`blsp train`: one run, or the stages of a recipe one after another."""
     place = find_place(settings.device, settings.dtype)
+    if place.device.type == "cpu":
+        keep_freed_memory()
     with deterministic(), Leaving() as leaving:
         for stage in settings.stages or (settings,):
             if is_finished(stage):
