@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from blsp.model.adapter import ADAPTERS
-from blsp.model.distributed import Place
 from blsp.model.embedded import resolve_weights
+from blsp.model.modeling_blsp import ADAPTERS
 from blsp.training.losses import rows_per_chunk
 
 ENCODER, LLM = "embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"
@@ -66,23 +65,21 @@ def estimate(
 
 
 def measured(positions: tuple[int, ...]) -> list[float]:
-    """Peak megabytes that a step with the embedded default adds, by positions in its pass; in a fresh process."""
-    from benchmarks.train_step import Way, examples
-    from blsp.model.checkpoint import new_blsp
+    """Peak megabytes of a step with the embedded default, by positions in its pass; in a fresh process."""
+    from benchmarks.train_step import FLOAT32, Way, examples, plan_steps, trainable
 
-    model, processor = new_blsp(ENCODER, LLM, Place(torch.device("cpu"), torch.float32), adapter="conv")
-    model.model.multi_modal_projector.requires_grad_(True).train()
-    rows = examples(model, processor, 32)
+    model, processor = trainable(FLOAT32)
+    sizes = plan_steps(processor, model.model.multi_modal_projector.places, steps=1)
+    rows = examples(model, processor, sizes[0])
     way = Way(model)
-    way.learn(rows[:2], 2)  # what is made once: prefix, optimiser
-    each = way.learn(rows[:2], 2)[0] / 2
+    way.learn([rows[:2]])  # what is made once: prefix, optimiser
+    each = way.learn([rows[:2]])[0] / 2
     peaks = []
     for wanted in positions:
         count = max(1, round(wanted / each))
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
-        before = _status("VmRSS")
-        way.learn((rows * -(-count // len(rows)))[:count], count)
-        peaks.append(_status("VmHWM") - before)
+        way.learn([(rows * -(-count // len(rows)))[:count]])
+        peaks.append(_status("VmHWM"))
     return peaks
 
 

@@ -1,15 +1,18 @@
 """How fast the adapter trains, against the obvious way, and what each saving is worth.
 
-In:  the embedded default; real recordings cut to about 3 s, 32 response tokens. No file is written.
+In:  the embedded default; real recordings cut to 2 to 4 s (3 on average), 24 to 40 response tokens (32). No file is
+     written.
 Out: one JSON object on the last line: samples a second of every way, ratios, the share of the machine's own
      matrix-product speed that the step reaches, padding.
-Try: `python -m benchmarks.train_step --rounds 3` (about five minutes on two quiet cores)
+Try: `python -m benchmarks.train_step --rounds 3 --ways cached online` (two minutes on two quiet cores; all: seven)
 Flow: benchmarks/ — `make bench` gathers it into results/bench.json.
 
-Ways, each with all savings of the ones below it switched off too: cached features; speech encoded in the step on its
-true length; clips padded to 30 s; the prompt's prefix in every row; logits at every position; batches in random order.
+Ways, each with all savings of the ones above it switched off too: cached features (`cached_kl`: with a stored teacher);
+speech encoded in the step on its true length; clips padded to 30 s; the prompt's prefix in every row; logits at every
+position; batches in random order. `cached_bf16`, beside them, holds the frozen weights in bfloat16.
 The baseline is none of our code but the convolutions: transformers' own modules, whole sequences, batches of eight.
-Every round runs all ways and a 2048³ matrix product, so that noise falls on all of them; medians are reported.
+All learn from the same samples: steps that the loop's own plan has drawn from 4,096 rows, rows of like length in each.
+Every round runs all ways and 2048³ matrix products between them, so that noise falls on all; medians are reported.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,59 +35,73 @@ from transformers import WhisperModel
 from benchmarks.serving import SPEECH
 from blsp.continuation.prompts import instruction_for
 from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.model.allocation import keep_freed_memory
 from blsp.model.checkpoint import new_blsp
 from blsp.model.digest import tensor_digest
 from blsp.model.distributed import Place
 from blsp.model.embedded import resolve_weights
 from blsp.model.language_model import embed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
-from blsp.model.prompt import frame_prompt, transcript_ids
-from blsp.model.speech_encoder import encode_speech, mel_features, mel_frames
+from blsp.model.prompt import Order, frame_prompt, transcript_ids
+from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
 from blsp.training import step
+from blsp.training.batches import DataFile, Plan
 from blsp.training.examples import Example
 from blsp.training.prompted_llm import PromptedLLM
 
 ENCODER, LLM = "embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"
-SAMPLES = 32
+POPULATION = 4096  # rows that the plan sorts
+STEPS, BATCH = 2, 16  # steps learnt from, and rows in each: one pass of about 1,000 positions
 BASELINE_BATCH = 8
+Result = TypeVar("Result")
+ORDER: Order = "instruction-first"
+FLOAT32 = Place(torch.device("cpu"), torch.float32)
+BFLOAT16 = Place(torch.device("cpu"), torch.bfloat16)
+RECORDINGS = 40
 TOP_K = 20
 MATRIX = 2048
 
 
-def clips(count: int, seed: int = 0) -> list[np.ndarray]:
-    """Real speech, one recording after another, cut into 2 to 4 s."""
-    lines = (SPEECH / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    draw = np.random.default_rng(seed)
-    sound = np.concatenate([load_audio(SPEECH / json.loads(line)["audio"]) for line in lines[:count]])
-    sizes = draw.integers(2 * SAMPLE_RATE, 4 * SAMPLE_RATE, count)
-    starts = draw.integers(0, len(sound) - 4 * SAMPLE_RATE, count)
-    return [sound[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+def plan_steps(processor: Any, places: Callable[[int], int], steps: int) -> list[list[tuple[int, int]]]:
+    """(samples of the clip, tokens of the response) of each row of `steps` steps, from short ones to long ones."""
+    draw = np.random.default_rng(0)
+    clip = draw.integers(2 * SAMPLE_RATE, 4 * SAMPLE_RATE, POPULATION, endpoint=True)
+    response = draw.integers(24, 40, POPULATION, endpoint=True)
+    speech = np.array([places(encoder_frames(mel_frames(int(size)))) for size in clip])
+    tail = len(frame_prompt(processor.tokenizer, instruction_for("continue"), ORDER).suffix_ids) - 1
+    lengths = speech + tail + response
+    plan = Plan((DataFile(0, POPULATION),), BATCH, seed=0)
+    epoch = list(islice(plan.steps(0, lambda rows: lengths[rows]), plan.steps_per_epoch))
+    epoch.sort(key=lambda rows: int(lengths[rows].sum()))
+    chosen = [epoch[len(epoch) * (2 * number + 1) // (2 * steps)] for number in range(steps)]
+    return [[(int(clip[row]), int(response[row])) for row in rows] for rows in chosen]
 
 
-def examples(model: BlspForConditionalGeneration, processor: Any, count: int, seed: int = 0) -> list[Example]:
-    """Rows as the loop sees them, with the features, the mel, and a stored teacher."""
-    draw = np.random.default_rng(seed)
-    frame = frame_prompt(processor.tokenizer, instruction_for("continue"), "instruction-first")
+def examples(
+    model: BlspForConditionalGeneration, processor: Any, sizes: Sequence[tuple[int, int]]
+) -> list[Example]:
+    """Rows as the loop sees them, with the features, the mel, and a stored teacher: real speech, cut to size."""
+    draw = np.random.default_rng(0)
+    frame = frame_prompt(processor.tokenizer, instruction_for("continue"), ORDER)
     text = transcript_ids(processor.tokenizer, "I have come to see the old man who lives by the river.")
     vocabulary = model.config.text_config.vocab_size
+    lines = (SPEECH / "train.jsonl").read_text(encoding="utf-8").splitlines()[:RECORDINGS]
+    sound = np.concatenate([load_audio(SPEECH / json.loads(line)["audio"]) for line in lines])
     made = []
-    for number, clip in enumerate(clips(count, seed)):
-        mel, _ = mel_features(processor.feature_extractor, [clip])
-        response = draw.integers(0, vocabulary, draw.integers(24, 41)).tolist()
+    for number, (size, tokens) in enumerate(sizes):
+        start = draw.integers(0, len(sound) - size)
+        mel, mask = mel_features(processor.feature_extractor, [sound[start : start + size]])
+        states, lengths = encode_speech(model.model.audio_tower, mel, mask)
+        response = draw.integers(0, vocabulary, tokens).tolist()
         top = np.stack([draw.choice(vocabulary, TOP_K, replace=False) for _ in response]).astype(np.uint32)
         logp = np.log(np.full((len(response), TOP_K), 0.9 / TOP_K, np.float16))
-        example = Example(
-            f"{number}", len(clip) / SAMPLE_RATE, frame, text, response, False, teacher=(top, logp)
-        )
-        states, lengths = encode_speech(
-            model.model.audio_tower, mel, torch.arange(mel.shape[2])[None] < mel_frames(len(clip))
-        )
+        example = Example(f"{number}", size / SAMPLE_RATE, frame, text, response, False, teacher=(top, logp))
         features = states[0, : int(lengths[0])].half().numpy()
-        made.append(replace(example, features=features, mel=mel[0].numpy(), mel_frames=mel_frames(len(clip))))
+        made.append(replace(example, features=features, mel=mel[0].numpy(), mel_frames=mel_frames(size)))
     return made
 
 
-def padded_to_30s(processor: Any, each: Example) -> Example:
+def padded_to_30s(each: Example) -> Example:
     mel = np.zeros((each.mel.shape[0], 3000), np.float32)  # type: ignore[union-attr]
     mel[:, : each.mel.shape[1]] = each.mel  # type: ignore[union-attr]
     return replace(each, mel=mel)
@@ -113,7 +132,7 @@ class WithAllLogits(WithoutPrefixReuse):
 
 @dataclass
 class Way:
-    """One way to learn from the same samples: `learn(samples)` runs forward and backward on all of them."""
+    """One way to learn from the same samples: `learn(steps)` runs forward and backward on each, and moves once."""
 
     model: BlspForConditionalGeneration
     loss: step.Loss = "ce"
@@ -121,27 +140,35 @@ class Way:
     of: Callable[[Example], Example] = lambda each: each
     full_window: bool = False
     ordered: bool = True
+    place: Place = FLOAT32
 
     def __post_init__(self) -> None:
         self.prompted = self.llm(self.model)
         self.optimiser = torch.optim.AdamW(self.model.model.multi_modal_projector.parameters(), lr=1e-5)
 
-    def learn(self, samples: Sequence[Example], batch: int) -> tuple[int, int]:
-        """One optimiser step; (positions, padding) of its passes."""
+    def learn(self, steps: Sequence[Sequence[Example]]) -> tuple[int, int]:
+        """(positions, padding) of its passes."""
         self.model.config.full_window = self.full_window
         objective = step.Objective(self.loss, stored_teacher=self.loss == "kl")
-        chosen = sorted(samples, key=lambda each: len(each.response)) if self.ordered else list(samples)
-        counts = step.counts_of(samples, objective)
+        rows = [each for part in steps for each in part]
+        counts = step.counts_of(rows, objective)
         positions = padding = 0
-        for begin in range(0, len(chosen), batch):
-            part = [self.of(each) for each in chosen[begin : begin + batch]]
-            sums = step.run(self.model, part, objective, self.prompted)
-            step.objective_value(sums, counts, objective).backward()
+        for part in steps if self.ordered else in_random_order(rows, BATCH):
+            with step.autocast(self.place):
+                sums = step.run(self.model, [self.of(each) for each in part], objective, self.prompted)
+                share = step.objective_value(sums, counts, objective)
+            share.backward()
             positions, padding = positions + sums.positions, padding + sums.padding
         self.optimiser.step()
         self.optimiser.zero_grad()
         self.model.config.full_window = False
         return positions, padding
+
+
+def in_random_order(rows: Sequence[Example], batch: int) -> list[list[Example]]:
+    """Batches as they come when nothing sorts them."""
+    order = np.random.default_rng(0).permutation(len(rows))
+    return [[rows[i] for i in order[begin : begin + batch]] for begin in range(0, len(rows), batch)]
 
 
 class Plain:
@@ -157,9 +184,8 @@ class Plain:
         )
         self.optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=1e-5)
 
-    def learn(self, samples: Sequence[Example], batch: int) -> None:
-        for begin in range(0, len(samples), batch):
-            part = samples[begin : begin + batch]
+    def learn(self, rows: Sequence[Example]) -> None:
+        for part in in_random_order(rows, BASELINE_BATCH):
             self._loss(part).backward()
             self.optimiser.step()
             self.optimiser.zero_grad()
@@ -188,10 +214,10 @@ class Plain:
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-def seconds_of(task: Callable[[], Any]) -> float:
+def timed(task: Callable[[], Result]) -> tuple[float, Result]:
     began = time.monotonic()
-    task()
-    return time.monotonic() - began
+    result = task()
+    return time.monotonic() - began, result
 
 
 def useful_flop(model: BlspForConditionalGeneration, positions: int, responses: int) -> float:
@@ -201,59 +227,94 @@ def useful_flop(model: BlspForConditionalGeneration, positions: int, responses: 
     return 4.0 * (body * positions + head * responses)
 
 
-def measure(rounds: int, samples: int) -> dict[str, Any]:
-    """All ways, interleaved, on the same samples."""
-    place = Place(torch.device("cpu"), torch.float32)
+def ways_of(model: BlspForConditionalGeneration, processor: Any) -> dict[str, Callable[[], Way]]:
+    """Every way, made when it is asked for."""
+    online = lambda each: replace(each, features=None)  # noqa: E731
+    long = lambda each: padded_to_30s(online(each))  # noqa: E731
+    padded = partial(Way, model, of=long, full_window=True)
+    return {
+        "cached": lambda: Way(model),
+        "cached_kl": lambda: Way(model, loss="kl"),
+        "cached_bf16": lambda: Way(trainable(BFLOAT16)[0], place=BFLOAT16),
+        "online": lambda: Way(model, of=online),
+        "padded_to_30s": padded,
+        "no_prefix_reuse": lambda: padded(llm=WithoutPrefixReuse),
+        "all_logits": lambda: padded(llm=WithAllLogits),
+        "unsorted": lambda: padded(llm=WithAllLogits, ordered=False),
+    }
+
+
+def trainable(place: Place) -> tuple[BlspForConditionalGeneration, Any]:
     model, processor = new_blsp(ENCODER, LLM, place, adapter="conv")
     model.model.multi_modal_projector.requires_grad_(True).train()
-    rows = examples(model, processor, samples)
-    online = lambda each: replace(each, features=None)  # noqa: E731
-    long = lambda each: padded_to_30s(processor, online(each))  # noqa: E731
-    ways = {
-        "cached": Way(model),
-        "cached_kl": Way(model, loss="kl"),
-        "online": Way(model, of=online),
-        "padded_to_30s": Way(model, of=long, full_window=True),
-        "no_prefix_reuse": Way(model, of=long, full_window=True, llm=WithoutPrefixReuse),
-        "all_logits": Way(model, of=long, full_window=True, llm=WithAllLogits),
-        "unsorted": Way(model, of=long, full_window=True, llm=WithAllLogits, ordered=False),
-    }
-    plain, thirty = Plain(model), [long(each) for each in rows]
+    return model, processor
+
+
+def measure(rounds: int, steps: int, names: Sequence[str]) -> dict[str, Any]:
+    """The ways of these names and the baseline, interleaved, on the same samples."""
+    model, processor = trainable(FLOAT32)
+    sizes = plan_steps(processor, model.model.multi_modal_projector.places, steps)
+    parts = [examples(model, processor, each) for each in sizes]
+    rows = [each for part in parts for each in part]
+    every = ways_of(model, processor)
+    ways = {name: every[name]() for name in names or every}
+    plain, thirty = Plain(model), [padded_to_30s(each) for each in rows]
     left, right = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
     took: dict[str, list[float]] = {name: [] for name in [*ways, "plain", "product"]}
-    found = {name: way.learn(rows, samples) for name, way in ways.items()}  # also the warm-up
-    plain.learn(thirty, BASELINE_BATCH)
+    plain.learn(thirty[:BASELINE_BATCH])  # the warm-up
+    found = {name: way.learn(parts[-1:]) for name, way in ways.items()}
     for _ in range(rounds):
         for name, way in ways.items():
-            took["product"].append(seconds_of(lambda: left @ right))
-            took[name].append(seconds_of(lambda way=way: way.learn(rows, samples)))  # type: ignore[misc]
-        took["plain"].append(seconds_of(lambda: plain.learn(thirty, BASELINE_BATCH)))
-    speed = {name: samples / statistics.median(took[name]) for name in took if name != "product"}
-    positions, padding = found["cached"]
+            took["product"].append(timed(lambda: left @ right)[0])
+            seconds, found[name] = timed(partial(way.learn, parts))
+            took[name].append(seconds)
+            took["product"].append(timed(lambda: left @ right)[0])
+        took["plain"].append(timed(partial(plain.learn, thirty))[0])
+    speed = {name: len(rows) / statistics.median(took[name]) for name in took if name != "product"}
     peak = 2 * MATRIX**3 / statistics.median(took["product"])
-    useful = useful_flop(model, positions - padding, sum(len(each.response) for each in rows))
-    return {
-        "ratio_cached": round(speed["cached"] / speed["plain"], 2),
-        "ratio_online": round(speed["online"] / speed["plain"], 2),
-        "matmul_fraction": round(useful / statistics.median(took["cached"]) / peak, 3),
-        "topk_over_ce": round(speed["cached_kl"] / speed["cached"], 3),
-        "padding_share": round(padding / positions, 4),
+    responses = sum(len(each.response) for each in rows)
+    useful = {
+        name: useful_flop(model, positions - padding, responses) * speed[name] / len(rows) / peak
+        for name, (positions, padding) in found.items()
+    }
+    return ratios(speed, useful, found) | {
         "matmul_gflops": round(peak / 1e9, 1),
         "samples_per_second": {name: round(each, 2) for name, each in speed.items()},
+        "seconds": {name: [round(each, 2) for each in took[name]] for name in speed},
+        "samples": len(rows),
         "rounds": rounds,
         "threads": torch.get_num_threads(),
         "encoder": tensor_digest(resolve_weights(ENCODER))[:12],
     }
 
 
+def ratios(
+    speed: dict[str, float], useful: dict[str, float], found: dict[str, tuple[int, int]]
+) -> dict[str, float]:
+    """The figures that others read; those of ways that were not run are left out."""
+    figures = {
+        f"ratio_{name}": speed[name] / speed["plain"]
+        for name in ("cached", "online", "cached_bf16")
+        if name in speed
+    }
+    if "cached" in speed:
+        figures["matmul_fraction"] = useful["cached"]
+        figures["padding_share"] = found["cached"][1] / found["cached"][0]
+        if "cached_kl" in speed:
+            figures["topk_over_ce"] = speed["cached_kl"] / speed["cached"]
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
 def main() -> None:
+    keep_freed_memory()  # as the training loop does; the baseline profits too
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} samples")
+    parser.add_argument("--ways", nargs="*", default=[], help="names, beside the baseline; none: all")
     options = parser.parse_args()
-    print(json.dumps(measure(options.rounds, options.samples)))
+    print(json.dumps(measure(options.rounds, options.steps, options.ways)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,36 @@
+"""The scripts of `make bench` fit the code they measure: each can be imported, and the quick ones run."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from benchmarks import memory, scale
+
+SCRIPTS = sorted(path.stem for path in Path(scale.__file__).parent.glob("*.py") if path.stem != "__main__")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_can_be_run(name: str) -> None:
+    pytest.importorskip("faster_whisper") if name == "latency" else None
+    import_module(f"benchmarks.{name}")
+
+
+def test_scale_reports_every_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["scale", "--most", "1000", "--folder", str(tmp_path)])
+    scale.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [each["rows"] for each in figures["manifests"]] == [1000]
+    assert figures["rows_per_second"] > 0 and figures["rss_growth_mb"] == 0
+
+
+def test_memory_is_the_sum_of_its_parts(tiny_llm, tiny_whisper: str) -> None:
+    figures = memory.estimate(tiny_whisper, tiny_llm(), "conv", "float32", 512, False)
+    assert figures["total"] == pytest.approx(sum(v for k, v in figures.items() if k != "total"), abs=0.5)
+    checkpointed = memory.estimate(tiny_whisper, tiny_llm(), "conv", "float32", 512, True)
+    assert checkpointed["activations"] < figures["activations"]
