@@ -60,6 +60,9 @@ def write_weights(run: Path, out: Path) -> None:
     """The run's adapter in float16, with the logs of its stages."""
     model, processor = load_blsp(run / "adapter", find_place(device="cpu", dtype="float32"))
     save_adapter(model, processor, out, dtype=torch.float16)
+    tokenizer = out / "tokenizer.json"  # half of it is indentation
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    tokenizer.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     for stage in sorted((run / "stages").iterdir()):
         target = out / "training" / stage.name
         target.mkdir(parents=True)
@@ -85,8 +88,8 @@ def card(out: Path, sources: str, results: Path | None) -> str:
 
 def _stages(training: Path) -> str:
     rows = []
-    for stage in sorted(training.iterdir(), key=lambda stage: (stage / "metrics.jsonl").stat().st_mtime):
-        settings = yaml.safe_load((stage / "settings.yaml").read_text())
+    read = [(stage, yaml.safe_load((stage / "settings.yaml").read_text())) for stage in training.iterdir()]
+    for stage, settings in sorted(read, key=lambda each: (each[1]["loss"] != "ctc", each[0].name)):
         last = json.loads((stage / "metrics.jsonl").read_text().splitlines()[-1])
         rows.append(
             [
@@ -101,7 +104,7 @@ def _stages(training: Path) -> str:
         )
     head = ["stage", "loss", "steps", "samples", "hours of speech heard", "hours of work", "last loss"]
     note = (
-        "Settings, metrics and curves of each stage: `training/`. Two cores of an AMD EPYC, no GPU, float32."
+        "Settings, metrics and curves of each stage: `training/`. Two cores of an AMD EPYC, no GPU."
     )
     return f"{table(head, rows)}\n\n{note}"
 
