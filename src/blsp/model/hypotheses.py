@@ -32,7 +32,7 @@ from blsp.model.prefix import Prefix
 LANGUAGE = (
     0.4  # weight of the LLM's log-likelihood beside the read-out's (chosen on fotaq's development part)
 )
-LENGTH = 1.0  # nats a token, against what every further token costs under both
+LENGTH = 1.5  # nats a token, against what every further token costs under both
 CLASSES = 8  # likeliest classes of a frame that are followed
 SURE = math.log(0.999)  # a frame as blank as this changes no hypothesis
 
