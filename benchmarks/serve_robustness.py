@@ -13,6 +13,7 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
     defects: list[str] = []
     good = {"messages": spoken_question(wav, "Please repeat the following words:"), "max_tokens": 8}
     answers = set()
+    slowest = 0.0
     silent: list[socket.socket] = []  # clients that send no more, and wait
     with httpx.Client(base_url=url, timeout=120) as client:
         for number, attempt in zip(range(count), attempts(wav, seed), strict=False):
@@ -44,9 +46,17 @@ def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
                 silent.append(begin(url, attempt))
                 status = 0
             else:
-                status = send(client, url, attempt)
+                began = time.monotonic()
+                try:
+                    status = send(client, url, attempt)
+                except httpx.TimeoutException:
+                    status = 599
+                    defects.append(
+                        f"{number}: no answer to {attempt.path} {str(attempt.upload or attempt.body)[:200]}"
+                    )
+                slowest = max(slowest, time.monotonic() - began)
                 statuses[status] += 1
-            if status >= 500 and status not in BY_DESIGN:
+            if 500 <= status < 599 and status not in BY_DESIGN:
                 defects.append(f"{number}: {status} for {attempt.path} {attempt.body[:200]!r}")
             if number % EVERY == EVERY - 1 or number == count - 1:
                 answer = client.post("/v1/chat/completions", json=good)
@@ -56,7 +66,13 @@ def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
     if len(answers) != 1 or next(iter(answers))[0] != 200:
         defects.append(f"the good request was answered in more than one way: {sorted(answers)}")
     by_status = {str(status): number for status, number in sorted(statuses.items())}
-    return {"attempts": count, "by_status": by_status, "good_requests": count // EVERY, "defects": defects}
+    return {
+        "attempts": count,
+        "by_status": by_status,
+        "slowest_s": round(slowest, 1),
+        "good_requests": count // EVERY,
+        "defects": defects,
+    }
 
 
 def send(client: httpx.Client, url: str, attempt: Attempt) -> int:

@@ -286,12 +286,12 @@ def test_beyond_this_machine_only_with_a_key(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_failing_model_is_reported_and_the_next_request_answered(server: Running, monkeypatch) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **named: object) -> None:
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as broken:
         broken.setattr(server.listener, "hear", fail)
-        answer = chat(server, {"messages": [user("hello")]})
+        answer = chat(server, {"messages": [user(spoken())]})
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
     assert chat(server, {"messages": [user("hello")]}).status_code == 200
 

@@ -181,10 +181,39 @@ def test_a_file_a_reload_and_a_phone_in_the_dark(
     page.screenshot(path=screenshots / "4-phone-dark.png")
 
 
-def test_a_click_is_too_short_to_be_a_question(page) -> None:
-    speak(page, milliseconds=0)
+def test_one_press_begins_and_another_sends(page) -> None:
+    """For those who cannot hold a button, and for screen readers, whose clicks have no length."""
+    for press in (lambda: page.click("#talk"), lambda: page.locator("#talk").evaluate("b => b.click()")):
+        turns = page.locator(".turn").count()
+        press()
+        playwright.expect(page.locator("#talklabel")).to_contain_text("press to send")
+        page.wait_for_timeout(900)
+        assert page.locator(".turn").count() == turns, "it listens on"
+        press()
+        answered(page, turns + 1)
+
+
+def test_escape_discards_what_was_said(page) -> None:
+    page.click("#talk")
+    page.wait_for_timeout(500)
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator("#talklabel")).to_have_text("Hold to talk")
+    page.wait_for_timeout(300)
+    assert page.locator(".turn").count() == 0
+
+
+def test_two_presses_at_once_are_too_short_to_be_a_question(page) -> None:
+    page.dblclick("#talk")
     playwright.expect(page.locator("#notice")).to_contain_text("too short")
     assert page.locator(".turn").count() == 0
+
+
+def test_a_screen_reader_is_told_the_answer_once_it_is_whole(page) -> None:
+    page.fill("#text", "Hello")
+    page.keyboard.press("Enter")
+    answered(page, 1)
+    whole = page.locator(".answer .text").inner_text()
+    assert page.locator("#spoken").inner_text().split() == f"Answer: {whole}".split()
 
 
 def test_says_that_the_microphone_is_blocked(launch, server: Running, screenshots: Path) -> None:

@@ -291,9 +291,11 @@ class Service:
             temperature=temperature,
         )
         silence = self.listener.model.config.no_speech_sentence
+        end = time.monotonic() + self.settings.deadline  # of the whole recording
         for piece in cut_at_pauses(clip):
             parts: list[Any] = [piece] if readout else [instruction_for(behaviour) + "\n", piece]
-            exchange = self._ask([{"role": "user", "parts": parts}], decoding, readout=readout)
+            messages = [{"role": "user", "parts": parts}]
+            exchange = self._ask(messages, decoding, readout=readout, seconds=end - time.monotonic())
             await self._while_there(request, exchange.started(), exchange)
             text = (await self._while_there(request, _gather(exchange), exchange)).strip()
             if text and text != silence:

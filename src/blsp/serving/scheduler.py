@@ -36,8 +36,9 @@ from blsp.inference.conversation import (
     request_for,
     user_turn,
 )
-from blsp.inference.listener import Listener
+from blsp.inference.listener import BEAM, Listener
 from blsp.model.adapter import Heard
+from blsp.model.allocation import give_back_freed_memory
 from blsp.model.decoding import Decoder, Decoding, Event, Request
 from blsp.model.prefix import Prefix
 from blsp.model.prompt import PromptError
@@ -47,6 +48,7 @@ from blsp.serving.schema import ApiError
 log = logging.getLogger("blsp.serving")
 JOINING = 4  # requests heard and prefilled between two steps
 HEARD_AT_ONCE = 60.0  # seconds of speech among them; a longer recording joins alone
+TIDIED_EVERY = 64  # answers: then memory that lies free in pieces goes back to the system
 KEPT_POSITIONS = 512  # for each conversation that is kept: a few long ones do not fill the memory
 SPEECH_A_SEAT = 30.0  # seconds: the queue's speech is bounded by this for each request that may wait
 
@@ -86,7 +88,7 @@ Report = Begun | Token | Done | Failed
 @dataclass(eq=False)
 class Job:
     """One answer to write. messages: `{"role", "parts"}`, parts text and clips in their order; the last is the
-    question. With `readout`, the parts of the last message are read out, without the LLM."""
+    question. With `readout`, the clips of the last message are written down as `Listener.transcribe` does."""
 
     messages: Sequence[dict[str, Any]]
     decoding: Decoding
@@ -127,6 +129,7 @@ class Scheduler:
         self._running: dict[Hashable, Job] = {}
         self._changed = threading.Condition()  # its lock is re-entrant
         self._stopping = False
+        self._ended = 0
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     # --- called from other threads ------------------------------------------------------------------------
@@ -205,6 +208,9 @@ class Scheduler:
             self.metrics.steps.inc()
             self._dispatch(self._decoder.step())
         self.metrics.running.set(len(self._running))
+        if self._ended >= TIDIED_EVERY:
+            self._ended = 0
+            give_back_freed_memory()
 
     def _let_go(self) -> None:
         """Of those that nobody waits for, or that have waited too long, in the queue or in a seat."""
@@ -236,7 +242,8 @@ class Scheduler:
     def _requests(self, jobs: list[Job]) -> list[Request]:
         """What the decoder shall write. Jobs that end here (no speech, a read-out, too long) are reported."""
         requests = []
-        for job, messages in self._heard(jobs):
+        heard = self._heard([job for job in jobs if job.readout], beam=BEAM)
+        for job, messages in heard + self._heard([job for job in jobs if not job.readout]):
             try:
                 request = self._read(job, messages) if job.readout else self._request(job, messages)
             except Exception as error:  # a defect of one request is told to that one
@@ -246,16 +253,16 @@ class Scheduler:
                 requests.append(request)
         return _sharing_prefixes(requests, {job.key: job.laid for job in jobs})
 
-    def _heard(self, jobs: list[Job]) -> list[tuple[Job, list[dict[str, Any]]]]:
+    def _heard(self, jobs: list[Job], beam: int = 0) -> list[tuple[Job, list[dict[str, Any]]]]:
         """Jobs with their messages, whose clips were heard in one go; if that fails, in one go each."""
         clips = [clip for job in jobs for clip in _clips(job)]
         try:
-            heard = iter(self.listener.hear(clips))
+            heard = iter(self.listener.hear(clips, beam=beam) if clips else ())
         except Exception as error:
             if len(jobs) == 1:
                 self._give_up(error, jobs)
                 return []
-            return [each for job in jobs for each in self._heard([job])]
+            return [each for job in jobs for each in self._heard([job], beam)]
         self.metrics.speech.inc(sum(map(len, clips)) / SAMPLE_RATE)
         return [
             (
@@ -272,7 +279,7 @@ class Scheduler:
         """Ends the job with what was read out; there is nothing to decode."""
         heard = [part for part in messages[-1]["parts"] if isinstance(part, Heard)]
         job.report(Begun(0, sum(len(clip.vectors) for clip in heard)))
-        self._end(job, Done(text=" ".join(filter(None, self.listener.read(heard)))))
+        self._end(job, Done(text=" ".join(filter(None, self.listener.weigh(heard)))))
         return None
 
     def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
@@ -310,6 +317,7 @@ class Scheduler:
 
     def _end(self, job: Job, last: Done | ApiError | None) -> None:
         self._running.pop(job.key, None)
+        self._ended += 1
         self.metrics.total.observe(time.monotonic() - job.submitted)
         if last is not None:
             job.report(Failed(last) if isinstance(last, ApiError) else last)

@@ -12,6 +12,7 @@ async function checked(response) {
   try {
     message = (await response.json()).error.message;
   } catch { /* not the server's own refusal */ }
+  if (response.status === 413) message = "This conversation has become too large to send: start a new one, or choose a shorter recording.";
   throw new ServerError(message);
 }
 

@@ -3,9 +3,10 @@
 import { base64, chat, models, ServerError, setKey, transcribe } from "./api.js";
 import { decode, drawWave, Recorder, toWav } from "./recorder.js";
 
-const SHORTEST = 0.25; // seconds: less was a click, not speech
+const SHORTEST = 0.25; // seconds: less was no speech
+const TAP = 400; // milliseconds: a shorter press begins, and the next one sends
 const $ = (id) => document.getElementById(id);
-const ROUTES = { speech: "Speech", text: "Text: what you said, as written", cascade: "Cascade: a recogniser, then the text" };
+const ROUTES = { speech: "Speech", cascade: "Cascade: a recogniser, then text", text: "Text: as you would write it" };
 
 let messages = []; // the speech route's conversation
 let running = null; // AbortController while an answer comes
@@ -51,12 +52,15 @@ function clip({ blob, samples }) {
   holder.className = "clip";
   const play = document.createElement("button");
   play.type = "button";
-  play.textContent = "Play";
-  play.setAttribute("aria-label", "Play what was sent");
+  const show = (playing) => {
+    play.textContent = playing ? "❚❚" : "▶\uFE0E";
+    play.setAttribute("aria-label", playing ? "Pause" : "Play what was sent");
+  };
+  show(false);
   const sound = new Audio(URL.createObjectURL(blob));
   play.onclick = () => (sound.paused ? sound.play() : sound.pause());
-  sound.onplay = () => (play.textContent = "Pause");
-  sound.onpause = sound.onended = () => (play.textContent = "Play");
+  sound.onplay = () => show(true);
+  sound.onpause = sound.onended = () => show(false);
   holder.append(play);
   if (samples) {
     const wave = document.createElement("canvas");
@@ -84,6 +88,8 @@ async function stream(card, conversation, signal, began = performance.now()) {
   const timing = card.querySelector(".timing");
   let first = 0;
   text.textContent = "";
+  text.classList.remove("none");
+  card.classList.remove("wrong");
   text.setAttribute("aria-busy", "true");
   try {
     await chat(conversation, (piece) => {
@@ -92,8 +98,14 @@ async function stream(card, conversation, signal, began = performance.now()) {
       timing.textContent = `first token ${seconds(first)}`;
       card.scrollIntoView({ block: "nearest" });
     }, signal);
-    timing.textContent = `first token ${seconds(first)}, whole answer ${seconds(performance.now() - began)}`;
-    return text.textContent;
+    const answer = text.textContent;
+    if (!answer.trim()) {
+      text.textContent = "It said nothing.";
+      text.classList.add("none");
+    }
+    timing.textContent = `${first ? `first token ${seconds(first)}, ` : ""}whole answer ${seconds(performance.now() - began)}`;
+    $("spoken").textContent = `${card.querySelector("h2").textContent}: ${text.textContent}`;
+    return answer;
   } catch (error) {
     fail(card, error);
     return text.textContent || null;
@@ -105,6 +117,7 @@ async function stream(card, conversation, signal, began = performance.now()) {
 function fail(card, error) {
   const stopped = error.name === "AbortError";
   card.querySelector(".timing").textContent = stopped ? "stopped" : error.message;
+  $("spoken").textContent = stopped ? "Stopped" : error.message;
   card.classList.toggle("wrong", !stopped);
   card.querySelector(".text").setAttribute("aria-busy", "false");
   if (!stopped && !(error instanceof ServerError)) console.error(error);
@@ -153,13 +166,16 @@ async function compare(turn, question, past, signal) {
   } else {
     try {
       heard = await transcribe(question.blob, "recogniser", signal);
-      cascade.querySelector("h2").textContent = `${ROUTES.cascade} “${heard}”`;
+      const line = cascade.querySelector(".heard");
+      line.textContent = heard ? `It wrote down: “${heard}”` : "It wrote nothing down.";
+      line.hidden = false;
       await stream(cascade, [...past, { role: "user", content: written(question, heard) }], signal, began);
     } catch (error) {
       fail(cascade, error);
     }
   }
   const text = addAnswer(turn, "text");
+  text.scrollIntoView({ block: "nearest" });
   text.querySelector(".text").before(transcriptField(text, question, past, heard));
   if (heard) await stream(text, [...past, { role: "user", content: written(question, heard) }], signal);
   else text.querySelector(".text").setAttribute("aria-busy", "false");
@@ -205,38 +221,61 @@ function showLevel(rms) {
   });
 }
 
-let pressed = false;
+// Held: speech ends when the button is let go. Tapped: it goes on until the next press.
+let pressed = 0; // when; 0: nobody listens
+let tapped = false;
 async function press() {
   if (pressed || running) return;
-  pressed = true;
+  pressed = performance.now();
+  tapped = false;
   notice("");
+  levels.length = 0;
+  document.body.classList.add("listening");
   $("talk").setAttribute("aria-pressed", "true");
   $("talklabel").textContent = "Listening… let go to send";
-  recorder = new Recorder(showLevel);
+  const mine = (recorder = new Recorder(showLevel));
   try {
-    await recorder.start();
-    if (!pressed) await release(); // let go before the microphone was there
+    await mine.start();
+    if (recorder !== mine) await mine.stop(); // discarded before the microphone was there
+    else if (!pressed) await release(); // let go before
   } catch (error) {
-    pressed = false;
+    await mine.stop();
+    if (recorder !== mine) return;
+    pressed = 0;
     idle();
-    recorder.stream?.getTracks().forEach((track) => track.stop());
     recorder = null;
     notice(microphoneTrouble(error));
   }
 }
 
+function letGo() {
+  if (!pressed || tapped) return;
+  tapped = performance.now() - pressed < TAP;
+  if (tapped) $("talklabel").textContent = "Listening… press to send";
+  else release();
+}
+
+async function discard() {
+  pressed = 0;
+  idle();
+  const unwanted = recorder;
+  recorder = null;
+  if (unwanted?.ready) await unwanted.stop(); // else press() comes back to it
+}
+
 async function release() {
-  pressed = false;
+  pressed = 0;
   idle();
   if (!recorder?.ready) return; // still starting: press() comes back here
   const finished = recorder;
   recorder = null;
   const samples = await finished.stop();
-  if (samples.length < SHORTEST * 16000) notice("That was too short: hold the button while you speak.");
+  if (samples.length < SHORTEST * 16000) notice("That was too short: speak while the button is red.");
   else await askSpoken(toWav(samples), samples);
 }
 
 function idle() {
+  document.body.classList.remove("listening");
   $("talk").setAttribute("aria-pressed", "false");
   $("talklabel").textContent = "Hold to talk";
 }
@@ -249,23 +288,37 @@ function microphoneTrouble(error) {
 }
 
 const talk = $("talk");
-talk.setAttribute("aria-pressed", "false");
+const begin = () => (pressed && tapped ? release() : press());
 talk.addEventListener("pointerdown", (event) => {
   if (event.button !== 0) return;
   talk.setPointerCapture(event.pointerId);
-  press();
+  begin();
 });
-for (const end of ["pointerup", "pointercancel"]) talk.addEventListener(end, () => pressed && release());
+for (const end of ["pointerup", "pointercancel"]) talk.addEventListener(end, letGo);
 talk.addEventListener("keydown", (event) => {
   if (["Space", "Enter"].includes(event.code)) {
     event.preventDefault();
-    if (!event.repeat) press();
+    if (!event.repeat) begin();
   }
 });
 talk.addEventListener("keyup", (event) => {
-  if (["Space", "Enter"].includes(event.code) && pressed) release();
+  if (["Space", "Enter"].includes(event.code)) {
+    event.preventDefault();
+    letGo();
+  }
 });
-talk.addEventListener("blur", () => pressed && release());
+talk.addEventListener("click", (event) => {
+  if (event.detail !== 0) return; // the pointer's own events have done it; a screen reader's click has none
+  begin();
+  tapped = Boolean(pressed);
+  if (tapped) $("talklabel").textContent = "Listening… press to send";
+});
+talk.addEventListener("blur", () => pressed && !tapped && release());
+addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  if (pressed) discard();
+  else running?.abort();
+});
 talk.addEventListener("contextmenu", (event) => event.preventDefault());
 
 // --- files, text, tools ------------------------------------------------------------------------------------
@@ -305,6 +358,8 @@ $("text").addEventListener("keydown", (event) => {
 $("stop").onclick = () => running?.abort();
 $("fresh").onclick = () => {
   running?.abort();
+  $("spoken").textContent = "";
+  $("text").focus();
   messages = [];
   $("turns").replaceChildren();
   $("hint").hidden = false;
@@ -320,11 +375,17 @@ async function connect() {
     const names = await models();
     recogniser = names.includes("recogniser");
     $("model").textContent = names[0];
+    $("keybox").hidden = true;
     notice("");
   } catch (error) {
     $("model").textContent = "not connected";
-    if (/key/.test(error.message)) $("keybox").open = true;
+    $("keybox").hidden = !/key/.test(error.message);
     notice(error.message);
   }
 }
 connect();
+
+// What is scrolled to stays above the form.
+new ResizeObserver(() => {
+  document.documentElement.style.scrollPaddingBottom = `${$("ask").offsetHeight + 16}px`;
+}).observe($("ask"));
