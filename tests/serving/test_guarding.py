@@ -22,7 +22,7 @@ from serving.conftest import Running, audio_part, spoken, user, wav
 
 from blsp.serving import scheduler as scheduler_module
 from blsp.serving import sound
-from blsp.serving.process import check_exposure
+from blsp.serving.process import check_exposure, reserve
 from blsp.serving.recogniser import SharedRecogniser
 from blsp.serving.scheduler import Failed, Job, Limits, Scheduler
 from blsp.serving.schema import ApiError
@@ -283,6 +283,15 @@ def test_beyond_this_machine_only_with_a_key(monkeypatch: pytest.MonkeyPatch) ->
     check_exposure(ServeSettings(host="0.0.0.0", insecure=True))
     monkeypatch.setenv("BLSP_API_KEY", "secret")
     check_exposure(ServeSettings(host="0.0.0.0"))
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:
+    with reserve("127.0.0.1", 0) as first:
+        first.listen()
+        with pytest.raises(SystemExit, match="--port"):
+            reserve("127.0.0.1", first.getsockname()[1])
+    with pytest.raises(SystemExit, match="--host"):
+        reserve("no.such.host.invalid", 8000)
 
 
 def test_a_failing_model_is_reported_and_the_next_request_answered(server: Running, monkeypatch) -> None:

@@ -29,18 +29,17 @@ def serve(settings: ServeSettings) -> None:
     check_exposure(settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("blsp").setLevel(logging.INFO)  # others would name URLs and parts of requests
+    address = reserve(settings.host, settings.port)
     listener = load(settings.model, device=settings.device, dtype=settings.dtype)
     config = uvicorn.Config(
         create_app(listener, settings),
-        host=settings.host,
-        port=settings.port,
         log_level="warning",
         access_log=False,
         ws="none",
         timeout_graceful_shutdown=round(settings.deadline),
         timeout_keep_alive=30,
     )
-    Server(config).run()
+    Server(config).run(sockets=[address])
 
 
 def check_exposure(settings: ServeSettings) -> None:
@@ -49,6 +48,20 @@ def check_exposure(settings: ServeSettings) -> None:
         raise SystemExit(
             f"--host {settings.host} lets others in: set $BLSP_API_KEY (or --api-key), or say --insecure"
         )
+
+
+def reserve(host: str, port: int) -> socket.socket:
+    """The address to listen on, taken before anything is loaded. Who connects is let in once the server listens."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        taken = socket.socket(family, socket.SOCK_STREAM)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(place)
+    except OSError as error:
+        raise SystemExit(
+            f"{host}:{port} cannot be listened on ({error.strerror}): name another --host or --port (0: any free one)"
+        ) from error
+    return taken
 
 
 class Server(uvicorn.Server):

@@ -123,7 +123,7 @@ function fail(card, error) {
   if (!stopped && !(error instanceof ServerError)) console.error(error);
 }
 
-const seconds = (ms) => `${(ms / 1000).toFixed(2)} s`;
+const seconds = (ms) => `${(ms / 1000).toFixed(2)}\u00a0s`;
 
 // The user's message: instruction and text first, then the speech.
 async function content({ text, instruction, blob }) {
