@@ -164,6 +164,15 @@ def test_uploads_are_limited_before_and_while_they_come(server_with) -> None:
         assert chat(server, {"messages": [user("hello")]}).status_code == 200
 
 
+def test_a_client_that_sends_too_much_sees_why(server_with) -> None:
+    body = b"x" * 5_000_000
+    with server_with(max_upload_mb=1) as server, server.http() as http:
+        for _ in range(20):  # closing over unread bytes would reset some of these
+            assert http.post("/v1/chat/completions", content=body).json()["error"]["code"] == "too_large"
+        chunks = (body[:100_000] for _ in range(50))
+        assert http.post("/v1/chat/completions", content=chunks).json()["error"]["code"] == "too_large"
+
+
 def test_a_decompression_bomb_ends_early(server_with) -> None:
     quiet = wav(np.zeros(16_000 * 120, dtype=np.float32), kind="FLAC")  # a few kilobytes
     with server_with(max_audio_seconds=10) as server:

@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from blsp.serving.schema import ApiError
 
 LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
+DISCARDED = 8  # times the largest request are read of a refused one
+DISCARDING = 5.0  # seconds
 PORT = re.compile(rb":\d*$")
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -53,6 +55,8 @@ class Guard:
             return
         headers = dict(scope["headers"])
         if refusal := self._refusal(scope, headers):
+            if b"expect" not in headers:
+                await self._discard(receive)
             await _refuse(send, refusal)
             return
         received = 0
@@ -88,7 +92,23 @@ class Guard:
             await self.app(scope, limited, protected)
         finally:
             if refused and not begun:
+                if refused.status == 413:
+                    await self._discard(receive)
                 await _refuse(send, refused)
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read on for a while without keeping anything: a connection that is closed over unread bytes is reset, and the
+        client would not see the refusal."""
+        unread = DISCARDED * self.most_bytes
+        try:
+            async with asyncio.timeout(DISCARDING):
+                while unread > 0:
+                    message = await receive()
+                    unread -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+        except TimeoutError:
+            return
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         host = PORT.sub(b"", headers.get(b"host", b"localhost")).decode("latin-1")
