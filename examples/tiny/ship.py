@@ -43,6 +43,7 @@ checked by digest.
 
 ```python
 import blsp
+
 print(blsp.load("{name}").answer("question.wav"))
 ```
 """
