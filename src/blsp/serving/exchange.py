@@ -8,13 +8,17 @@ Flow: serving/ — app.py -> **exchange** -> scheduler.py and back.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from blsp.model.decoding import Decoding
 from blsp.serving.scheduler import Begun, Done, Failed, Job, Report, Scheduler, Token
+from blsp.serving.schema import ApiError
 from blsp.serving.writing import Answer
+
+GRACE = 1.0  # seconds beyond the deadline that the scheduler has to say so itself
 
 
 class Exchange:
@@ -48,7 +52,7 @@ class Exchange:
 
     async def started(self) -> None:
         """Until the prompt is accepted, so that a refusal can still be an HTTP status."""
-        report = await self._reports.get()
+        report = await self._report()
         if isinstance(report, Begun):
             self.begun = report
         elif isinstance(report, Failed):
@@ -60,10 +64,19 @@ class Exchange:
         """The answer's text; sets `finish`. Leaving early cancels the job."""
         try:
             while not self.finish:
-                for piece in self._take(await self._reports.get()):
+                for piece in self._take(await self._report()):
                     yield piece
         finally:
             self._job.cancel()
+
+    async def _report(self) -> Report:
+        """The next one. The scheduler looks at deadlines between two steps; where it is held up in one, this does."""
+        left = self._job.deadline + GRACE - time.monotonic()
+        try:
+            return await asyncio.wait_for(self._reports.get(), None if math.isinf(left) else max(0.0, left))
+        except TimeoutError as error:
+            self._job.cancel()
+            raise ApiError(504, "the request's deadline passed", code="deadline_exceeded") from error
 
     def _take(self, report: Report) -> list[str]:
         if isinstance(report, Failed):
