@@ -20,6 +20,7 @@ import openai
 import pytest
 from serving.conftest import Running, audio_part, spoken, user, wav
 
+from blsp.model.decoding import Decoder
 from blsp.serving import scheduler as scheduler_module
 from blsp.serving import sound
 from blsp.serving.process import check_exposure, reserve
@@ -198,10 +199,11 @@ def test_a_full_queue_says_when_to_come_back(server_with) -> None:
         assert chat(server, {"messages": [user("hello")]}).status_code == 200
 
 
-def test_a_deadline_ends_a_request(server_with) -> None:
-    with server_with(deadline=0.001) as server:
-        server.app.state.scheduler  # noqa: B018 - it is there
-        answer = chat(server, {"messages": [user("hello")]})
+def test_a_deadline_ends_a_request(server_with, monkeypatch) -> None:
+    with server_with(deadline=0.5) as server:
+        step = Decoder.step
+        monkeypatch.setattr(Decoder, "step", lambda decoder: time.sleep(0.1) or step(decoder))
+        answer = chat(server, {"messages": [user("hello")]})  # 64 tokens: 6 s of writing
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
 
 
