@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import FAMILIES
 
 from blsp.model.adapter import Hypothesis
 from blsp.model.hypotheses import LANGUAGE, LENGTH, log_likelihoods, n_best, weighed
@@ -41,11 +42,12 @@ def test_sure_blanks_are_passed_over_and_separate_equal_tokens() -> None:
     assert best.tokens == (0, 0) and best.log_prob == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_likelihoods_are_those_of_the_plain_llm(pair_of) -> None:
-    model, _ = pair_of("grounded")
+def test_likelihoods_are_those_of_the_plain_llm(pair_of, family: str) -> None:
+    model, _ = pair_of("grounded", family)
     prefix = compute_prefix(model, [5, 6, 7])
-    sequences = [[8, 9, 10], [11], [], [12, 13]]
+    sequences = [[8, 9, 10], [11], [], [12, 13], [8, 9], [8, 9, 14, 15], [9, 10]]
     for ids, found in zip(sequences, log_likelihoods(model, prefix, sequences), strict=True):
         logits = model(input_ids=torch.tensor([[5, 6, 7, *ids]])).logits[0].float().log_softmax(dim=-1)
         expected = sum(float(logits[2 + i, token]) for i, token in enumerate(ids))

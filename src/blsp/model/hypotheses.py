@@ -9,7 +9,7 @@ The read-out's best path takes each frame for itself. Prefix beam search (Graves
 al. 2014, algorithm 1, without a language model) adds up all paths of a sequence and keeps the best few; which
 of them somebody would have said, the LLM knows.
 
-Letters: S frames of the stack, K classes (blank first), N hypotheses, U their longest, D LLM width.
+Letters: S frames of the stack, K classes (blank first), N hypotheses, M nodes of their tree, P prefix length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blsp.model.adapter import AdapterOutput, Hypothesis
@@ -29,9 +29,8 @@ from blsp.model.grounded import BLANK
 from blsp.model.language_model import decoder_of, embed, logits_of
 from blsp.model.prefix import Prefix
 
-LANGUAGE = (
-    0.4  # weight of the LLM's log-likelihood beside the read-out's (chosen on fotaq's development part)
-)
+# chosen on fotaq's development part
+LANGUAGE = 0.4  # weight of the LLM's log-likelihood beside the read-out's
 LENGTH = 1.5  # nats a token, against what every further token costs under both
 CLASSES = 8  # likeliest classes of a frame that are followed
 SURE = math.log(0.999)  # a frame as blank as this changes no hypothesis
@@ -102,26 +101,48 @@ def weighed(llm: PreTrainedModel, prefix: Prefix, hypotheses: Sequence[Hypothesi
 
 @torch.no_grad()
 def log_likelihoods(llm: PreTrainedModel, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> list[float]:
-    """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0."""
-    rows = [list(ids) for ids in sequences]
+    """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0.
+
+    Hypotheses differ in a word or two, so the LLM reads their tree: a beginning that several share, once.
+    """
+    tokens, parents, ends = _tree(sequences)
     device = llm.get_input_embeddings().weight.device
-    padded = torch.zeros(len(rows), max(1, *map(len, rows)), dtype=torch.long, device=device)  # (N, U)
-    for row, ids in zip(padded, rows, strict=True):
-        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
-    # the prefix's last token predicts the first of each row, so it is run again
-    start = embed(llm, [prefix.ids[-1]]).expand(len(rows), 1, -1)
-    before = prefix.cut(len(prefix) - 1)
-    inputs = torch.cat([start, embed(llm, padded[:, :-1])], dim=1)
-    positions = len(before) + torch.arange(inputs.shape[1], device=device)
-    states = decoder_of(llm)(
-        inputs_embeds=inputs,
-        position_ids=positions.expand(len(rows), -1),
-        past_key_values=before.expand(len(rows)),
+    depths, seen = [0], torch.eye(len(tokens) + 1, dtype=torch.bool)  # the nodes that a node comes after
+    for node, parent in enumerate(parents, start=1):
+        depths.append(depths[parent] + 1)
+        seen[node] |= seen[parent]
+    before = prefix.cut(len(prefix) - 1)  # its last token predicts the first ones: it is the tree's root
+    embeds = embed(llm, [prefix.ids[-1], *tokens])[None]
+    mask = nn.functional.pad(seen, (len(before), 0), value=True).to(device)  # (M, P - 1 + M)
+    hidden = decoder_of(llm)(
+        inputs_embeds=embeds,
+        attention_mask=torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(
+            ~mask, torch.finfo(embeds.dtype).min
+        )[None, None],
+        position_ids=len(before) + torch.tensor([depths], device=device),
+        past_key_values=before.expand(1),
         use_cache=True,
-    ).last_hidden_state
-    lengths = torch.tensor([len(ids) for ids in rows], device=device)
-    inside = torch.arange(padded.shape[1], device=device)[None, :] < lengths[:, None]
-    scores = logits_of(llm, states[inside]).float().log_softmax(dim=-1)
-    each = torch.zeros(inside.shape, device=device)
-    each[inside] = scores.gather(1, padded[inside][:, None]).squeeze(1)
-    return each.sum(dim=1).tolist()
+    ).last_hidden_state[0]
+    scores = logits_of(llm, hidden).float().log_softmax(dim=-1)
+    totals = [0.0]
+    for parent, score in zip(parents, scores[parents, tokens].tolist(), strict=True):
+        totals.append(totals[parent] + score)
+    return [totals[end] for end in ends]
+
+
+def _tree(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
+    """Tokens and parents of the M - 1 nodes after the root (node 0), parents first; the node of each sequence's end."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    known: dict[tuple[int, int], int] = {}  # (parent, token) -> node
+    ends = []
+    for sequence in sequences:
+        node = 0
+        for token in sequence:
+            if (node, token) not in known:
+                tokens.append(token)
+                parents.append(node)
+                known[node, token] = len(tokens)
+            node = known[node, token]
+        ends.append(node)
+    return tokens, parents, ends
