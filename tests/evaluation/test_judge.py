@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from ears import shuffled, transcripts_as_speech
+from tiny_models import tiny_blsp
 from transformers import AutoModelForCausalLM
 
 from blsp.data.manifest import write_manifest
 from blsp.evaluation.judge import Bench, judge
+from blsp.evaluation.recognise import load_clip
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
+from blsp.evaluation.scoring import score_transcripts
 from blsp.evaluation.tasks import Suite, Task, TaskError
 from blsp.inference.listener import Listener
 
@@ -64,6 +67,20 @@ def test_the_contracts_files(bench: BenchMaker, suite: Suite, tmp_path: Path) ->
         assert f"({picture}.png)" in report
         assert (tmp_path / "out" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert "asr" in screen and "divergence" in screen
+
+
+def test_an_adapter_that_reads_out_is_judged_as_a_transcriber_too(
+    bench: BenchMaker, suite: Suite, tiny_models_folder: Path
+) -> None:
+    reader = Listener(*tiny_blsp(tiny_models_folder, adapter="grounded"))
+    task = suite.tasks[0]
+    results = judge(bench(listener=reader), Suite("recognition", (task,), None))
+    rows = sorted(task.rows(), key=lambda row: row.id)
+    written = reader.transcribe_all([load_clip(row) for row in rows])
+    expected = score_transcripts(task, rows, written).figures["wer"].point()
+    assert figures(results, "tasks", "asr", "transcript", "wer") == pytest.approx(expected)
+    report = write_report(results, bench().folder) and (bench().folder / "report.md").read_text()
+    assert "**transcript**" in report and "`blsp transcribe`, where the model helps" in report
 
 
 def test_two_runs_are_equal_to_the_digit(bench: BenchMaker, suite: Suite, tmp_path: Path) -> None:

@@ -35,6 +35,8 @@ def _recognition(result: TaskResult, scores: Scores) -> str:
         parts.append(
             f"the adapter's own read-out gets {_figure(scores, 'readout', 'wer')} of the words wrong"
         )
+    if "transcript" in scores:
+        parts.append(f"`blsp transcribe`, where the model helps, {_figure(scores, 'transcript', 'wer')}")
     if "recogniser" in scores:
         parts.append(f"the cascade's recogniser {_figure(scores, 'recogniser', 'wer')}")
     if evidence(result) is None:

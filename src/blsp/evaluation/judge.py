@@ -37,6 +37,7 @@ from blsp.evaluation.routes import (
     read_text,
     reader_fingerprint,
     route_fingerprint,
+    write_down,
 )
 from blsp.evaluation.scoring import plain_words, score, score_transcripts
 from blsp.evaluation.tasks import Suite, Task, check_manifests, check_recordings, select
@@ -185,6 +186,9 @@ def _speech(bench: Bench, result: TaskResult) -> None:
     assert bench.hear is not None
     with bench.log(task, rows, "speech", "speech") as log:
         result.answers["speech"] = _ask(bench, task, rows, bench.hear, log)
+    if task.kind == "asr" and bench.listener.reads_out:
+        with bench.log(task, rows, "transcript", "speech") as log:
+            result.transcribed = write_down(bench.listener, rows, log, bench.batch_size)
 
 
 def _cascade(bench: Bench, result: TaskResult) -> None:
@@ -229,6 +233,9 @@ def _score(bench: Bench, result: TaskResult) -> None:
     speech = result.answers.get("speech", {})
     if speech and all(answer.heard is not None for answer in speech.values()):
         result.scores["readout"] = score_transcripts(task, rows, [speech[row.id].heard or "" for row in rows])
+    if result.transcribed:
+        written = [result.transcribed[row.id] for row in rows]
+        result.scores["transcript"] = score_transcripts(task, rows, written)
 
 
 def _rate(bench: Bench, rater: Endpoint, result: TaskResult, route: str) -> None:

@@ -34,6 +34,7 @@ ROUTE_STYLE = {
     "speech": (ORANGE, "D"),
     "recogniser": (SKY, "v"),
     "readout": (AMBER, "^"),
+    "transcript": (PURPLE, "X"),
 }
 PEER_COLOURS = (GREEN, PURPLE, GREY)
 BEHAVIOUR_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK)

@@ -15,7 +15,7 @@ from typing import Any
 
 from blsp.evaluation import pictures
 from blsp.evaluation.findings import findings
-from blsp.evaluation.results import Results, TaskResult, evidence, write_results
+from blsp.evaluation.results import TRANSCRIPTS, Results, TaskResult, evidence, write_results
 from blsp.evaluation.scoring import LOWER_IS_BETTER
 from blsp.evaluation.tables import NAMES, UNKNOWN, change, shown, table, with_interval
 
@@ -48,6 +48,8 @@ route's.
 COLUMNS = {
     "recogniser": "**recogniser**: what the cascade's first half wrote, without the language model.",
     "readout": "**readout**: the adapter's own transcript, without the language model.",
+    "transcript": "**transcript**: what `blsp transcribe` writes: of the transcripts that the adapter finds likeliest, "
+    "the one that the language model, too, would expect.",
 }
 NO_EVIDENCE = """\
 No evidence about listening, since the language model cannot do the task on reading either (a read-out, which does \
@@ -137,7 +139,7 @@ def _glance_cell(result: TaskResult, scores: dict[str, Any], route: str) -> str:
 def _routes(results: Results) -> list[str]:
     """Main routes first, then peers, then what recognises without the LLM."""
     there = dict.fromkeys(route for each in results.tasks for route in (*each.scores, *each.unavailable))
-    last = [route for route in ("recogniser", "readout") if route in there]
+    last = [route for route in TRANSCRIPTS if route in there]
     peers = [route for route in there if route not in (*MAIN_ROUTES, *last)]
     return [*(route for route in MAIN_ROUTES if route in there), *peers, *last]
 

@@ -27,12 +27,14 @@ from blsp.evaluation.tasks import Task
 
 COMPARED = (("speech", "text"), ("speech", "cascade"), ("cascade", "text"))
 TWICE_CHANCE, ENOUGH = 2.0, 0.5
+TRANSCRIPTS = ("recogniser", "readout", "transcript")  # what was written down, without an answer
 ENOUGH_BLEU = 5.0
 
 
 @dataclass
 class TaskResult:
-    """One task: answers and scores by route; why a route is missing; what the recogniser wrote."""
+    """One task: answers and scores by route; why a route is missing; what the recogniser and the
+    listener (`blsp transcribe`) wrote."""
 
     task: Task
     rows: list[Utterance]
@@ -40,6 +42,7 @@ class TaskResult:
     scores: dict[str, Score] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     recognised: dict[str, str] = field(default_factory=dict)
+    transcribed: dict[str, str] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -147,7 +150,7 @@ def _samples(result: TaskResult) -> list[dict[str, Any]]:
                 shown["option_scores"] = list(answer.option_scores)
             shown |= result.scores[route].rows.get(row.id, {})
             sample["answers"][route] = {name: value for name, value in shown.items() if value is not None}
-        for route in ("recogniser", "readout"):
+        for route in TRANSCRIPTS:
             if route in result.scores:
                 sample["answers"][route] = result.scores[route].rows.get(row.id, {})
         samples.append(_plain(sample))

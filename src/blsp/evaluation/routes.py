@@ -70,6 +70,17 @@ def ask(
     return {row.id: log.known[row.id] for row in rows}
 
 
+def write_down(
+    listener: Listener, rows: Sequence[Utterance], log: AnswerLog, batch_size: int
+) -> dict[str, str]:
+    """What `blsp transcribe` writes of each row's clip, by the row's id."""
+    for chunk in plan(rows, batch_size):
+        if not all(row.id in log.known for row in chunk):
+            texts = listener.transcribe_all([load_clip(row) for row in chunk])
+            log.write({row.id: Answer(text) for row, text in zip(chunk, texts, strict=True)})
+    return {row.id: log.known[row.id].text for row in rows}
+
+
 def plan(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Utterance]]:
     """Rows of like length together: the order, and so the batches, depend on the questions alone."""
     ordered = sorted(rows, key=lambda row: (row.instruction or "", len(row.text), row.id))
