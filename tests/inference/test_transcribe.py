@@ -112,7 +112,7 @@ def test_a_long_recording_is_heard_piece_by_piece(listener_of) -> None:
     listener = listener_of("grounded")
     audio = speech_like(64, 3)
     expected = [listener.transcribe(piece) for piece in cut_at_pauses(audio)]
-    assert len(expected) == 3
+    assert len(expected) > 6
     assert listener.transcribe(audio) == " ".join(expected)
 
 

@@ -104,7 +104,7 @@ class Listener:
         max_new_tokens: int = 256,
         batch_size: int = 16,
     ) -> list[str]:
-        """What was said in each clip. Recordings of more than 30 s are cut at pauses and heard piece by piece.
+        """What was said in each clip. Recordings of more than 10 s are cut at pauses and heard piece by piece.
 
         readout: True: the adapter's own tokens, without the LLM (`grounded` only); False: what the LLM repeats;
         None: of what `grounded` may have heard, that which the LLM finds likeliest; else what the LLM repeats.

@@ -1,7 +1,7 @@
 """Long recordings in pieces that an ear can take: cut where the speaker pauses.
 
 In:  16 kHz samples (N,) of any length.
-Out: pieces of at most 30 s, in order; together they are the recording.
+Out: pieces of at most 10 s, in order; together they are the recording.
 Try: `pieces = cut_at_pauses(load_audio("meeting.opus"))`
 Flow: inference/ — transcription hears piece by piece: memory stays flat and no word is cut where a pause was near.
 """
@@ -12,7 +12,7 @@ import numpy as np
 
 from blsp.data.audio import SAMPLE_RATE
 
-LONGEST_SECONDS = 30.0  # what Whisper's encoder takes at once
+LONGEST_SECONDS = 10.0  # adapters learn from single utterances: what is longer is heard worse (docs/log.md)
 SEARCHED = 0.5  # the later part of a piece, in which the quietest place is looked for
 STEP = SAMPLE_RATE // 50  # samples: 20 ms
 PAUSE_STEPS = 10  # a pause is judged over 0.2 s
