@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from blsp.model.adapter import AdapterOutput, ConvStack, valid_mask
-from blsp.model.spelling import Spelling
+from blsp.model.spelling import Kept, Spelling
 
 BLANK = 0
 
@@ -68,6 +68,7 @@ class GroundedAdapter(nn.Module):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.bias = nn.Parameter(torch.zeros(classes))
         self.blank = nn.Linear(text_width, 1)
+        self._lengths = Kept()  # of the table's rows
         self.spelling = Spelling(classes, text_width, spelling) if spelling else None
 
     def places(self, frames: int) -> int:
@@ -96,12 +97,19 @@ class GroundedAdapter(nn.Module):
     def logits(self, hidden: Tensor, table: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(B, S, D) -> (B, S, K), blank first; with `tokens`, of these rows (N,) of the table alone: (B, S, 1 + N)."""
         bias = self.bias if tokens is None else self.bias[tokens]
-        table = (table if tokens is None else table[tokens]).to(hidden.dtype)
-        scale = self.scale / torch.linalg.vector_norm(table, dim=-1).clamp(min=1e-12)
-        logits = (hidden @ table.T) * scale + bias
+        rows = table if tokens is None else table[tokens]
+        lengths = self._lengths.of(_lengths, rows) if tokens is None else _lengths(rows)
+        logits = (hidden @ rows.to(hidden.dtype).T) * (self.scale / lengths).to(hidden.dtype) + bias
         if self.spelling is not None:
             logits = logits + self.spelling(hidden, tokens)
         return torch.cat([self.blank(hidden), logits], dim=-1)
+
+
+def _lengths(table: Tensor) -> Tensor:
+    """(K-1, D) -> (K-1,): Euclidean lengths, none of them zero."""
+    return torch.linalg.vector_norm(
+        table, dim=-1, dtype=torch.promote_types(table.dtype, torch.float32)
+    ).clamp(min=1e-12)
 
 
 class _ContextLayer(nn.Module):

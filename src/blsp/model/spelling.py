@@ -18,7 +18,8 @@ token, W width of a group's vector.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,26 @@ BUCKETS = 8192  # groups are numbered by a hash; 0 is no group
 GROUPS = 24  # of a token, the longest first: all of a word of seven letters
 LONGEST = 3  # letters in a group
 SPACE_MARKS = ("Ġ", "▁", " ")  # how tokenizers write the space before a word
+
+
+class Kept:
+    """What was worked out from a few tensors, until one of them changes."""
+
+    def __init__(self) -> None:
+        self._sources: tuple[Tensor, ...] = ()
+        self._state: list[tuple[int, int]] = []
+        self._value: Tensor | None = None
+
+    def of(self, work_out: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+        """`work_out(*sources)`; not again while they are as they were. Where one is learnt, nothing is kept."""
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            return work_out(*sources)
+        state = [(source.data_ptr(), source._version) for source in sources]
+        same = len(sources) == len(self._sources) and all(map(is_, sources, self._sources))
+        if self._value is None or not same or state != self._state:
+            self._sources, self._state = sources, state
+            self._value = work_out(*sources).detach()
+        return self._value
 
 
 class Spelling(nn.Module):
@@ -41,28 +62,23 @@ class Spelling(nn.Module):
         self.letters = nn.Embedding(BUCKETS, width, padding_idx=0)
         nn.init.normal_(self.letters.weight, std=0.3)
         self.query = nn.Linear(text_width, width)
-        self._kept: tuple[tuple[int, int], Tensor] | None = None
+        self._keys = Kept()
 
     def forward(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(B, S, D) -> (B, S, C), of the tokens (C,) or of all."""
-        keys = self.keys() if tokens is None else self._spell(self.groups[tokens])
+        keys = self.keys() if tokens is None else _spell(self.groups[tokens], self.letters.weight)
         return self.query(hidden) @ keys.to(hidden.dtype).T
 
     def keys(self) -> Tensor:
         """(K, W): all tokens' spelling; kept between calls where nothing is learnt."""
-        weight = self.letters.weight
-        if torch.is_grad_enabled() and weight.requires_grad:
-            return self._spell(self.groups)
-        state = (weight.data_ptr(), weight._version)
-        if self._kept is None or self._kept[0] != state or len(self._kept[1]) != len(self.groups):
-            self._kept = (state, self._spell(self.groups).detach())
-        return self._kept[1]
+        return self._keys.of(_spell, self.groups, self.letters.weight)
 
-    def _spell(self, groups: Tensor) -> Tensor:
-        """(C, G) -> (C, W): the groups' vectors summed, at one size whatever their number."""
-        count = (groups != 0).sum(dim=1, keepdim=True).clamp(min=1)
-        total = nn.functional.embedding_bag(groups.long(), self.letters.weight, mode="sum", padding_idx=0)
-        return total / count.sqrt()
+
+def _spell(groups: Tensor, letters: Tensor) -> Tensor:
+    """(C, G), (BUCKETS, W) -> (C, W): the groups' vectors summed, at one size whatever their number."""
+    count = (groups != 0).sum(dim=1, keepdim=True).clamp(min=1)
+    total = nn.functional.embedding_bag(groups.long(), letters, mode="sum", padding_idx=0)
+    return total / count.sqrt()
 
 
 def letter_groups(tokens: Sequence[str]) -> Tensor:
