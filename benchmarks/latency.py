@@ -79,9 +79,9 @@ def by_cascade(listener: Listener, folder: str, compute: str, threads: int) -> A
     return ask
 
 
-def measure(model: str, rounds: int, lengths: Sequence[int]) -> dict[str, Any]:
+def measure(model: str, dtype: str, rounds: int, lengths: Sequence[int]) -> dict[str, Any]:
     threads = torch.get_num_threads()  # before CTranslate2 sets this thread's own
-    listener = load(model)
+    listener = load(model, dtype=dtype)
     folder = resolve_weights(recogniser_of(listener.model.config.audio_model_id))
     ways: dict[str, Ask] = {"speech": by_speech(listener), "padded": by_speech(listener, full_window=True)}
     ways |= {f"cascade_{kind}": by_cascade(listener, folder, kind, threads) for kind in COMPUTE_TYPES}
@@ -111,6 +111,7 @@ def measure(model: str, rounds: int, lengths: Sequence[int]) -> dict[str, Any]:
         "by_length": found,
         "rounds": rounds,
         "threads": threads,
+        "dtype": dtype,
     }
 
 
@@ -119,10 +120,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--dtype", default="float32", help="of the frozen weights, on all routes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, nargs="*", default=SECONDS, help="of speech")
     options = parser.parse_args()
-    print(json.dumps(measure(options.model, options.rounds, options.seconds)))
+    print(json.dumps(measure(options.model, options.dtype, options.rounds, options.seconds)))
 
 
 if __name__ == "__main__":
