@@ -4,7 +4,7 @@ In:  the embedded default; real recordings cut to 2 to 4 s (3 on average), 24 to
      written.
 Out: one JSON object on the last line: samples a second of every way, ratios, the share of the machine's own
      matrix-product speed that the step reaches, padding.
-Try: `python -m benchmarks.train_step --rounds 3 --ways cached online` (two minutes on two quiet cores; all: seven)
+Try: `python -m benchmarks.train_step --ways cached online` (two minutes on two quiet cores; all: seven)
 Flow: benchmarks/ — `make bench` gathers it into results/bench.json.
 
 Ways, each with all savings of the ones above it switched off too: cached features (`cached_kl`: with a stored teacher);
@@ -310,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} samples")
     parser.add_argument("--ways", nargs="*", default=[], help="names, beside the baseline; none: all")
     options = parser.parse_args()
