@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from blsp.data.audio import SAMPLE_RATE, load_audio
 from blsp.data.manifest import Utterance
@@ -115,7 +116,9 @@ def _faster(folder: str, compute: str, device: str) -> tuple[Hear, bool]:
         )
         return " ".join(segment.text.strip() for segment in segments).strip()
 
+    threads = torch.get_num_threads()
     model = load(_faster_type(load, write) if compute == "auto" else compute)
+    torch.set_num_threads(threads)  # CTranslate2 leaves its own number to the thread that loads it: the LLM's
     return lambda clip, language: write(model, clip, language), bool(model.model.is_multilingual)
 
 
