@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import soundfile
+import torch
 from ears import Parrot
 from transformers import (
     GenerationConfig,
@@ -74,6 +75,17 @@ def test_faster_whisper_on_real_speech(tmp_path: Path) -> None:
         set(a.lower().split()) & set(b.text.lower().split()) for a, b in zip(written, spoken, strict=True)
     ]
     assert sum(map(bool, shared)) >= len(spoken) / 2
+
+
+@pytest.mark.embedded
+def test_a_recogniser_leaves_the_llm_its_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        Recogniser("embedded:whisper-tiny.en:ct2", "int8")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_whisper_that_cannot_write_is_refused_by_name(tiny_whisper: str) -> None:
