@@ -68,7 +68,7 @@ class GroundedAdapter(nn.Module):
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.bias = nn.Parameter(torch.zeros(classes))
         self.blank = nn.Linear(text_width, 1)
-        self._lengths = Kept()  # of the table's rows
+        self._wide, self._lengths = Kept(), Kept()  # of the table's rows
         self.spelling = Spelling(classes, text_width, spelling) if spelling else None
 
     def places(self, frames: int) -> int:
@@ -76,6 +76,8 @@ class GroundedAdapter(nn.Module):
 
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput:
         """states (B, T, E), lengths (B,), table (K-1, D) -> `AdapterOutput`."""
+        if table.dtype != states.dtype:  # an LLM in bfloat16: its table is made wide once, not for every clip
+            table = self._wide.of(lambda rows: rows.to(states.dtype), table)
         log_probs, lengths = self.posteriors(states, lengths, table)
         return read_out(log_probs, lengths, table)
 
