@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from blsp.model.adapter import AdapterOutput, ConvStack, valid_mask
-from blsp.model.spelling import Kept, Spelling
+from blsp.model.kept import Kept
+from blsp.model.spelling import Spelling
 
 BLANK = 0
 

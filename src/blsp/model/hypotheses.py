@@ -29,7 +29,7 @@ from blsp.model.grounded import BLANK
 from blsp.model.language_model import decoder_of, embed, logits_of
 from blsp.model.prefix import Prefix
 
-# chosen on fotaq's development part
+# both chosen on fotaq's development part
 LANGUAGE = 0.4  # weight of the LLM's log-likelihood beside the read-out's
 LENGTH = 1.5  # nats a token, against what every further token costs under both
 CLASSES = 8  # likeliest classes of a frame that are followed

@@ -18,37 +18,18 @@ token, W width of a group's vector.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from operator import is_
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from blsp.model.kept import Kept
+
 BUCKETS = 8192  # groups are numbered by a hash; 0 is no group
 GROUPS = 24  # of a token, the longest first: all of a word of seven letters
 LONGEST = 3  # letters in a group
 SPACE_MARKS = ("Ġ", "▁", " ")  # how tokenizers write the space before a word
-
-
-class Kept:
-    """What was worked out from a few tensors, until one of them changes."""
-
-    def __init__(self) -> None:
-        self._sources: tuple[Tensor, ...] = ()
-        self._state: list[tuple[int, int]] = []
-        self._value: Tensor | None = None
-
-    def of(self, work_out: Callable[..., Tensor], *sources: Tensor) -> Tensor:
-        """`work_out(*sources)`; not again while they are as they were. Where one is learnt, nothing is kept."""
-        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
-            return work_out(*sources)
-        state = [(source.data_ptr(), source._version) for source in sources]
-        same = len(sources) == len(self._sources) and all(map(is_, sources, self._sources))
-        if self._value is None or not same or state != self._state:
-            self._sources, self._state = sources, state
-            self._value = work_out(*sources).detach()
-        return self._value
 
 
 class Spelling(nn.Module):

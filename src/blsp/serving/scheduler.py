@@ -48,9 +48,7 @@ from blsp.serving.schema import ApiError
 log = logging.getLogger("blsp.serving")
 JOINING = 4  # requests heard and prefilled between two steps
 HEARD_AT_ONCE = 60.0  # seconds of speech among them; a longer recording joins alone
-WEIGHED = (
-    4  # how much longer a second of speech takes that is written down, its hypotheses weighed by the LLM
-)
+WEIGHED = 4  # how much longer a second of speech takes whose hypotheses the LLM weighs
 TIDIED_EVERY = 64  # answers: then memory that lies free in pieces goes back to the system
 KEPT_POSITIONS = 512  # for each conversation that is kept: a few long ones do not fill the memory
 SPEECH_A_SEAT = 30.0  # seconds: the queue's speech is bounded by this for each request that may wait

@@ -1,0 +1,40 @@
+"""What is kept is worked out again when, and only when, what it is of has changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from blsp.model.grounded import GroundedAdapter
+from blsp.model.kept import Kept
+
+
+def test_worked_out_once_and_again_after_a_change() -> None:
+    calls = []
+
+    def doubled(source: Tensor) -> Tensor:
+        calls.append(source)
+        return 2 * source
+
+    kept, source = Kept(), torch.ones(3)
+    assert torch.equal(kept.of(doubled, source), kept.of(doubled, source)) and len(calls) == 1
+    source += 1
+    assert kept.of(doubled, source).tolist() == [4, 4, 4]
+    assert kept.of(doubled, torch.zeros(3)).tolist() == [0, 0, 0] and len(calls) == 3
+
+
+def test_nothing_that_is_learnt_is_kept() -> None:
+    kept, source = Kept(), nn.Parameter(torch.ones(3))
+    assert kept.of(torch.exp, source).requires_grad
+    assert kept.of(torch.exp, source) is not kept.of(torch.exp, source)
+
+
+@torch.no_grad()
+def test_a_table_in_bfloat16_is_read_as_its_float32_self() -> None:
+    torch.manual_seed(0)
+    adapter = GroundedAdapter(8, 16, classes=5, spelling=4).eval()
+    states, lengths, table = torch.randn(2, 20, 8), torch.tensor([20, 12]), torch.randn(5, 16).bfloat16()
+    for _ in range(2):
+        narrow, wide = (adapter(states, lengths, each) for each in (table, table.float()))
+        assert torch.equal(narrow.vectors, wide.vectors) and narrow.readout == wide.readout
+        table *= 2
