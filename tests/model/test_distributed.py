@@ -55,6 +55,17 @@ def _be_rank(program: str, rank: int, world: int, port: str, output: Path) -> No
             raise
 
 
+@pytest.mark.parametrize("has", ["avx512_bf16", "amx_bf16", None])
+def test_fastest_is_bfloat16_where_the_processor_multiplies_it(
+    has: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False} | ({has: True} if has else {})
+    )
+    assert find_place("cpu", "fastest").dtype == (torch.bfloat16 if has else torch.float32)
+    assert find_place("cpu", "auto").dtype == torch.float32
+
+
 def test_one_process_is_rank_0_of_1() -> None:
     assert find_place("cpu") == Place(CPU, torch.float32, 0, 1)
     assert find_place("cpu", "float64").dtype == torch.float64

@@ -49,22 +49,30 @@ def find_place(device: str = "auto", dtype: str = "auto") -> Place:
     """This process's place; joins the other ranks when a launcher started several.
 
     `device`: "auto" (CUDA where there is one, else CPU), or any torch device. `dtype`: "auto" is bfloat16 on
-    a CUDA device that computes in it, float32 otherwise (float16 overflows in some LLMs: only by name).
+    a CUDA device that computes in it, float32 otherwise (float16 overflows in some LLMs: only by name);
+    "fastest" is bfloat16 on a processor that multiplies it too, where figures then depend on the processor.
     """
     rank, world, local = (
         _whole(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     found = _find_device(device, local)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not known; choose auto or one of {', '.join(DTYPES)}")
-    if dtype == "auto":
-        fast = found.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if fast else "float32"
+    if dtype in ("auto", "fastest"):
+        dtype = "bfloat16" if _multiplies_bfloat16(found, processors=dtype == "fastest") else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; choose auto, fastest or one of {', '.join(DTYPES)}")
     if found.type == "cuda":
         torch.cuda.set_device(found)
     if world > 1 and not dist.is_initialized():
         _join(found)
     return Place(found, DTYPES[dtype], rank, world)
+
+
+def _multiplies_bfloat16(device: torch.device, *, processors: bool) -> bool:
+    """Whether the device has instructions for it: CUDA from Ampere on, processors with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities() if processors and device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def _whole(name: str, default: int) -> int:

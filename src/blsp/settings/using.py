@@ -56,7 +56,7 @@ class EvaluateSettings:
     """results folders of other checkpoints: the report shows divergence against scores over all of them"""
     limit: int | None = None
     """ask only the first so many questions of each task"""
-    batch_size: int = 32
+    batch_size: int = 64
     """questions answered side by side"""
     seed: int = 0
     """draws the bootstrap samples"""
@@ -185,8 +185,8 @@ class ChatSettings:
     """draws samples"""
     device: Device = "auto"
     """where to run: auto, cpu, cuda, cuda:1, mps"""
-    dtype: Dtype = "auto"
-    """the weights' type"""
+    dtype: Dtype = "fastest"
+    """the frozen weights' type; fastest: bfloat16 where the device multiplies it, else float32"""
 
     def __post_init__(self) -> None:
         above_zero(self, "max_new_tokens")
