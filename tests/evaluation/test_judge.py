@@ -19,6 +19,7 @@ from blsp.evaluation.judge import Bench, judge
 from blsp.evaluation.recognise import load_clip
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
+from blsp.evaluation.routes import hear_speech
 from blsp.evaluation.scoring import score_transcripts
 from blsp.evaluation.tasks import Suite, Task, TaskError
 from blsp.inference.listener import Listener
@@ -217,3 +218,17 @@ def test_normalised_transcripts_are_the_papers_variant(bench: BenchMaker, suite:
     row = task.rows()[1]
     assert bench(normalise="whisper").read([row])[row.id] == "how many days are in a week"
     assert bench().read([row])[row.id] == row.text
+
+
+def test_clips_of_the_batch_before_are_not_heard_again(
+    bench: BenchMaker, suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener, rows = bench().listener, suite.tasks[0].rows()
+    batches: list[int] = []
+    hear = listener.hear
+    monkeypatch.setattr(listener, "hear", lambda clips: batches.append(len(clips)) or hear(clips))
+    say = hear_speech(listener)
+    first, again, fewer = say(rows), say(rows), say(rows[:2])
+    assert batches == [len(rows), 2]
+    assert all(one is other for one, other in zip(first, again, strict=True))
+    assert len(fewer) == 2

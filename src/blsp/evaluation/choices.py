@@ -67,16 +67,13 @@ def _score_group(
     cache, lengths, first = _prefill(llm, questions)
     owner = torch.tensor([i for i, each in enumerate(options) for _ in each], device=first.device)  # (N,)
     flat = [ids for each in options for ids in each]
-    longest = max(len(ids) for ids in flat)
-    padded = torch.zeros(len(flat), longest, dtype=torch.long, device=first.device)  # (N, O)
-    for place, ids in enumerate(flat):
-        padded[place, : len(ids)] = torch.tensor(ids)
     sizes = torch.tensor([len(ids) for ids in flat], device=first.device)  # (N,)
-    total = first[owner, padded[:, 0]]  # (N,) log-likelihood of each option's first token
-    if longest > 1:
-        rest = _rest(llm, cache, lengths, owner, padded)  # (N, O-1)
-        counted = torch.arange(1, longest, device=first.device)[None, :] < sizes[:, None]
-        total = total + (rest * counted).sum(dim=1)
+    begins = torch.tensor([ids[0] for ids in flat], device=first.device)
+    total = first[owner, begins]  # (N,) log-likelihood of each option's first token
+    for size in sorted({len(ids) for ids in flat} - {1}):  # those of one length together: nothing is padded
+        some = (sizes == size).nonzero()[:, 0]
+        ids = torch.tensor([flat[i] for i in some.tolist()], device=first.device)
+        total[some] += _rest(llm, cache, lengths, owner[some], ids)
     means = (total / sizes).tolist()
     return [[means.pop(0) for _ in each] for each in options]
 
@@ -101,27 +98,25 @@ def _prefill(llm: PreTrainedModel, questions: Sequence[Request]) -> tuple[Dynami
     return cache, before + lengths, _log_probabilities(llm, last)
 
 
-def _rest(
-    llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owner: Tensor, padded: Tensor
-) -> Tensor:
-    """(N, O-1): log-likelihoods of the options' tokens from the second on."""
+def _rest(llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owner: Tensor, ids: Tensor) -> Tensor:
+    """(N,): log-likelihoods of all tokens but the first of options (N, O), of the questions that `owner` (N,) names."""
     columns = cache.layers[0].keys.shape[2]
     shared = _right_aligned(cache, lengths, owner)
-    positions = torch.arange(columns + padded.shape[1] - 1, device=padded.device)
+    positions = torch.arange(columns + ids.shape[1] - 1, device=ids.device)
     mask = (positions[None, :] >= (columns - lengths[owner])[:, None]).long()
-    steps = torch.arange(padded.shape[1] - 1, device=padded.device)
+    steps = torch.arange(ids.shape[1] - 1, device=ids.device)
     hidden = decoder_of(llm)(
-        inputs_embeds=embed(llm, padded[:, :-1]),
+        inputs_embeds=embed(llm, ids[:, :-1]),
         attention_mask=mask,
         position_ids=lengths[owner][:, None] + steps,
         past_key_values=shared,
         use_cache=True,
     ).last_hidden_state  # (N, O-1, D)
     found = [
-        _log_probabilities(llm, hidden[:, step]).gather(1, padded[:, step + 1, None])[:, 0]
+        _log_probabilities(llm, hidden[:, step]).gather(1, ids[:, step + 1, None])[:, 0]
         for step in steps.tolist()
     ]
-    return torch.stack(found, dim=1)
+    return torch.stack(found).sum(dim=0)
 
 
 def _right_aligned(cache: DynamicCache, lengths: Tensor, owner: Tensor) -> DynamicCache:

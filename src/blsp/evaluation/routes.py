@@ -32,10 +32,8 @@ from blsp.model.decoding import Request, decode
 
 Said = str | Heard  # what stands in the speech's place: words, or vectors
 Say = Callable[[Sequence[Utterance]], list[Said]]
-BATCHES_AT_A_TIME = (
-    4  # batches planned (and kept) together: rows that end make room for others within the plan
-)
-OPTIONS_AT_A_TIME = 64  # options scored side by side
+BATCHES_AT_A_TIME = 2  # planned (and kept) together: rows that end make room for others within the plan
+OPTIONS_AT_A_TIME = 128  # options scored side by side
 
 
 def read_text(transcripts: dict[str, str]) -> Say:
@@ -44,8 +42,20 @@ def read_text(transcripts: dict[str, str]) -> Say:
 
 
 def hear_speech(listener: Listener) -> Say:
-    """The speech route: what the adapter makes of each clip."""
-    return lambda rows: list(listener.hear([load_clip(row) for row in rows]))
+    """The speech route: what the adapter makes of each clip. The clips of the batch before are not heard again."""
+    clips: list[tuple[str, float | None, float | None]] = []
+    heard: list[Said] = []
+
+    def say(rows: Sequence[Utterance]) -> list[Said]:
+        wanted = [(row.audio, row.start, row.duration) for row in rows]
+        if (
+            wanted != clips
+        ):  # whole batches alone are kept: a clip's last digits depend on the others beside it
+            heard[:] = listener.hear([load_clip(row) for row in rows])
+            clips[:] = wanted
+        return list(heard)
+
+    return say
 
 
 def hears(listener: Listener, language: str) -> bool:

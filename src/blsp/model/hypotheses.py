@@ -9,7 +9,7 @@ The read-out's best path takes each frame for itself. Prefix beam search (Graves
 al. 2014, algorithm 1, without a language model) adds up all paths of a sequence and keeps the best few; which
 of them somebody would have said, the LLM knows.
 
-Letters: S frames of the stack, K classes (blank first), N hypotheses, M nodes of their tree, P prefix length.
+Letters: S frames of the stack, K classes (blank first), N hypotheses, I inner nodes of their tree, P prefix length.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def weighed(llm: PreTrainedModel, prefix: Prefix, hypotheses: Sequence[Hypothesi
 def log_likelihoods(llm: PreTrainedModel, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> list[float]:
     """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0.
 
-    Hypotheses differ in a word or two, so the LLM reads their tree: a beginning that several share, once.
+    Hypotheses differ in a word or two, so the LLM reads their tree: a beginning that several share, once; an end
+    that nothing follows, not at all.
     """
     tokens, parents, ends = _tree(sequences)
     device = llm.get_input_embeddings().weight.device
@@ -111,21 +112,24 @@ def log_likelihoods(llm: PreTrainedModel, prefix: Prefix, sequences: Sequence[Se
     for node, parent in enumerate(parents, start=1):
         depths.append(depths[parent] + 1)
         seen[node] |= seen[parent]
+    inner = sorted({0, *parents})
+    place = {node: index for index, node in enumerate(inner)}
     before = prefix.cut(len(prefix) - 1)  # its last token predicts the first ones: it is the tree's root
-    embeds = embed(llm, [prefix.ids[-1], *tokens])[None]
-    mask = nn.functional.pad(seen, (len(before), 0), value=True).to(device)  # (M, P - 1 + M)
+    embeds = embed(llm, [[prefix.ids[-1], *tokens][node] for node in inner])[None]
+    mask = nn.functional.pad(seen[inner][:, inner], (len(before), 0), value=True).to(device)  # (I, P - 1 + I)
     hidden = decoder_of(llm)(
         inputs_embeds=embeds,
         attention_mask=torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(
             ~mask, torch.finfo(embeds.dtype).min
         )[None, None],
-        position_ids=len(before) + torch.tensor([depths], device=device),
+        position_ids=len(before) + torch.tensor([[depths[node] for node in inner]], device=device),
         past_key_values=before.expand(1),
         use_cache=True,
     ).last_hidden_state[0]
     scores = logits_of(llm, hidden).float().log_softmax(dim=-1)
     totals = [0.0]
-    for parent, score in zip(parents, scores[parents, tokens].tolist(), strict=True):
+    read = scores[[place[parent] for parent in parents], tokens].tolist()
+    for parent, score in zip(parents, read, strict=True):
         totals.append(totals[parent] + score)
     return [totals[end] for end in ends]
 

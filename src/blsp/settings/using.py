@@ -56,8 +56,8 @@ class EvaluateSettings:
     """results folders of other checkpoints: the report shows divergence against scores over all of them"""
     limit: int | None = None
     """ask only the first so many questions of each task"""
-    batch_size: int = 64
-    """questions answered side by side"""
+    batch_size: int = 128
+    """questions answered side by side; fewer where memory ends"""
     seed: int = 0
     """draws the bootstrap samples"""
     bootstrap: int = 1000
