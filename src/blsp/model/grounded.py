@@ -77,11 +77,10 @@ class GroundedAdapter(nn.Module):
 
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput:
         """states (B, T, E), lengths (B,), table (K-1, D) -> `AdapterOutput`."""
-        wide = table
         if table.dtype != states.dtype:  # an LLM in bfloat16: its table is made wide once, not for every clip
-            wide = self._wide.of(lambda rows: rows.to(states.dtype), table)
-        log_probs, lengths = self.posteriors(states, lengths, wide)
-        return read_out(log_probs, lengths, table)  # vectors for the LLM are worked out in its own format
+            table = self._wide.of(lambda rows: rows.to(states.dtype), table)
+        log_probs, lengths = self.posteriors(states, lengths, table)
+        return read_out(log_probs, lengths, table)
 
     def posteriors(self, states: Tensor, lengths: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """CTC log-probabilities (B, S, K), blank first, and lengths (B,) in frames of the stack."""
@@ -188,7 +187,7 @@ def _run_means(log_probs: Tensor, table: Tensor, spoken: Tensor, runs: Tensor) -
     """(B, S, D): the mean over each run's frames of (posterior without blank) · table; zero past the last run."""
     batch, width = spoken.shape
     posterior = log_probs[spoken][:, 1:].softmax(dim=-1)  # (F, K-1), blank excluded and renormalised
-    expected = (posterior.to(table.dtype) @ table).to(posterior.dtype)  # (F, D)
+    expected = posterior @ table.to(posterior.dtype)  # (F, D)
     slots = (runs + torch.arange(batch, device=runs.device)[:, None] * width)[spoken]  # (F,)
     sums = expected.new_zeros(batch * width, table.shape[1]).index_add(0, slots, expected)
     counts = expected.new_zeros(batch * width).index_add(
