@@ -2,7 +2,7 @@
 
 In:  an adapter folder (default: the shipped one), real recordings joined to 1, 3, 10 and 30 s.
 Out: one JSON object on the last line: seconds to the first token and to the whole answer, and ratios.
-Try: `python -m benchmarks.latency --rounds 5` (about three minutes on two quiet cores)
+Try: `python -m benchmarks.latency --rounds 5` (some minutes on two quiet cores)
 Flow: benchmarks/ — `make bench` gathers it into results/bench.json.
 
 Time runs from the end of the question, with samples in memory, to the first token of the LLM. The cascade is

@@ -115,7 +115,8 @@ def log_likelihoods(llm: PreTrainedModel, prefix: Prefix, sequences: Sequence[Se
     inner = sorted({0, *parents})
     place = {node: index for index, node in enumerate(inner)}
     before = prefix.cut(len(prefix) - 1)  # its last token predicts the first ones: it is the tree's root
-    embeds = embed(llm, [[prefix.ids[-1], *tokens][node] for node in inner])[None]
+    ids = [prefix.ids[-1], *tokens]
+    embeds = embed(llm, [ids[node] for node in inner])[None]
     mask = nn.functional.pad(seen[inner][:, inner], (len(before), 0), value=True).to(device)  # (I, P - 1 + I)
     hidden = decoder_of(llm)(
         inputs_embeds=embeds,
@@ -128,8 +129,8 @@ def log_likelihoods(llm: PreTrainedModel, prefix: Prefix, sequences: Sequence[Se
     ).last_hidden_state[0]
     scores = logits_of(llm, hidden).float().log_softmax(dim=-1)
     totals = [0.0]
-    read = scores[[place[parent] for parent in parents], tokens].tolist()
-    for parent, score in zip(parents, read, strict=True):
+    edges = scores[[place[parent] for parent in parents], tokens].tolist()
+    for parent, score in zip(parents, edges, strict=True):
         totals.append(totals[parent] + score)
     return [totals[end] for end in ends]
 

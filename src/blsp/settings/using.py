@@ -14,7 +14,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from blsp.settings.choices import Device, Dtype, Normalise, Order, SettingsError, above_zero
+from blsp.settings.choices import Device, Dtype, Normalise, Order, SettingsError, TalkDtype, above_zero
 from blsp.shipped import DEFAULT_MODEL
 
 
@@ -185,7 +185,7 @@ class ChatSettings:
     """draws samples"""
     device: Device = "auto"
     """where to run: auto, cpu, cuda, cuda:1, mps"""
-    dtype: Dtype = "fastest"
+    dtype: TalkDtype = "fastest"
     """the frozen weights' type; fastest: bfloat16 where the device multiplies it, else float32"""
 
     def __post_init__(self) -> None:
