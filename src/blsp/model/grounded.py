@@ -18,6 +18,8 @@ D LLM width, K classes (blank + read-out tokens), N runs (vectors) of a clip, F 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from blsp.model.kept import Kept
 from blsp.model.spelling import Spelling
 
 BLANK = 0
+NEGLIGIBLE = 1e-6  # of a frame's best posterior: what is less moves no vector by a thousandth of its length
 
 
 class GroundedAdapter(nn.Module):
@@ -184,10 +187,16 @@ def _stand_in(log_probs: Tensor, inside: Tensor) -> Tensor:
 
 
 def _run_means(log_probs: Tensor, table: Tensor, spoken: Tensor, runs: Tensor) -> Tensor:
-    """(B, S, D): the mean over each run's frames of (posterior without blank) · table; zero past the last run."""
+    """(B, S, D): the mean over each run's frames of (posterior without blank) · table; zero past the last run.
+
+    To a frame counts what it finds likely, so a few hundred rows of the table are read instead of all.
+    """
     batch, width = spoken.shape
-    posterior = log_probs[spoken][:, 1:].softmax(dim=-1)  # (F, K-1), blank excluded and renormalised
-    expected = posterior @ table.to(posterior.dtype)  # (F, D)
+    tokens = log_probs[spoken][:, 1:]  # (F, K-1)
+    likely = tokens >= tokens.amax(dim=-1, keepdim=True) + math.log(NEGLIGIBLE)
+    read = likely.any(dim=0).nonzero()[:, 0]  # what is likely to some frame
+    posterior = tokens[:, read].masked_fill(~likely[:, read], -math.inf).softmax(dim=-1)  # without blank
+    expected = posterior @ table[read].to(posterior.dtype)  # (F, D)
     slots = (runs + torch.arange(batch, device=runs.device)[:, None] * width)[spoken]  # (F,)
     sums = expected.new_zeros(batch * width, table.shape[1]).index_add(0, slots, expected)
     counts = expected.new_zeros(batch * width).index_add(
