@@ -15,6 +15,7 @@ import glob
 import json
 import shutil
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -50,10 +51,11 @@ print(blsp.load("{name}").answer("question.wav"))
 LIMITS = """\
 ## Limits
 
-It hears read and acted English with the vocabulary of its transcripts; a token that never occurred there is never read
-out. Noisy rooms, several speakers at once, other languages and accents far from the training voices are heard badly.
-What it then says is what a language model of 135 million parameters says: check facts. On silence, noise and music it
-is trained to say “{no_speech}”; how often it does is in the table (`no-speech`). Not for decisions about people.
+It hears read and acted English with the vocabulary of its transcripts; a token that never occurred there is hardly
+ever read out. Noisy rooms, several speakers at once, other languages and accents far from the training voices are heard
+badly. What it then says is what a language model of 135 million parameters says: check facts. On silence, noise and
+music it is trained to say “{no_speech}”; how often it does is in the table (`no-speech`). Not for decisions about
+people.
 """
 
 
@@ -108,10 +110,10 @@ def _stages(training: Path) -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
-def data_table(manifests: str) -> str:
+def data_table(manifests: Sequence[str]) -> str:
     """Hours and clips by source and licence, from the manifests."""
     clips: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for path in sorted(glob.glob(manifests)):
+    for path in sorted(path for each in manifests for path in glob.glob(each)):
         for row in read_rows(Path(path)):
             clips[(row["source"].split("/")[0], row["licence"])].append(row["seconds"])
     rows = [
@@ -138,14 +140,18 @@ def _results(results: dict) -> str:
     alignment = {name: value for name, value in results["alignment"].items() if isinstance(value, float)}
     figures = table(["alignment", "value"], [[name, f"{value:.3f}"] for name, value in alignment.items()])
     head = ["task", "route", "metric", "value", "95 % interval", "n"]
-    return f"## Measured\n\n`blsp evaluate --suite tiny`, this file.\n\n{table(head, rows)}\n\n{figures}"
+    limit = results["environment"]["limit"]
+    command = "blsp evaluate --suite tiny" + (f" --limit {limit}" if limit else "")
+    return f"## Measured\n\n`{command}`, this file.\n\n{table(head, rows)}\n\n{figures}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="the finished run; left out: write the card alone")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, models/NAME")
-    parser.add_argument("--manifests", required=True, help="glob of the manifests that it learnt from")
+    parser.add_argument(
+        "--manifests", nargs="+", required=True, help="manifests that it learnt from, or globs"
+    )
     parser.add_argument("--results", type=Path, help="results.json of `blsp evaluate --model OUT`")
     options = parser.parse_args()
     if options.run is not None:
