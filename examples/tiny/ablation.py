@@ -29,6 +29,7 @@ from examples.tiny.rows import read_rows, write_rows
 
 ARMS = Path(__file__).with_suffix(".yaml")
 ASKED = ("kokoro", "kokoro_augmented", "piper", "piper_augmented", "flite")  # who speaks the quiz's questions
+BEFORE = "before"
 COLUMNS = {  # of the table: the name of a figure, and where it lies in results.json
     "read-out WER": ("tasks", "repeat", "readout", "wer"),
     "divergence": ("alignment", "kl"),
@@ -76,10 +77,14 @@ def run(name: str, settings: dict[str, Any], suite: Path) -> None:
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     if not (out / "adapter").is_dir():
         blsp("train", "--config", str(config))
+    judge(out / "adapter", out, suite)
+    print(f"{name}, seed {settings['seed']}: done", flush=True)
+
+
+def judge(adapter: Path, out: Path, suite: Path) -> None:
     if not (out / "judged" / "results.json").exists():
         judged = ["--out", str(out / "judged"), "--routes", "text", "speech"]
-        blsp("evaluate", "--model", str(out / "adapter"), "--suite", str(suite), *judged)
-    print(f"{name}, seed {settings['seed']}: done", flush=True)
+        blsp("evaluate", "--model", str(adapter), "--suite", str(suite), *judged)
 
 
 def blsp(*arguments: str) -> None:
@@ -96,14 +101,16 @@ def figures(folder: Path) -> dict[str, float]:
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             found[column] = value
-    last = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    return found | {"minutes": json.loads(last)["seconds"] / 60}
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        found["minutes"] = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["seconds"] / 60
+    return found
 
 
 def written(out: Path, arms: Sequence[str]) -> str:
-    """The table over all arms of which a seed is judged."""
+    """The table over all arms of which a seed is judged, below what step 2 starts from."""
     rows = []
-    for name in arms:
+    for name in (BEFORE, *arms):
         done = [figures(path.parents[1]) for path in sorted(out.glob(f"{name}-seed*/judged/results.json"))]
         if done:
             cells = [
@@ -146,6 +153,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     suite = options.root / "ablation_suite.yaml"  # its manifests lie beside it
     suite.write_text(yaml.safe_dump(arms["judge"]), encoding="utf-8")
+    judge(options.grounded, options.out / f"{BEFORE}-seed0", suite)
     for name, settings in jobs(options, arms["arms"]):
         run(name, settings, suite)
         (options.out / "table.md").write_text(
