@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -78,3 +79,12 @@ def test_every_file_that_is_pointed_to_is_there(page: Path) -> None:
     for path in re.findall(r"`((?:docs|examples|tests|src|models|requirements)/[\w./-]+)`", text):
         if "blsp-" not in path and os.sep in path:
             assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+@pytest.mark.parametrize(
+    "config", sorted((ROOT / "models").glob("*/config.json")), ids=lambda each: each.parent.name
+)
+def test_a_shipped_adapter_names_its_parts_not_the_makers_folders(config: Path) -> None:
+    written = json.loads(config.read_text(encoding="utf-8"))
+    for part in ("audio", "text"):
+        assert written[f"{part}_config"]["_name_or_path"] == written[f"{part}_model_id"]

@@ -131,6 +131,8 @@ def new_blsp(
         readout_vocabulary=readout_vocabulary,
         full_window=full_window,
     )
+    for part, name in ((config.audio_config, audio_model), (config.text_config, text_model)):
+        part._name_or_path = name  # as it was asked for, not this machine's folder
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         projector = build_adapter(config)
