@@ -13,11 +13,13 @@ Try: `python -m examples.tiny.ablation --root corpus --grounded runs/blsp-tiny/s
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +94,12 @@ def blsp(*arguments: str) -> None:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """The columns of one judged run."""
+    """The columns of one judged run; an adapter that reads nothing out has fewer."""
     results = json.loads((folder / "judged" / "results.json").read_text(encoding="utf-8"))
-    found = {}
-    for column, keys in COLUMNS.items():
-        value: Any = results
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            found[column] = value
+    at = {
+        column: reduce(lambda node, key: node.get(key, {}), keys, results) for column, keys in COLUMNS.items()
+    }
+    found = {column: value for column, value in at.items() if value != {}}
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         found["minutes"] = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["seconds"] / 60
@@ -110,14 +109,13 @@ def figures(folder: Path) -> dict[str, float]:
 def written(out: Path, arms: Sequence[str]) -> str:
     """The table over all arms of which a seed is judged, below what step 2 starts from."""
     rows = []
+    columns = [*COLUMNS, "minutes"]
     for name in (BEFORE, *arms):
         done = [figures(path.parents[1]) for path in sorted(out.glob(f"{name}-seed*/judged/results.json"))]
         if done:
-            cells = [
-                _cell([each[column] for each in done if column in each]) for column in (*COLUMNS, "minutes")
-            ]
+            cells = [_cell([each[column] for each in done if column in each]) for column in columns]
             rows.append([name, str(len(done)), *cells])
-    return table(["arm", "seeds", *COLUMNS, "minutes"], rows)
+    return table(["arm", "seeds", *columns], rows)
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -125,16 +123,6 @@ def _cell(values: Sequence[float]) -> str:
         return ""
     spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.3g}{spread}"
-
-
-def jobs(options: argparse.Namespace, arms: dict[str, dict]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name in options.arms or arms:
-        for seed in options.seeds:
-            out = options.out.absolute() / f"{name}-seed{seed}"
-            yield (
-                name,
-                settings_of(arms[name], options.root.absolute(), options.grounded.absolute(), out, seed),
-            )
 
 
 def main() -> None:
@@ -154,12 +142,12 @@ def main() -> None:
     suite = options.root / "ablation_suite.yaml"  # its manifests lie beside it
     suite.write_text(yaml.safe_dump(arms["judge"]), encoding="utf-8")
     judge(options.grounded, options.out / f"{BEFORE}-seed0", suite)
-    for name, settings in jobs(options, arms["arms"]):
-        run(name, settings, suite)
-        (options.out / "table.md").write_text(
-            written(options.out, list(arms["arms"])) + "\n", encoding="utf-8"
-        )
-    print(written(options.out, list(arms["arms"])))
+    for name, seed in itertools.product(options.arms or arms["arms"], options.seeds):
+        out = options.out / f"{name}-seed{seed}"
+        run(name, settings_of(arms["arms"][name], options.root, options.grounded, out, seed), suite)
+        report = written(options.out, list(arms["arms"]))
+        (options.out / "table.md").write_text(report + "\n", encoding="utf-8")
+    print(report)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def _stages(training: Path) -> str:
             ]
         )
     head = ["stage", "loss", "steps", "samples", "hours of speech heard", "hours of work", "last loss"]
-    note = "Settings, metrics and curves of each stage: `training/`. Two cores of an AMD EPYC, no GPU."
+    note = "Settings, metrics and curves of each stage: `training/`. A machine with two cores (AMD EPYC), no GPU."
     return f"{table(head, rows)}\n\n{note}"
 
 

@@ -22,7 +22,8 @@ from transformers import (
 
 import blsp
 from blsp import cli
-from blsp.model.checkpoint import CheckpointError, export_merged, load_blsp, save_adapter
+from blsp.model import checkpoint
+from blsp.model.checkpoint import CheckpointError, export_merged, load_blsp, new_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.distributed import find_place
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, BlspModel
@@ -251,6 +252,18 @@ def test_export_keeps_the_parts_type_or_takes_the_one_named(saved, tmp_path: Pat
         stored = load_file(tmp_path / dtype / "model.safetensors")
         assert stored["model.language_model.layers.0.mlp.up_proj.weight"].dtype == expected
         load_blsp(tmp_path / dtype, F32)
+
+
+def test_the_frozen_parts_are_named_as_they_were_asked_for(
+    tiny_models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_blsp(tiny_models_folder)  # makes the parts
+    folders = {f"embedded:{part}": str(tiny_models_folder / part) for part in ("whisper", "llama")}
+    monkeypatch.setattr(checkpoint, "resolve_weights", folders.__getitem__)
+    save_adapter(*new_blsp("embedded:whisper", "embedded:llama", F32), tmp_path / "adapter")
+    config = (tmp_path / "adapter" / "config.json").read_text()
+    assert json.loads(config)["audio_config"]["_name_or_path"] == "embedded:whisper"
+    assert str(tiny_models_folder) not in config
 
 
 def test_a_folder_with_other_things_is_not_replaced(saved, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 Device = str  # "auto", "cpu", "cuda", "cuda:1", "mps"
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-TalkDtype = Literal["fastest", "auto", "float32", "bfloat16", "float16", "float64"]  # may differ by processor
+TalkDtype = Literal["fastest", Dtype]  # may differ by processor
 Order = Literal["instruction-first", "speech-first"]
 Normalise = Literal["none", "whisper"]
 
