@@ -1,6 +1,8 @@
 """A finished run -> `models/NAME`: the adapter in float16, its training logs, and a card of what was measured.
 
 In: a run folder (`blsp train`), the manifests it learnt from, and, once that folder has been judged, results.json.
+With several `--stages` the mean of their adapters is shipped: of stages that began at the same weights it can hear
+better than either (Wortsman et al. 2022).
 Out: an adapter folder with `README.md` and `training/` (settings, metrics, curves of each stage).
 Where in the flow: after `blsp train`; then `blsp evaluate --model models/NAME`; then this again with --results, which
 writes the card alone, so that every figure on it was measured on the file beside it.
@@ -59,9 +61,15 @@ people.
 """
 
 
-def write_weights(run: Path, out: Path) -> None:
-    """The run's adapter in float16, with the logs of its stages."""
-    model, processor = load_blsp(run / "adapter", find_place(device="cpu", dtype="float32"))
+def write_weights(run: Path, out: Path, adapters: Sequence[Path]) -> None:
+    """The adapters' mean, weight by weight, in float16, with the logs of the run's stages."""
+    place = find_place(device="cpu", dtype="float32")
+    (model, processor), *others = [load_blsp(adapter, place) for adapter in adapters]
+    same = [model, *(other for other, _ in others)]
+    with torch.no_grad():
+        for name, weight in model.model.multi_modal_projector.named_parameters():
+            parts = [each.model.multi_modal_projector.get_parameter(name) for each in same]
+            weight.copy_(torch.stack(parts).double().mean(dim=0))
     save_adapter(model, processor, out, dtype=torch.float16)
     tokenizer = out / "tokenizer.json"  # half of it is indentation
     content = json.loads(tokenizer.read_text(encoding="utf-8"))
@@ -148,6 +156,7 @@ def _results(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", type=Path, help="the finished run; left out: write the card alone")
+    parser.add_argument("--stages", nargs="+", help="ship the mean of these stages (default: the last one)")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, models/NAME")
     parser.add_argument(
         "--manifests", nargs="+", required=True, help="manifests that it learnt from, or globs"
@@ -155,7 +164,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="results.json of `blsp evaluate --model OUT`")
     options = parser.parse_args()
     if options.run is not None:
-        write_weights(options.run, options.out)
+        stages = [options.run / "stages" / name for name in options.stages or ()] or [options.run]
+        write_weights(options.run, options.out, [stage / "adapter" for stage in stages])
     text = card(options.out, data_table(options.manifests), options.results)
     (options.out / "README.md").write_text(text, encoding="utf-8")
     print(f"{options.out}: written")

@@ -1,0 +1,43 @@
+"""What is shipped: the mean of the stages that are named, with the logs of all."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the recipe is not part of the installed package
+
+from tiny_models import tiny_blsp
+
+from blsp.model.checkpoint import load_blsp, save_adapter
+from blsp.model.distributed import find_place
+from examples.tiny.ship import write_weights
+
+PLACE = find_place("cpu", "float32")
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_models_folder: Path) -> Path:
+    """A run of two stages whose adapters are all 1 and all 3."""
+    for name, value in (("first", 1.0), ("second", 3.0)):
+        stage = tmp_path / "run" / "stages" / name
+        model, processor = tiny_blsp(tiny_models_folder, adapter="grounded", place=PLACE)
+        for weight in model.model.multi_modal_projector.parameters():
+            torch.nn.init.constant_(weight, value)
+        save_adapter(model, processor, stage / "adapter")
+        for log in ("settings.yaml", "metrics.jsonl", "curves.png"):
+            (stage / log).write_text(name)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(("stages", "value"), [(["second"], 3.0), (["first", "second"], 2.0)])
+def test_the_mean_of_the_stages_is_shipped(
+    run: Path, tmp_path: Path, stages: list[str], value: float
+) -> None:
+    write_weights(run, tmp_path / "out", [run / "stages" / name / "adapter" for name in stages])
+    model, _ = load_blsp(tmp_path / "out", PLACE)
+    assert all((weight == value).all() for weight in model.model.multi_modal_projector.parameters())
+    assert (tmp_path / "out" / "training" / "first" / "metrics.jsonl").read_text() == "first"
