@@ -131,8 +131,6 @@ def new_blsp(
         readout_vocabulary=readout_vocabulary,
         full_window=full_window,
     )
-    for part, name in ((config.audio_config, audio_model), (config.text_config, text_model)):
-        part._name_or_path = name  # as it was asked for, not this machine's folder
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         projector = build_adapter(config)
@@ -153,6 +151,11 @@ def assemble(
     config: BlspConfig, parts: FrozenParts, projector: nn.Module, place: Place
 ) -> BlspForConditionalGeneration:
     """A model made of loaded parts; nothing is initialised twice. The adapter stays in float32."""
+    for part, name in [
+        (config.audio_config, config.audio_model_id),
+        (config.text_config, config.text_model_id),
+    ]:
+        part._name_or_path = name  # as it was asked for, not the folder of the machine that it was made on
     with torch.device("meta"):
         model = BlspForConditionalGeneration(config)
     model.model.audio_tower = parts.tower
