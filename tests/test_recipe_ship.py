@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -41,3 +42,13 @@ def test_the_mean_of_the_stages_is_shipped(
     model, _ = load_blsp(tmp_path / "out", PLACE)
     assert all((weight == value).all() for weight in model.model.multi_modal_projector.parameters())
     assert (tmp_path / "out" / "training" / "first" / "metrics.jsonl").read_text() == "first"
+
+
+def test_an_old_adapter_gets_the_names_of_its_parts(run: Path, tmp_path: Path) -> None:
+    adapter = run / "stages" / "first" / "adapter"
+    written = json.loads((adapter / "config.json").read_text())
+    written["text_config"]["_name_or_path"] = "/home/maker/llm"
+    (adapter / "config.json").write_text(json.dumps(written))
+    write_weights(run, tmp_path / "out", [adapter])
+    shipped = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert shipped["text_config"]["_name_or_path"] == shipped["text_model_id"]
