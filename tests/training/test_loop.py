@@ -18,6 +18,7 @@ from blsp.data.audio import write_wav
 from blsp.model.checkpoint import load_blsp
 from blsp.model.distributed import find_place
 from blsp.model.features import FeatureCache
+from blsp.model.kept import Kept
 from blsp.settings import SettingsError, TrainSettings
 from blsp.training import loop, reporting, step
 from blsp.training.loop import TrainingError, train
@@ -297,6 +298,16 @@ def test_the_average_of_the_last_steps_is_what_is_shipped(settings, tmp_path: Pa
     for name in seen[0]:
         mean = torch.stack([each[name] for each in seen]).mean(0)
         torch.testing.assert_close(weights[f"model.multi_modal_projector.{name}"], mean)
+
+
+def test_probes_see_the_spelling_as_it_is_learnt(settings, tmp_path: Path, monkeypatch) -> None:
+    options = ("bottleneck=8", "spelling=4")
+    settings = replace(settings, adapter="grounded", loss="kl", adapter_options=options, probe_every=1, log_every=1)
+    train(settings)
+    monkeypatch.setattr(Kept, "of", lambda self, work_out, *sources: work_out(*sources))
+    train(replace(settings, out=tmp_path / "nothing kept"))
+    kept, fresh = ([row["held_out_kl"] for row in _metrics(out)] for out in (settings.out, tmp_path / "nothing kept"))
+    assert kept == fresh and len(set(kept)) == 6
 
 
 def test_no_speech_clips_are_made_and_mixed_in(settings) -> None:
