@@ -9,8 +9,8 @@ Try: `read_settings(TrainSettings, ["--config", "examples/tiny/train.yaml"], pro
 Flow: cli.py → **configuration_file.py** → settings/
 
 A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage is the top level
-with its own flags on top, writes to OUT/stages/NAME and starts from the stage before, unless it says
-`init-from` itself.
+with its own flags on top, writes to OUT/stages/NAME and starts from the stage before, or from what its own
+`init-from` names: an earlier stage or an adapter. A typed `--init-from` is where the first stage starts.
 """
 
 from __future__ import annotations
@@ -60,9 +60,11 @@ def _with_stages(
             kind, {key: value for key, value in stage.items() if key != "name"}, f"{file}, {stage['name']}"
         )
         given: Any = _parse(kind, [*top, *own, *flags], prog)
-        start = (
-            str(resolved[-1].out / "adapter") if resolved and "init_from" not in stage else given.init_from
-        )
+        ended = {each.out.name: str(each.out / "adapter") for each in resolved}
+        start = given.init_from
+        if resolved:
+            wanted = stage.get("init_from", resolved[-1].out.name)
+            start = ended.get(wanted, wanted)
         resolved.append(dataclasses.replace(given, out=given.out / "stages" / stage["name"], init_from=start))
     whole: Any = dataclasses.replace(resolved[0], out=resolved[0].out.parent.parent)
     return dataclasses.replace(whole, stages=tuple(resolved))
