@@ -14,7 +14,6 @@ be learnt from is left out here and listed with its reason in ``<out>.skipped.js
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -103,16 +102,15 @@ def _build(
 ) -> None:
     """Scan every source once; then set the held-out utterances apart."""
     folder.mkdir(parents=True, exist_ok=True)
-    scan, smallest, count = folder / ".scan", _Smallest(hold_out), 0
+    scan, count = folder / ".scan", 0
     with open(scan, "wb") as out:
         for number, source in enumerate(sources):
             for block in _blocks(source):
                 measured = _measure(number, source, block, reader, skipped)
-                smallest.add(measured["hash"][~measured["no_speech"]])
                 measured.tofile(out)
                 count += len(measured)
     whole = np.memmap(scan, ROW, "r", shape=(count,)) if count else np.empty(0, ROW)
-    limit = smallest.limit(count)
+    limit = _limit(whole["hash"][~whole["no_speech"]], hold_out)
     _copy(whole, folder / "rows.npy", lambda rows: (rows["hash"] > limit) | rows["no_speech"])
     _copy(whole, folder / "held_out.npy", lambda rows: (rows["hash"] <= limit) & ~rows["no_speech"])
     scan.unlink()
@@ -145,15 +143,10 @@ def _measure(
                 reader.frame_index(row),
                 frames,
                 *text,
-                is_no_speech(row),
+                row.no_speech,
             )
         )
     return np.array(found, ROW)
-
-
-def is_no_speech(row: Utterance) -> bool:
-    """Whether the row is an example of silence or noise."""
-    return bool(row.extra.get("no_speech"))
 
 
 def id_hash(id: str) -> int:
@@ -163,25 +156,11 @@ def id_hash(id: str) -> int:
     )
 
 
-class _Smallest:
-    """The n smallest distinct hashes of a stream, in constant memory."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self._heap, self._inside = n, [], set()  # type: ignore[var-annotated]
-
-    def add(self, hashes: NDArray[np.uint64]) -> None:
-        for value in np.unique(hashes)[: self.n].tolist():
-            if value in self._inside or (len(self._heap) == self.n and value >= -self._heap[0]):
-                continue
-            heapq.heappush(self._heap, -value)
-            self._inside.add(value)
-            if len(self._heap) > self.n:
-                self._inside.discard(-heapq.heappop(self._heap))
-
-    def limit(self, rows: int) -> int:
-        """The largest hash to hold out, where at most a tenth of the utterances may go; -1 for none."""
-        allowed = min(len(self._heap), rows // 10)
-        return sorted(self._inside)[allowed - 1] if allowed else -1
+def _limit(hashes: NDArray[np.uint64], hold_out: int) -> int:
+    """The largest of the `hold_out` smallest distinct hashes, at most a tenth of them; -1 for none."""
+    distinct = np.unique(hashes)
+    allowed = min(hold_out, len(distinct) // 10)
+    return int(distinct[allowed - 1]) if allowed else -1
 
 
 def _copy(
