@@ -52,3 +52,12 @@ def test_an_old_adapter_gets_the_names_of_its_parts(run: Path, tmp_path: Path) -
     write_weights(run, tmp_path / "out", [adapter])
     shipped = json.loads((tmp_path / "out" / "config.json").read_text())
     assert shipped["text_config"]["_name_or_path"] == shipped["text_model_id"]
+
+
+def test_adapters_that_read_out_other_tokens_have_no_mean(run: Path, tmp_path: Path) -> None:
+    adapters = [run / "stages" / name / "adapter" for name in ("first", "second")]
+    config = json.loads((adapters[1] / "config.json").read_text())
+    config["readout_vocabulary"].reverse()
+    (adapters[1] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="without a mean"):
+        write_weights(run, tmp_path / "out", adapters)

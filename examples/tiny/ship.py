@@ -2,7 +2,7 @@
 
 In: a run folder (`blsp train`), the manifests it learnt from, and, once that folder has been judged, results.json.
 With several `--stages` the mean of their adapters is shipped: of stages that began at the same weights it can hear
-better than either (Wortsman et al. 2022).
+better than either (Wortsman et al. 2022). Name them for the card alone, too.
 Out: an adapter folder with `README.md` and `training/` (settings, metrics, curves of each stage).
 Where in the flow: after `blsp train`; then `blsp evaluate --model models/NAME`; then this again with --results, which
 writes the card alone, so that every figure on it was measured on the file beside it.
@@ -26,6 +26,7 @@ import yaml
 from blsp.evaluation.tables import NAMES, shown, table
 from blsp.model.checkpoint import load_blsp, save_adapter
 from blsp.model.distributed import find_place
+from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from examples.tiny.rows import read_rows
 
 HEAD = {
@@ -66,6 +67,10 @@ def write_weights(run: Path, out: Path, adapters: Sequence[Path]) -> None:
     place = find_place(device="cpu", dtype="float32")
     (model, processor), *others = [load_blsp(adapter, place) for adapter in adapters]
     same = [model, *(other for other, _ in others)]
+    if any(_parts(other) != _parts(model) for other in same):
+        raise ValueError(
+            f"{', '.join(map(str, adapters))}: of other parts or read-out tokens, so without a mean"
+        )
     with torch.no_grad():
         for name, weight in model.model.multi_modal_projector.named_parameters():
             parts = [each.model.multi_modal_projector.get_parameter(name) for each in same]
@@ -81,7 +86,14 @@ def write_weights(run: Path, out: Path, adapters: Sequence[Path]) -> None:
             shutil.copy(stage / name, target / name)
 
 
-def card(out: Path, sources: str, results: Path | None) -> str:
+def _parts(model: BlspForConditionalGeneration) -> tuple[object, ...]:
+    """What adapters that have a mean share: the frozen parts, the shape, the tokens that are read out."""
+    config = model.config
+    shape = config.adapter, config.adapter_options, config.readout_vocabulary
+    return config.audio_model_sha256, config.text_model_sha256, *shape
+
+
+def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = ()) -> str:
     """The model card: use, training, data with licences, what was measured, limits."""
     config = json.loads((out / "config.json").read_text())
     size = (out / "model.safetensors").stat().st_size / 1e6
@@ -89,15 +101,15 @@ def card(out: Path, sources: str, results: Path | None) -> str:
     parts = [
         f"---\n{yaml.safe_dump(HEAD, sort_keys=False).strip()}\n---\n\n# {out.name}",
         use,
-        "## Training\n\n" + _stages(out / "training"),
+        "## Training\n\n" + _stages(out / "training", stages),
         sources,
-        _results(json.loads(results.read_text())) if results else "## Measured\n\nNot judged yet.",
+        _results(json.loads(results.read_text()), out.name) if results else "## Measured\n\nNot judged yet.",
         LIMITS.format(no_speech=config["no_speech_sentence"]),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _stages(training: Path) -> str:
+def _stages(training: Path, shipped: Sequence[str]) -> str:
     rows = []
     read = [(stage, yaml.safe_load((stage / "settings.yaml").read_text())) for stage in training.iterdir()]
     for stage, settings in sorted(read, key=lambda each: (each[1]["loss"] != "ctc", each[0].name)):
@@ -115,6 +127,8 @@ def _stages(training: Path) -> str:
         )
     head = ["stage", "loss", "steps", "samples", "hours of speech heard", "hours of work", "last loss"]
     note = "Settings, metrics and curves of each stage: `training/`. A machine with two cores (AMD EPYC), no GPU."
+    if len(shipped) > 1:
+        note = f"These weights are the mean of the stages {' and '.join(shipped)}. {note}"
     return f"{table(head, rows)}\n\n{note}"
 
 
@@ -135,7 +149,7 @@ def data_table(manifests: Sequence[str]) -> str:
     )
 
 
-def _results(results: dict) -> str:
+def _results(results: dict, name: str) -> str:
     rows = []
     for task, routes in results["tasks"].items():
         for route, found in routes.items():
@@ -149,7 +163,8 @@ def _results(results: dict) -> str:
     figures = table(["alignment", "value"], [[name, f"{value:.3f}"] for name, value in alignment.items()])
     head = ["task", "route", "metric", "value", "95 % interval", "n"]
     limit = results["environment"]["limit"]
-    command = "blsp evaluate --suite tiny" + (f" --limit {limit}" if limit else "")
+    command = f"blsp evaluate --model {name} --suite tiny --out results/{name}"
+    command += f" --limit {limit}" if limit else ""
     return f"## Measured\n\n`{command}`, this file.\n\n{table(head, rows)}\n\n{figures}"
 
 
@@ -166,7 +181,7 @@ def main() -> None:
     if options.run is not None:
         stages = [options.run / "stages" / name for name in options.stages or ()] or [options.run]
         write_weights(options.run, options.out, [stage / "adapter" for stage in stages])
-    text = card(options.out, data_table(options.manifests), options.results)
+    text = card(options.out, data_table(options.manifests), options.results, options.stages or ())
     (options.out / "README.md").write_text(text, encoding="utf-8")
     print(f"{options.out}: written")
 
