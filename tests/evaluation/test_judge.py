@@ -195,6 +195,18 @@ def test_silence_is_answered_with_the_set_sentence(bench: BenchMaker, suite: Sui
     )
 
 
+def test_the_set_sentence_counts_when_the_llm_says_it(bench: BenchMaker, suite: Suite, monkeypatch) -> None:
+    only = Suite("one", tuple(task for task in suite.tasks if task.name == "chat"))
+    judged = bench(routes=("speech",))
+    answers = judge(judged, only).tasks[0].answers["speech"]
+    name, answer = next((name, answer) for name, answer in answers.items() if answer.text)
+    monkeypatch.setattr(judged.listener.model.config, "no_speech_sentence", answer.text)
+    again = judge(bench(routes=("speech",), folder=judged.folder / "again"), only).tasks[0].answers["speech"]
+    assert (
+        answer.finish != "no-speech" and again[name].finish == "no-speech" and again[name].ids == answer.ids
+    )
+
+
 def test_a_missing_recording_is_named_before_anything_is_asked(
     bench: BenchMaker, suite: Suite, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from blsp.data.json_rows import RowLog, read_rows
 
 Kept = TypeVar("Kept")
-NO_SPEECH = "no-speech"  # Answer.finish where nothing was heard and the LLM was not asked
+NO_SPEECH = "no-speech"  # Answer.finish where the set sentence is the answer, or nothing was there to answer
 
 
 @dataclass(frozen=True)

@@ -111,11 +111,14 @@ def _answer(
             requests.append(request(listener, task, row, words))
             answers[row.id] = Answer("", heard=heard)
     if task.generate or any(row.options is None for row in rows):
-        for name, result in decode(listener.model, requests, batch_size).items():
-            text = listener.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
-            answers[str(name)] = replace(
-                answers[str(name)], text=text, finish=result.finish, ids=tuple(result.ids)
-            )
+        hearing = {row.id for row, words in zip(rows, said, strict=True) if isinstance(words, Heard)}
+        for key, result in decode(listener.model, requests, batch_size).items():
+            name, text = str(key), listener.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
+            silent = name in hearing and text == listener.model.config.no_speech_sentence
+            finish = (
+                NO_SPEECH if silent else result.finish
+            )  # adapters without a read-out say so through the LLM
+            answers[name] = replace(answers[name], text=text, finish=finish, ids=tuple(result.ids))
     options = {row.id: row.options for row in rows if row.options is not None}
     choosing = [each for each in requests if each.key in options]
     asked = [options[str(each.key)] or () for each in choosing]
