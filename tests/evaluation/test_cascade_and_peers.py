@@ -27,7 +27,7 @@ from transformers import (
 from blsp.data.manifest import Manifest
 from blsp.evaluation.answers import NO_SPEECH, Answer, answer_log
 from blsp.evaluation.judge import Bench, judge
-from blsp.evaluation.peers import Endpoint, PeerError, parse_endpoint, read_mark
+from blsp.evaluation.peers import Endpoint, PeerError, parse_endpoint, parse_peers, read_mark
 from blsp.evaluation.recognise import Recogniser, RecogniserError, recogniser_of
 from blsp.evaluation.tasks import Suite
 from blsp.model.embedded import resolve_weights
@@ -199,6 +199,12 @@ def test_endpoints_and_marks() -> None:
         parse_endpoint("ultravox")
     assert [read_mark(text) for text in ("10", "Rating: 8/10", "100")][:2] == [10.0, 8.0]
     assert read_mark("no idea") != read_mark("no idea")
+
+
+@pytest.mark.parametrize("names", [["a@http://x/v1", "b/a@http://y/v1"], ["speech@http://x/v1"]])
+def test_each_peer_needs_a_column_of_its_own(names: list[str]) -> None:
+    with pytest.raises(PeerError, match="its column would be called"):
+        parse_peers(names)
 
 
 def test_an_answer_survives_its_log(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from blsp.evaluation.alignment import Alignment, measure
 from blsp.evaluation.answers import AnswerLog, Answers, answer_log, fingerprint
 from blsp.evaluation.bootstrap import mean_figure
 from blsp.evaluation.environment import describe
-from blsp.evaluation.peers import Endpoint, ask_peer, parse_endpoint, rate
+from blsp.evaluation.peers import Endpoint, ask_peer, parse_endpoint, parse_peers, rate
 from blsp.evaluation.recognise import Recogniser, recogniser_of
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results, TaskResult
@@ -110,7 +110,7 @@ def evaluate(settings: EvaluateSettings) -> None:
         asr=settings.asr,
         asr_compute=settings.asr_compute,
         normalise=settings.normalise,
-        peers=tuple(parse_endpoint(peer) for peer in settings.peer),
+        peers=parse_peers(settings.peer),
         rater=parse_endpoint(settings.judge) if settings.judge else None,
         limit=settings.limit,
         batch_size=settings.batch_size,

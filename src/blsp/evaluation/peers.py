@@ -33,6 +33,7 @@ from blsp.model.decoding import Decoding
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 ROWS_AT_A_TIME = 32
+OURS = ("text", "cascade", "speech", "transcript", "recogniser", "readout")  # columns that are taken
 JUDGE = """\
 Rate how well an assistant answered a spoken question, from 1 (useless) to 10 (excellent): is the answer \
 relevant to the question, correct and helpful? Write the number alone.
@@ -66,6 +67,19 @@ def parse_endpoint(text: str) -> Endpoint:
     if urlsplit(url).scheme not in ("http", "https"):
         raise PeerError(f"{text!r}: write MODEL@URL, as in ultravox@http://localhost:8000/v1")
     return Endpoint(model, url)
+
+
+def parse_peers(texts: Sequence[str]) -> tuple[Endpoint, ...]:
+    """The peers of an evaluation; each needs a column of its own."""
+    peers = tuple(map(parse_endpoint, texts))
+    names = [*OURS, *(peer.name for peer in peers)]
+    for peer in peers:
+        if names.count(peer.name) > 1:
+            raise PeerError(
+                f"{peer.model}@{peer.url}: its column would be called {peer.name!r}, and there is one already; "
+                "evaluate it on its own, or have its server call the model differently"
+            )
+    return peers
 
 
 def ask_peer(
