@@ -257,6 +257,31 @@ def test_the_command_line_wins_over_the_file_in_every_stage(recipe: Path) -> Non
     assert not whole.stages[0].activation_checkpointing
 
 
+@pytest.mark.parametrize(
+    ("named", "start"),
+    [("grounding", "elsewhere/stages/grounding/adapter"), ("other/adapter", "other/adapter")],
+)
+def test_a_stage_may_start_from_any_earlier_one_or_from_an_adapter(
+    recipe: Path, named: str, start: str
+) -> None:
+    recipe.write_text(f"{RECIPE}  - {{name: again, loss: ctc, init-from: {named}}}\n")
+    flags = ["--config", str(recipe), "--out", "elsewhere", "--init-from", "typed"]
+    assert [stage.init_from for stage in cli.parse("train", flags).stages] == [
+        "typed", "elsewhere/stages/grounding/adapter", start,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "command", ["generate --manifest m --out o", "chat", "continue --manifest m --out o --llm l"]
+)
+@pytest.mark.parametrize("flag", ["--top-p 0", "--temperature -1", "--temperature nan"])
+def test_what_nothing_can_be_drawn_with_is_refused(command: str, flag: str, capsys) -> None:
+    name, *flags = f"{command} {flag}".split()
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse(name, flags)
+    assert flag.split()[0] in capsys.readouterr().err
+
+
 def test_a_flag_that_takes_several_values_may_be_repeated(tmp_path: Path) -> None:
     flags = [
         "--out",

@@ -24,3 +24,11 @@ def above_zero(settings: object, *names: str) -> None:
     for name in names:
         if not getattr(settings, name) > 0:
             raise SettingsError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above 0")
+
+
+def can_sample(temperature: float, top_p: float) -> None:
+    """Raise SettingsError for a temperature or a top-p that nothing can be drawn with."""
+    if not temperature >= 0:
+        raise SettingsError(f"--temperature {temperature}: must be 0 or more")
+    if not 0 < top_p <= 1:
+        raise SettingsError(f"--top-p {top_p}: must be above 0 and at most 1")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, Suppress
 
-from blsp.settings.choices import Device, Dtype, Normalise, SettingsError, above_zero
+from blsp.settings.choices import Device, Dtype, Normalise, SettingsError, above_zero, can_sample
 
 Corpus = Literal[
     "librispeech", "gigaspeech", "common-voice", "covost2", "must-c", "tedlium3", "fleurs",
@@ -23,16 +23,17 @@ Corpus = Literal[
 
 @dataclass(frozen=True)
 class PrepareSettings:
-    """Turn a corpus on disk into a manifest: one JSON line per utterance, with its audio and its text.
+    r"""Turn a corpus on disk into a manifest: one JSON line per utterance, with its audio and its text.
 
     Nothing is downloaded, copied or re-encoded: long recordings stay whole and rows name `start` and
     `duration`. Non-speech tags and empty transcripts are dropped and counted in OUT.skipped.jsonl. A second
     run goes on where the first one stopped. `no-speech` makes clips of silence, noise and babble instead.
 
         $ blsp prepare librispeech --root /data/LibriSpeech --split train-clean-100 --out librispeech.jsonl
-        $ blsp prepare folder --root my_recordings/ --out mine.jsonl      # a.wav beside a.txt $ blsp
-        prepare covost2 --root /data/cv4/en --language en --target-language de --split dev --out dev.jsonl $
-        blsp prepare no-speech --root librispeech.jsonl --limit 500 --out no_speech.jsonl
+        $ blsp prepare folder --root my_recordings/ --out mine.jsonl      # a.wav beside a.txt
+        $ blsp prepare covost2 --root /data/cv4/en --language en --target-language de --split dev \
+              --out dev.jsonl
+        $ blsp prepare no-speech --root librispeech.jsonl --limit 500 --out no_speech.jsonl
     """
 
     corpus: Positional[Corpus]
@@ -154,10 +155,9 @@ class ContinueSettings:
             "timeout",
             "top_k_temperature",
         )
-        if self.temperature < 0 or self.top_k < 0 or self.retries < 0:
-            raise SettingsError("--temperature, --top-k and --retries must be 0 or more")
-        if not 0 < self.top_p <= 1:
-            raise SettingsError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        can_sample(self.temperature, self.top_p)
+        if self.top_k < 0 or self.retries < 0:
+            raise SettingsError("--top-k and --retries must be 0 or more")
         if self.engine_url and self.top_k:
             raise SettingsError(
                 "--top-k needs the local LLM: write with --engine-url first, then add it with --score-only"
@@ -246,7 +246,7 @@ class TrainSettings:
     batch_size: int = 768
     """samples an optimiser step learns from, over all processes (paper: 768)"""
     batch_tokens: int = 4096
-    """positions (speech and text) that one pass through the LLM may hold: decides memory, not results"""
+    """positions (speech and text) that one pass through the LLM may hold: decides memory, not what is learnt"""
     lr: float = 5e-5
     """highest learning rate (paper: 5e-5; grounding likes 1e-3)"""
     weight_decay: float = 0.05
@@ -274,7 +274,7 @@ class TrainSettings:
     max_seconds: float = 30.0
     """leave longer clips out, and count them"""
     held_out: int = 64
-    """rows kept back from training for the divergence probes"""
+    """utterances kept back from training for the divergence probes, a tenth of all at most"""
     seed: int = 0
     """fixes fresh weights, data order and noise: the same seed gives the same curve"""
     log_every: int = 10

@@ -14,7 +14,16 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from blsp.settings.choices import Device, Dtype, Normalise, Order, SettingsError, TalkDtype, above_zero
+from blsp.settings.choices import (
+    Device,
+    Dtype,
+    Normalise,
+    Order,
+    SettingsError,
+    TalkDtype,
+    above_zero,
+    can_sample,
+)
 from blsp.shipped import DEFAULT_MODEL
 
 
@@ -43,7 +52,8 @@ class EvaluateSettings:
     data: Path | None = None
     """the folder of the suite's manifests; left out: corpus/ in the cache folder (`make eval-data`)"""
     asr: str | None = None
-    """the cascade's recogniser: anything faster-whisper or transformers loads (left out: its own Whisper)"""
+    """the cascade's recogniser: a CTranslate2 folder, a size of faster-whisper's (large-v3), or what transformers loads
+    (left out: its own Whisper)"""
     asr_compute: Literal["int8", "float32", "auto"] = "int8"
     """how faster-whisper computes; auto times both and takes the faster, so runs may differ"""
     normalise: Normalise = "none"
@@ -118,6 +128,7 @@ class GenerateSettings:
 
     def __post_init__(self) -> None:
         above_zero(self, "max_new_tokens", "batch_size")
+        can_sample(self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,7 @@ class ChatSettings:
     down. /help says what else can be typed.
 
         $ blsp chat
-        you> examples/speech/question.opus
+        you> examples/speech/questions/days-in-a-week.opus
     """
 
     model: str = DEFAULT_MODEL
@@ -190,6 +201,7 @@ class ChatSettings:
 
     def __post_init__(self) -> None:
         above_zero(self, "max_new_tokens")
+        can_sample(self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
