@@ -312,7 +312,7 @@ def test_another_jobs_leftovers_are_cleared(tmp_path: Path) -> None:
 
 def test_a_corpus_that_changed_between_two_runs(tmp_path: Path) -> None:
     settings, _ = make_copy("librispeech", tmp_path, tmp_path / "m.jsonl")
-    partial = preparation._partial_file(settings.out, preparation._job(settings, settings.out))
+    partial = preparation._partial_file(settings.out, preparation._job(settings))
     partial.write_text('{"id": "gone-1", "audio": "a.wav", "text": "x"}\n')
     with pytest.raises(CorpusError, match="the corpus has changed since the last run"):
         prepare(settings)

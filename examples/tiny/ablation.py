@@ -62,6 +62,7 @@ def _answered(row: dict, answer: str) -> dict:
         "instruction": "",
         "order": "instruction-first",
         "continuation": answer,
+        "finish": "stop",
     }
 
 

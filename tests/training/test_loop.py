@@ -302,11 +302,15 @@ def test_the_average_of_the_last_steps_is_what_is_shipped(settings, tmp_path: Pa
 
 def test_probes_see_the_spelling_as_it_is_learnt(settings, tmp_path: Path, monkeypatch) -> None:
     options = ("bottleneck=8", "spelling=4")
-    settings = replace(settings, adapter="grounded", loss="kl", adapter_options=options, probe_every=1, log_every=1)
+    settings = replace(
+        settings, adapter="grounded", loss="kl", adapter_options=options, probe_every=1, log_every=1
+    )
     train(settings)
     monkeypatch.setattr(Kept, "of", lambda self, work_out, *sources: work_out(*sources))
     train(replace(settings, out=tmp_path / "nothing kept"))
-    kept, fresh = ([row["held_out_kl"] for row in _metrics(out)] for out in (settings.out, tmp_path / "nothing kept"))
+    kept, fresh = (
+        [row["held_out_kl"] for row in _metrics(out)] for out in (settings.out, tmp_path / "nothing kept")
+    )
     assert kept == fresh and len(set(kept)) == 6
 
 

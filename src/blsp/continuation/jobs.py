@@ -22,7 +22,6 @@ from blsp.continuation.prompts import instruction_for
 from blsp.data.manifest import SkippedLog, Utterance
 from blsp.model.prompt import Order, frame_prompt, transcript_ids
 
-NORMALISATIONS = ("none", "whisper")
 _TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")  # <SIL>, <MUSIC>, [noise]
 
 
@@ -68,11 +67,6 @@ def _normaliser(english: bool):  # type: ignore[no-untyped-def]  # the package h
     return EnglishTextNormalizer() if english else BasicTextNormalizer()
 
 
-def is_no_speech(row: Utterance) -> bool:
-    """Silence, noise or music: answered in a set way, without the LLM."""
-    return row.extra.get("no_speech") is True
-
-
 def nothing_to_read(text: str) -> str | None:
     """Why a transcript cannot be continued, or None: it is empty, or holds tags and punctuation only."""
     if not text.strip():
@@ -103,7 +97,7 @@ def continuation_jobs(
     """The jobs of step 1; what is dropped is noted in `skipped`."""
     lengths = Lengths(tokenizer)
     for number, row in enumerate(rows):
-        if is_no_speech(row):
+        if row.no_speech:
             for ask in asking.asks(row):
                 yield Job(number, ask, lengths.of(ask, ""), None)
             continue
@@ -126,7 +120,7 @@ def scoring_jobs(rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, 
     lengths = Lengths(tokenizer)
     for number, row in enumerate(rows):
         ask = ask_of(row, where)
-        if is_no_speech(row):
+        if row.no_speech:
             yield Job(number, ask, lengths.of(ask, ""), None)
             continue
         ids, finish = row.extra["continuation_ids"], row.extra["finish"]

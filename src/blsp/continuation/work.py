@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from blsp.continuation.engines import Engine, Prompt
@@ -63,7 +62,7 @@ def compute(
     done = done_keys(folder, len(plan))
     mine = range(place.rank, plan.batches, place.world)
     missing = [number for number in mine if not done[plan.order[number * plan.batch_size]]]
-    with Part(folder, place.rank, top_k) as part, _progress(plan, done, mine, missing, place) as progress:
+    with Part(folder, place.rank, top_k) as part, _progress(plan, mine, missing, place) as progress:
         begun, tokens = time.monotonic(), 0
         if missing:
             for batch in engine().write(_prompts(plan, missing, prompt)):
@@ -86,7 +85,7 @@ def _prompts(plan: Plan, missing: list[int], prompt: Callable[[int], Prompt]) ->
         yield [prompt(job) for job in plan.batch(number)]
 
 
-def _progress(plan: Plan, done: np.ndarray, mine: range, missing: list[int], place: Place) -> tqdm:
+def _progress(plan: Plan, mine: range, missing: list[int], place: Place) -> tqdm:
     total = sum(len(plan.batch(number)) for number in mine)
     left = sum(len(plan.batch(number)) for number in missing)
     return tqdm(total=total, initial=total - left, unit="prompt", disable=place.rank != 0, dynamic_ncols=True)

@@ -73,6 +73,11 @@ class Utterance:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
     """Fields that we do not know, kept as they are."""
 
+    @property
+    def no_speech(self) -> bool:
+        """Silence, noise or music: answered in a set way."""
+        return bool(self.extra.get("no_speech"))
+
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object: fields that are None left out, `extra` merged in."""
         row = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}

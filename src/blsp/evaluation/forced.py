@@ -34,7 +34,7 @@ def answer_states(
     llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[Answer]
 ) -> list[Tensor]:
     """Last hidden states (N, D) of each row at its answer's places. All requests share one prefix."""
-    states, _ = _run(llm, requests, answers, every_layer=False)
+    states = _run(llm, requests, answers, every_layer=False)
     return [row[0, asked - 1 : asked - 1 + count] for row, asked, count in _spans(states, requests, answers)]
 
 
@@ -43,7 +43,7 @@ def layer_states(
     llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[Answer]
 ) -> list[tuple[Tensor, Tensor]]:
     """For each row: states of every layer at the question's places (A, L, D) and at the answer's (A, N, D)."""
-    states, _ = _run(llm, requests, answers, every_layer=True)
+    states = _run(llm, requests, answers, every_layer=True)
     return [
         (row[:, :asked], row[:, asked - 1 : asked - 1 + count])
         for row, asked, count in _spans(states, requests, answers)
@@ -73,8 +73,8 @@ def _log_probabilities(llm: PreTrainedModel, states: Tensor) -> Tensor:
 
 def _run(
     llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[Answer], *, every_layer: bool
-) -> tuple[Tensor, Tensor]:
-    """States (R, A or 1, L, D) of questions and answers in one pass, right-padded; the rows' lengths (R,)."""
+) -> Tensor:
+    """States (R, A or 1, L, D) of questions and answers in one pass, right-padded."""
     prefix = requests[0].prefix
     assert all(request.prefix is prefix for request in requests), "rows of one pass share their prefix"
     before = len(prefix) if prefix else 0
@@ -91,8 +91,7 @@ def _run(
         use_cache=prefix is not None,
         output_hidden_states=every_layer,
     )
-    states = torch.stack(output.hidden_states, dim=1) if every_layer else output.last_hidden_state[:, None]
-    return states, torch.tensor([len(row) for row in rows])
+    return torch.stack(output.hidden_states, dim=1) if every_layer else output.last_hidden_state[:, None]
 
 
 def _fed(llm: PreTrainedModel, answer: Answer) -> Tensor:

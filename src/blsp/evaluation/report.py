@@ -202,7 +202,8 @@ def _examples(result: TaskResult) -> str:
     route = "speech" if "speech" in result.answers else next(iter(result.answers), None)
     if route is None:
         return ""
-    values = {name: row.get(result.metric, 0.0) for name, row in result.scores[route].rows.items()}
+    rows_scores = result.scores[route].rows
+    values = {name: row[result.metric] for name, row in rows_scores.items() if result.metric in row}
     sign = 1 if result.metric in LOWER_IS_BETTER else -1
     ordered = sorted(result.rows, key=lambda row: (sign * values.get(row.id, 0.0), row.id))
     count = min(EXAMPLES, len(ordered))
@@ -216,7 +217,7 @@ def _examples(result: TaskResult) -> str:
                 _short(row.text) or f"({Path(row.audio).name})",
                 _short(reference),
                 *answers,
-                shown(result.metric, values[row.id]),
+                shown(result.metric, values.get(row.id)),
             ]
         )
     header = ["said", "wanted", *result.answers, f"{_name(result, result.metric)} ({route})"]

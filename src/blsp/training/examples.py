@@ -27,7 +27,7 @@ from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
 from blsp.training.augmentation import Kind, augment, hide_spans
 from blsp.training.losses import can_align
 from blsp.training.sources import Source
-from blsp.training.table import ROW, is_no_speech
+from blsp.training.table import ROW
 
 NO_RESPONSE: list[int] = []
 ANY_PAIR = np.iinfo(np.uint32).max  # a row that no (instruction, order) pair is given for
@@ -128,7 +128,7 @@ class ExampleReader:
         """(transcript tokens, tail positions) of a row, or why it cannot be learnt from."""
         if not row.audio:
             return "no audio"
-        silent = is_no_speech(row)
+        silent = row.no_speech
         if not silent and not row.text.strip() and (self.taught.loss != "ce" or self.taught.ctc):
             return "no transcript"
         if silent:
@@ -146,7 +146,7 @@ class ExampleReader:
 
     def frame_index(self, row: Utterance) -> int:
         """Index of the row's (instruction, order) pair; a new pair gets the next one."""
-        if self.taught.loss == "ctc" or (is_no_speech(row) and row.instruction is None):
+        if self.taught.loss == "ctc" or (row.no_speech and row.instruction is None):
             return ANY_PAIR
         pair = _pair(row)
         if pair not in self._numbers:
@@ -181,11 +181,11 @@ class ExampleReader:
             if len(ids) != len(example.response):
                 return f"stored top-k has {len(ids)} steps, its continuation {len(example.response)}"
             example = replace(example, teacher=(ids, logp))
-        return self._with_readout(example, row) if self.taught.ctc else example
+        return self._with_readout(example) if self.taught.ctc else example
 
     def _hear(self, row: Utterance, key: tuple[int, ...]) -> Example:
         """The row with its speech and transcript, nothing to answer yet."""
-        silent = is_no_speech(row)
+        silent = row.no_speech
         read = [] if silent else transcript_ids(self.tokenizer, row.text)
         blank = Example(row.id, 0.0, Frame((), ()), read, NO_RESPONSE, silent, text=row.text)
         if self.cache is not None:
@@ -200,7 +200,7 @@ class ExampleReader:
 
     def _answer(self, row: Utterance) -> list[int]:
         """The response's ids; `grounded` answers no-speech clips by rule and needs no lesson in it."""
-        if is_no_speech(row):
+        if row.no_speech:
             return NO_RESPONSE if self.taught.grounded else self._no_speech_ids
         response = self._response(row)
         return NO_RESPONSE if isinstance(response, str) else response
@@ -223,7 +223,7 @@ class ExampleReader:
             self._prompts[pair] = frame_prompt(self.tokenizer, instruction, _order(order))
         return self._prompts[pair]
 
-    def _with_readout(self, example: Example, row: Utterance) -> Example | str:
+    def _with_readout(self, example: Example) -> Example | str:
         """The example with its CTC target; without one in a CTC-only run the row cannot be learnt from."""
         frames = encoder_frames(example.mel_frames) if example.features is None else len(example.features)
         unknown = [token for token in example.transcript if token not in self.classes]

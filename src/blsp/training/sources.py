@@ -25,7 +25,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """One data file. `continuations`: its rows say what the LLM answered; else it is a plain manifest.
+    """One data file: continuations, or a plain manifest.
 
     An epoch takes `weight` times its rows; with `share`, `weight` times the other files' rows.
     """
@@ -33,7 +33,6 @@ class Source:
     path: Path
     rows: Manifest
     weight: float
-    continuations: bool
     teacher: TopKStore | None = None
     share: bool = False
 
@@ -70,7 +69,7 @@ def _open(path: Path, weight: float, teacher: Teacher, temperature: float) -> So
                 f"{store.folder}: holds {len(store)} rows, {path} {len(rows)}; run blsp continue "
                 "--score-only again"
             )
-    return Source(path, rows, weight, continuations, store)
+    return Source(path, rows, weight, store)
 
 
 def _holds_continuations(path: Path) -> bool:

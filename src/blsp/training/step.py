@@ -58,9 +58,6 @@ class Counts:
     responses: int = 0
     tokens: int = 0
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.responses + other.responses, self.tokens + other.tokens)
-
 
 @dataclass(frozen=True)
 class Sums:

@@ -117,7 +117,7 @@ def _babble(generator: Generator, samples: int, speech: Manifest) -> np.ndarray:
     heard = 0
     for _ in range(4 * wanted):
         row = speech[int(generator.integers(len(speech)))]
-        if not row.audio or row.extra.get("no_speech"):
+        if not row.audio or row.no_speech:
             continue
         try:
             voice = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)

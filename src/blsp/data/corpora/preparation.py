@@ -58,7 +58,7 @@ READERS: dict[str, Callable[[Wanted], Read]] = {
 def prepare(settings: PrepareSettings) -> None:
     """Write the manifest of a corpus' part; what is done already is not done again."""
     out = Path(settings.out).absolute()
-    job = _job(settings, out)
+    job = _job(settings)
     if _is_done(out, job):
         print(f"{settings.out}: is there already, made with these settings")
         return
@@ -101,7 +101,7 @@ def _read(settings: PrepareSettings, out: Path) -> Read:
 # --- going on where a run stopped -------------------------------------------------------------------------
 
 
-def _job(settings: PrepareSettings, out: Path) -> dict[str, Any]:
+def _job(settings: PrepareSettings) -> dict[str, Any]:
     """What decides about the manifest's content."""
     named = ["corpus", "split", "language", "target_language", "text_field", "reference_field", "subset"]
     job = {name: getattr(settings, name) for name in [*named, "check_audio", "limit", "seed"]}
