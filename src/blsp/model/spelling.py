@@ -50,6 +50,11 @@ class Spelling(nn.Module):
         keys = self.keys() if tokens is None else _spell(self.groups[tokens], self.letters.weight)
         return self.query(hidden) @ keys.to(hidden.dtype).T
 
+    def train(self, mode: bool = True) -> Spelling:
+        """As ever; kept keys go, since a fused optimiser changes weights without a change of their version."""
+        self._keys = Kept()
+        return super().train(mode)
+
     def keys(self) -> Tensor:
         """(K, W): all tokens' spelling; kept between calls where nothing is learnt."""
         return self._keys.of(_spell, self.groups, self.letters.weight)

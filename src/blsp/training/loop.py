@@ -140,7 +140,6 @@ def move(run: Run, state: State, rate: float, number: int, examples: list[Exampl
     for group in state.optimiser.param_groups:
         group["lr"] = rate
     state.optimiser.step()
-    torch.autograd.graph.increment_version(run.parameters)  # the fused step does not: kept.py looks at it
     state.optimiser.zero_grad()
     if number >= run.steps - run.settings.average_last:
         add_to_average(run, state, number)
