@@ -240,8 +240,8 @@ def test_stages_inherit_the_top_level_and_follow_one_another(recipe: Path) -> No
     assert (alignment.loss, alignment.lr, alignment.steps) == ("kl", 1e-4, None)
     assert (grounding.data, alignment.data) == (("plain.jsonl", "more.jsonl"), ("continued.jsonl",))
     assert (grounding.init_from, alignment.init_from) == (
-        "seed-adapter",
-        "runs/recipe/stages/grounding/adapter",
+        ("seed-adapter",),
+        ("runs/recipe/stages/grounding/adapter",),
     )
     assert alignment.activation_checkpointing and alignment.cache is None
     assert not grounding.stages and not alignment.stages
@@ -253,21 +253,25 @@ def test_the_command_line_wins_over_the_file_in_every_stage(recipe: Path) -> Non
     )
     assert [stage.steps for stage in whole.stages] == [3, 3]
     assert whole.stages[1].out == Path("elsewhere/stages/alignment")
-    assert whole.stages[1].init_from == "elsewhere/stages/grounding/adapter"
+    assert whole.stages[1].init_from == ("elsewhere/stages/grounding/adapter",)
     assert not whole.stages[0].activation_checkpointing
 
 
 @pytest.mark.parametrize(
     ("named", "start"),
-    [("grounding", "elsewhere/stages/grounding/adapter"), ("other/adapter", "other/adapter")],
+    [
+        ("grounding", ("elsewhere/stages/grounding/adapter",)),
+        ("other/adapter", ("other/adapter",)),
+        ("[alignment, other]", ("elsewhere/stages/alignment/adapter", "other")),
+    ],
 )
-def test_a_stage_may_start_from_any_earlier_one_or_from_an_adapter(
-    recipe: Path, named: str, start: str
+def test_a_stage_may_start_from_earlier_ones_or_from_adapters(
+    recipe: Path, named: str, start: tuple[str, ...]
 ) -> None:
     recipe.write_text(f"{RECIPE}  - {{name: again, loss: ctc, init-from: {named}}}\n")
     flags = ["--config", str(recipe), "--out", "elsewhere", "--init-from", "typed"]
     assert [stage.init_from for stage in cli.parse("train", flags).stages] == [
-        "typed", "elsewhere/stages/grounding/adapter", start,
+        ("typed",), ("elsewhere/stages/grounding/adapter",), start,
     ]  # fmt: skip
 
 

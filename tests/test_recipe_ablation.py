@@ -27,7 +27,7 @@ def test_every_arm_is_a_training_run(name: str, tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(arm))
     settings = read_settings(TrainSettings, ["--config", str(config)], "blsp train")
     assert settings.seed == 2 and settings.out == tmp_path / "out"
-    assert (settings.init_from == str(tmp_path / "adapter")) == (name in STARTED)
+    assert (settings.init_from == (str(tmp_path / "adapter"),)) == (name in STARTED)
     assert all(Path(data).parent == tmp_path for data in settings.data)
 
 

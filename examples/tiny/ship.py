@@ -24,9 +24,8 @@ import torch
 import yaml
 
 from blsp.evaluation.tables import NAMES, shown, table
-from blsp.model.checkpoint import load_blsp, save_adapter
+from blsp.model.checkpoint import load_mean, save_adapter
 from blsp.model.distributed import find_place
-from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from examples.tiny.rows import read_rows
 
 HEAD = {
@@ -64,17 +63,7 @@ people.
 
 def write_weights(run: Path, out: Path, adapters: Sequence[Path]) -> None:
     """The adapters' mean, weight by weight, in float16, with the logs of the run's stages."""
-    place = find_place(device="cpu", dtype="float32")
-    (model, processor), *others = [load_blsp(adapter, place) for adapter in adapters]
-    same = [model, *(other for other, _ in others)]
-    if any(_parts(other) != _parts(model) for other in same):
-        raise ValueError(
-            f"{', '.join(map(str, adapters))}: of other parts or read-out tokens, so without a mean"
-        )
-    with torch.no_grad():
-        for name, weight in model.model.multi_modal_projector.named_parameters():
-            parts = [each.model.multi_modal_projector.get_parameter(name) for each in same]
-            weight.copy_(torch.stack(parts).double().mean(dim=0))
+    model, processor = load_mean(adapters, find_place(device="cpu", dtype="float32"))
     save_adapter(model, processor, out, dtype=torch.float16)
     tokenizer = out / "tokenizer.json"  # half of it is indentation
     content = json.loads(tokenizer.read_text(encoding="utf-8"))
@@ -84,13 +73,6 @@ def write_weights(run: Path, out: Path, adapters: Sequence[Path]) -> None:
         target.mkdir(parents=True)
         for name in ("settings.yaml", "metrics.jsonl", "curves.png"):
             shutil.copy(stage / name, target / name)
-
-
-def _parts(model: BlspForConditionalGeneration) -> tuple[object, ...]:
-    """What adapters that have a mean share: the frozen parts, the shape, the tokens that are read out."""
-    config = model.config
-    shape = config.adapter, config.adapter_options, config.readout_vocabulary
-    return config.audio_model_sha256, config.text_model_sha256, *shape
 
 
 def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = ()) -> str:

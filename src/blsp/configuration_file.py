@@ -10,7 +10,7 @@ Flow: cli.py → **configuration_file.py** → settings/
 
 A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage is the top level
 with its own flags on top, writes to OUT/stages/NAME and starts from the stage before, or from what its own
-`init-from` names: an earlier stage or an adapter. A typed `--init-from` is where the first stage starts.
+`init-from` names: earlier stages or adapters. A typed `--init-from` is where the first stage starts.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _with_stages(
         start = given.init_from
         if resolved:
             wanted = stage.get("init_from", resolved[-1].out.name)
-            start = ended.get(wanted, wanted)
+            wanted = wanted if isinstance(wanted, list) else [wanted]
+            start = tuple(ended.get(name, name) for name in wanted)
         resolved.append(dataclasses.replace(given, out=given.out / "stages" / stage["name"], init_from=start))
     whole: Any = dataclasses.replace(resolved[0], out=resolved[0].out.parent.parent)
     return dataclasses.replace(whole, stages=tuple(resolved))

@@ -197,7 +197,7 @@ def test_stages_follow_each_other(settings: TrainSettings, tmp_path: Path) -> No
         TrainSettings, ["--config", str(out / "settings.yaml")], "blsp train"
     )
     assert [stage.loss for stage in again.stages] == ["ctc", "kl"]
-    assert again.stages[1].init_from == str(out / "stages" / "ground" / "adapter")
+    assert again.stages[1].init_from == (str(out / "stages" / "ground" / "adapter"),)
 
 
 def test_broken_and_unusable_rows_are_listed_and_the_rest_is_learnt(settings, tmp_path: Path) -> None:
@@ -254,14 +254,23 @@ def test_a_loss_that_is_not_a_number_names_its_rows(settings, monkeypatch) -> No
 def test_init_from_goes_on_with_an_adapter_of_its_kind(settings, tmp_path: Path, tiny_llm) -> None:
     train(settings)
     start = str(settings.out / "adapter")
-    train(replace(settings, out=tmp_path / "on", init_from=start, adapter_options=(), steps=1, lr=1e-9))
+    train(replace(settings, out=tmp_path / "on", init_from=(start,), adapter_options=(), steps=1, lr=1e-9))
     before, after = _weights(settings.out), _weights(tmp_path / "on")
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
     with pytest.raises(SettingsError, match="is a conv adapter"):
-        train(replace(settings, out=tmp_path / "x", init_from=start, adapter="stack", adapter_options=()))
+        train(replace(settings, out=tmp_path / "x", init_from=(start,), adapter="stack", adapter_options=()))
     other = save_language_model(tmp_path / "other-llm", "llama", seed=9)
     with pytest.raises(SettingsError, match="other weights than --llm"):
-        train(replace(settings, out=tmp_path / "y", init_from=start, adapter_options=(), llm=other))
+        train(replace(settings, out=tmp_path / "y", init_from=(start,), adapter_options=(), llm=other))
+
+
+def test_init_from_several_starts_at_their_mean(settings, tmp_path: Path) -> None:
+    train(settings)
+    train(replace(settings, out=tmp_path / "other", seed=5))
+    both = tuple(str(out / "adapter") for out in (settings.out, tmp_path / "other"))
+    train(replace(settings, out=tmp_path / "on", init_from=both, adapter_options=(), steps=1, lr=1e-9))
+    one, other, mean = (_weights(out) for out in (settings.out, tmp_path / "other", tmp_path / "on"))
+    assert all(torch.allclose(mean[name], (one[name] + other[name]) / 2, atol=1e-6) for name in mean)
 
 
 def test_init_from_reads_out_the_new_words_too(settings, tmp_path: Path) -> None:
@@ -270,7 +279,7 @@ def test_init_from_reads_out_the_new_words_too(settings, tmp_path: Path) -> None
     few = Path(settings.data[0]).with_name("few.jsonl")
     few.write_text("\n".join(rows[: len(rows) // 2]) + "\n")
     train(replace(grounded, data=(str(few),), out=tmp_path / "few"))
-    train(replace(grounded, out=tmp_path / "all", init_from=str(tmp_path / "few" / "adapter"), lr=1e-12))
+    train(replace(grounded, out=tmp_path / "all", init_from=(str(tmp_path / "few" / "adapter"),), lr=1e-12))
     before, after = (
         json.loads((tmp_path / n / "adapter" / "config.json").read_text())["readout_vocabulary"]
         for n in ("few", "all")

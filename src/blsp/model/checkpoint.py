@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,6 +221,36 @@ def load_blsp(folder: str | Path, place: Place) -> tuple[BlspForConditionalGener
     return _frozen(model.to(place.device)), BlspProcessor.from_pretrained(folder)
 
 
+def load_mean(
+    folders: Sequence[str | Path], place: Place
+) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+    """The first folder's model with the mean of all the folders' adapters, weight by weight.
+
+    Adapters that went different ways from the same weights can be better together than each alone (model soups,
+    Wortsman et al. 2022).
+    """
+    model, processor = load_blsp(folders[0], place)
+    projector = model.model.multi_modal_projector
+    states = [projector.state_dict()]
+    for folder in map(str, folders[1:]):
+        folder = find_model(folder)
+        if _kind(BlspConfig.from_pretrained(_config_file(folder).parent)) != _kind(model.config):
+            raise CheckpointError(
+                f"{folder}: has no mean with {folders[0]}: other parts, shape or read-out tokens"
+            )
+        states.append(_adapter_state(folder))
+    for name, weight in states[0].items():
+        if weight.is_floating_point():
+            weight.copy_(torch.stack([state[name].cpu().double() for state in states]).mean(dim=0))
+    return model, processor
+
+
+def _kind(config: BlspConfig) -> tuple[Any, ...]:
+    """What adapters share that have a mean."""
+    adapter = config.adapter, config.adapter_options, config.readout_vocabulary
+    return *adapter, config.full_window, config.audio_model_sha256, config.text_model_sha256
+
+
 def _load_adapter(folder: str | Path, place: Place) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     home = _config_file(folder).parent
     register()  # transformers' own loading of the tokenizer asks for the configuration by its name
@@ -229,15 +259,18 @@ def _load_adapter(folder: str | Path, place: Place) -> tuple[BlspForConditionalG
         _check_digest(folder, getattr(config, f"{role}_model_id"), getattr(config, f"{role}_model_sha256"))
     parts = load_frozen(config.audio_model_id, config.text_model_id, place)
     projector = build_adapter(config)
-    weights = cached_file(str(folder), "model.safetensors")
-    prefix = "model.multi_modal_projector."
-    stored = load_file(str(weights))
-    state = {name.removeprefix(prefix): _as_type(tensor, torch.float32) for name, tensor in stored.items()}
     try:
-        projector.load_state_dict(state, strict=True)
+        projector.load_state_dict(_adapter_state(folder), strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: its tensors do not fit its config.json: {error}") from error
     return assemble(config, parts, projector, place), BlspProcessor.from_pretrained(folder)
+
+
+def _adapter_state(folder: str | Path) -> dict[str, Tensor]:
+    """An adapter folder's tensors under the adapter's own names, in float32."""
+    stored = load_file(str(cached_file(str(folder), "model.safetensors")))
+    prefix = "model.multi_modal_projector."
+    return {name.removeprefix(prefix): _as_type(tensor, torch.float32) for name, tensor in stored.items()}
 
 
 def _as_type(tensor: Tensor, dtype: torch.dtype) -> Tensor:

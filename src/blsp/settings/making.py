@@ -235,8 +235,8 @@ class TrainSettings:
     readout: Literal["data", "full"] = "data"
     """tokens a fresh grounded adapter can read out: those of the transcripts, or the LLM's whole
     vocabulary"""
-    init_from: str | None = None
-    """start from this adapter's weights instead of fresh ones"""
+    init_from: tuple[str, ...] = ()
+    """start from this adapter's weights instead of fresh ones; from the mean of several"""
     cache: Path | None = None
     """features written by `blsp encode`; without it speech is encoded on the fly"""
     steps: int | None = None

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from blsp.continuation.header import header_path, read_header
 from blsp.continuation.prompts import NO_SPEECH_SENTENCE
-from blsp.model.checkpoint import load_blsp, new_blsp
+from blsp.model.checkpoint import load_mean, new_blsp
 from blsp.model.digest import tensor_digest
 from blsp.model.distributed import Place, barrier, shard_language_model
 from blsp.model.embedded import resolve_weights
@@ -42,7 +42,7 @@ def open_model(
     if settings.shard_llm:  # too large for this device until it is spread
         place = replace(place, device=torch.device("cpu"))
     options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
-    if settings.init_from is None:
+    if not settings.init_from:
         vocabulary = _readout_vocabulary(settings, place, sources) if settings.adapter == "grounded" else None
         model, processor = new_blsp(
             settings.audio_model,
@@ -56,7 +56,7 @@ def open_model(
         )
         model.config.no_speech_sentence = NO_SPEECH_SENTENCE
     else:
-        model, processor = load_blsp(settings.init_from, place)
+        model, processor = load_mean(settings.init_from, place)
         _check_start(settings, model, options)
         if model.config.readout_vocabulary is not None:
             tokens = _readout_vocabulary(settings, place, sources)
@@ -85,7 +85,7 @@ def _check_start(
     settings: TrainSettings, model: BlspForConditionalGeneration, options: dict[str, Any]
 ) -> None:
     """The adapter to start from must be what the other flags say."""
-    start, config = settings.init_from, model.config
+    start, config = " ".join(settings.init_from), model.config
     if config.adapter != settings.adapter:
         raise SettingsError(f"--init-from {start}: is a {config.adapter} adapter, not {settings.adapter}")
     differing = {name for name, value in options.items() if (config.adapter_options or {}).get(name) != value}
