@@ -106,7 +106,8 @@ def test_samples_follow_the_distribution(model) -> None:
     }
     assert drawn <= nucleus
     assert len(drawn) > 1 or len(nucleus) == 1
-    assert _alone(model, _request(model, 0, 12, temperature=1e-4, seed=3)) == _alone(model, greedy)
+    for cold in ({"temperature": 1e-4}, {"temperature": 1e-300}, {"temperature": 1.0, "top_p": 1e-300}):
+        assert _alone(model, _request(model, 0, 12, **cold, seed=3)) == _alone(model, greedy)
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])

@@ -259,9 +259,11 @@ class Decoder:
 
 def _sample(scores: Tensor, decoding: Decoding, generator: torch.Generator) -> int:
     """Temperature and nucleus sampling (Holtzman et al. 2020) on the CPU, with the row's own generator."""
-    probabilities = (scores.cpu() / decoding.temperature).softmax(dim=-1)
+    scores = scores.cpu().double()  # below the largest: the smallest temperature leaves it, and no nan
+    probabilities = ((scores - scores.max()) / decoding.temperature).softmax(dim=-1)
     if decoding.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= decoding.top_p
+        outside[0] = False
         probabilities = probabilities.index_fill(0, order[outside], 0.0)
     return int(torch.multinomial(probabilities, 1, generator=generator))
