@@ -185,7 +185,7 @@ def covost2(root: Path) -> Copy:
     splits = {"a1": "train", "a2": "train_covost", "a3": "dev", "a4": "test"}
     validated, table = COMMON_VOICE_4_HEAD, "path\ttranslation\tsplit\n"
     for name, split in splits.items():
-        validated += f"c{name}\tcommon_voice_en_{name}.mp3\tShe said {name}.\t2\t0\t\t\t\n"
+        validated += f'c{name}\tcommon_voice_en_{name}.mp3\tShe said \\"{name}\\".\t2\t0\t\t\t\n'
         table += f"common_voice_en_{name}.mp3\tSie sagte „{name}“.\t{split}\n"
         tone(folder / "clips" / f"common_voice_en_{name}.mp3", rate=48_000)
     validated += "cx\tcommon_voice_en_x.mp3\tNot translated.\t2\t0\t\t\t\n"
@@ -196,7 +196,7 @@ def covost2(root: Path) -> Copy:
     rows = [
         (
             f"common_voice_en_{name}",
-            f"She said {name}.",
+            f'She said "{name}".',
             {"reference": f"Sie sagte „{name}“.", "speaker": f"c{name}"} | same,
         )
         for name in ("a1", "a2")
@@ -208,11 +208,11 @@ def covost2_split(root: Path) -> Copy:
     """As CoVoST's own script leaves it: a table a split."""
     folder = root / "fr"
     head = "path\tsentence\ttranslation\tclient_id\n"
-    write(folder / "covost_v2.fr_en.test.tsv", head + "common_voice_fr_1.mp3\tBonjour.\tHello.\tc1\n")
+    write(folder / "covost_v2.fr_en.test.tsv", head + 'common_voice_fr_1.mp3\tBonjour.\t\\"Hello.\\"\tc1\n')
     write(folder / "covost_v2.fr_en.dev.tsv", head)
     tone(folder / "clips" / "common_voice_fr_1.mp3", rate=48_000)
     flags = {"root": root, "split": "test", "language": "fr", "target_language": "en"}
-    row = {"reference": "Hello.", "language": "fr", "target_language": "en", "speaker": "c1"}
+    row = {"reference": '"Hello."', "language": "fr", "target_language": "en", "speaker": "c1"}
     return flags, [("common_voice_fr_1", "Bonjour.", row)]
 
 

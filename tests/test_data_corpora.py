@@ -128,6 +128,19 @@ def test_several_parts(tmp_path: Path) -> None:
     ] * 2
 
 
+def test_a_split_of_a_folder_is_read_or_missed(tmp_path: Path) -> None:
+    for name in ("train/a", "Test/b"):
+        tone(tmp_path / "mine" / f"{name}.wav")
+        (tmp_path / "mine" / f"{name}.txt").write_text("words")
+    for split, ids in (("train", ["train/a"]), ("Test", ["Test/b"])):
+        prepare(
+            PrepareSettings("folder", tmp_path / f"{split}.jsonl", root=str(tmp_path / "mine"), split=split)
+        )
+        assert [row.id for row in Manifest(tmp_path / f"{split}.jsonl")] == ids
+    with pytest.raises(CorpusError, match="no part 'test' here; it has Test, train"):
+        prepare(PrepareSettings("folder", tmp_path / "x.jsonl", root=str(tmp_path / "mine"), split="test"))
+
+
 def test_audio_below_the_manifest_is_named_relative_to_it(tmp_path: Path) -> None:
     folder(tmp_path / "mine")
     prepare(PrepareSettings("folder", tmp_path / "m.jsonl", root=str(tmp_path / "mine")))
@@ -505,6 +518,8 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
         "translation": ["eins", "zwei", "drei"],
         "locale": ["en"] * 3,
         "up_votes": [1, 2, 3],
+        "duration": [1000, 1000, 1000],  # milliseconds
+        "instruction": ["Transcribe."] * 3,
     }
     made = datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio())
     made.save_to_disk(tmp_path / "saved")
@@ -514,6 +529,7 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
     first, last = Manifest(out)
     assert (first.id, first.text, first.reference, first.language) == ("train-00000000", "one", "eins", "en")
     assert last.extra["source_id"] == 11 and last.extra["up_votes"] == 3
+    assert last.extra["source_duration"] == 1000 and last.duration is None and last.instruction is None
     assert len(load_audio(last.audio)) == 16_000
     assert skipped(out) == {"train-00000001": "no transcript"}
     with pytest.raises(CorpusError, match="no column 'words'; it has id, audio, sentence"):
@@ -543,10 +559,26 @@ def test_a_hugging_face_dataset_that_holds_the_files(tmp_path: Path) -> None:
     made.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     prepare(PrepareSettings("hf", tmp_path / "m.jsonl", root=str(tmp_path / "data"), split="test"))
     first, second = Manifest(tmp_path / "m.jsonl")
-    assert Path(first.audio).read_bytes() == files[0]["bytes"] and first.audio.endswith(
-        "m_audio/test-00000000.flac"
-    )
+    assert Path(first.audio).read_bytes() == files[0]["bytes"]
+    assert Path(first.audio).parts[-3::2] == ("m_audio", "test-00000000.flac")
     assert Path(second.audio).read_bytes() == files[1]["bytes"] and second.text == "two"
+
+
+def test_clips_of_another_dataset_are_not_taken_for_this_one_s(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    out = tmp_path / "m.jsonl"
+    for seconds in (1.0, 2.0):
+        tone(tmp_path / "clip.wav", seconds=seconds)
+        columns = {
+            "audio": [{"bytes": (tmp_path / "clip.wav").read_bytes(), "path": "clip.wav"}],
+            "text": ["one"],
+        }
+        root = tmp_path / f"{seconds}"
+        datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio()).save_to_disk(root)
+        prepare(PrepareSettings("hf", out, root=str(root)))
+        assert len(load_audio(next(iter(Manifest(out))).audio)) == 16_000 * seconds
+        out.unlink()
+        out.with_name("m.jsonl.meta.json").unlink()
 
 
 def test_without_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

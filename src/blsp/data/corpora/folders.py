@@ -39,10 +39,18 @@ DECODING = re.compile(r"(?:\S*/)?(?:flac(?: -[cds]+)+|sph2pipe(?: -f \w+| -p)+|c
 
 
 def audio_and_text(wanted: Wanted) -> Read:
-    """Every audio file below the folder (or its subfolder SPLIT) with the .txt or .lab file of its name."""
+    """Every audio file below the folder (or its subfolder SPLIT) with the .txt or .lab file of its name.
+
+    The whole folder is read where it has no `train` and no other split was asked for.
+    """
     root = FOLDER.need(wanted.folder)
+    whole = wanted.splits == ["train"] and not (root / "train").is_dir()
     for split in wanted.splits:
-        for path in _audio_files(root / split if (root / split).is_dir() else root):
+        if not whole:
+            FOLDER.need_split(
+                root / split, split, (each.name for each in sorted(root.iterdir()) if each.is_dir())
+            )
+        for path in _audio_files(root if whole else root / split):
             id = path.relative_to(root).with_suffix("").as_posix()
             texts = [path.with_suffix(suffix) for suffix in TEXT_SUFFIXES]
             beside = next((text for text in texts if text.exists()), None)

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blsp.data.corpora.layout import Corpus, CorpusError, Dropped, Read, Row, Wanted, heard, iso
-
-HUB = Corpus("the dataset", "https://huggingface.co/datasets")
+from blsp.data.corpora.layout import CorpusError, Dropped, Read, Row, Wanted, heard, iso
+from blsp.data.manifest import FIELD_SET
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "raw_transcription", "normalized_text")
 SPEAKER_COLUMNS = ("speaker_id", "speaker", "client_id")
@@ -89,10 +88,12 @@ def _row(id: str, row: dict[str, Any], audio_column: str, text_column: str, want
     audio = _audio_file(id, {"path": given} if isinstance(given, str) else given, wanted.made_audio)
     if audio is None:
         return Dropped(id, "", "no audio file: the row holds neither bytes nor a local path")
-    taken = {audio_column, text_column, wanted.reference_field, "id", "audio", "text"}
-    extra = {name: value for name, value in row.items() if name not in taken and _is_plain(value)}
-    if row.get("id") is not None:
-        extra["source_id"] = row["id"]
+    taken = {audio_column, text_column, wanted.reference_field, "language", "speaker"}
+    extra = {
+        f"source_{name}" if name in FIELD_SET else name: value  # its `duration` may be in milliseconds
+        for name, value in row.items()
+        if name not in taken and _is_plain(value)
+    }
     reference = row.get(wanted.reference_field) if wanted.reference_field else None
     language = wanted.language or _first(row, LANGUAGE_COLUMNS)
     return heard(
@@ -102,7 +103,7 @@ def _row(id: str, row: dict[str, Any], audio_column: str, text_column: str, want
         language=iso(language),
         speaker=_first(row, SPEAKER_COLUMNS),
         reference=None if reference is None else str(reference),
-        extra={name: value for name, value in extra.items() if name not in ("language", "speaker")},
+        extra=extra,
     )
 
 

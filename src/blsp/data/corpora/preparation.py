@@ -64,7 +64,7 @@ def prepare(settings: PrepareSettings) -> None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial_file(out, job)
-    rows = _checked(_rows_left(_read(settings, out), partial), settings.check_audio)
+    rows = _checked(_rows_left(_read(settings, out, job), partial), settings.check_audio)
     first = list(islice(rows, 1))  # before anything is written: a wrong root is found here
     with SkippedLog(out) as skipped, RowLog(partial) as log:
         for row in tqdm(chain(first, rows), desc=settings.corpus, unit=" rows", mininterval=1):
@@ -75,14 +75,14 @@ def prepare(settings: PrepareSettings) -> None:
     _finish(settings, out, partial, job)
 
 
-def _read(settings: PrepareSettings, out: Path) -> Read:
+def _read(settings: PrepareSettings, out: Path, job: dict[str, Any]) -> Read:
     """The corpus' rows, `limit` utterances at most."""
     wanted = Wanted(
         root=settings.root,
         split=settings.split,
         language=settings.language,
         target_language=settings.target_language,
-        made_audio=out.parent / f"{out.stem}_audio",
+        made_audio=out.parent / f"{out.stem}_audio" / _mark(job),
         text_field=settings.text_field,
         reference_field=settings.reference_field,
         subset=settings.subset,
@@ -109,6 +109,11 @@ def _job(settings: PrepareSettings) -> dict[str, Any]:
     return job | {"root": os.path.abspath(settings.root) if local else settings.root}
 
 
+def _mark(job: dict[str, Any]) -> str:
+    """What a job's files are called by, so that another job's are never taken for them."""
+    return f"{zlib.crc32(json.dumps(job, sort_keys=True).encode()):08x}"
+
+
 def _meta_file(out: Path) -> Path:
     return out.with_name(f"{out.name}.meta.json")
 
@@ -124,8 +129,7 @@ def _is_done(out: Path, job: dict[str, Any]) -> bool:
 
 def _partial_file(out: Path, job: dict[str, Any]) -> Path:
     """The job's own partial file; what another job left half done under this name goes."""
-    mark = f"{zlib.crc32(json.dumps(job, sort_keys=True).encode()):08x}"
-    partial = out.with_name(f".{out.name}.{mark}.partial")
+    partial = out.with_name(f".{out.name}.{_mark(job)}.partial")
     for other in out.parent.glob(f".{out.name}.*.partial"):
         if other != partial:
             other.unlink()

@@ -114,19 +114,23 @@ def covost2(wanted: Wanted) -> Read:
             COVOST.need(folder / f"covost_v2.{language}_{wanted.target_language}.tsv")
 
 
+def _covost_table(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
+    r"""Rows of a table as CoVoST's script writes and reads them: without quoting, `\"` for a quotation mark."""
+    for _, row in read_table(path, COVOST, columns):
+        yield {name: re.sub(r"\\(.)", r"\1", value) for name, value in row.items()}
+
+
 def _covost_ready(path: Path, folder: Path, wanted: Wanted) -> Read:
-    for _, row in read_table(path, COVOST, ["path", "sentence", "translation", "client_id"]):
+    for row in _covost_table(path, ["path", "sentence", "translation", "client_id"]):
         yield _translated(row, row["translation"], folder, wanted, path)
 
 
 def _covost_joined(path: Path, split: str, folder: Path, wanted: Wanted) -> Read:
     chosen = {"train", "train_covost"} if split == "train" else {split}
-    table = read_table(path, COVOST, ["path", "translation", "split"])
-    with Lookup(
-        (row["path"], row["translation"]) for _, row in table if row["split"] in chosen
-    ) as translations:
+    table = _covost_table(path, ["path", "translation", "split"])
+    with Lookup((row["path"], row["translation"]) for row in table if row["split"] in chosen) as translations:
         validated = COVOST.need(folder / "validated.tsv")
-        for _, row in read_table(validated, COVOST, ["client_id", "path", "sentence"]):
+        for row in _covost_table(validated, ["client_id", "path", "sentence"]):
             translation = translations.get(row["path"])
             if translation is not None:
                 yield _translated(row, translation, folder, wanted, path)
