@@ -216,6 +216,32 @@ def test_a_screen_reader_is_told_the_answer_once_it_is_whole(page) -> None:
     assert page.locator("#spoken").inner_text().split() == f"Answer: {whole}".split()
 
 
+UNFINISHED = """() => {
+    window.asked = [];
+    window.fetch = (url, options) => {
+        window.asked.push(JSON.parse(options.body).messages);
+        const piece = 'data: {"choices": [{"delta": {"content": "partly"}}]}\\n\\n';
+        const start = (stream) => {
+            stream.enqueue(new TextEncoder().encode(piece));
+            const stop = () => stream.error(new DOMException('stopped', 'AbortError'));
+            options.signal.addEventListener('abort', stop);
+        };
+        return Promise.resolve(new Response(new ReadableStream({ start })));
+    };
+}"""
+
+
+def test_a_new_conversation_forgets_an_answer_that_was_being_written(page) -> None:
+    page.evaluate(UNFINISHED)
+    for number, question in enumerate(("the old question", "a new one")):
+        page.fill("#text", question)
+        page.press("#text", "Enter")
+        playwright.expect(page.locator("#turns .text")).to_have_text("partly")
+        asked = page.evaluate("window.asked")
+        assert len(asked) == number + 1 and [turn["content"] for turn in asked[-1]] == [question]
+        page.click("#fresh")
+
+
 def test_says_that_the_microphone_is_blocked(launch, server: Running, screenshots: Path) -> None:
     with launch("--use-fake-device-for-media-stream", "--deny-permission-prompts") as chromium:
         page = chromium.new_page()

@@ -144,11 +144,12 @@ async function ask(question) {
   const turn = addTurn(question);
   const comparing = $("compare").checked && question.blob;
   try {
+    const begun = messages; // "New conversation" puts another list in its place
     const past = [...messages];
     const card = addAnswer(turn, comparing ? "speech" : "only");
     const said = { role: "user", content: await content(question) };
     const answer = await stream(card, [...past, said], controller.signal);
-    if (answer) messages = [...past, said, { role: "assistant", content: answer }];
+    if (answer && messages === begun) messages = [...past, said, { role: "assistant", content: answer }];
     if (comparing && !controller.signal.aborted) await compare(turn, question, past, controller.signal);
   } catch (error) {
     notice(error.message);
