@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +295,40 @@ def test_private_addresses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: found)
     with pytest.raises(ApiError, match="public"):  # one of its addresses is private: rebinding
         sound.from_url("http://rebound.example/a.wav", allow_remote=True, most_bytes=10)
+
+
+def test_a_file_that_only_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sound, "public_address", lambda host, port: "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def drip() -> None:
+            with contextlib.suppress(OSError):
+                caller, _ = door.accept()
+                for byte in b"HTTP/1.1 200 OK\r\n" * 20:
+                    caller.send(bytes([byte]))
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(ApiError, match="could not be read"):
+            url = f"http://drip.example:{door.getsockname()[1]}/a.wav"
+            sound.from_url(url, allow_remote=True, most_bytes=10, seconds=0.5)
+        assert time.monotonic() - began < 5
+    with pytest.raises(ApiError, match="deadline"):
+        sound.from_url("http://late.example/a.wav", allow_remote=True, most_bytes=10, seconds=0.0)
+
+
+def test_a_language_that_the_recogniser_does_not_know_is_refused(server: Running) -> None:
+    asked = SharedRecogniser(None, server.listener)
+
+    class Strict:
+        def hear(self, clip: np.ndarray, language: str) -> str:
+            raise ValueError(f"{language!r} is not a valid language code")
+
+    asked._loaded = Strict()  # type: ignore[assignment]
+    with pytest.raises(ApiError, match="language 'english'") as refused:
+        asyncio.run(asked.transcribe(np.zeros(16_000, dtype=np.float32), "english", 5.0))
+    assert refused.value.status == 400
 
 
 def test_beyond_this_machine_only_with_a_key(monkeypatch: pytest.MonkeyPatch) -> None:

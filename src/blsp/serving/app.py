@@ -154,8 +154,10 @@ class Service:
         """An answer to a conversation of text and speech; with `stream`, piece by piece."""
         began = time.monotonic()
         self.scheduler.check_room()  # before its clips are decoded
-        messages = await run_in_threadpool(self._decoded, body)
-        exchange = self._ask(messages, self._decoding(body), stops=body.stops)
+        end = began + self.settings.deadline
+        messages = await run_in_threadpool(self._decoded, body, end)
+        seconds = end - time.monotonic()
+        exchange = self._ask(messages, self._decoding(body), stops=body.stops, seconds=seconds)
         await self._while_there(request, exchange.started(), exchange)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if body.stream:
@@ -228,8 +230,11 @@ class Service:
 
     # --- from requests to the scheduler -------------------------------------------------------------------
 
-    def _decoded(self, body: ChatRequest) -> list[dict[str, Any]]:
-        """Messages with their clips decoded, in order; all clips together within --max-audio-seconds."""
+    def _decoded(self, body: ChatRequest, end: float) -> list[dict[str, Any]]:
+        """Messages with their clips decoded, in order; all clips together within --max-audio-seconds.
+
+        end: the monotonic time until which they may be fetched.
+        """
         left = self.settings.max_audio_seconds
         messages = []
         for message in body.messages:
@@ -239,7 +244,7 @@ class Service:
                 if isinstance(part, TextPart):
                     parts.append(part.text)
                     continue
-                clip = sound.decode(self._bytes(part), max(left, 0.1))
+                clip = sound.decode(self._bytes(part, end), max(left, 0.1))
                 left -= len(clip) / 16_000
                 parts.append(clip)
             role = "system" if message.role == "developer" else message.role
@@ -248,12 +253,15 @@ class Service:
             raise ApiError(400, "messages: the last one is empty; ask something", param="messages")
         return messages
 
-    def _bytes(self, part: Any) -> bytes:
+    def _bytes(self, part: Any, end: float) -> bytes:
         if isinstance(part, AudioPart):
             return sound.from_base64(part.input_audio.data)
         most = int(self.settings.max_upload_mb * 1e6)
         return sound.from_url(
-            part.audio_url.url, allow_remote=self.settings.allow_remote_audio, most_bytes=most
+            part.audio_url.url,
+            allow_remote=self.settings.allow_remote_audio,
+            most_bytes=most,
+            seconds=end - time.monotonic(),
         )
 
     def _decoding(self, body: ChatRequest) -> Decoding:

@@ -59,7 +59,10 @@ class SharedRecogniser:
             self._loaded = self._loaded or Recogniser(self._name)
         except Exception as error:  # whatever a library says of weights that it cannot use
             raise ApiError(503, f"model: the recogniser cannot be loaded: {error}", param="model") from error
-        return self._loaded.hear(clip, language)
+        try:
+            return self._loaded.hear(clip, language)
+        except ValueError as error:  # a language that it does not know
+            raise ApiError(400, f"language {language!r}: {error}", param="language") from error
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

@@ -8,11 +8,12 @@ Flow: serving/ — app.py, before anything is queued; runs in a thread of its ow
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import ipaddress
 import socket
-import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -20,7 +21,7 @@ import numpy as np
 from blsp.data.audio import AudioError, load_audio
 from blsp.serving.schema import ApiError
 
-FETCH_SECONDS = 20.0  # in all
+FETCH_SECONDS = 20.0  # a file, in all
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # without what carries an IPv4 address inside
 
 
@@ -44,8 +45,11 @@ def from_base64(text: str) -> bytes:
         ) from error
 
 
-def from_url(url: str, *, allow_remote: bool, most_bytes: int) -> bytes:
-    """The bytes behind `audio_url.url`: a data-URI, or a public https:// address where the server may fetch."""
+def from_url(url: str, *, allow_remote: bool, most_bytes: int, seconds: float = FETCH_SECONDS) -> bytes:
+    """The bytes behind `audio_url.url`: a data-URI, or a public https:// address where the server may fetch.
+
+    seconds: what is left of the request's deadline.
+    """
     if url.startswith("data:"):
         head, _, data = url.partition(",")
         if not head.endswith(";base64"):
@@ -67,42 +71,45 @@ def from_url(url: str, *, allow_remote: bool, most_bytes: int) -> bytes:
             param="audio_url",
             code="remote_audio_disabled",
         )
-    return _fetch(url, parts.hostname, port, most_bytes)
+    if seconds <= 0:
+        raise ApiError(504, "the request's deadline passed", code="deadline_exceeded")
+    return _fetch(url, parts.hostname, port, most_bytes, min(seconds, FETCH_SECONDS))
 
 
-def _fetch(url: str, host: str, port: int, most_bytes: int) -> bytes:
+def _fetch(url: str, host: str, port: int, most_bytes: int, seconds: float) -> bytes:
     """GET without redirects from a public address, which is looked up once and then connected to by number."""
     import httpx
 
     address = public_address(host, port)
     headers = {"Host": host if port in (80, 443) else f"{host}:{port}"}
-    received = bytearray()
-    end = time.monotonic() + FETCH_SECONDS
     try:
         pinned = httpx.URL(url).copy_with(host=address, userinfo=b"")
-        with (
-            httpx.Client(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as client,
-            client.stream("GET", pinned, headers=headers, extensions={"sni_hostname": host}) as answer,
-        ):
-            if answer.status_code != 200:
-                raise ApiError(
-                    400,
-                    f"audio_url: {host} answered {answer.status_code}; redirects are not followed",
-                    param="audio_url",
-                    code="fetch_failed",
-                )
-            for block in answer.iter_bytes():
-                received += block
-                if time.monotonic() > end:
-                    raise httpx.ReadTimeout("the whole file took too long")
-                if len(received) > most_bytes:
-                    raise ApiError(
-                        413, "audio_url: the file is too large", param="audio_url", code="too_large"
-                    )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return asyncio.run(asyncio.wait_for(_read(pinned, host, headers, most_bytes), seconds))
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         raise ApiError(
             400, f"audio_url: {host} could not be read ({type(error).__name__})", param="audio_url"
         ) from error
+
+
+async def _read(url: Any, host: str, headers: dict[str, str], most_bytes: int) -> bytes:
+    import httpx
+
+    received = bytearray()
+    async with (
+        httpx.AsyncClient(timeout=FETCH_SECONDS, follow_redirects=False, trust_env=False) as client,
+        client.stream("GET", url, headers=headers, extensions={"sni_hostname": host}) as answer,
+    ):
+        if answer.status_code != 200:
+            raise ApiError(
+                400,
+                f"audio_url: {host} answered {answer.status_code}; redirects are not followed",
+                param="audio_url",
+                code="fetch_failed",
+            )
+        async for block in answer.aiter_bytes():
+            received += block
+            if len(received) > most_bytes:
+                raise ApiError(413, "audio_url: the file is too large", param="audio_url", code="too_large")
     return bytes(received)
 
 
