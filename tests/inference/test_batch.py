@@ -14,7 +14,7 @@ from tiny_models import speech_like
 
 from blsp import cli
 from blsp.data.audio import load_audio, write_wav
-from blsp.data.manifest import write_manifest
+from blsp.data.manifest import Manifest, write_manifest
 from blsp.inference import batch
 from blsp.inference.listener import Listener, Question
 from blsp.inference.resuming import ResumeError
@@ -168,6 +168,10 @@ def test_other_work_is_not_gone_on_with(generate: Generate, manifest: Path) -> N
     manifest.with_name("strange.jsonl").write_text('{"id": "x"}\n')
     with pytest.raises(ResumeError, match="choose another --out"):
         generate("strange.jsonl")
+    rows = [row.to_json() for row in Manifest(manifest)]
+    write_manifest(manifest, [rows[0] | {"instruction": "count"}, *rows[1:]])
+    with pytest.raises(ResumeError, match="'speech' was answered when its instruction was"):
+        generate()
     write_manifest(manifest, [{"id": "new", "text": "hello"}])
     with pytest.raises(ResumeError, match="holds id 'speech'"):
         generate()

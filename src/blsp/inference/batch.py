@@ -57,7 +57,8 @@ def generate(settings: GenerateSettings) -> None:
     asked = {name: getattr(settings, name) for name in names}
     require_same_job(settings.out, asked | {"model_sha256": model_digest(settings.model)})
     with RowLog(settings.out) as log, SkippedLog(settings.out) as skipped:
-        done = count_dealt_with(settings.out, (row.id for row in islice(rows, total)), "id", skipped)
+        asked_of = (written_row(row, settings.out) for row in islice(rows, total))
+        done = count_dealt_with(settings.out, asked_of, "id", "response", skipped)
         if done < total:
             listener = load(settings.model, device=settings.device, dtype=settings.dtype)
             decoding = replace(

@@ -1,6 +1,6 @@
 """How a job that writes one row per input goes on after it was killed.
 
-In:  the output file, the keys of the inputs in their order, and what the job was asked.
+In:  the output file, the inputs in their order, and what the job was asked.
 Out: how many inputs are dealt with; a refusal where the file was begun in another way.
 Try: `require_same_job("out.jsonl", {"model": "blsp-tiny"})`
 Flow: inference/ — `blsp generate` and `blsp transcribe`. Rows are written in the inputs' order, so the place where a
@@ -48,23 +48,34 @@ def require_same_job(out: Path, asked: dict[str, Any]) -> None:
         os.replace(partial, path)
 
 
-def count_dealt_with(out: Path, keys: Iterable[str], field: str, skipped: SkippedLog) -> int:
-    """How many of `keys` are dealt with, from the first on: their rows are in `out`, in this order, or skipped.
+def count_dealt_with(
+    out: Path, inputs: Iterable[dict[str, Any]], key: str, answer: str, skipped: SkippedLog
+) -> int:
+    """How many of `inputs` are dealt with, from the first on: they are in `out`, in this order, or skipped.
 
-    `field` of a row is its key. Raises ResumeError when `out` holds other rows than these.
+    An input's `key` names it; in `out` it stands with its `answer`. Raises ResumeError when `out` holds other rows.
     """
-    rows = (row.get(field) for _, row in read_rows(out))
+    rows = (row for _, row in read_rows(out))
     waiting = next(rows, None)
     count = 0
-    for key in keys:
-        if waiting is not None and key == waiting:
+    for row in inputs:
+        if waiting is not None and row[key] == waiting.get(key):
+            changed = [
+                name for name in {**waiting, **row} if name != answer and row.get(name) != waiting.get(name)
+            ]
+            if changed:
+                raise ResumeError(
+                    f"{out}: {key} {show(row[key])} was answered when its {changed[0]} was "
+                    f"{show(waiting.get(changed[0]))}; choose another --out or remove it"
+                )
             waiting = next(rows, None)
-        elif key not in skipped:
+        elif row[key] not in skipped:
             break
         count += 1
     if waiting is not None:
         raise ResumeError(
-            f"{out}: holds {field} {show(waiting)} where the input has another; choose another --out or remove it"
+            f"{out}: holds {key} {show(waiting.get(key))} where the input has another; choose another --out or "
+            "remove it"
         )
     return count
 

@@ -42,7 +42,9 @@ def transcribe(settings: TranscribeSettings) -> None:
     with ExitStack() as stack:
         log = stack.enter_context(RowLog(settings.out))
         skipped = stack.enter_context(SkippedLog(settings.out))
-        done = count_dealt_with(settings.out, settings.files, "audio", skipped)
+        done = count_dealt_with(
+            settings.out, ({"audio": name} for name in settings.files), "audio", "text", skipped
+        )
         if done < len(settings.files):
             _transcribe(settings, readout, done, log.append, lambda name, why: skipped.add(name, name, why))
         written = len(settings.files) - sum(name in skipped for name in settings.files)
