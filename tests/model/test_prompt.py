@@ -96,3 +96,6 @@ def test_what_cannot_be_framed_is_refused(tokenizer) -> None:
     plain.chat_template = "{{ messages[0]['content'].split()[0] | length }}"
     with pytest.raises(PromptError, match="template"):
         frame_prompt(plain, "say", "speech-first")
+    plain.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(PromptError, match="System role not supported"):
+        frame_prompt(plain, "say", "speech-first")

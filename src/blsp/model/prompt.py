@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 Order = Literal["speech-first", "instruction-first"]
@@ -101,7 +102,10 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
         raise PromptError(
             f"{tokenizer.name_or_path}: the tokenizer has no chat template; BLSP needs an instruct LLM"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    except jinja2.TemplateError as error:  # Gemma's, of a system message: "System role not supported"
+        raise PromptError(f"{tokenizer.name_or_path}: its chat template refuses this: {error}") from error
 
 
 def transcript_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
