@@ -286,6 +286,22 @@ def test_what_nothing_can_be_drawn_with_is_refused(command: str, flag: str, caps
     assert flag.split()[0] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate --manifest m --out o --limit 0",
+        "continue --manifest m --out o --llm l --limit -1",
+        "encode --manifest m --audio-model a --cache c --limit 0",
+        "serve --prefix-cache -1",
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(line: str, capsys) -> None:
+    name, *flags = line.split()
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse(name, flags)
+    assert flags[-2] in capsys.readouterr().err
+
+
 def test_a_flag_that_takes_several_values_may_be_repeated(tmp_path: Path) -> None:
     flags = [
         "--out",

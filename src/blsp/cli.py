@@ -23,7 +23,6 @@ from typing import Any
 DONE, FAILED, WRONG_COMMAND_LINE, INTERRUPTED = 0, 1, 2, 130
 EXTRAS = {  # a package that may not be there -> the extra of ours that brings it
     "datasets": "data",
-    "lhotse": "data",
     "fastapi": "serve",
     "uvicorn": "serve",
     "multipart": "serve",

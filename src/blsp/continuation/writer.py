@@ -138,6 +138,8 @@ def _body(settings: ContinueSettings) -> dict[str, Any]:
 
 def check_top_k(settings: ContinueSettings) -> None:
     """Refuse more log-probabilities than the LLM has tokens."""
+    if not settings.top_k:  # then a server may write, and a tokenizer is all that is here
+        return
     config = AutoConfig.from_pretrained(resolve_weights(settings.llm)).get_text_config()
     if settings.top_k > config.vocab_size:
         raise SettingsError(f"--top-k {settings.top_k}: {settings.llm} has {config.vocab_size} tokens")

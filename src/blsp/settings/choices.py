@@ -20,10 +20,11 @@ class SettingsError(ValueError):
 
 
 def above_zero(settings: object, *names: str) -> None:
-    """Raise SettingsError for the first of these fields that is not above 0 (nan is not)."""
+    """Raise SettingsError for the first of these fields that is given and not above 0 (nan is not)."""
     for name in names:
-        if not getattr(settings, name) > 0:
-            raise SettingsError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be above 0")
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise SettingsError(f"--{name.replace('_', '-')} {value}: must be above 0")
 
 
 def can_sample(temperature: float, top_p: float) -> None:

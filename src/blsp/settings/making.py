@@ -67,8 +67,7 @@ class PrepareSettings:
     def __post_init__(self) -> None:
         if not self.root and self.corpus != "no-speech":
             raise SettingsError(f"--root: name the folder in which {self.corpus} lies")
-        if self.limit is not None:
-            above_zero(self, "limit")
+        above_zero(self, "limit")
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,7 @@ class ContinueSettings:
             "concurrency",
             "timeout",
             "top_k_temperature",
+            "limit",
         )
         can_sample(self.temperature, self.top_p)
         if self.top_k < 0 or self.retries < 0:
@@ -197,7 +197,7 @@ class EncodeSettings:
     """a YAML file with these same flags"""
 
     def __post_init__(self) -> None:
-        above_zero(self, "batch_seconds")
+        above_zero(self, "batch_seconds", "limit")
 
 
 @dataclass(frozen=True)
@@ -308,9 +308,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         above_zero(self, "epochs", "batch_size", "batch_tokens", "lr", "clip", "temperature", "max_seconds")
-        above_zero(self, "log_every", "probe_every", "save_every", "save_minutes", "keep")
-        if self.steps is not None:
-            above_zero(self, "steps")
+        above_zero(self, "log_every", "probe_every", "save_every", "save_minutes", "keep", "steps")
         if not self.data:
             raise SettingsError("--data: name at least one file")
         if self.data_weights and len(self.data_weights) != len(self.data):

@@ -80,9 +80,7 @@ class EvaluateSettings:
     """a YAML file with these same flags"""
 
     def __post_init__(self) -> None:
-        above_zero(self, "batch_size", "bootstrap")
-        if self.limit is not None:
-            above_zero(self, "limit")
+        above_zero(self, "batch_size", "bootstrap", "limit")
         if not self.suite and not self.task:
             raise SettingsError("name what to evaluate: --suite tiny, or --task NAME")
 
@@ -127,7 +125,7 @@ class GenerateSettings:
     """a YAML file with these same flags"""
 
     def __post_init__(self) -> None:
-        above_zero(self, "max_new_tokens", "batch_size")
+        above_zero(self, "max_new_tokens", "batch_size", "limit")
         can_sample(self.temperature, self.top_p)
 
 
@@ -258,6 +256,8 @@ class ServeSettings:
         above_zero(
             self, "max_upload_mb", "max_audio_seconds", "max_batch", "queue", "deadline", "max_new_tokens"
         )
+        if self.prefix_cache < 0:
+            raise SettingsError(f"--prefix-cache {self.prefix_cache}: must be 0 or more")
 
     @property
     def key(self) -> str | None:
