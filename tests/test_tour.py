@@ -20,9 +20,10 @@ def test_a_finished_stop_is_shown_again_and_a_changed_one_walked_again(tmp_path:
     def stop(*commands: tuple[str, ...]) -> Stop:
         return Stop("a stop", "why", "seconds", commands, lambda: f"seen {looked.append(1) or len(looked)}")
 
-    assert visit(stop(), tmp_path) == "seen 1"
-    assert visit(stop(), tmp_path).endswith("seen 1")
-    assert visit(stop(("--help",)), tmp_path) == "seen 2"
+    assert visit(stop(), tmp_path, [["train", "--out", "a"]]) == "seen 1"
+    assert visit(stop(), tmp_path, [["train", "--out", "a"]]).endswith("seen 1")
+    assert visit(stop(), tmp_path, [["train", "--out", "b"]]) == "seen 2"  # another adapter, so seen anew
+    assert visit(stop(("--help",)), tmp_path, [["train", "--out", "b"], ["--help"]]) == "seen 3"
 
 
 def test_a_failing_command_ends_the_tour_with_its_words() -> None:

@@ -1,4 +1,4 @@
-"""Speak the tour's five questions, in voices that no adapter of ours is trained on.
+"""Speak the tour's five questions: of the evaluation half, in voices that no adapter of ours is trained on.
 
 In: the corpus folder (the Kokoro voices are fetched into it). Out: `questions/*.opus` and
 `questions.jsonl`, whose rows have the expected answer in `reference` and every accepted spelling in
@@ -23,11 +23,11 @@ from examples.tiny.rows import write_rows
 
 HERE = Path(__file__).parent
 QUESTIONS = (
-    ("capital-of-france", "What is the capital of France?", ("Paris",), "af_nova"),
-    ("days-in-a-week", "How many days are in a week?", ("seven", "7"), "am_eric"),
-    ("colour-of-grass", "What color is grass?", ("green",), "bf_lily"),
-    ("largest-planet", "What is the largest planet in our solar system?", ("Jupiter",), "bm_fable"),
-    ("hot-opposite", "What is the opposite of hot?", ("cold",), "af_sky"),
+    ("capital-of-canada", "What is the capital of Canada?", ("Ottawa",), "af_nova"),
+    ("month-after-april", "What month comes after April?", ("May",), "am_eric"),
+    ("opposite-of-fast", "What is the opposite of fast?", ("slow",), "bf_lily"),
+    ("language-of-mexico", "What language do people speak in Mexico?", ("Spanish",), "bm_fable"),
+    ("pull-to-the-ground", "What force pulls things to the ground?", ("gravity",), "af_sky"),
 )
 
 

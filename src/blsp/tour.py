@@ -58,27 +58,29 @@ def tour(settings: TourSettings) -> None:
         )
     stops = plan(settings)
     began = time.monotonic()
+    way = [["--speech", str(settings.speech)]]
     for number, stop in enumerate(stops, 1):
         print(f"\n━━ {number} of {len(stops)} · {stop.name} ━━ ({stop.minutes})\n{stop.why}\n")
-        print(visit(stop, settings.out / "stops"))
+        way += map(list, stop.commands)
+        print(visit(stop, settings.out / "stops", way))
     print(f"\nThe tour took {time.monotonic() - began:.0f} s. Everything it made: {settings.out}/")
     print("Ask it something yourself:  blsp chat --model " + str(settings.out / "train" / "adapter"))
 
 
-def visit(stop: Stop, folder: Path) -> str:
-    """Run a stop's commands and remember what there was to see; a stop done before is only shown."""
+def visit(stop: Stop, folder: Path, way: list[list[str]]) -> str:
+    """Run a stop's commands and remember what there was to see; a stop done before is only shown.
+
+    way: all commands up to and with this stop's: where one is another, what they led to is looked at anew.
+    """
     record = folder / f"{stop.name.replace(' ', '-')}.json"
-    commands = [list(command) for command in stop.commands]
-    if record.exists() and (done := json.loads(record.read_text(encoding="utf-8")))["commands"] == commands:
+    if record.exists() and (done := json.loads(record.read_text(encoding="utf-8"))).get("way") == way:
         return "(done on an earlier walk)\n" + done["seen"]
     for command in stop.commands:
         run_command(command)
     seen = stop.look()
     folder.mkdir(parents=True, exist_ok=True)
     fresh = record.with_suffix(".writing")
-    fresh.write_text(
-        json.dumps({"commands": commands, "seen": seen}, ensure_ascii=False, indent=1), encoding="utf-8"
-    )
+    fresh.write_text(json.dumps({"way": way, "seen": seen}, ensure_ascii=False, indent=1), encoding="utf-8")
     fresh.replace(record)
     return seen
 
@@ -170,7 +172,8 @@ def plan(settings: TourSettings) -> list[Stop]:
         ),
         Stop(
             "spoken questions",
-            "Nobody taught it to answer speech. The same question as text and as speech:",
+            "It has met neither these questions nor these voices, and what it learnt from were the LLM's own\n"
+            "answers. The same question as text and as speech:",
             "seconds",
             (),
             lambda: question_page(start or adapter, speech / "questions.jsonl", settings.device),

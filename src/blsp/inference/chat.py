@@ -2,7 +2,7 @@
 
 In:  lines that are typed: text, paths of recordings, or both; /reset, /help, /quit.
 Out: what was heard, and answers, streamed as they are written.
-Try: `blsp chat`, then `What is said here? examples/speech/questions/days-in-a-week.opus`
+Try: `blsp chat`, then `What is said here? examples/speech/questions/capital-of-canada.opus`
 Flow: inference/ — lines → **parts of a turn → Conversation** → answers.
 
 A word that ends like an audio file is one; a path with spaces is quoted or has its spaces escaped, as terminals do

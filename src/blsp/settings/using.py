@@ -177,7 +177,7 @@ class ChatSettings:
     down. /help says what else can be typed.
 
         $ blsp chat
-        you> examples/speech/questions/days-in-a-week.opus
+        you> examples/speech/questions/capital-of-canada.opus
     """
 
     model: str = DEFAULT_MODEL
