@@ -20,7 +20,6 @@ from pathlib import Path
 
 TEXTS = Path(__file__).parent / "texts"
 SHORTEST = 4  # words; shorter texts ("thank you", "two") are anybody's
-LONGEST_SPAN = 40  # words; no held-out text inside a training text is longer than this
 HELD_OUT_LISTS = (
     "asterisk_en", "asterisk_es", "asterisk_fr", "asterisk_it", "asterisk_ru",
     "drascula_en", "fillets_cs", "fillets_nl",
@@ -83,5 +82,5 @@ def held_out_texts(folder: Path = TEXTS) -> Iterator[str]:
 
 def _spans(sequence: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for start in range(len(sequence) - SHORTEST + 1):
-        for end in range(start + SHORTEST, min(len(sequence), start + LONGEST_SPAN) + 1):
+        for end in range(start + SHORTEST, len(sequence) + 1):
             yield sequence[start:end]
