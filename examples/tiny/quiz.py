@@ -29,7 +29,7 @@ OPPOSITES = """\
 hot cold, big small/little, up down, left right, day night, good bad, happy sad/unhappy, fast slow, rich
 poor, old young/new, open closed/close, black white, hard soft/easy, light dark/heavy, long short, high low,
 early late, empty full, wet dry, clean dirty, strong weak, loud quiet, near far, true false, right
-wrong/left, love hate, war peace, win lose, begin end, begin finish, life death, north south, east west,
+wrong/left, love hate, war peace, win lose, begin end/finish, life death, north south, east west,
 summer winter, sweet sour/bitter, thick thin, wide narrow, deep shallow, smooth rough, tall short, brave
 cowardly, first last, inside outside, above below, before after, always never, buy sell, push pull, laugh
 cry, remember forget, accept reject/refuse, arrive depart/leave, success failure, friend enemy, sunrise

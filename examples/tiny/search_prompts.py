@@ -1,6 +1,7 @@
 """Which words make the LLM repeat, answer or list keywords best, on text alone.
 
-In:  an LLM; sixty training sentences (WordNet examples, game lines), thirty questions with short answers.
+In:  an LLM; sixty sentences (WordNet examples, game lines), thirty questions with short answers. Ten of the questions
+     are asked by the evaluation too: the wording was chosen on them as text, before there was an adapter.
 Out: a table, one line a wording and order: repeat by word error rate, answer by answers that hold the right
 word, keywords by the share of listed words that were said, of said content words that are listed, and of
 lists.
