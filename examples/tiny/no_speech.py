@@ -79,7 +79,7 @@ def make(root: Path, part: str, each: int, seed: int) -> list[dict]:
     """`each` clips of every kind."""
     sources = {
         "voices": [root / row["audio"] for row in read_rows(root / VOICES[part])],
-        "music": [root / row["audio"] for row in read_rows(root / f"{part}_music.jsonl")],
+        "music": [root / row["audio"] for row in read_rows(root / f"music_{part}.jsonl")],
     }
     rows = []
     for kind, make_wave in KINDS.items():

@@ -115,19 +115,27 @@ def _stages(training: Path, shipped: Sequence[str]) -> str:
 
 
 def data_table(manifests: Sequence[str]) -> str:
-    """Hours and clips by source and licence, from the manifests."""
-    clips: dict[tuple[str, str], list[float]] = defaultdict(list)
+    """Hours and clips by source and licence, from the manifests; augmented copies counted apart."""
+    clips: dict[tuple[str, str], list[dict]] = defaultdict(list)
     for path in sorted(path for each in manifests for path in glob.glob(each)):
         for row in read_rows(Path(path)):
-            clips[(row["source"].split("/")[0], row["licence"])].append(row["seconds"])
+            clips[(row["source"].split("/")[0], row["licence"])].append(row)
+    spoken, copies = (
+        {
+            key: [row["seconds"] / 3600 for row in rows if ("augmented" in row) is copy]
+            for key, rows in clips.items()
+        }
+        for copy in (False, True)
+    )
     rows = [
-        [source, f"{len(each):,}", f"{sum(each) / 3600:.2f}", licence]
-        for (source, licence), each in sorted(clips.items(), key=lambda item: -sum(item[1]))
+        [source, f"{len(each):,}", f"{sum(each):.2f}", f"{sum(copies[source, licence]):.2f}", licence]
+        for (source, licence), each in sorted(spoken.items(), key=lambda item: -sum(item[1]))
     ]
-    hours = sum(map(sum, clips.values())) / 3600
+    once, again = (sum(map(sum, each.values())) for each in (spoken, copies))
+    head = ["source", "clips", "hours", "hours of augmented copies", "licence"]
     return (
-        f"## Data\n\n{hours:.1f} hours, rebuilt by `examples/tiny/`; held-out sets, texts and voices are never in it "
-        f"(`tests/test_recipe_split.py`).\n\n{table(['source', 'clips', 'hours', 'licence'], rows)}"
+        f"## Data\n\n{once:.1f} hours and {again:.1f} of augmented copies, rebuilt by `examples/tiny/`; held-out sets, "
+        f"texts and voices are never in it (`tests/test_recipe_split.py`).\n\n{table(head, rows)}"
     )
 
 
