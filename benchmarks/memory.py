@@ -1,7 +1,7 @@
 """What training a given pair of models needs in memory, before a run finds out.
 
 In:  names of a speech encoder and an LLM (their configurations are enough: no weights are read for the estimate).
-Out: one JSON object on the last line: megabytes by purpose; for the embedded default also what a step really took.
+Out: one JSON object on the last line: megabytes by purpose; without options also what a step really took.
 Try: `python -m benchmarks.memory --llm Qwen/Qwen3-8B --audio-model openai/whisper-small --dtype bfloat16`
 Flow: benchmarks/ — `make bench` gathers the default's figures into results/bench.json.
 
@@ -32,8 +32,10 @@ MEGA = 1e6
 
 
 def parameters(config: PreTrainedConfig) -> int:
+    """Of a decoder, or of the encoder half of a Whisper: the other half is not loaded."""
     with torch.device("meta"):
-        return sum(each.numel() for each in AutoModel.from_config(config).parameters())
+        model = AutoModel.from_config(config)
+    return sum(each.numel() for each in getattr(model, "encoder", model).parameters())
 
 
 def estimate(
@@ -47,7 +49,6 @@ def estimate(
         module = ADAPTERS[adapter](audio.d_model, width, **options)
     learnt = sum(each.numel() for each in module.parameters())
     head = 0 if text.tie_word_embeddings else text.vocab_size * width
-    encoder = parameters(audio) * 0.5  # the decoder half of a Whisper is not loaded
     values = (
         2 * text.num_key_value_heads * (getattr(text, "head_dim", None) or width // text.num_attention_heads)
     )
@@ -55,7 +56,7 @@ def estimate(
     chunk = rows_per_chunk(text.vocab_size) * text.vocab_size
     parts = {
         "frozen_llm": (parameters(text) + head) * BYTES[dtype],
-        "frozen_encoder": encoder * BYTES[dtype],
+        "frozen_encoder": parameters(audio) * BYTES[dtype],
         "adapter_and_optimiser": learnt * 4 * 5,
         "activations": batch_tokens * layer * text.num_hidden_layers * BYTES[dtype],
         "head_chunk": chunk * 4 * 3,  # logits, their softmax, their gradient
@@ -100,7 +101,8 @@ def main() -> None:
     parser.add_argument("--activation-checkpointing", action="store_true")
     options = parser.parse_args()
     figures: dict[str, Any] = {"estimate_mb": estimate(**vars(options))}
-    if options.llm == LLM and Path("/proc/self/clear_refs").exists():
+    default = all(getattr(options, name) == parser.get_default(name) for name in vars(options))
+    if default and Path("/proc/self/clear_refs").exists():
         sizes = (512, 1024)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             small, large = pool.apply(measured, (sizes,))

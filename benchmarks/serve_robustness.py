@@ -64,7 +64,10 @@ def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
                 choices = answer.json().get("choices") or [{"message": {"content": answer.text}}]
                 answers.add((answer.status_code, choices[0]["message"]["content"]))
     for connection in silent:
-        statuses[status_of(connection)] += 1
+        status = status_of(connection)
+        statuses[status] += 1
+        if 500 <= status < 599 and status not in BY_DESIGN:
+            defects.append(f"a silent client was told {status}")
     if len(answers) != 1 or next(iter(answers))[0] != 200:
         defects.append(f"the good request was answered in more than one way: {sorted(answers)}")
     by_status = {str(status): number for status, number in sorted(statuses.items())}
