@@ -49,7 +49,7 @@ lint: $(INSTALLED)
 eval-data: $(CORPUS)/.eval-data
 
 # Recordings from Debian packages, spoken questions in held-out voices; resumable.
-$(CORPUS)/.eval-data: examples/tiny/eval_data.py | $(INSTALLED)
+$(CORPUS)/.eval-data: $(wildcard examples/tiny/*.py examples/tiny/texts/*.gz) | $(INSTALLED)
 	@command -v espeak-ng >/dev/null && command -v npm >/dev/null \
 		|| { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq espeak-ng npm; }
 	$(BIN)/python -m examples.tiny.eval_data --root "$(CORPUS)"

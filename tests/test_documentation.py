@@ -14,6 +14,10 @@ from blsp import cli, settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES_WITH_COMMANDS = [
+    *PAGES,
+    *sorted(path for name in ("examples", "models") for path in (ROOT / name).rglob("*.md")),
+]
 
 
 def commands_in(text: str) -> list[str]:
@@ -22,16 +26,16 @@ def commands_in(text: str) -> list[str]:
     for line in text.replace("\\\n", " ").splitlines():
         match = re.search(r"(?:^|\s|&& )(?:\$ )?(?:-m )?blsp ([a-z]+ .*|[a-z]+$)", line)
         if match and match[1].split()[0] in cli.COMMANDS:
-            found.append(match[1])
+            found.append(match[1].removesuffix("; done"))
     return found
 
 
 def shown() -> list[tuple[str, str]]:
     """Where each command is shown, and the command."""
     found = []
-    for page in PAGES:
-        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
-            found += [(page.name, command) for command in commands_in(block)]
+    for page in PAGES_WITH_COMMANDS:
+        where = str(page.relative_to(ROOT))
+        found += [(where, command) for command in commands_in(page.read_text(encoding="utf-8"))]
     for command in cli.COMMANDS.values():
         found += [
             (command.settings, shown) for shown in commands_in(getattr(settings, command.settings).__doc__)
