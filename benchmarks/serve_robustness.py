@@ -1,6 +1,7 @@
-"""The server under bad requests: no failure of its own, no leak, and the next good request answered.
+"""The server under bad requests: no failure of its own, and the next good request answered.
 
-In:  an adapter folder (default: the shipped one). Out: one JSON object on the last line; exit code 1 on a defect.
+In:  an adapter folder (default: the shipped one). Out: one JSON object on the last line; exit code 1 on a defect. How
+     much memory and how many open files were lost stands there too, for a person to judge.
 Try: `python -m benchmarks.serve_robustness --share 0.05` (a twentieth); `make bench-serve` runs it whole.
 Flow: benchmarks/ — hostile.py makes the requests, serving.py the server; schemathesis makes more of its own from the
       OpenAPI document.

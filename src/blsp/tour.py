@@ -172,8 +172,8 @@ def plan(settings: TourSettings) -> list[Stop]:
         ),
         Stop(
             "spoken questions",
-            "It has met neither these questions nor these voices, and what it learnt from were the LLM's own\n"
-            "answers. The same question as text and as speech:",
+            "It has met neither these questions nor these voices, and no answer that it learnt from is a\n"
+            "person's: all are the LLM's own. The same question as text and as speech:",
             "seconds",
             (),
             lambda: question_page(start or adapter, speech / "questions.jsonl", settings.device),
