@@ -49,10 +49,10 @@ lint: $(INSTALLED)
 eval-data: $(CORPUS)/.eval-data
 
 # Recordings from Debian packages, spoken questions in held-out voices; resumable.
-$(CORPUS)/.eval-data: $(wildcard examples/tiny/*.py examples/tiny/texts/*.gz) | $(INSTALLED)
+$(CORPUS)/.eval-data: $(wildcard recipes/blsp-tiny/*.py recipes/blsp-tiny/texts/*.gz) | $(INSTALLED)
 	@command -v espeak-ng >/dev/null && command -v npm >/dev/null \
 		|| { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq espeak-ng npm; }
-	$(BIN)/python -m examples.tiny.eval_data --root "$(CORPUS)"
+	$(BIN)/python recipes/blsp-tiny/eval_data.py --root "$(CORPUS)"
 	@touch "$@"
 
 evaluate: $(INSTALLED) eval-data

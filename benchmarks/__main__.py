@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-APART = {"__main__", "serving", "serve_load", "hostile", "serve_robustness"}
+APART = {"__main__", "serve_load", "serve_robustness"}  # `make bench-serve` runs these
 
 
 def main() -> int:

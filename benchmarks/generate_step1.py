@@ -25,14 +25,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blsp.continuation.engines import Prompt, TransformersEngine
-from blsp.continuation.prompts import instruction_for
+from blsp.distributed import Runtime
+from blsp.llm.decoding import Decoding
+from blsp.llm.instructions import instruction_for
+from blsp.llm.language_model import stop_ids
+from blsp.llm.prompt import frame_prompt, transcript_ids
 from blsp.model.checkpoint import load_language_model
-from blsp.model.decoding import Decoding
-from blsp.model.distributed import Place
-from blsp.model.language_model import stop_ids
-from blsp.model.prompt import frame_prompt, transcript_ids
 
-TEXTS = Path(__file__).parents[1] / "examples" / "tiny" / "texts" / "fotaq_en.jsonl.gz"
+TEXTS = Path(__file__).parents[1] / "recipes" / "blsp-tiny" / "texts" / "fotaq_en.jsonl.gz"
 ORDER = "instruction-first"
 BASELINE_BATCH = 8
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--baseline-prompts", type=int, default=16, help="a round of plain generate")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     settings = parser.parse_args()
-    llm, tokenizer = load_language_model(settings.llm, Place(torch.device("cpu"), torch.float32, 0, 1))
+    llm, tokenizer = load_language_model(settings.llm, Runtime(torch.device("cpu"), torch.float32, 0, 1))
     report = measure(llm, tokenizer, settings)
     print(json.dumps(report))
 

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from faster_whisper import WhisperModel
 
-from benchmarks.serving import SPEECH
+from benchmarks.support.serving import SPEECH
 from blsp.data.audio import SAMPLE_RATE, load_audio
-from blsp.evaluation.recognise import COMPUTE_TYPES, recogniser_of
+from blsp.evaluation.recogniser import COMPUTE_TYPES, recogniser_of
 from blsp.inference.listener import Listener, Question, load, written
-from blsp.model.adapter import Heard
-from blsp.model.decoding import Decoder
-from blsp.model.embedded import resolve_weights
-from blsp.shipped import DEFAULT_MODEL
+from blsp.llm.decoding import Decoder
+from blsp.model.adapter import AudioEmbeds
+from blsp.weights.embedded import resolve_weights
+from blsp.weights.shipped import DEFAULT_MODEL
 
 SECONDS = (1, 3, 10, 30)
 INSTRUCTION = "Answer the following question in one short sentence:"
@@ -50,7 +50,7 @@ def clip_of(seconds: int) -> np.ndarray:
     return sound[: seconds * SAMPLE_RATE]
 
 
-def answer(listener: Listener, question: Question, heard: Heard | None, began: float) -> Waited:
+def answer(listener: Listener, question: Question, heard: AudioEmbeds | None, began: float) -> Waited:
     """Seconds since `began` at the first token and at the last; the prompt's prefix is kept from before."""
     request = listener.request(0, question, heard, replace(listener.decoding, max_new_tokens=NEW_TOKENS))
     times = [time.monotonic() - began for _ in written(Decoder(listener.model), request)]
@@ -63,7 +63,7 @@ def by_speech(listener: Listener, *, window: int = 0, full_window: bool = False)
     def ask(clip: np.ndarray) -> Waited:
         began = time.monotonic()
         listener.model.config.full_window = full_window
-        (heard,) = listener.hear([np.pad(clip, (0, max(window - len(clip), 0)))])
+        (heard,) = listener.embed_audio([np.pad(clip, (0, max(window - len(clip), 0)))])
         listener.model.config.full_window = False
         return answer(listener, Question(instruction=INSTRUCTION), heard, began)
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
-from blsp.model.embedded import resolve_weights
 from blsp.model.modeling_blsp import ADAPTERS
 from blsp.training.losses import rows_per_chunk
+from blsp.weights.embedded import resolve_weights
 
 ENCODER, LLM = "embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -70,7 +70,7 @@ def measured(positions: tuple[int, ...]) -> list[float]:
     from benchmarks.train_step import FLOAT32, Way, examples, plan_steps, trainable
 
     model, processor = trainable(FLOAT32)
-    sizes = plan_steps(processor, model.model.multi_modal_projector.places, steps=1)
+    sizes = plan_steps(processor, model.model.multi_modal_projector.num_audio_tokens, steps=1)
     rows = examples(model, processor, sizes[0])
     way = Way(model)
     way.learn([rows[:2]])  # what is made once: prefix, optimiser

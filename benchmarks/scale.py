@@ -26,15 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from blsp.continuation.plan import Ask, Job, prompt_digest, write_plan
+from blsp.continuation.plan import PlannedPrompt, PromptSpec, prompt_digest, write_plan
 from blsp.data.manifest import Manifest
-from blsp.model.feature_cache import FeatureCache
+from blsp.features.cache import FeatureCache
 
 SIZES = (10**3, 10**4, 10**5, 10**6, 10**7)
 IN_ORDER = 10**6  # rows read in order at most; the plan reads them all
 SAMPLED = 20_000  # rows read at random
 FRAMES, WIDTH = 100, 64  # of a cache entry: 12.8 kB, a tenth of a real one
-ASK = Ask("continue", "Continue the text.", "instruction-first")
+ASK = PromptSpec("continue", "Continue the text.", "instruction-first")
 ENTRIES = (10**3, 10**4, 10**5)
 
 
@@ -74,9 +74,9 @@ def manifest_costs(folder: str, count: int) -> dict[str, Any]:
     }
 
 
-def jobs(rows: Manifest) -> Iterator[Job]:
+def jobs(rows: Manifest) -> Iterator[PlannedPrompt]:
     for number, row in enumerate(rows):
-        yield Job(number, ASK, tokens=1 + len(row.text) // 4, digest=prompt_digest(row.text))
+        yield PlannedPrompt(number, ASK, tokens=1 + len(row.text) // 4, digest=prompt_digest(row.text))
 
 
 def cache_costs(folder: str, count: int) -> dict[str, Any]:

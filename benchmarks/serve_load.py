@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.serving import Served, Server, crowd, recordings, serving, spoken_question
+from benchmarks.support.serving import Served, Server, crowd, recordings, serving, spoken_question
 from blsp.inference.conversation import Memory, lay_out, request_for, user_turn
 from blsp.inference.listener import Listener, load, written
-from blsp.inference.text_stream import answer_text
-from blsp.model.decoding import Decoder
-from blsp.shipped import DEFAULT_MODEL
+from blsp.llm.decoding import Decoder
+from blsp.llm.text_stream import answer_text
+from blsp.weights.shipped import DEFAULT_MODEL
 
 INSTRUCTIONS = ("Please repeat the following words:", "Answer the following:", "Continue the following text:")
 QUESTIONS = 70
@@ -49,7 +49,7 @@ class Alone:
 
 def answer_alone(listener: Listener, wav: bytes, instruction: str, new_tokens: int) -> Alone:
     """One answer by the library, greedily, with the margins of its steps."""
-    (heard,) = listener.hear([wav])
+    (heard,) = listener.embed_audio([wav])
     if not heard.speech:
         sentence = listener.model.config.no_speech_sentence
         return Alone(sentence, sentence)

@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from benchmarks.hostile import Attempt, attempts
-from benchmarks.serving import Server, recordings, serving, spoken_question
-from blsp.shipped import DEFAULT_MODEL
+from benchmarks.support.hostile import Attempt, attempts
+from benchmarks.support.serving import Server, recordings, serving, spoken_question
+from blsp.weights.shipped import DEFAULT_MODEL
 
 ATTEMPTS = 1000
 BY_SCHEMATHESIS = 40  # examples an operation

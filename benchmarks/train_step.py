@@ -32,22 +32,21 @@ import torch
 from torch import Tensor, nn
 from transformers import WhisperModel
 
-from benchmarks.serving import SPEECH
-from blsp.continuation.prompts import instruction_for
+from benchmarks.support.serving import SPEECH
 from blsp.data.audio import SAMPLE_RATE, load_audio
-from blsp.model.allocation import keep_freed_memory
+from blsp.distributed import Runtime, keep_freed_memory
+from blsp.llm.instructions import instruction_for
+from blsp.llm.language_model import embed
+from blsp.llm.prefix import PromptedLLM
+from blsp.llm.prompt import Order, frame_prompt, transcript_ids
 from blsp.model.checkpoint import new_blsp
-from blsp.model.digest import tensor_digest
-from blsp.model.distributed import Place
-from blsp.model.embedded import resolve_weights
-from blsp.model.language_model import embed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
-from blsp.model.prompt import Order, frame_prompt, transcript_ids
 from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
 from blsp.training import step
-from blsp.training.batches import DataFile, Plan
+from blsp.training.batches import DataFile, DataOrder
 from blsp.training.examples import Example
-from blsp.training.prompted_llm import PromptedLLM
+from blsp.weights.digest import tensor_digest
+from blsp.weights.embedded import resolve_weights
 
 ENCODER, LLM = "embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"
 POPULATION = 4096  # rows that the plan sorts
@@ -55,8 +54,8 @@ STEPS, BATCH = 2, 16  # steps learnt from, and rows in each: one pass of about 1
 BASELINE_BATCH = 8
 Result = TypeVar("Result")
 ORDER: Order = "instruction-first"
-FLOAT32 = Place(torch.device("cpu"), torch.float32)
-BFLOAT16 = Place(torch.device("cpu"), torch.bfloat16)
+FLOAT32 = Runtime(torch.device("cpu"), torch.float32)
+BFLOAT16 = Runtime(torch.device("cpu"), torch.bfloat16)
 RECORDINGS = 40
 TOP_K = 20
 MATRIX = 2048
@@ -70,7 +69,7 @@ def plan_steps(processor: Any, places: Callable[[int], int], steps: int) -> list
     speech = np.array([places(encoder_frames(mel_frames(int(size)))) for size in clip])
     tail = len(frame_prompt(processor.tokenizer, instruction_for("continue"), ORDER).suffix_ids) - 1
     lengths = speech + tail + response
-    plan = Plan((DataFile(0, POPULATION),), BATCH, seed=0)
+    plan = DataOrder((DataFile(0, POPULATION),), BATCH, seed=0)
     epoch = list(islice(plan.steps(0, lambda rows: lengths[rows]), plan.steps_per_epoch))
     epoch.sort(key=lambda rows: int(lengths[rows].sum()))
     chosen = [epoch[len(epoch) * (2 * number + 1) // (2 * steps)] for number in range(steps)]
@@ -140,7 +139,7 @@ class Way:
     of: Callable[[Example], Example] = lambda each: each
     full_window: bool = False
     ordered: bool = True
-    place: Place = FLOAT32
+    runtime: Runtime = FLOAT32
 
     def __post_init__(self) -> None:
         self.prompted = self.llm(self.model)
@@ -154,7 +153,7 @@ class Way:
         counts = step.counts_of(rows, objective)
         positions = padding = 0
         for part in steps if self.ordered else in_random_order(rows, BATCH):
-            with step.autocast(self.place):
+            with step.autocast(self.runtime):
                 sums = step.run(self.model, [self.of(each) for each in part], objective, self.prompted)
                 share = step.objective_value(sums, counts, objective)
             share.backward()
@@ -199,9 +198,9 @@ class Plain:
         heard = self.adapter(states, frames)
         table = self.decoder.get_input_embeddings()
         width = max(len(each.response) for each in part)
-        before = table(torch.tensor([each.frame.prefix_ids for each in part]))
+        before = table(torch.tensor([each.template.prefix_ids for each in part]))
         after = torch.tensor(
-            [[*e.frame.suffix_ids, *e.response, *[0] * (width - len(e.response))] for e in part]
+            [[*e.template.suffix_ids, *e.response, *[0] * (width - len(e.response))] for e in part]
         )
         labels = torch.tensor([[*e.response, *[-100] * (width - len(e.response))] for e in part])
         embeds = torch.cat([before, heard.vectors, table(after)], dim=1)
@@ -235,7 +234,7 @@ def ways_of(model: BlspForConditionalGeneration, processor: Any) -> dict[str, Ca
     return {
         "cached": lambda: Way(model),
         "cached_kl": lambda: Way(model, loss="kl"),
-        "cached_bf16": lambda: Way(trainable(BFLOAT16)[0], place=BFLOAT16),
+        "cached_bf16": lambda: Way(trainable(BFLOAT16)[0], runtime=BFLOAT16),
         "online": lambda: Way(model, of=online),
         "padded_to_30s": padded,
         "no_prefix_reuse": lambda: padded(llm=WithoutPrefixReuse),
@@ -244,8 +243,8 @@ def ways_of(model: BlspForConditionalGeneration, processor: Any) -> dict[str, Ca
     }
 
 
-def trainable(place: Place) -> tuple[BlspForConditionalGeneration, Any]:
-    model, processor = new_blsp(ENCODER, LLM, place, adapter="conv")
+def trainable(runtime: Runtime) -> tuple[BlspForConditionalGeneration, Any]:
+    model, processor = new_blsp(ENCODER, LLM, runtime, adapter="conv")
     model.model.multi_modal_projector.requires_grad_(True).train()
     return model, processor
 
@@ -253,7 +252,7 @@ def trainable(place: Place) -> tuple[BlspForConditionalGeneration, Any]:
 def measure(rounds: int, steps: int, names: Sequence[str]) -> dict[str, Any]:
     """The ways of these names and the baseline, interleaved, on the same samples."""
     model, processor = trainable(FLOAT32)
-    sizes = plan_steps(processor, model.model.multi_modal_projector.places, steps)
+    sizes = plan_steps(processor, model.model.multi_modal_projector.num_audio_tokens, steps)
     parts = [examples(model, processor, each) for each in sizes]
     rows = [each for part in parts for each in part]
     every = ways_of(model, processor)

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings as hypothesis_settings
-from tiny_models import save_language_model, save_whisper, tiny_blsp
+from support.tiny_models import save_language_model, save_whisper, tiny_blsp
 from tqdm import tqdm
 
 from blsp.model.modeling_blsp import BlspForConditionalGeneration

@@ -395,7 +395,7 @@ def test_no_file_makes_a_traceback(mapping: dict[str, Any]) -> None:
 
 
 def test_the_shipped_adapter_is_the_one_default_name() -> None:
-    from blsp.shipped import SHIPPED, find_model
+    from blsp.weights.shipped import SHIPPED, find_model
 
     assert cli.parse("chat", []).model == "blsp-tiny"
     assert find_model("runs/x/adapter") == "runs/x/adapter"

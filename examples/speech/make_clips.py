@@ -1,7 +1,7 @@
 """Make the clips of this folder: real recordings for the tour, as 16 kHz Ogg Opus, from the recipe's corpus
 folder.
 
-In: a corpus folder that `python -m examples.tiny.fetch --root C` has filled. Out, beside this file:
+In: a corpus folder that `python recipes/blsp-tiny/fetch.py --root C` has filled. Out, beside this file:
 `fotaq/*.opus`, `asterisk/*.opus` and the manifests `train.jsonl`, `heldout.jsonl`, `asterisk.jsonl`.
 Where in the flow: before everything, once; the clips are committed, so that the tour needs no download.
 
@@ -18,9 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import soundfile
-
-from examples.tiny.check_transcripts import read_agreement
-from examples.tiny.rows import fraction, read_rows, write_rows
+from check_transcripts import read_agreement
+from rows import fraction, read_rows, write_rows
 
 HERE = Path(__file__).parent
 SECONDS = (1.5, 8.0)
@@ -92,7 +91,7 @@ def encode(root: Path, name: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--root", type=Path, required=True, help="the corpus folder that examples.tiny.fetch filled"
+        "--root", type=Path, required=True, help="the corpus folder that recipes/blsp-tiny/fetch.py filled"
     )
     parser.add_argument(
         "--choose", action="store_true", help="choose the clips anew instead of taking the manifests"

@@ -14,12 +14,12 @@ import argparse
 from pathlib import Path
 
 import soundfile
+from containers import RATE
+from engines import speak_kokoro
+from lines import Line
+from rows import write_rows
 
 from examples.speech.make_clips import COMPRESSION
-from examples.tiny.containers import RATE
-from examples.tiny.engines import speak_kokoro
-from examples.tiny.lines import Line
-from examples.tiny.rows import write_rows
 
 HERE = Path(__file__).parent
 QUESTIONS = (

@@ -50,7 +50,7 @@ COMMANDS = {
         "step 1: the LLM continues every transcript",
     ),
     "encode": Command(
-        "EncodeSettings", "blsp.model.features", "encode", "the frozen encoder's output, once, on disk"
+        "EncodeSettings", "blsp.features.encode", "encode", "the frozen encoder's output, once, on disk"
     ),
     "train": Command(
         "TrainSettings", "blsp.training.loop", "train", "step 2: the adapter learns to make it listen"
@@ -62,14 +62,14 @@ COMMANDS = {
         "the same questions as text, cascade and speech",
     ),
     "generate": Command(
-        "GenerateSettings", "blsp.inference.batch", "generate", "answer every row of a manifest"
+        "GenerateSettings", "blsp.inference.generate", "generate", "answer every row of a manifest"
     ),
     "transcribe": Command(
         "TranscribeSettings", "blsp.inference.transcribe", "transcribe", "write down what was said"
     ),
     "chat": Command("ChatSettings", "blsp.inference.chat", "chat", "talk with it in the terminal"),
     "serve": Command(
-        "ServeSettings", "blsp.serving.process", "serve", "OpenAI-compatible server and a web page"
+        "ServeSettings", "blsp.serving.server", "serve", "OpenAI-compatible server and a web page"
     ),
     "export": Command(
         "ExportSettings", "blsp.model.checkpoint", "export", "one self-contained Hugging Face folder"

@@ -5,7 +5,7 @@ In:  a settings class and the flags; `--config FILE` among them names a YAML map
      (left out).
 Out: the settings, parsed by tyro. The command line wins over the file, wherever the file says it; a flag that
      takes several values may be given several times.
-Try: `read_settings(TrainSettings, ["--config", "examples/tiny/train.yaml"], prog="blsp train")`
+Try: `read_settings(TrainSettings, ["--config", "recipes/blsp-tiny/train.yaml"], prog="blsp train")`
 Flow: cli.py → **configuration_file.py** → settings/
 
 A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage is the top level

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blsp.settings import SettingsError, TourSettings
-from blsp.shipped import DEFAULT_MODEL, is_shipped
 from blsp.tour_page import (
     compare_page,
     divergence_lines,
@@ -27,6 +26,7 @@ from blsp.tour_page import (
     read_clips,
     read_manifest,
 )
+from blsp.weights.shipped import DEFAULT_MODEL, is_shipped
 
 LLM = "embedded:smollm2-135m-instruct"
 ENCODER = "embedded:whisper-tiny.en"

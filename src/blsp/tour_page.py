@@ -49,7 +49,7 @@ def read_clips(manifest: Path) -> Rows:
 
 def learnt_rows(manifest: Path, held_out: int) -> Rows:
     """The rows that training learnt from: all but those that `--held-out` kept back for its probes."""
-    from blsp.training.table import id_hash
+    from blsp.training.dataset import id_hash
 
     rows = read_clips(manifest)
     kept_back = sorted(id_hash(row["id"]) for row in rows)[:held_out]
@@ -58,8 +58,8 @@ def learnt_rows(manifest: Path, held_out: int) -> Rows:
 
 def compare_page(adapter: str, before: str | None, parts: dict[str, Rows], device: str) -> str:
     """Five clips of each part as the adapter hears them; word error rates of the whole parts below."""
-    from blsp.continuation.prompts import instruction_for
     from blsp.inference.listener import Question, load
+    from blsp.llm.instructions import instruction_for
 
     listener = load(adapter, device=device)
     instruction = instruction_for("continue")
@@ -67,7 +67,7 @@ def compare_page(adapter: str, before: str | None, parts: dict[str, Rows], devic
     for label, rows in parts.items():
         shown = rows[:SHOWN]
         audio = [row["audio"] for row in shown]
-        heard = listener.read(listener.hear(audio))
+        heard = listener.readout(listener.embed_audio(audio))
         reading = listener.generate([Question(text=row["text"], instruction=instruction) for row in shown])
         hearing = listener.generate([Question(audio=clip, instruction=instruction) for clip in audio])
         for row, readout, text_answer, speech_answer in zip(shown, heard, reading, hearing, strict=True):
@@ -110,7 +110,7 @@ def _error_rate(listener: Listener, rows: Rows) -> float:
     from whisper_normalizer.english import EnglishTextNormalizer
 
     normalise = EnglishTextNormalizer()
-    heard = listener.read(listener.hear([row["audio"] for row in rows]))
+    heard = listener.readout(listener.embed_audio([row["audio"] for row in rows]))
     return float(jiwer.wer([normalise(row["text"]) for row in rows], [normalise(text) for text in heard]))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from step_one import in_a_process, products
+from support.step_one import in_a_process, products
 
 from blsp.settings import ContinueSettings
 

@@ -1,4 +1,4 @@
-"""Part files: whole batches or nothing, wherever a write was torn."""
+"""AnswerLog files: whole batches or nothing, wherever a write was torn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from blsp.continuation.engines import Top, Written
-from blsp.continuation.parts import Answers, Part, done_keys, read_part
+from blsp.continuation.parts import AnswerLog, AnswerReader, done_keys, read_part
 
 K = 2
 
@@ -25,11 +25,11 @@ def batch(*keys: int) -> list[Written]:
 
 
 def test_answers_come_back_by_key(tmp_path: Path) -> None:
-    with Part(tmp_path, 0, K) as part:
+    with AnswerLog(tmp_path, 0, K) as part:
         part.add(batch(5, 1))
-    with Part(tmp_path, 1, K) as part:
+    with AnswerLog(tmp_path, 1, K) as part:
         part.add(batch(2))
-    answers = Answers(tmp_path, 6, K)
+    answers = AnswerReader(tmp_path, 6, K)
     assert done_keys(tmp_path, 6).tolist() == [False, True, True, False, False, True]
     for key in (5, 1, 2):
         ids, logp = answers.top(key)
@@ -43,7 +43,7 @@ def test_a_torn_batch_is_written_again(tmp_path: Path, fraction: float) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     for folder in (whole, torn):
         folder.mkdir()
-        with Part(folder, 0, K) as part:
+        with AnswerLog(folder, 0, K) as part:
             part.add(batch(5, 1))
             kept = part.path.stat().st_size
             part.add(batch(2, 4, 3))
@@ -51,14 +51,14 @@ def test_a_torn_batch_is_written_again(tmp_path: Path, fraction: float) -> None:
     with open(torn / "part-00000.jsonl", "r+b") as file:
         file.truncate(kept + int((size - kept) * fraction))
     assert done_keys(torn, 6).sum() == 2
-    with Part(torn, 0, K) as part:
+    with AnswerLog(torn, 0, K) as part:
         part.add(batch(2, 4, 3))
     for name in ("part-00000.jsonl", "part-00000.ids.u32", "part-00000.logp.f16"):
         assert (whole / name).read_bytes() == (torn / name).read_bytes()
 
 
 def test_lines_of_zeros_after_a_power_cut_are_not_records(tmp_path: Path) -> None:
-    with Part(tmp_path, 0, 0) as part:
+    with AnswerLog(tmp_path, 0, 0) as part:
         part.add([Written(0, "a", [1], "stop")])
     with open(tmp_path / "part-00000.jsonl", "ab") as file:
         file.write(b"\0" * 64 + b"\n")

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from misbehaving_server import misbehaving_server
-from step_one import in_a_process, products, read_rows
+from support.misbehaving_server import misbehaving_server
+from support.step_one import in_a_process, products, read_rows
 from transformers import AutoModelForCausalLM
 
-from blsp.continuation.header import HeaderError, read_header
+from blsp.continuation.provenance import HeaderError, read_header
 from blsp.continuation.scoring import TOKENISED
 from blsp.continuation.topk import TopKStore, topk_folder
 from blsp.continuation.writer import write_continuations

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from step_one import in_a_process, products, read_rows
+from support.step_one import in_a_process, products, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blsp.continuation import work
 from blsp.continuation.engines import TransformersEngine
-from blsp.continuation.header import HeaderError, read_header
-from blsp.continuation.prompts import NO_SPEECH_SENTENCE, instruction_for
+from blsp.continuation.provenance import HeaderError, read_header
 from blsp.continuation.topk import TopKError, TopKStore, topk_folder
 from blsp.continuation.writer import write_continuations
 from blsp.data.manifest import CONTINUATION_KEY, Manifest
-from blsp.model.distributed import Place
-from blsp.model.prompt import frame_prompt, transcript_ids
+from blsp.distributed import Runtime
+from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
+from blsp.llm.prompt import frame_prompt, transcript_ids
 from blsp.settings import ContinueSettings, SettingsError
 
 Settings = Callable[..., ContinueSettings]
@@ -174,10 +174,10 @@ def test_ranks_write_what_one_process_writes(
 ) -> None:
     out = tmp_path / "ranks.jsonl"
     monkeypatch.setattr(work, "WAIT", 0.02)
-    places = [Place(torch.device("cpu"), torch.float32, rank, 3) for rank in range(3)]
+    runtimes = [Runtime(torch.device("cpu"), torch.float32, rank, 3) for rank in range(3)]
     processes = []
-    for place in places:
-        monkeypatch.setattr("blsp.continuation.writer.find_place", lambda *_, place=place: place)
+    for runtime in runtimes:
+        monkeypatch.setattr("blsp.continuation.writer.find_runtime", lambda *_, runtime=runtime: runtime)
         processes.append(in_a_process(settings(out, top_k=5)))
     for process in processes:
         process.join(60)

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
-from ears import TEXTS
-from tiny_models import speech_like, tiny_blsp
+from support.speech_copies import TEXTS
+from support.tiny_models import speech_like, tiny_blsp
 
 from blsp.data.audio import write_wav
 from blsp.data.manifest import write_manifest
-from blsp.evaluation.judge import Bench
+from blsp.evaluation.judge import Evaluation
 from blsp.evaluation.tasks import Suite, load_suite
 from blsp.inference.listener import Listener
 
@@ -83,16 +83,16 @@ def listener(tiny_models_folder: Path) -> Listener:
 
 
 @pytest.fixture
-def bench(listener: Listener, tmp_path: Path) -> Callable[..., Bench]:
+def bench(listener: Listener, tmp_path: Path) -> Callable[..., Evaluation]:
     """A bench in a fresh folder, without the cascade."""
 
-    def build(**changes: Any) -> Bench:
+    def build(**changes: Any) -> Evaluation:
         options = {
             "listener": listener,
             "folder": tmp_path / "results",
             "routes": ("text", "speech"),
             "bootstrap": 50,
         }
-        return Bench(**options | changes)
+        return Evaluation(**options | changes)
 
     return build

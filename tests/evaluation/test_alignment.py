@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ears import shuffled, transcripts_as_speech
-from tiny_models import FAMILIES, TOLERANCE, tiny_blsp
+from support.speech_copies import shuffled, transcripts_as_speech
+from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 
 from blsp.evaluation.alignment import Compared, by_position, summarise
 from blsp.evaluation.answers import Answer
-from blsp.evaluation.forced import answer_states, answer_tokens, divergence, layer_states
-from blsp.evaluation.judge import Bench, judge
-from blsp.evaluation.layers import linear_cka
-from blsp.evaluation.projection import project
+from blsp.evaluation.judge import Evaluation, judge
+from blsp.evaluation.layers import linear_cka, project
 from blsp.evaluation.tasks import Suite
 from blsp.inference.listener import Listener, Question
+from blsp.llm.teacher_forcing import answer_states, answer_tokens, divergence, layer_states
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,7 +29,7 @@ def test_states_along_an_answer_equal_one_plain_pass(
     answers = [Answer("", finish, (5, 6, 7, 8)), Answer("", finish, (9,))]
     texts = ["how many days", "hello world what is the capital of france"]
     requests = [
-        listener.request(i, Question(text=text, instruction="Say:"), None, listener.decoding)
+        listener.request(i, Question(text=text, instruction="RouteInputFn:"), None, listener.decoding)
         for i, text in enumerate(texts)
     ]
     batched = answer_states(listener.model, requests, answers)
@@ -70,7 +69,7 @@ def test_figures_are_means_over_tokens_not_over_clips() -> None:
 
 
 def test_instructions_that_are_ignored_are_seen(
-    bench: Callable[..., Bench], suite: Suite, listener: Listener
+    bench: Callable[..., Evaluation], suite: Suite, listener: Listener
 ) -> None:
     """Perfect ears keep every clip beside its transcript; the wrong clip's ears do not."""
     only = Suite("alignment", (), suite.alignment)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import soundfile
 import torch
-from ears import Parrot
+from support.speech_copies import Parrot
 from transformers import (
     GenerationConfig,
     WhisperConfig,
@@ -26,11 +26,11 @@ from transformers import (
 
 from blsp.data.manifest import Manifest
 from blsp.evaluation.answers import NO_SPEECH, Answer, answer_log
-from blsp.evaluation.judge import Bench, judge
-from blsp.evaluation.peers import Endpoint, PeerError, parse_endpoint, parse_peers, read_mark
-from blsp.evaluation.recognise import Recogniser, RecogniserError, recogniser_of
+from blsp.evaluation.endpoints import Endpoint, PeerError, parse_endpoint, parse_peers, read_mark
+from blsp.evaluation.judge import Evaluation, judge
+from blsp.evaluation.recogniser import Recogniser, RecogniserError, recogniser_of
 from blsp.evaluation.tasks import Suite
-from blsp.model.embedded import resolve_weights
+from blsp.weights.embedded import resolve_weights
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def chat(suite: Suite) -> Suite:
 
 
 def test_the_cascade_is_the_text_route_on_the_recognisers_words(
-    bench: Callable[..., Bench], chat: Suite
+    bench: Callable[..., Evaluation], chat: Suite
 ) -> None:
     asr, talk = judge(bench(routes=("text", "cascade"), recogniser=Parrot()), chat).tasks
     text, cascade = talk.answers["text"], talk.answers["cascade"]
@@ -49,7 +49,7 @@ def test_the_cascade_is_the_text_route_on_the_recognisers_words(
     assert asr.scores["recogniser"].figures["wer"].point() > 0
 
 
-def test_a_language_that_nobody_hears_is_not_available(bench: Callable[..., Bench], chat: Suite) -> None:
+def test_a_language_that_nobody_hears_is_not_available(bench: Callable[..., Evaluation], chat: Suite) -> None:
     french = Suite("fr", tuple(replace(task, language="fr") for task in chat.tasks))
     results = judge(bench(routes=("text", "cascade", "speech"), recogniser=Parrot()), french)
     found = results.to_json()["tasks"]["chat"]
@@ -64,13 +64,13 @@ def test_the_default_recogniser_is_the_models_own_whisper() -> None:
 
 @pytest.mark.embedded
 def test_faster_whisper_on_real_speech(tmp_path: Path) -> None:
-    rows = list(Manifest(Path(__file__).parents[1] / "data" / "clips.jsonl"))
+    rows = list(Manifest(Path(__file__).parents[1] / "clips" / "clips.jsonl"))
     spoken = [row for row in rows if row.text]
     recogniser = Recogniser("embedded:whisper-tiny.en:ct2", "int8")
     with answer_log(tmp_path / "log.jsonl", "x") as log:
         written = recogniser.transcribe(spoken, log)
         assert recogniser.transcribe(spoken, log) == written
-    assert not recogniser.hears("fr")
+    assert not recogniser.supports_language("fr")
     shared = [
         set(a.lower().split()) & set(b.text.lower().split()) for a, b in zip(written, spoken, strict=True)
     ]
@@ -118,7 +118,7 @@ def test_a_whisper_in_transformers_format_recognises_too(tmp_path: Path, corpus:
         with answer_log(tmp_path / f"{name}.jsonl", "x") as log:
             written.append(recogniser.transcribe(rows, log))
     assert written[0] == written[1] and all(isinstance(text, str) for text in written[0])
-    assert not recogniser.hears("fr")
+    assert not recogniser.supports_language("fr")
 
 
 # --- over HTTP ----------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def server() -> Iterator[Callable[[str], tuple[str, list[dict[str, Any]]]]]:
 
 
 def test_a_peer_hears_the_clip_and_gets_a_column(
-    bench: Callable[..., Bench], suite: Suite, server: Any
+    bench: Callable[..., Evaluation], suite: Suite, server: Any
 ) -> None:
     url, requests = server("A turn on the days.")
     only = Suite("peer", tuple(task for task in suite.tasks if task.name in ("slu", "chat", "no-speech")))
@@ -182,7 +182,7 @@ def test_a_peer_hears_the_clip_and_gets_a_column(
     assert len(requests) == count  # answers are kept
 
 
-def test_a_judge_rates_open_answers_only(bench: Callable[..., Bench], suite: Suite, server: Any) -> None:
+def test_a_judge_rates_open_answers_only(bench: Callable[..., Evaluation], suite: Suite, server: Any) -> None:
     url, requests = server("I would say 7 of 10.")
     only = Suite("rated", tuple(task for task in suite.tasks if task.name in ("sqa", "chat")))
     results = judge(bench(rater=Endpoint("", url)), only)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from ears import shuffled, transcripts_as_speech
-from tiny_models import tiny_blsp
+from support.speech_copies import shuffled, transcripts_as_speech
+from support.tiny_models import tiny_blsp
 from transformers import AutoModelForCausalLM
 
 from blsp.data.manifest import write_manifest
-from blsp.evaluation.judge import Bench, judge
-from blsp.evaluation.recognise import load_clip
+from blsp.evaluation.judge import Evaluation, judge
+from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
 from blsp.evaluation.routes import hear_speech
@@ -24,7 +24,7 @@ from blsp.evaluation.scoring import score_transcripts
 from blsp.evaluation.tasks import Suite, Task, TaskError
 from blsp.inference.listener import Listener
 
-BenchMaker = Callable[..., Bench]
+BenchMaker = Callable[..., Evaluation]
 
 
 def figures(results: Results, *path: str) -> Any:
@@ -237,7 +237,7 @@ def test_clips_of_the_batch_before_are_not_heard_again(
 ) -> None:
     listener, rows = bench().listener, suite.tasks[0].rows()
     batches: list[int] = []
-    hear = listener.hear
+    hear = listener.embed_audio
     monkeypatch.setattr(listener, "hear", lambda clips: batches.append(len(clips)) or hear(clips))
     say = hear_speech(listener)
     first, again, fewer = say(rows), say(rows), say(rows[:2])

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ears import Parrot
+from support.speech_copies import Parrot
 
 from blsp.data.manifest import Utterance
-from blsp.evaluation.bootstrap import mean_figure
-from blsp.evaluation.findings import findings
-from blsp.evaluation.judge import Bench, judge
+from blsp.evaluation.confidence import mean_figure
+from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results, TaskResult, evidence
 from blsp.evaluation.scoring import Score
-from blsp.evaluation.tables import change, shown, table, with_interval
+from blsp.evaluation.summary import change, findings, shown, table, with_interval
 from blsp.evaluation.tasks import Suite, Task
 
 
@@ -91,7 +90,7 @@ def test_the_findings_are_sentences_about_evidence_only() -> None:
 
 
 def test_a_report_explains_its_columns_and_compares_nothing_with_itself(
-    bench: Callable[..., Bench], suite: Suite, tmp_path: Path
+    bench: Callable[..., Evaluation], suite: Suite, tmp_path: Path
 ) -> None:
     write_report(judge(bench(), suite), tmp_path)
     report = (tmp_path / "report.md").read_text()
@@ -102,7 +101,7 @@ def test_a_report_explains_its_columns_and_compares_nothing_with_itself(
 
 @pytest.mark.parametrize("routes", [("text",), ("speech",), ("cascade",)])
 def test_any_route_alone_makes_a_report(
-    bench: Callable[..., Bench], suite: Suite, tmp_path: Path, routes: tuple[str, ...]
+    bench: Callable[..., Evaluation], suite: Suite, tmp_path: Path, routes: tuple[str, ...]
 ) -> None:
     screen = write_report(judge(bench(routes=routes, recogniser=Parrot()), suite), tmp_path)
     report = (tmp_path / "report.md").read_text()
@@ -111,7 +110,7 @@ def test_any_route_alone_makes_a_report(
 
 
 def test_divergence_against_scores_over_checkpoints(
-    bench: Callable[..., Bench], suite: Suite, tmp_path: Path
+    bench: Callable[..., Evaluation], suite: Suite, tmp_path: Path
 ) -> None:
     results = judge(bench(), suite)
     write_report(results, tmp_path / "step-100")
@@ -121,7 +120,7 @@ def test_divergence_against_scores_over_checkpoints(
     assert (tmp_path / "step-200" / "divergence_against_scores.png").stat().st_size > 5000
 
 
-def test_a_report_is_the_same_twice(bench: Callable[..., Bench], suite: Suite, tmp_path: Path) -> None:
+def test_a_report_is_the_same_twice(bench: Callable[..., Evaluation], suite: Suite, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_report(judge(bench(), suite), tmp_path / name)
     for file in (

@@ -10,9 +10,8 @@ from sacrebleu import corpus_bleu, corpus_chrf
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer
-from blsp.evaluation.bootstrap import Figure, draws, interval, mean_figure, ratio, relative_gap
-from blsp.evaluation.faults import faults, guess_language, loops
-from blsp.evaluation.scoring import Score, score, score_transcripts
+from blsp.evaluation.confidence import Figure, draws, interval, mean_figure, ratio, relative_gap
+from blsp.evaluation.scoring import Score, faults, guess_language, loops, score, score_transcripts
 from blsp.evaluation.tasks import Task
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_blsp
+from support.tiny_models import tiny_blsp
 
 from blsp.inference.listener import Listener
 

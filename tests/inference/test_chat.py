@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import speech_like
+from support.tiny_models import speech_like
 
 from blsp.data.audio import write_wav
 from blsp.inference import chat as command
@@ -63,7 +63,7 @@ def test_a_talk_with_recordings(talk: Conversation, tmp_path: Path) -> None:
     write_wav(tmp_path / "a clip.wav", speech_like(1.0))
     lines = _screen(talk, f'repeat: "{tmp_path}/a clip.wav"', "and now?")
     listener = talk.listener
-    heard = listener.read(listener.hear([tmp_path / "a clip.wav"]))[0]
+    heard = listener.readout(listener.embed_audio([tmp_path / "a clip.wav"]))[0]
     assert lines[0] == f"[heard: {heard}]"
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import IM_END, IM_START, speech_like
+from support.tiny_models import IM_END, IM_START, speech_like
 
 from blsp.inference.conversation import ContextError, Conversation, Memory, lay_out, request_for, user_turn
 from blsp.inference.listener import Listener, Question
-from blsp.inference.text_stream import answer_text
-from blsp.model.decoding import Decoder, decode
+from blsp.llm.decoding import Decoder, decode
+from blsp.llm.text_stream import answer_text
 
 ADAPTERS = pytest.mark.parametrize("adapter", ["conv", "grounded"])
 
@@ -42,7 +42,7 @@ def _afresh(talk: Conversation, turns: int) -> str:
 @pytest.mark.parametrize("system", [None, "Be brief."])
 def test_turns_equal_the_conversation_run_afresh(listener_of, adapter: str, system: str | None) -> None:
     listener = listener_of(adapter)
-    clips = listener.hear([speech_like(0.8, 1), speech_like(1.3, 2)])
+    clips = listener.embed_audio([speech_like(0.8, 1), speech_like(1.3, 2)])
     talk = Conversation(listener, system=system, decoding=replace(listener.decoding, max_new_tokens=9))
     turns = [("hello",), (clips[0],), ("what was that?", clips[1], "and", clips[0]), ("thanks",)]
     answers = [_say(talk, *turn) for turn in turns]
@@ -60,7 +60,7 @@ def test_only_what_is_new_is_run(listener: Listener, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Decoder, "join", watched)
     talk = Conversation(listener, decoding=replace(listener.decoding, max_new_tokens=12, stop_ids=()))
-    clip = listener.hear([speech_like(1.5)])[0]
+    clip = listener.embed_audio([speech_like(1.5)])[0]
     _say(talk, "listen:", clip)
     _say(talk, "and now?")
     first = sum(seen[0])
@@ -70,7 +70,7 @@ def test_only_what_is_new_is_run(listener: Listener, monkeypatch: pytest.MonkeyP
 
 
 def test_a_spoken_turn_is_the_listeners_question(listener: Listener) -> None:
-    clip = listener.hear([speech_like(1.0)])[0]
+    clip = listener.embed_audio([speech_like(1.0)])[0]
     for parts, question in (
         ((clip,), Question()),
         (("Please repeat:", clip), Question(instruction="Please repeat:")),
@@ -89,7 +89,7 @@ def test_a_spoken_turn_is_the_listeners_question(listener: Listener) -> None:
 @settings(max_examples=20)
 def test_text_forges_no_role_and_no_clip(listener_of, text: str) -> None:
     listener = listener_of("grounded")
-    clip = listener.hear([speech_like(0.5)])[0]
+    clip = listener.embed_audio([speech_like(0.5)])[0]
     laid = lay_out(listener, [{"role": "system", "content": text}, user_turn([text, clip, text])])
     assert laid.names.count(IM_START) == 3
     assert laid.names.count(IM_END) == 2
@@ -98,7 +98,7 @@ def test_text_forges_no_role_and_no_clip(listener_of, text: str) -> None:
 
 
 def test_a_turn_without_speech_is_answered_in_the_set_way_and_forgotten(listener: Listener) -> None:
-    silence = listener.hear([speech_like(1.0) * 0])[0]
+    silence = listener.embed_audio([speech_like(1.0) * 0])[0]
     talk = Conversation(listener)
     assert _say(talk, "What is said here?", silence) == listener.model.config.no_speech_sentence
     assert talk.messages == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import speech_like
+from support.tiny_models import speech_like
 
 from blsp.data.audio import AudioError, write_wav
 from blsp.inference.listener import KEPT_PREFIXES, Listener, Question
@@ -81,21 +81,21 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("adapter", ["conv", "grounded"])
 def test_frozen_parts_in_bfloat16(tiny_models_folder: Path, tmp_path: Path, adapter: str) -> None:
     """The adapter stays in float32 between them, on every route."""
-    from tiny_models import tiny_blsp
+    from support.tiny_models import tiny_blsp
 
+    from blsp.distributed import find_runtime
     from blsp.inference.conversation import Conversation
     from blsp.model.checkpoint import load_blsp, save_adapter
     from blsp.model.configuration_blsp import AUDIO_TOKEN
-    from blsp.model.distributed import find_place
 
     save_adapter(*tiny_blsp(tiny_models_folder, adapter=adapter), tmp_path / "adapter")
-    listener = Listener(*load_blsp(tmp_path / "adapter", find_place("cpu", "bfloat16")))
+    listener = Listener(*load_blsp(tmp_path / "adapter", find_runtime("cpu", "bfloat16")))
     assert listener.model.lm_head.weight.dtype == torch.bfloat16
     assert next(listener.model.model.multi_modal_projector.parameters()).dtype == torch.float32
     clip = speech_like(1.0)
     assert listener.answer(clip, max_new_tokens=5) == "".join(listener.stream(clip, max_new_tokens=5))
     talk = Conversation(listener)
     for _ in range(2):
-        assert isinstance("".join(talk.ask(*listener.hear([clip]), "what?")), str)
+        assert isinstance("".join(talk.ask(*listener.embed_audio([clip]), "what?")), str)
     inputs = listener.processor(text=f"say{AUDIO_TOKEN}", audio=clip, sampling_rate=16000)
     assert listener.model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[0] == 1

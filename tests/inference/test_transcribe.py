@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_models import speech_like
+from support.tiny_models import speech_like
 
 from blsp import cli
-from blsp.continuation.prompts import instruction_for
 from blsp.data.audio import load_audio, write_wav
 from blsp.inference import transcribe as command
-from blsp.inference.listener import BEAM
-from blsp.inference.pauses import cut_at_pauses
+from blsp.inference.listener import BEAM, cut_at_pauses
+from blsp.llm.instructions import instruction_for
 from blsp.settings import TranscribeSettings
 
 
@@ -51,8 +50,8 @@ def test_a_grounded_adapter_reads_out(run, files: list[str], listener_of) -> Non
     assert [row["audio"] for row in rows] == [files[i] for i in (0, 2, 4, 5)]
     assert all(row.keys() == {"audio", "text"} for row in rows)
     for row in rows:
-        heard = listener.hear([load_audio(row["audio"])])
-        assert row["text"] == listener.read(heard)[0] == listener.transcribe(row["audio"], readout=True)
+        heard = listener.embed_audio([load_audio(row["audio"])])
+        assert row["text"] == listener.readout(heard)[0] == listener.transcribe(row["audio"], readout=True)
     assert rows[0]["text"]
     assert rows[2]["text"] == ""
 
@@ -61,7 +60,7 @@ def test_left_to_itself_the_llm_chooses_among_what_may_have_been_said(run, liste
     listener = listener_of("grounded")
     rows = run()
     for row in rows:
-        (heard,) = listener.hear([load_audio(row["audio"])], beam=BEAM)
+        (heard,) = listener.embed_audio([load_audio(row["audio"])], beam=BEAM)
         possible = {listener.tokenizer.decode(list(each.tokens)).strip() for each in heard.hypotheses}
         assert row["text"] == listener.transcribe(row["audio"])
         assert row["text"] in (possible if heard.speech else {""})
@@ -117,12 +116,12 @@ def test_a_long_recording_is_heard_piece_by_piece(listener_of) -> None:
 
 
 def test_from_the_command_line(tiny_models_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:
-    from tiny_models import tiny_blsp
+    from support.tiny_models import tiny_blsp
 
+    from blsp.distributed import find_runtime
     from blsp.model.checkpoint import save_adapter
-    from blsp.model.distributed import find_place
 
-    pair = tiny_blsp(tiny_models_folder, adapter="grounded", place=find_place("cpu", "float32"))
+    pair = tiny_blsp(tiny_models_folder, adapter="grounded", runtime=find_runtime("cpu", "float32"))
     save_adapter(*pair, tmp_path / "adapter")
     assert cli.main(["transcribe", *files, "--model", str(tmp_path / "adapter")]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, TOLERANCE, CausalLM, place_of
+from support.tiny_models import FAMILIES, TOLERANCE, CausalLM, runtime_of
 
+from blsp.distributed import find_runtime
+from blsp.llm.language_model import UnsupportedModelError, check_supported
 from blsp.model.checkpoint import new_blsp
-from blsp.model.distributed import find_place
-from blsp.model.embedded import EmbeddedWeightsError, resolve_weights
-from blsp.model.language_model import UnsupportedModelError, check_supported
+from blsp.weights.embedded import EmbeddedWeightsError, resolve_weights
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -22,7 +22,7 @@ def _same(found: torch.Tensor, expected: torch.Tensor, family: str) -> None:
 @torch.no_grad()
 def test_logits_equal_the_plain_llm(pair_of, tiny_llm, family: str) -> None:
     model, _ = pair_of("conv", family)
-    llm = CausalLM.from_pretrained(tiny_llm(family), dtype=place_of(family).dtype)
+    llm = CausalLM.from_pretrained(tiny_llm(family), dtype=runtime_of(family).dtype)
     ids = torch.randint(3, 300, (3, 40))
     _same(model(input_ids=ids).logits, llm(input_ids=ids).logits, family)
     _same(model(input_ids=ids, logits_to_keep=5).logits, llm(input_ids=ids).logits[:, -5:], family)
@@ -33,7 +33,7 @@ def test_logits_equal_the_plain_llm(pair_of, tiny_llm, family: str) -> None:
 @torch.no_grad()
 def test_padded_logits_equal_the_plain_llm_without_padding(pair_of, tiny_llm, family: str, side: str) -> None:
     model, _ = pair_of("conv", family)
-    llm = CausalLM.from_pretrained(tiny_llm(family), dtype=place_of(family).dtype)
+    llm = CausalLM.from_pretrained(tiny_llm(family), dtype=runtime_of(family).dtype)
     short = torch.randint(3, 300, (1, 25))
     pad = (15, 0) if side == "left" else (0, 15)
     ids = torch.nn.functional.pad(short, pad)
@@ -45,7 +45,7 @@ def test_padded_logits_equal_the_plain_llm_without_padding(pair_of, tiny_llm, fa
 @FAMILY
 def test_answers_equal_the_plain_llm(pair_of, tiny_llm, family: str) -> None:
     model, _ = pair_of("conv", family)
-    llm = CausalLM.from_pretrained(tiny_llm(family), dtype=place_of(family).dtype)
+    llm = CausalLM.from_pretrained(tiny_llm(family), dtype=runtime_of(family).dtype)
     ids = torch.randint(3, 300, (2, 12))
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
@@ -79,7 +79,7 @@ def test_the_embedded_llm_keeps_its_logits() -> None:
         folder = [resolve_weights(name) for name in names][1]
     except EmbeddedWeightsError as error:
         pytest.skip(str(error))
-    model, processor = new_blsp(*names, find_place("cpu", "float32"))
+    model, processor = new_blsp(*names, find_runtime("cpu", "float32"))
     ids = processor.tokenizer("The capital of France is", return_tensors="pt").input_ids
     expected = CausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
     assert torch.equal(model(input_ids=ids).logits, expected)

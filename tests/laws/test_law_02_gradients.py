@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_examples import make_examples, write_data
+from support.training_examples import make_examples, write_data
 
-from blsp.model.distributed import find_place
+from blsp.distributed import find_runtime
+from blsp.llm.prefix import PromptedLLM
 from blsp.settings import TrainSettings
-from blsp.training import loop, opening, preparation, step
-from blsp.training.prompted_llm import PromptedLLM
+from blsp.training import loop, step
+from blsp.training import run as opening
+from blsp.training import run as preparation
 from blsp.training.step import Objective
 
 ADAPTER = "model.multi_modal_projector."
@@ -62,7 +64,7 @@ def test_frozen_weights_are_bit_identical_after_training(
 
     monkeypatch.setattr(loop, "prepare", prepare)
     loop.train(settings)
-    fresh, _ = opening.open_model(settings, find_place("cpu"), runs[0].sources)
+    fresh, _ = opening.open_model(settings, find_runtime("cpu"), runs[0].sources)
     trained, moved = runs[0].model.state_dict(), set()
     for name, tensor in fresh.state_dict().items():
         if not torch.equal(tensor, trained[name]):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, IM_END, TOLERANCE, speech_like, tiny_blsp
+from support.tiny_models import FAMILIES, IM_END, TOLERANCE, speech_like, tiny_blsp
 
-from blsp.model.decoding import Decoding, Request, decode
-from blsp.model.language_model import embed
-from blsp.model.prefix import compute_prefix
+from blsp.llm.decoding import Decoding, Request, decode
+from blsp.llm.language_model import embed
+from blsp.llm.prefix import compute_prefix
 from blsp.model.speech_encoder import encode_speech, mel_features, mel_frames
 
 ADAPTERS = ("conv", "stack", "grounded")
@@ -76,8 +76,8 @@ def test_adapters(pair_of, adapter: str, lengths: list[int]) -> None:
     batch = model.model.listen(states, torch.tensor(lengths))
     for row, length in enumerate(lengths):
         alone = model.model.listen(states[row : row + 1, :length], torch.tensor([length]))
-        places = int(alone.places[0])
-        assert int(batch.places[row]) == places == alone.vectors.shape[1]
+        places = int(alone.num_audio_tokens[0])
+        assert int(batch.num_audio_tokens[row]) == places == alone.vectors.shape[1]
         _same(batch.vectors[row, :places], alone.vectors[0])
         assert torch.equal(batch.valid[row, :places], alone.valid[0])
         assert not batch.valid[row, places:].any()
@@ -189,7 +189,7 @@ def test_padding_on_either_side(pair_of, adapter: str, side: str) -> None:
 @torch.no_grad()
 def test_training_hears_each_clip_on_its_true_length(tiny_models_folder, full_window: bool) -> None:
     from blsp.inference.listener import Listener
-    from blsp.model.prompt import Frame
+    from blsp.llm.prompt import PromptTemplate
     from blsp.training.examples import Example
     from blsp.training.step import speech_states
 
@@ -199,7 +199,14 @@ def test_training_hears_each_clip_on_its_true_length(tiny_models_folder, full_wi
     for clip in clips:
         mel, _ = mel_features(processor.feature_extractor, [clip], full_window=full_window)
         example = Example(
-            "a", 1.0, Frame((), ()), [], [], False, mel=mel[0].numpy(), mel_frames=mel_frames(len(clip))
+            "a",
+            1.0,
+            PromptTemplate((), ()),
+            [],
+            [],
+            False,
+            mel=mel[0].numpy(),
+            mel_frames=mel_frames(len(clip)),
         )
         examples.append(example)
     states, lengths = speech_states(model, examples)

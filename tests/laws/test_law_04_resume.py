@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from training_examples import write_data
+from support.training_examples import write_data
 
 from blsp.settings import TrainSettings
 from blsp.training import loop, reporting, run_state
 
 WORKERS = multiprocessing.get_context("forkserver")  # imports torch once, then every start is a fork
-WORKERS.set_forkserver_preload(["blsp.training.loop", "training_examples"])
+WORKERS.set_forkserver_preload(["blsp.training.loop", "support.training_examples"])
 KILLS = 10
 
 Results = tuple[bytes, list[dict]]  # the final weights, and the curve without the wall clock

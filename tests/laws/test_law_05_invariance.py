@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_examples import write_data
+from support.training_examples import write_data
 
 from blsp.settings import TrainSettings
 from blsp.training import loop, reporting, run_state
 
 WORKERS = multiprocessing.get_context("forkserver")
-WORKERS.set_forkserver_preload(["blsp.training.loop", "training_examples"])
+WORKERS.set_forkserver_preload(["blsp.training.loop", "support.training_examples"])
 
 
 @pytest.fixture(autouse=True)

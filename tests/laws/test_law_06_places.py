@@ -10,14 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import END_OF_TEXT, FAMILIES, IM_END, TOLERANCE, speech_like, tiny_blsp
+from support.tiny_models import END_OF_TEXT, FAMILIES, IM_END, TOLERANCE, speech_like, tiny_blsp
 
 from blsp.inference.listener import Listener
+from blsp.llm.decoding import Decoding, Request, decode
+from blsp.llm.language_model import embed
 from blsp.model.adapter import ConvAdapter, StackAdapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
-from blsp.model.decoding import Decoding, Request, decode
 from blsp.model.grounded import GroundedAdapter
-from blsp.model.language_model import embed
 from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
 
 ADAPTERS = ("conv", "stack", "grounded")
@@ -33,13 +33,17 @@ def test_every_length_has_its_places(pair_of, adapter: str) -> None:
     lengths = torch.tensor(list(frames))
     counted = _places_of_the_module(projector, lengths)
     for length, places in zip(frames, counted.tolist(), strict=True):
-        assert projector.places(length) == places
-        assert processor.places(320 * length) == processor.places(320 * (length - 1) + 1) == places
+        assert projector.num_audio_tokens(length) == places
+        assert (
+            processor.num_audio_tokens(320 * length)
+            == processor.num_audio_tokens(320 * (length - 1) + 1)
+            == places
+        )
 
 
 def _places_of_the_module(projector: torch.nn.Module, lengths: torch.Tensor) -> torch.Tensor:
     if isinstance(projector, StackAdapter):
-        return projector(torch.zeros(len(lengths), 1, 16, dtype=torch.float64), lengths).places
+        return projector(torch.zeros(len(lengths), 1, 16, dtype=torch.float64), lengths).num_audio_tokens
     assert isinstance(projector, ConvAdapter | GroundedAdapter)
     return projector.stack(torch.zeros(len(lengths), 1, 16, dtype=torch.float64), lengths)[1]
 
@@ -56,7 +60,12 @@ def test_placeholders_are_adapter_frames(pair_of, adapter: str, samples: int) ->
     heard = model.get_audio_features(features, mask)
     assert int(mask.sum()) == features.shape[2] == mel_frames(samples)
     placed = int((inputs["input_ids"] == model.config.audio_token_id).sum())
-    assert placed == len(heard.pooler_output) == int(heard.adapter.places[0]) == processor.places(samples)
+    assert (
+        placed
+        == len(heard.pooler_output)
+        == int(heard.adapter.num_audio_tokens[0])
+        == processor.num_audio_tokens(samples)
+    )
     assert heard.last_hidden_state.shape[1] == encoder_frames(mel_frames(samples))
 
 
@@ -75,7 +84,7 @@ def test_more_than_30_seconds_is_windowed_not_cut(pair_of) -> None:
         found = states[:, 1500 * window : 1500 * (window + 1)]
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-9)
     inputs = processor(text=AUDIO_TOKEN, audio=clip, sampling_rate=16000)
-    assert model(**inputs).logits.shape[1] == processor.places(len(clip)) == 409
+    assert model(**inputs).logits.shape[1] == processor.num_audio_tokens(len(clip)) == 409
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,9 +98,9 @@ def test_taking_invalid_places_out_changes_nothing(pair_of, family: str) -> None
     )
     logits = model(**inputs).logits[:, -1]
     written = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-    heard = Listener(model, processor).hear(clips)
+    heard = Listener(model, processor).embed_audio(clips)
     for row, (before, after) in enumerate((("say", " again"), ("", " louder"))):
-        assert 1 < len(heard[row].vectors) < heard[row].places
+        assert 1 < len(heard[row].vectors) < heard[row].num_audio_tokens
         ids = [processor.tokenizer(text, add_special_tokens=False).input_ids for text in (before, after)]
         embeds = torch.cat([embed(model, ids[0]), heard[row].vectors, embed(model, ids[1])])
         fast = model(inputs_embeds=embeds[None]).logits[0, -1]
@@ -131,7 +140,7 @@ def test_all_blank_is_no_speech(tiny_models_folder) -> None:
     model, processor = tiny_blsp(tiny_models_folder, adapter="grounded")
     model.model.multi_modal_projector.blank.bias.fill_(1e4)
     listener = Listener(model, processor)
-    heard = listener.hear([speech_like(1.0), speech_like(2.0)])
+    heard = listener.embed_audio([speech_like(1.0), speech_like(2.0)])
     for clip in heard:
         assert not clip.speech
         assert clip.token_ids == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, speech_like, tiny_blsp, tiny_tokenizer
+from support.tiny_models import FAMILIES, speech_like, tiny_blsp, tiny_tokenizer
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,15 +22,15 @@ from transformers import (
 
 import blsp
 from blsp import cli
+from blsp.distributed import find_runtime
 from blsp.model import checkpoint
 from blsp.model.checkpoint import CheckpointError, export_merged, load_blsp, new_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
-from blsp.model.distributed import find_place
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, BlspModel
 from blsp.model.processing_blsp import BlspProcessor
 
 ADAPTERS = ("conv", "stack", "grounded")
-F32 = find_place("cpu", "float32")
+F32 = find_runtime("cpu", "float32")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def saved(tiny_models_folder: Path, tmp_path: Path):
     """`saved(adapter, family)`: a float32 model, its processor, and the folder they were saved in."""
 
     def save(adapter: str = "conv", family: str = "llama"):
-        model, processor = tiny_blsp(tiny_models_folder, family=family, adapter=adapter, place=F32)
+        model, processor = tiny_blsp(tiny_models_folder, family=family, adapter=adapter, runtime=F32)
         save_adapter(model, processor, tmp_path / "adapter", card="# A model")
         return model, processor, tmp_path / "adapter"
 
@@ -115,7 +115,7 @@ def test_the_headless_model_is_not_random_either(saved, load) -> None:
 def test_other_frozen_weights_are_refused(tiny_models_folder: Path, tmp_path: Path, part: str) -> None:
     home = tmp_path / "parts"
     shutil.copytree(tiny_models_folder, home)
-    model, processor = tiny_blsp(home, place=F32)
+    model, processor = tiny_blsp(home, runtime=F32)
     save_adapter(model, processor, tmp_path / "adapter")
     weights = home / part / "model.safetensors"
     tensors = load_file(weights)
@@ -233,7 +233,7 @@ def test_other_families_merge_with_their_own_heads_and_tables(tmp_path: Path, co
     llm = AutoModelForCausalLM.from_config(config(**sizes))
     llm.save_pretrained(tmp_path / "llm")
     tiny_tokenizer().save_pretrained(tmp_path / "llm")
-    model, processor = tiny_blsp(tmp_path, family="llm", place=F32)
+    model, processor = tiny_blsp(tmp_path, family="llm", runtime=F32)
     ids = torch.randint(3, 300, (2, 9))
     with torch.no_grad():
         assert torch.equal(model(input_ids=ids).logits, llm.eval()(input_ids=ids).logits)

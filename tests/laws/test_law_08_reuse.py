@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES, TOLERANCE, speech_like
+from support.tiny_models import FAMILIES, TOLERANCE, speech_like
 
+from blsp.llm.decoding import Decoding, Request, decode
+from blsp.llm.language_model import decoder_of, embed, logits_of
+from blsp.llm.prefix import compute_prefix
 from blsp.model.configuration_blsp import AUDIO_TOKEN
-from blsp.model.decoding import Decoding, Request, decode
-from blsp.model.language_model import decoder_of, embed, logits_of
-from blsp.model.prefix import compute_prefix
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

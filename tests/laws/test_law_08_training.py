@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES, TOLERANCE, tiny_blsp
-from training_examples import make_examples
+from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
+from support.training_examples import make_examples
 
-from blsp.model.language_model import embed
+from blsp.llm.language_model import embed
+from blsp.llm.prefix import PromptedLLM
 from blsp.training import losses, step
 from blsp.training.examples import Example
-from blsp.training.prompted_llm import PromptedLLM
 from blsp.training.step import Objective
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -36,8 +36,8 @@ def _plainly(model, examples: list[Example]) -> list[torch.Tensor]:
         states, lengths = step.speech_states(model, [example])
         heard = model.model.listen(states, lengths)
         head, tail = (
-            embed(model, example.frame.prefix_ids),
-            embed(model, [*example.frame.suffix_ids, *example.response]),
+            embed(model, example.template.prefix_ids),
+            embed(model, [*example.template.suffix_ids, *example.response]),
         )
         embeds = torch.cat([head, heard.vectors[0][heard.valid[0]], tail])[None]
         labels = torch.full(embeds.shape[:2], -100)

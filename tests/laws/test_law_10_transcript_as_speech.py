@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, TOLERANCE, tiny_blsp
+from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 
 from blsp.inference.listener import Listener, Question
-from blsp.model.adapter import Heard
-from blsp.model.decoding import Decoding, decode
+from blsp.llm.decoding import Decoding, decode
+from blsp.llm.language_model import embed
+from blsp.llm.prompt import ORDERS, transcript_ids
+from blsp.model.adapter import AudioEmbeds
 from blsp.model.grounded import BLANK, read_out
-from blsp.model.language_model import embed
-from blsp.model.prompt import ORDERS, transcript_ids
 
 FEW = torch.finfo(torch.float64).min  # the logarithm of a probability of 0
 
@@ -57,7 +57,7 @@ def test_transcript_embeddings_as_speech_have_no_divergence(pair_of, family: str
     spread = [c for token in classes for c in (BLANK, token, token)]
     table = model.model.readout_table().double()
     output = read_out(_one_hot(spread, len(table) + 1)[None], torch.tensor([len(spread)]), table)
-    heard = Heard(output.vectors[0, output.valid[0]], len(spread), True)
+    heard = AudioEmbeds(output.vectors[0, output.valid[0]], len(spread), True)
     question = Question(text=text, instruction="please repeat", order=order)
     decoding = Decoding(max_new_tokens=10, top_k_logprobs=320)
     text_route = decode(model, [listener.request(0, question, None, decoding)], 1)[0]

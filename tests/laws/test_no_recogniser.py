@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_models import speech_like, tiny_blsp
+from support.tiny_models import speech_like, tiny_blsp
 
 from blsp.data.audio import write_wav
+from blsp.distributed import find_runtime
 from blsp.model.checkpoint import save_adapter
-from blsp.model.distributed import find_place
 
 LISTEN = """
 import gc, json, sys
@@ -40,7 +40,7 @@ print(json.dumps({"made": made, "modules": sorted(modules), "loaded": loaded, "a
 
 @pytest.mark.parametrize("adapter", ["conv", "grounded"])
 def test_no_recogniser_is_loaded(tiny_models_folder: Path, tmp_path: Path, adapter: str) -> None:
-    model, processor = tiny_blsp(tiny_models_folder, adapter=adapter, place=find_place("cpu", "float32"))
+    model, processor = tiny_blsp(tiny_models_folder, adapter=adapter, runtime=find_runtime("cpu", "float32"))
     save_adapter(model, processor, tmp_path / "adapter")
     write_wav(tmp_path / "clip.wav", speech_like(1.5))
     command = [sys.executable, "-c", LISTEN, str(tmp_path / "adapter"), str(tmp_path / "clip.wav")]

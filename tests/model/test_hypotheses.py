@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES
+from support.tiny_models import FAMILIES
 
+from blsp.llm.prefix import compute_prefix
 from blsp.model.adapter import Hypothesis
 from blsp.model.hypotheses import LANGUAGE, LENGTH, log_likelihoods, n_best, weighed
-from blsp.model.prefix import compute_prefix
 
 
 def collapsed(path: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from blsp.model.grounded import GroundedAdapter
-from blsp.model.kept import Kept
+from blsp.model.grounded import GroundedAdapter, Kept
 
 
 def test_worked_out_once_and_again_after_a_change() -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import speech_like, tiny_blsp
+from support.tiny_models import speech_like, tiny_blsp
 from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, BatchFeature, pipeline
 
 import blsp
 from blsp.data.audio import write_wav
+from blsp.distributed import find_runtime
 from blsp.inference.listener import Listener, Question
 from blsp.model.checkpoint import save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig
-from blsp.model.distributed import find_place
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 
@@ -24,7 +24,7 @@ CLIP = speech_like(1.3)
 
 @pytest.fixture(scope="module", params=["conv", "grounded"])
 def pair(request, tiny_models_folder: Path) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    return tiny_blsp(tiny_models_folder, adapter=request.param, place=find_place("cpu", "float32"))
+    return tiny_blsp(tiny_models_folder, adapter=request.param, runtime=find_runtime("cpu", "float32"))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_conversation_with_parts_becomes_the_llms_own_prompt(pair) -> None:
     model, processor = pair
     inputs = _by_template(processor, _messages(CLIP))
     text = processor.tokenizer.decode(inputs["input_ids"][0])
-    heard = AUDIO_TOKEN * processor.places(len(CLIP))
+    heard = AUDIO_TOKEN * processor.num_audio_tokens(len(CLIP))
     expected = f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nPlease repeat:{heard}<|im_end|>\n"
     assert text == expected + "<|im_start|>assistant\n"
     assert torch.isfinite(model(**inputs).logits).all()

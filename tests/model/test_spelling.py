@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_blsp, tiny_tokenizer
+from support.tiny_models import tiny_blsp, tiny_tokenizer
 
+from blsp.distributed import Runtime
 from blsp.model.checkpoint import load_blsp, save_adapter
-from blsp.model.distributed import Place
-from blsp.model.readout import widen_readout
-from blsp.model.spelling import GROUPS, Spelling, letter_groups, token_strings
+from blsp.model.grounded import GROUPS, Spelling, letter_groups, token_strings, widen_readout
 
 
 def groups_of(token: str) -> set[int]:
@@ -79,8 +78,8 @@ def test_a_token_that_was_never_heard_is_read_by_its_letters() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_spelling_is_saved_with_the_adapter(tmp_path, dtype: torch.dtype) -> None:
-    place = Place(torch.device("cpu"), torch.float32)
-    model, processor = tiny_blsp(tmp_path, adapter="grounded", adapter_options={"spelling": 8}, place=place)
+    place = Runtime(torch.device("cpu"), torch.float32)
+    model, processor = tiny_blsp(tmp_path, adapter="grounded", adapter_options={"spelling": 8}, runtime=place)
     save_adapter(model, processor, tmp_path / "saved", dtype=dtype)
     again, _ = load_blsp(tmp_path / "saved", place)
     before, after = (each.model.multi_modal_projector.spelling.groups for each in (model, again))

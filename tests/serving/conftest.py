@@ -18,7 +18,7 @@ import openai
 import pytest
 import soundfile
 import uvicorn
-from tiny_models import speech_like, tiny_blsp
+from support.tiny_models import speech_like, tiny_blsp
 
 from blsp.inference.listener import Listener
 from blsp.serving.app import create_app

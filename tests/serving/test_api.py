@@ -11,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 from serving.conftest import Running, audio_part, spoken, user, wav
-from tiny_models import IM_START
+from support.tiny_models import IM_START
 
 from blsp.inference.listener import Question
 

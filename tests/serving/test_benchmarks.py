@@ -9,7 +9,7 @@ from conftest import Running
 
 from benchmarks.serve_load import answer_alone
 from benchmarks.serve_robustness import attack, by_schemathesis
-from benchmarks.serving import crowd, recordings, spoken_question
+from benchmarks.support.serving import crowd, recordings, spoken_question
 
 WORDS = "Please repeat the following words:"
 

@@ -22,13 +22,13 @@ import openai
 import pytest
 from serving.conftest import Running, audio_part, spoken, user, wav
 
-from blsp.model.decoding import Decoder
+from blsp.llm.decoding import Decoder
+from blsp.serving import audio_input as sound
 from blsp.serving import scheduler as scheduler_module
-from blsp.serving import sound
-from blsp.serving.process import check_exposure, reserve
+from blsp.serving.api import ApiError
 from blsp.serving.recogniser import SharedRecogniser
 from blsp.serving.scheduler import Failed, Job, Limits, Scheduler
-from blsp.serving.schema import ApiError
+from blsp.serving.server import check_exposure, reserve
 from blsp.settings import ServeSettings
 
 
@@ -322,7 +322,7 @@ def test_a_language_that_the_recogniser_does_not_know_is_refused(server: Running
     asked = SharedRecogniser(None, server.listener)
 
     class Strict:
-        def hear(self, clip: np.ndarray, language: str) -> str:
+        def transcribe_clip(self, clip: np.ndarray, language: str) -> str:
             raise ValueError(f"{language!r} is not a valid language code")
 
     asked._loaded = Strict()  # type: ignore[assignment]
@@ -395,9 +395,9 @@ def test_the_recogniser_keeps_no_crowd_and_no_deadline_waits(server: Running, mo
 SERVE = """
 import sys
 from pathlib import Path
-from tiny_models import tiny_blsp
+from support.tiny_models import tiny_blsp
 from blsp.inference.listener import Listener
-from blsp.serving import process
+from blsp.serving import server as process
 from blsp.settings import ServeSettings
 process.load = lambda *args, **named: Listener(*tiny_blsp(Path(sys.argv[1]), family="llama", adapter="grounded"))
 process.serve(ServeSettings(port=0))

@@ -10,42 +10,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blsp.training.batches import DataFile, Plan, cut, prefetch
+from blsp.training.batches import DataFile, DataOrder, cut, prefetch
 
 
 def _lengths_of(rows: np.ndarray) -> np.ndarray:
     return (rows * 7919) % 101 + 5
 
 
-def _epoch(plan: Plan, epoch: int) -> list[np.ndarray]:
+def _epoch(plan: DataOrder, epoch: int) -> list[np.ndarray]:
     return list(islice(plan.steps(epoch * plan.steps_per_epoch, _lengths_of), plan.steps_per_epoch))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 9), st.integers(0, 5))
 def test_an_epoch_takes_every_row_once(count: int, batch_size: int, seed: int) -> None:
-    plan = Plan((DataFile(0, count),), batch_size, seed)
+    plan = DataOrder((DataFile(0, count),), batch_size, seed)
     steps = _epoch(plan, 1)
     assert sorted(np.concatenate(steps).tolist()) == list(range(count))
     assert all(1 <= len(step) <= batch_size for step in steps)
 
 
 def test_epochs_differ_and_seeds_differ_and_the_same_is_the_same() -> None:
-    plan, other = Plan((DataFile(0, 500),), 8, 0), Plan((DataFile(0, 500),), 8, 1)
+    plan, other = DataOrder((DataFile(0, 500),), 8, 0), DataOrder((DataFile(0, 500),), 8, 1)
     order = [np.concatenate(_epoch(p, e)).tolist() for p, e in [(plan, 0), (plan, 1), (other, 0), (plan, 0)]]
     assert order[0] == order[3] and order[0] != order[1] and order[0] != order[2]
 
 
 @pytest.mark.parametrize("count", [7, 300, 2600])
 def test_any_step_can_be_the_first(count: int) -> None:
-    plan = Plan((DataFile(0, count),), 4, 3)
+    plan = DataOrder((DataFile(0, count),), 4, 3)
     steps = list(islice(plan.steps(0, _lengths_of), 2 * plan.steps_per_epoch + 3))
     for first in (1, plan.steps_per_epoch - 1, plan.steps_per_epoch, plan.steps_per_epoch + 2):
         np.testing.assert_array_equal(next(plan.steps(first, _lengths_of)), steps[first])
 
 
 def test_weights_are_kept_over_epochs() -> None:
-    plan = Plan((DataFile(0, 100), DataFile(100, 90, 1 / 3), DataFile(190, 10, 2.0)), 16, 0)
+    plan = DataOrder((DataFile(0, 100), DataFile(100, 90, 1 / 3), DataFile(190, 10, 2.0)), 16, 0)
     counts = np.zeros(200, dtype=int)
     for epoch in range(3):
         np.add.at(counts, np.concatenate(_epoch(plan, epoch)), 1)
@@ -53,7 +53,7 @@ def test_weights_are_kept_over_epochs() -> None:
 
 
 def test_a_window_is_read_in_blocks_and_holds_like_lengths() -> None:
-    plan = Plan((DataFile(0, 200_000),), 16, 0)
+    plan = DataOrder((DataFile(0, 200_000),), 16, 0)
     steps = list(islice(plan.steps(0, _lengths_of), 128))
     lengths = _lengths_of(steps[77])
     assert (np.diff(lengths) >= 0).all() and lengths[-1] - lengths[0] <= 3

@@ -6,26 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import IM_END, tiny_tokenizer
-from training_examples import INSTRUCTION, write_data, write_teacher
+from support.tiny_models import IM_END, tiny_tokenizer
+from support.training_examples import INSTRUCTION, write_data, write_teacher
 from transformers import WhisperFeatureExtractor
 
 from blsp.continuation.topk import TopKError
 from blsp.data.manifest import SkippedLog
-from blsp.model.prompt import frame_prompt, text_ids, transcript_ids
-from blsp.training.examples import Example, ExampleReader, Taught, lengths_for
-from blsp.training.sources import DataError, choose_teacher, open_sources
-from blsp.training.table import ROW, Table, id_hash, open_table
+from blsp.llm.prompt import frame_prompt, text_ids, transcript_ids
+from blsp.training.dataset import ROW, DataError, Table, choose_teacher, id_hash, open_sources, open_table
+from blsp.training.examples import Example, ExampleReader, Targets, lengths_for
 
-CE, CTC = Taught("ce", grounded=False, ctc=False), Taught("ctc", grounded=True, ctc=True)
+CE, CTC = Targets("ce", grounded=False, ctc=False), Targets("ctc", grounded=True, ctc=True)
 
 
-def _reader(taught: Taught = CE) -> ExampleReader:
+def _reader(taught: Targets = CE) -> ExampleReader:
     return ExampleReader(
         taught=taught,
         tokenizer=tiny_tokenizer(),
         extractor=WhisperFeatureExtractor(feature_size=16),
-        places=lambda frames: -(-frames // 4),
+        num_audio_tokens=lambda frames: -(-frames // 4),
         end=IM_END,
         no_speech_sentence="nothing",
         classes={token: token - 2 for token in range(3, 300)} if taught.ctc else {},
@@ -54,8 +53,8 @@ def test_an_answer_cut_at_the_limit_teaches_no_end(tmp_path: Path) -> None:
         assert isinstance(example, Example)
         ended = row.extra["finish"] == "stop"
         assert example.response == row.extra["continuation_ids"] + [IM_END] * ended
-        assert example.frame == frame_prompt(reader.tokenizer, INSTRUCTION, row.extra["order"])
-        assert place["tail"] == len(example.frame.suffix_ids) + len(example.response) - 1
+        assert example.template == frame_prompt(reader.tokenizer, INSTRUCTION, row.extra["order"])
+        assert place["tail"] == len(example.template.suffix_ids) + len(example.response) - 1
         assert example.transcript == transcript_ids(reader.tokenizer, row.text)
         assert place["frames"] == -(-example.mel_frames // 2)
         assert place["hash"] == id_hash(row.id)
@@ -137,7 +136,7 @@ def test_no_speech_rows_take_a_prompt_of_the_others_and_the_set_sentence(tmp_pat
         assert len(silent) == 3
         for place in silent:
             example = reader.example(place, sources, 0)
-            assert example.no_speech and example.frame.suffix_ids
+            assert example.no_speech and example.template.suffix_ids
             answer = [*text_ids(reader.tokenizer, expected), IM_END] if expected else []
             assert example.response == answer
 

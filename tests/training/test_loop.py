@@ -10,22 +10,21 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_models import save_language_model
-from training_examples import write_data
+from support.tiny_models import save_language_model
+from support.training_examples import write_data
 
 from blsp import configuration_file
 from blsp.data.audio import write_wav
+from blsp.distributed import find_runtime
+from blsp.features.encode import FeatureCache
 from blsp.model.checkpoint import load_blsp
-from blsp.model.distributed import find_place
-from blsp.model.features import FeatureCache
-from blsp.model.kept import Kept
+from blsp.model.grounded import Kept
 from blsp.settings import SettingsError, TrainSettings
 from blsp.training import loop, reporting, step
+from blsp.training.dataset import DataError
 from blsp.training.loop import TrainingError, train
-from blsp.training.optimisation import learning_rate
-from blsp.training.run_folder import claimed
-from blsp.training.run_state import ResumeError, newest_complete
-from blsp.training.sources import DataError
+from blsp.training.optimiser import learning_rate
+from blsp.training.run_state import ResumeError, claimed, newest_complete
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_the_run_folder_is_what_the_contract_says(settings: TrainSettings, capsy
     assert newest_complete(out / "checkpoints").name == "step-6"
     card = (out / "adapter" / "README.md").read_text()
     assert "library_name: transformers" in card and "held-out" in card
-    model, _ = load_blsp(out / "adapter", find_place("cpu"))
+    model, _ = load_blsp(out / "adapter", find_runtime("cpu"))
     stored = load_file(out / "checkpoints" / "step-6" / "adapter.safetensors")
     for name, tensor in model.model.multi_modal_projector.state_dict().items():
         assert torch.equal(tensor, stored[name])
@@ -110,7 +109,7 @@ def test_two_runs_in_one_folder_are_refused_and_nothing_foreign_is_removed(setti
     mine = settings.out / "checkpoints" / "not-ours.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("kept")
-    with claimed(settings.out, find_place("cpu")), pytest.raises(ResumeError, match="another process"):
+    with claimed(settings.out, find_runtime("cpu")), pytest.raises(ResumeError, match="another process"):
         train(settings)
     train(replace(settings, steps=1))
     assert mine.read_text() == "kept"

@@ -7,7 +7,7 @@ import numpy as np
 from blsp.data.audio import load_audio
 from blsp.data.corpora.no_speech import SOUNDS
 from blsp.data.manifest import Manifest
-from blsp.training.no_speech import CLIPS, write_no_speech
+from blsp.training.run import CLIPS, write_no_speech
 
 
 def test_clips_are_a_function_of_the_seed(tmp_path: Path) -> None:

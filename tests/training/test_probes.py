@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import tiny_blsp
-from training_examples import make_examples
+from support.tiny_models import tiny_blsp
+from support.training_examples import make_examples
 
+from blsp.llm.language_model import embed
+from blsp.llm.prefix import PromptedLLM
 from blsp.model.adapter import AdapterOutput
-from blsp.model.language_model import embed
 from blsp.training import probes
 from blsp.training.probes import Probe
-from blsp.training.prompted_llm import PromptedLLM
 
 
 def test_divergence_is_zero_where_the_speech_is_the_transcript_s_embeddings(pair_of, monkeypatch) -> None:

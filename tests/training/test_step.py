@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_examples import make_examples, silent
+from support.training_examples import make_examples, silent
 
-from blsp.model.language_model import embed
+from blsp.llm.language_model import embed
+from blsp.llm.prefix import PromptedLLM
 from blsp.training import step
 from blsp.training.losses import ce_loss, kl_loss
-from blsp.training.prompted_llm import PromptedLLM
 from blsp.training.step import Counts, Objective
 
 TIGHT = dict(rtol=0, atol=1e-9)
@@ -19,7 +19,7 @@ def _one_by_one(model, examples, vectors_of) -> list[torch.Tensor]:
     """Logits at response positions of each example: whole sequence, no cache, no padding."""
     found = []
     for example, vectors in zip(examples, vectors_of, strict=True):
-        frame = example.frame
+        frame = example.template
         parts = [
             embed(model, frame.prefix_ids),
             vectors,

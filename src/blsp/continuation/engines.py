@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blsp.model.decoding import Decoding, Request, decode
-from blsp.model.language_model import decoder_of, embed, logits_of, stop_ids
-from blsp.model.prefix import Prefix, compute_prefix
-from blsp.model.prompt import Frame, Order, frame_prompt, transcript_ids
+from blsp.llm.decoding import Decoding, Request, decode
+from blsp.llm.language_model import decoder_of, embed, logits_of, stop_ids
+from blsp.llm.prefix import Prefix, compute_prefix
+from blsp.llm.prompt import Order, PromptTemplate, frame_prompt, transcript_ids
 
 FRAMES_KEPT = 64  # instructions whose key/values are held; a run has a handful unless rows bring their own
 LOGITS_AT_A_TIME = 1 << 24  # V × positions whose scores exist at once: 64 MiB in float32
@@ -68,14 +68,14 @@ class Engine(Protocol):
     def write(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Written]]: ...
 
 
-class Frames:
+class PrefixCache:
     """Prompt frames and their prefixes' key/values, computed once an instruction."""
 
     def __init__(self, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._llm, self._tokenizer = llm, tokenizer
-        self._kept: dict[tuple[str, Order], tuple[Frame, Prefix | None]] = {}
+        self._kept: dict[tuple[str, Order], tuple[PromptTemplate, Prefix | None]] = {}
 
-    def of(self, prompts: Sequence[Prompt]) -> list[tuple[Frame, Prefix | None]]:
+    def of(self, prompts: Sequence[Prompt]) -> list[tuple[PromptTemplate, Prefix | None]]:
         """The frame and prefix of each prompt; equal ones are one object, which is how rows share them."""
         wanted = dict.fromkeys((prompt.instruction, prompt.order) for prompt in prompts)
         if len(self._kept) + len(wanted) > FRAMES_KEPT:
@@ -94,7 +94,7 @@ class TransformersEngine:
     def __init__(self, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
         self._llm, self._tokenizer = llm, tokenizer
         self._decoding = replace(decoding, stop_ids=decoding.stop_ids or stop_ids(llm))
-        self._frames = Frames(llm, tokenizer)
+        self._frames = PrefixCache(llm, tokenizer)
 
     def write(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Written]]:
         for batch in batches:
@@ -128,20 +128,20 @@ class ScoringEngine:
     ) -> None:
         self._llm, self._tokenizer = llm, tokenizer
         self._top_k, self._temperature = top_k, temperature
-        self._frames = Frames(llm, tokenizer)
+        self._frames = PrefixCache(llm, tokenizer)
 
     def write(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Written]]:
         for batch in batches:
             yield [written for group in self._by_prefix(batch) for written in self._score(group)]
 
-    def _by_prefix(self, batch: Sequence[Prompt]) -> list[list[tuple[Prompt, Frame, Prefix | None]]]:
-        groups: dict[int, list[tuple[Prompt, Frame, Prefix | None]]] = {}
+    def _by_prefix(self, batch: Sequence[Prompt]) -> list[list[tuple[Prompt, PromptTemplate, Prefix | None]]]:
+        groups: dict[int, list[tuple[Prompt, PromptTemplate, Prefix | None]]] = {}
         for prompt, (frame, prefix) in zip(batch, self._frames.of(batch), strict=True):
             groups.setdefault(id(prefix), []).append((prompt, frame, prefix))
         return list(groups.values())
 
     @torch.no_grad()
-    def _score(self, group: list[tuple[Prompt, Frame, Prefix | None]]) -> list[Written]:
+    def _score(self, group: list[tuple[Prompt, PromptTemplate, Prefix | None]]) -> list[Written]:
         prefix = group[0][2]
         before = len(prefix) if prefix else 0
         questions = [[*transcript_ids(self._tokenizer, p.text), *frame.suffix_ids] for p, frame, _ in group]

@@ -28,8 +28,8 @@ from typing import Any
 import httpx
 
 from blsp.continuation.engines import Prompt, Written
-from blsp.model.decoding import Decoding
-from blsp.model.prompt import Order
+from blsp.llm.decoding import Decoding
+from blsp.llm.prompt import Order
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; doubled from one attempt to the next
 WORTH_REPEATING = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
@@ -167,7 +167,7 @@ async def _leave(client: httpx.AsyncClient, running: set[asyncio.Task[list[Writt
 
 
 def user_message(instruction: str, order: Order, text: str) -> str:
-    """The user's turn as `model/prompt.py` splices it, for a server that applies the template itself."""
+    """The user's turn as `llm/prompt.py` splices it, for a server that applies the template itself."""
     instruction, text = instruction.strip(), " " + text.strip()
     return f"{text}\n{instruction}" if order == "speech-first" else instruction + text
 

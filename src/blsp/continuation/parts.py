@@ -31,7 +31,7 @@ class Record:
     fields: dict[str, Any]
 
 
-class Part:
+class AnswerLog:
     """The part file of one rank, opened for going on."""
 
     def __init__(self, folder: Path, rank: int, top_k: int) -> None:
@@ -73,7 +73,7 @@ class Part:
         first, self._steps = self._steps, self._steps + len(top.ids)
         return first, len(top.ids)
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> AnswerLog:
         return self
 
     def __exit__(
@@ -124,7 +124,7 @@ def done_keys(folder: Path, jobs: int) -> np.ndarray:
     return done
 
 
-class Answers:
+class AnswerReader:
     """Random access to recorded answers by key, for the merge."""
 
     def __init__(self, folder: Path, jobs: int, top_k: int) -> None:

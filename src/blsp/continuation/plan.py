@@ -3,7 +3,7 @@
 In:  jobs in output order, one an output row (from a manifest, or from finished continuations to be scored).
 Out: a folder with the jobs, the first job of each group of equal prompts, and the order in which prompts are
      computed; batch b is prompts [b·B, (b+1)·B) of that order, for good.
-Try: `plan = Plan(Path("out.parts/plan")); len(plan), plan.batches, plan.batch(0)`
+Try: `plan = PromptPlan(Path("out.parts/plan")); len(plan), plan.batches, plan.batch(0)`
 Flow: continuation/ — rank 0 writes it, every rank reads it. Arrays are files: 10⁷ rows cost disk, not memory.
 
 Prompts are ordered by what is asked (so that a batch shares its prefix), then longest first (so that a batch
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from blsp.model.prompt import Order
+from blsp.llm.prompt import Order
 
 JOB = np.dtype([("row", "<i8"), ("ask", "<i4"), ("tokens", "<i4"), ("prompt", "<u8", (2,)), ("first", "<i8")])
 NO_SPEECH = -1  # in `first`: the row is answered by rule, without the LLM
@@ -31,7 +31,7 @@ ASK_BITS, TOKEN_BITS, JOB_BITS = 20, 13, 31  # of the sort key: ask | longest fi
 
 
 @dataclass(frozen=True)
-class Ask:
+class PromptSpec:
     """What the LLM is asked to do with a transcript."""
 
     behaviour: str
@@ -40,11 +40,11 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedPrompt:
     """One output row. digest: 16 bytes that are equal for equal prompts; None for a no-speech row."""
 
     row: int
-    ask: Ask
+    ask: PromptSpec
     tokens: int
     digest: bytes | None
 
@@ -58,13 +58,13 @@ def prompt_digest(*fields: str) -> bytes:
     return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
 
 
-class Plan:
+class PromptPlan:
     """A plan on disk, read through memory maps."""
 
     def __init__(self, folder: Path) -> None:
         self.state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         asks = json.loads((folder / "asks.json").read_text(encoding="utf-8"))
-        self.asks = [Ask(**ask) for ask in asks]
+        self.asks = [PromptSpec(**ask) for ask in asks]
         self.jobs = _open(folder / "jobs.bin", JOB, self.state["jobs"])
         self.order = _open(folder / "order.i64", np.dtype("<i8"), self.state["prompts"])
         self.batch_size = int(self.state["batch_size"])
@@ -81,7 +81,9 @@ class Plan:
         return self.order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
 
 
-def write_plan(folder: Path, jobs: Iterable[Job], batch_size: int, state: dict[str, Any]) -> Plan:
+def write_plan(
+    folder: Path, jobs: Iterable[PlannedPrompt], batch_size: int, state: dict[str, Any]
+) -> PromptPlan:
     """Write the plan under a temporary name, then rename it. `state` is kept beside the counts."""
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -97,11 +99,11 @@ def write_plan(folder: Path, jobs: Iterable[Job], batch_size: int, state: dict[s
     counts = {"jobs": count, "prompts": prompts, "batch_size": batch_size, "sha256": digest}
     (temporary / "state.json").write_text(json.dumps(state | counts), encoding="utf-8")
     temporary.rename(folder)
-    return Plan(folder)
+    return PromptPlan(folder)
 
 
-def _write_jobs(folder: Path, jobs: Iterable[Job]) -> tuple[int, list[Ask]]:
-    asks: dict[Ask, int] = {}
+def _write_jobs(folder: Path, jobs: Iterable[PlannedPrompt]) -> tuple[int, list[PromptSpec]]:
+    asks: dict[PromptSpec, int] = {}
     block = np.zeros(4096, JOB)
     count = filled = 0
     with open(folder / "jobs.bin", "wb") as file:

@@ -21,19 +21,19 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from blsp.continuation.engines import Engine, Prompt, ScoringEngine
-from blsp.continuation.header import HeaderError, file_digest, read_header, text_digest, write_header
-from blsp.continuation.jobs import scoring_jobs
-from blsp.continuation.parts import Answers
-from blsp.continuation.plan import Plan
+from blsp.continuation.parts import AnswerReader
+from blsp.continuation.plan import PromptPlan
+from blsp.continuation.provenance import HeaderError, file_digest, read_header, text_digest, write_header
+from blsp.continuation.requests import scoring_jobs
 from blsp.continuation.topk import topk_folder
 from blsp.continuation.work import WAIT, await_all, compute, open_plan
 from blsp.continuation.writer import load_tokenizer, write_top_k
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, write_manifest
+from blsp.distributed import Runtime, find_runtime
+from blsp.llm.prompt import text_ids
 from blsp.model.checkpoint import load_language_model
-from blsp.model.digest import tensor_digest
-from blsp.model.distributed import Place, find_place
-from blsp.model.embedded import resolve_weights
-from blsp.model.prompt import text_ids
+from blsp.weights.digest import tensor_digest
+from blsp.weights.embedded import resolve_weights
 
 if TYPE_CHECKING:
     from blsp.settings import ContinueSettings
@@ -43,7 +43,7 @@ TOKENISED = "tokenised from the text where the server returned none"
 
 def score_continuations(settings: ContinueSettings) -> None:
     """Add the top-k to `settings.out`; the manifest is not read again."""
-    place = find_place(settings.device, settings.dtype)
+    runtime = find_runtime(settings.device, settings.dtype)
     out = Path(settings.out)
     tokenizer, wanted = (
         load_tokenizer(settings.llm),
@@ -57,11 +57,11 @@ def score_continuations(settings: ContinueSettings) -> None:
             raise HeaderError(
                 f"{topk_folder(out)}: holds {header['top_k']}, not {wanted}; remove it to score anew"
             )
-        if place.rank == 0:
+        if runtime.rank == 0:
             shutil.rmtree(_folder(out), ignore_errors=True)
             print(f"{topk_folder(out)}: is complete: nothing to do")
         return
-    _ensure_ids(out, header, tokenizer, place)
+    _ensure_ids(out, header, tokenizer, runtime)
     rows = Manifest(out, key=CONTINUATION_KEY)
     facts = {
         "rows_sha256": file_digest(rows.paths),
@@ -69,19 +69,19 @@ def score_continuations(settings: ContinueSettings) -> None:
         "batch_size": settings.batch_size,
     } | wanted
     plan = open_plan(
-        _folder(out), facts, settings.batch_size, lambda: scoring_jobs(rows, tokenizer, str(out)), place
+        _folder(out), facts, settings.batch_size, lambda: scoring_jobs(rows, tokenizer, str(out)), runtime
     )
     compute(
         plan,
         _folder(out),
-        place,
+        runtime,
         settings.top_k,
-        partial(_engine, settings, place),
+        partial(_engine, settings, runtime),
         partial(_prompt, rows, plan),
     )
-    if place.rank == 0:
-        await_all(_folder(out), place)
-        answers = Answers(_folder(out), len(plan), settings.top_k)
+    if runtime.rank == 0:
+        await_all(_folder(out), runtime)
+        answers = AnswerReader(_folder(out), len(plan), settings.top_k)
         write_top_k(out, plan, answers, wanted | {"llm_sha256": digest, "source": "teacher-forced"})
         answers.close()
         write_header(out, read_header(out) | {"top_k": wanted})
@@ -106,11 +106,13 @@ def _check_teacher(
         )
 
 
-def _ensure_ids(out: Path, header: dict[str, Any], tokenizer: PreTrainedTokenizerBase, place: Place) -> None:
+def _ensure_ids(
+    out: Path, header: dict[str, Any], tokenizer: PreTrainedTokenizerBase, runtime: Runtime
+) -> None:
     """Give every row its `continuation_ids`; killed here, it is simply done again."""
     if header["continuation_ids"] in ("generated", TOKENISED):
         return
-    if place.rank == 0:
+    if runtime.rank == 0:
         write_manifest(out, _rows_with_ids(out, tokenizer), relative_to=out.absolute().parent)
         write_header(out, header | {"continuation_ids": TOKENISED})
     while read_header(out)["continuation_ids"] != TOKENISED:
@@ -125,12 +127,12 @@ def _rows_with_ids(out: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[di
         yield values
 
 
-def _engine(settings: ContinueSettings, place: Place) -> Engine:
-    llm, tokenizer = load_language_model(settings.llm, place)
+def _engine(settings: ContinueSettings, runtime: Runtime) -> Engine:
+    llm, tokenizer = load_language_model(settings.llm, runtime)
     return ScoringEngine(llm, tokenizer, settings.top_k, settings.top_k_temperature)
 
 
-def _prompt(rows: Manifest, plan: Plan, job: int) -> Prompt:
+def _prompt(rows: Manifest, plan: PromptPlan, job: int) -> Prompt:
     planned = plan.jobs[job]
     ask, row = plan.asks[int(planned["ask"])], rows[int(planned["row"])]
     answer = tuple(row.extra["continuation_ids"])

@@ -21,48 +21,52 @@ from typing import Any
 from tqdm import tqdm
 
 from blsp.continuation.engines import Engine, Prompt
-from blsp.continuation.header import text_digest
-from blsp.continuation.parts import Part, done_keys
-from blsp.continuation.plan import Job, Plan, write_plan
-from blsp.model.distributed import Place
+from blsp.continuation.parts import AnswerLog, done_keys
+from blsp.continuation.plan import PlannedPrompt, PromptPlan, write_plan
+from blsp.continuation.provenance import text_digest
+from blsp.distributed import Runtime
 
 WAIT = 0.5  # seconds between two looks for what another rank writes
 
 
 def open_plan(
-    folder: Path, identity: dict[str, Any], batch_size: int, jobs: Callable[[], Iterable[Job]], place: Place
-) -> Plan:
+    folder: Path,
+    identity: dict[str, Any],
+    batch_size: int,
+    jobs: Callable[[], Iterable[PlannedPrompt]],
+    runtime: Runtime,
+) -> PromptPlan:
     """The plan of the job that `identity` describes: written by rank 0, awaited by the others."""
     stamp, home = text_digest(json.dumps(identity, sort_keys=True)), folder / "plan"
     while not _is_plan_of(home, stamp):
-        if place.rank == 0:
+        if runtime.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of a job that got no further than its plan
             folder.mkdir(parents=True)
             return write_plan(home, jobs(), batch_size, {"identity": stamp})
         time.sleep(WAIT)
-    return Plan(home)
+    return PromptPlan(home)
 
 
 def _is_plan_of(home: Path, stamp: str) -> bool:
-    return (home / "state.json").exists() and Plan(home).state.get("identity") == stamp
+    return (home / "state.json").exists() and PromptPlan(home).state.get("identity") == stamp
 
 
 def compute(
-    plan: Plan,
+    plan: PromptPlan,
     folder: Path,
-    place: Place,
+    runtime: Runtime,
     top_k: int,
     engine: Callable[[], Engine],
     prompt: Callable[[int], Prompt],
 ) -> None:
     """Answer this rank's batches that are not answered yet. The engine is made only if there are any."""
-    finished = folder / f"rank-{place.rank}-of-{place.world}.done"
+    finished = folder / f"rank-{runtime.rank}-of-{runtime.world}.done"
     if finished.exists():
         return
     done = done_keys(folder, len(plan))
-    mine = range(place.rank, plan.batches, place.world)
+    mine = range(runtime.rank, plan.batches, runtime.world)
     missing = [number for number in mine if not done[plan.order[number * plan.batch_size]]]
-    with Part(folder, place.rank, top_k) as part, _progress(plan, mine, missing, place) as progress:
+    with AnswerLog(folder, runtime.rank, top_k) as part, _progress(plan, mine, missing, runtime) as progress:
         begun, tokens = time.monotonic(), 0
         if missing:
             for batch in engine().write(_prompts(plan, missing, prompt)):
@@ -73,19 +77,21 @@ def compute(
     finished.touch()
 
 
-def await_all(folder: Path, place: Place) -> None:
+def await_all(folder: Path, runtime: Runtime) -> None:
     """Rank 0 waits here until every rank has answered its share."""
-    markers = [folder / f"rank-{rank}-of-{place.world}.done" for rank in range(place.world)]
+    markers = [folder / f"rank-{rank}-of-{runtime.world}.done" for rank in range(runtime.world)]
     while not all(marker.exists() for marker in markers):
         time.sleep(WAIT)
 
 
-def _prompts(plan: Plan, missing: list[int], prompt: Callable[[int], Prompt]) -> Iterator[list[Prompt]]:
+def _prompts(plan: PromptPlan, missing: list[int], prompt: Callable[[int], Prompt]) -> Iterator[list[Prompt]]:
     for number in missing:
         yield [prompt(job) for job in plan.batch(number)]
 
 
-def _progress(plan: Plan, mine: range, missing: list[int], place: Place) -> tqdm:
+def _progress(plan: PromptPlan, mine: range, missing: list[int], runtime: Runtime) -> tqdm:
     total = sum(len(plan.batch(number)) for number in mine)
     left = sum(len(plan.batch(number)) for number in missing)
-    return tqdm(total=total, initial=total - left, unit="prompt", disable=place.rank != 0, dynamic_ncols=True)
+    return tqdm(
+        total=total, initial=total - left, unit="prompt", disable=runtime.rank != 0, dynamic_ncols=True
+    )

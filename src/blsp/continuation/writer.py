@@ -30,7 +30,9 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from blsp.continuation.engines import Engine, Prompt, TransformersEngine
-from blsp.continuation.header import (
+from blsp.continuation.parts import AnswerReader
+from blsp.continuation.plan import NO_SPEECH, PromptPlan
+from blsp.continuation.provenance import (
     HeaderError,
     changed_surroundings,
     file_digest,
@@ -41,21 +43,18 @@ from blsp.continuation.header import (
     text_digest,
     write_header,
 )
-from blsp.continuation.jobs import Asking, continuation_jobs, read_text
-from blsp.continuation.mixture import parse_mixture
-from blsp.continuation.parts import Answers
-from blsp.continuation.plan import NO_SPEECH, Plan
-from blsp.continuation.prompts import NO_SPEECH_SENTENCE, instruction_for
+from blsp.continuation.requests import PromptPolicy, continuation_jobs, parse_mixture, read_text
 from blsp.continuation.topk import TopKWriter, topk_folder
 from blsp.continuation.work import await_all, compute, open_plan
 from blsp.data.manifest import Manifest, SkippedLog, Utterance, write_manifest
+from blsp.distributed import Runtime, find_runtime
+from blsp.llm.decoding import Decoding
+from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
+from blsp.llm.prompt import ORDERS, text_ids
 from blsp.model.checkpoint import load_language_model
-from blsp.model.decoding import Decoding
-from blsp.model.digest import tensor_digest
-from blsp.model.distributed import Place, find_place
-from blsp.model.embedded import resolve_weights
-from blsp.model.prompt import ORDERS, text_ids
 from blsp.settings import ContinueSettings, SettingsError
+from blsp.weights.digest import tensor_digest
+from blsp.weights.embedded import resolve_weights
 
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed")  # the settings that the header repeats
 
@@ -65,10 +64,10 @@ class Writing:
     """One run of step 1: its settings, its input, and where things lie."""
 
     settings: ContinueSettings
-    place: Place
+    runtime: Runtime
     manifest: Manifest
     tokenizer: PreTrainedTokenizerBase
-    asking: Asking
+    asking: PromptPolicy
     decoding: Decoding
 
     @property
@@ -94,20 +93,20 @@ def write_continuations(settings: ContinueSettings) -> None:
         from blsp.continuation.scoring import score_continuations
 
         return score_continuations(settings)
-    place = find_place(settings.device, settings.dtype)
-    writing = _prepare(settings, place)
+    runtime = find_runtime(settings.device, settings.dtype)
+    writing = _prepare(settings, runtime)
     facts = _facts(writing)
     if writing.out.exists():
         _check_finished(writing, facts)
-        if place.rank == 0:
+        if runtime.rank == 0:
             shutil.rmtree(writing.folder, ignore_errors=True)
             _report(writing, "is complete: nothing to do")
         return None
     plan = _begin(writing, facts)
     engine, prompt = partial(_engine, writing), partial(_prompt, writing, plan)
-    compute(plan, writing.folder, place, settings.top_k, engine, prompt)
-    if place.rank == 0:
-        await_all(writing.folder, place)
+    compute(plan, writing.folder, runtime, settings.top_k, engine, prompt)
+    if runtime.rank == 0:
+        await_all(writing.folder, runtime)
         rows = _merge(writing, plan, facts)
         shutil.rmtree(writing.folder)
         _report(writing, f"{rows} rows, {len(plan.order)} different prompts")
@@ -150,8 +149,8 @@ def load_tokenizer(llm: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(resolve_weights(llm))
 
 
-def _prepare(settings: ContinueSettings, place: Place) -> Writing:
-    asking = Asking(
+def _prepare(settings: ContinueSettings, runtime: Runtime) -> Writing:
+    asking = PromptPolicy(
         behaviours=parse_mixture(settings.behaviours),
         orders=parse_mixture(settings.orders),
         instruction=settings.instruction or "",
@@ -169,7 +168,7 @@ def _prepare(settings: ContinueSettings, place: Place) -> Writing:
     )
     Path(settings.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     manifest, tokenizer = Manifest(settings.manifest), load_tokenizer(settings.llm)
-    return Writing(settings, place, manifest, tokenizer, asking, decoding)
+    return Writing(settings, runtime, manifest, tokenizer, asking, decoding)
 
 
 def _facts(writing: Writing) -> dict[str, Any]:
@@ -218,20 +217,20 @@ def _check_finished(writing: Writing, facts: dict[str, Any]) -> None:
     require_same(writing.out, header, {name: fact for name, fact in facts.items() if name not in added})
 
 
-def _begin(writing: Writing, facts: dict[str, Any]) -> Plan:
-    """Plan and header, by rank 0, before the first row; the plan again when the job goes on."""
+def _begin(writing: Writing, facts: dict[str, Any]) -> PromptPlan:
+    """PromptPlan and header, by rank 0, before the first row; the plan again when the job goes on."""
     url = writing.settings.engine_url
-    around = surroundings(writing.place) | ({"server": {"url": url}} if url else {})
+    around = surroundings(writing.runtime) | ({"server": {"url": url}} if url else {})
     begun = read_header(writing.out) if header_path(writing.out).exists() else None
     if begun is not None:
         require_same(writing.out, begun, facts)
-        if writing.place.rank == 0 and (changed := changed_surroundings(begun, around)):
+        if writing.runtime.rank == 0 and (changed := changed_surroundings(begun, around)):
             print(
                 f"going on in other surroundings; rows to come may differ in near-ties: {changed}",
                 file=sys.stderr,
             )
-    plan = open_plan(writing.folder, facts, writing.batch_size, lambda: _jobs(writing), writing.place)
-    if begun is None and writing.place.rank == 0:
+    plan = open_plan(writing.folder, facts, writing.batch_size, lambda: _jobs(writing), writing.runtime)
+    if begun is None and writing.runtime.rank == 0:
         with SkippedLog(writing.out) as skipped:
             counts = {"rows": len(plan), "prompts": len(plan.order), "batches": plan.batches}
             counts |= {"skipped": skipped.count, "sha256": plan.state["sha256"]}
@@ -264,11 +263,11 @@ def _engine(writing: Writing) -> Engine:
             body=_body(settings),
             stop_ids=tuple(writing.tokenizer.all_special_ids),
         )
-    llm, tokenizer = load_language_model(settings.llm, writing.place)
+    llm, tokenizer = load_language_model(settings.llm, writing.runtime)
     return TransformersEngine(llm, tokenizer, writing.decoding)
 
 
-def _prompt(writing: Writing, plan: Plan, job: int) -> Prompt:
+def _prompt(writing: Writing, plan: PromptPlan, job: int) -> Prompt:
     planned = plan.jobs[job]
     ask = plan.asks[int(planned["ask"])]
     text = read_text(writing.manifest[int(planned["row"])], writing.asking.normalise)
@@ -278,10 +277,10 @@ def _prompt(writing: Writing, plan: Plan, job: int) -> Prompt:
     return Prompt(job, ask.instruction, ask.order, text, seed)
 
 
-def _merge(writing: Writing, plan: Plan, facts: dict[str, Any]) -> int:
-    """Part files -> output rows in input order, and their top-k. Killed here, it is simply done again."""
+def _merge(writing: Writing, plan: PromptPlan, facts: dict[str, Any]) -> int:
+    """AnswerLog files -> output rows in input order, and their top-k. Killed here, it is simply done again."""
     k, merged = writing.settings.top_k, writing.folder / "merged.jsonl"
-    answers = Answers(writing.folder, len(plan), k)
+    answers = AnswerReader(writing.folder, len(plan), k)
     with SkippedLog(writing.out) as skipped:
         rows = _rows(writing, plan, answers, skipped)
         count = write_manifest(merged, rows, relative_to=writing.out.absolute().parent)
@@ -293,7 +292,9 @@ def _merge(writing: Writing, plan: Plan, facts: dict[str, Any]) -> int:
     return count
 
 
-def _rows(writing: Writing, plan: Plan, answers: Answers, skipped: SkippedLog) -> Iterator[dict[str, Any]]:
+def _rows(
+    writing: Writing, plan: PromptPlan, answers: AnswerReader, skipped: SkippedLog
+) -> Iterator[dict[str, Any]]:
     silent = {
         "continuation": NO_SPEECH_SENTENCE,
         "continuation_ids": text_ids(writing.tokenizer, NO_SPEECH_SENTENCE),
@@ -320,7 +321,7 @@ def _as_read(row: Utterance, normalise: str) -> dict[str, Any]:
     return values | {"text": text, "text_as_given": row.text} if normalise != "none" else values
 
 
-def write_top_k(out: Path, plan: Plan, answers: Answers, meta: dict[str, Any]) -> None:
+def write_top_k(out: Path, plan: PromptPlan, answers: AnswerReader, meta: dict[str, Any]) -> None:
     """The top-k folder: steps in the order in which rows first need them, shared by equal prompts."""
     with TopKWriter(topk_folder(out), len(plan), meta["k"]) as writer:
         for number, job in enumerate(plan.jobs):

@@ -21,7 +21,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from blsp.data.json_rows import (
+from blsp.data.jsonl import (
     SKIPPED_SUFFIX,
     ManifestError,
     RowLog,

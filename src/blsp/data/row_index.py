@@ -24,7 +24,7 @@ from typing import IO
 
 import numpy as np
 
-from blsp.data.json_rows import BYTE_ORDER_MARK, ManifestError, parse_row
+from blsp.data.jsonl import BYTE_ORDER_MARK, ManifestError, parse_row
 from blsp.data.row_keys import hash_keys, key_of
 
 INDEX_SUFFIX = ".idx"

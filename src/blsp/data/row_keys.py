@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from blsp.data.json_rows import ManifestError, show
+from blsp.data.jsonl import ManifestError, show
 
 QUOTE, BACKSLASH, SPACE, COLON = (ord(c) for c in '"\\ :')
 PADDING = 64  # zero bytes after the buffer, so that looking a little ahead needs no bounds check

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, Answers, Log, answer_log
-from blsp.evaluation.bootstrap import Figure, draws, interval, ratio
-from blsp.evaluation.forced import answer_states, divergence
+from blsp.evaluation.confidence import Figure, draws, interval, ratio
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
-from blsp.evaluation.routes import Said, Say, ask, plan, read_text, request, route_fingerprint
+from blsp.evaluation.routes import RouteInput, RouteInputFn, ask, plan, read_text, request, route_fingerprint
 from blsp.evaluation.tasks import AlignmentPlan, Task
 from blsp.inference.listener import Listener
+from blsp.llm.teacher_forcing import answer_states, divergence
 
 ROWS_AT_A_TIME = 16
 
@@ -61,7 +61,7 @@ def measure(
     wanted: AlignmentPlan,
     *,
     read: Callable[[Sequence[Utterance]], dict[str, str]],
-    hear: Say,
+    hear: RouteInputFn,
     reader: str,
     hearer: str,
     folder: Path,
@@ -110,7 +110,7 @@ def compare(
     task: Task,
     rows: Sequence[Utterance],
     transcripts: dict[str, str],
-    hear: Say,
+    hear: RouteInputFn,
     answers: Answers,
     log: Log[Compared],
     batch_size: int,
@@ -129,7 +129,7 @@ def _compare(
     task: Task,
     rows: Sequence[Utterance],
     transcripts: dict[str, str],
-    heard: Sequence[Said],
+    heard: Sequence[RouteInput],
     answers: Answers,
 ) -> dict[str, Compared]:
     found = {}
@@ -146,7 +146,11 @@ def _compare(
 
 
 def _states(
-    listener: Listener, task: Task, rows: Sequence[Utterance], said: Sequence[Said], answers: Sequence[Answer]
+    listener: Listener,
+    task: Task,
+    rows: Sequence[Utterance],
+    said: Sequence[RouteInput],
+    answers: Sequence[Answer],
 ) -> list[Tensor]:
     requests = [request(listener, task, row, words) for row, words in zip(rows, said, strict=True)]
     return answer_states(listener.model, requests, answers)

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from blsp.data.json_rows import RowLog, read_rows
+from blsp.data.jsonl import RowLog, read_rows
 
 Kept = TypeVar("Kept")
 NO_SPEECH = "no-speech"  # Answer.finish where the set sentence is the answer, or nothing was there to answer

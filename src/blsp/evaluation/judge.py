@@ -22,27 +22,26 @@ from tqdm import tqdm
 from blsp.data.manifest import Utterance
 from blsp.evaluation.alignment import Alignment, measure
 from blsp.evaluation.answers import AnswerLog, Answers, answer_log, fingerprint
-from blsp.evaluation.bootstrap import mean_figure
-from blsp.evaluation.environment import describe
-from blsp.evaluation.peers import Endpoint, ask_peer, parse_endpoint, parse_peers, rate
-from blsp.evaluation.recognise import Recogniser, recogniser_of
+from blsp.evaluation.confidence import mean_figure
+from blsp.evaluation.endpoints import Endpoint, ask_peer, parse_endpoint, parse_peers, rate
+from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.evaluation.report import write_report
-from blsp.evaluation.results import Results, TaskResult
+from blsp.evaluation.results import Results, TaskResult, describe
 from blsp.evaluation.routes import (
-    Say,
+    RouteInputFn,
     ask,
     hear_speech,
-    hears,
     listener_fingerprint,
     read_text,
     reader_fingerprint,
     route_fingerprint,
+    supports_language,
     write_down,
 )
 from blsp.evaluation.scoring import plain_words, score, score_transcripts
 from blsp.evaluation.tasks import Suite, Task, check_manifests, check_recordings, select
 from blsp.inference.listener import Listener, load
-from blsp.model.embedded import cache_root
+from blsp.weights.embedded import cache_root
 
 if TYPE_CHECKING:
     from blsp.settings import EvaluateSettings
@@ -53,7 +52,7 @@ NO_SENTENCE = "a peer has no set sentence for silence"
 
 
 @dataclass
-class Bench:
+class Evaluation:
     """A model on the bench: what it is asked with, and where its answers are kept."""
 
     listener: Listener
@@ -68,10 +67,10 @@ class Bench:
     batch_size: int = 32
     seed: int = 0
     bootstrap: int = 1000
-    hear: Say | None = (
+    hear: RouteInputFn | None = (
         None  # the speech route's ears, where they are not the model's own (tests of the judge)
     )
-    reader: str = ""  # digests of what reads and of what hears: they decide whether logged answers still hold
+    reader: str = ""  # digests of the text and speech inputs: they decide whether logged answers still hold
     hearer: str = ""
     recogniser: Recogniser | None = None
     bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
@@ -103,7 +102,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     data = settings.data or cache_root() / "corpus"
     suite = select(settings.suite, settings.task, data)
     check_manifests(suite)
-    bench = Bench(
+    bench = Evaluation(
         listener=load(settings.model, device=settings.device, dtype=settings.dtype),
         folder=settings.out,
         routes=settings.routes,
@@ -122,7 +121,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     print(write_report(results, settings.out, settings.compare))
 
 
-def judge(bench: Bench, suite: Suite) -> Results:
+def judge(bench: Evaluation, suite: Suite) -> Results:
     """Every task on every route, scored; then the alignment analysis."""
     began = time.monotonic()
     results = Results(suite.name, bench.bootstrap, bench.seed)
@@ -151,7 +150,7 @@ def judge(bench: Bench, suite: Suite) -> Results:
     return results
 
 
-def judge_task(bench: Bench, task: Task, rows: list[Utterance]) -> TaskResult:
+def judge_task(bench: Evaluation, task: Task, rows: list[Utterance]) -> TaskResult:
     """One task on every route."""
     result = TaskResult(task, rows)
     bench.bar.set_description(task.name)
@@ -173,13 +172,15 @@ def judge_task(bench: Bench, task: Task, rows: list[Utterance]) -> TaskResult:
     return result
 
 
-def _ask(bench: Bench, task: Task, rows: Sequence[Utterance], say: Say, log: AnswerLog) -> Answers:
+def _ask(
+    bench: Evaluation, task: Task, rows: Sequence[Utterance], say: RouteInputFn, log: AnswerLog
+) -> Answers:
     return ask(bench.listener, task, rows, say, log, bench.batch_size, bench.bar.update)
 
 
-def _speech(bench: Bench, result: TaskResult) -> None:
+def _speech(bench: Evaluation, result: TaskResult) -> None:
     task, rows = result.task, result.rows
-    if not hears(bench.listener, task.language):
+    if not supports_language(bench.listener, task.language):
         result.unavailable["speech"] = UNHEARD
         bench.bar.update(len(rows))
         return
@@ -191,11 +192,11 @@ def _speech(bench: Bench, result: TaskResult) -> None:
             result.transcribed = write_down(bench.listener, rows, log, bench.batch_size)
 
 
-def _cascade(bench: Bench, result: TaskResult) -> None:
+def _cascade(bench: Evaluation, result: TaskResult) -> None:
     """The recogniser writes, the same LLM answers; where it wrote the very transcript, the text route has answered."""
     task, rows = result.task, result.rows
     recogniser = bench.recogniser = bench.recogniser or _load_recogniser(bench)
-    if not recogniser.hears(task.language):
+    if not recogniser.supports_language(task.language):
         result.unavailable["cascade"] = "the recogniser knows English only"
         bench.bar.update(len(rows))
         return
@@ -213,13 +214,13 @@ def _cascade(bench: Bench, result: TaskResult) -> None:
     result.answers["cascade"] = {row.id: text[row.id] if row.id in same else answers[row.id] for row in rows}
 
 
-def _load_recogniser(bench: Bench) -> Recogniser:
+def _load_recogniser(bench: Evaluation) -> Recogniser:
     name = bench.asr or recogniser_of(bench.listener.model.config.audio_model_id)
     device = bench.listener.model.lm_head.weight.device.type
     return Recogniser(name, bench.asr_compute, device)
 
 
-def _score(bench: Bench, result: TaskResult) -> None:
+def _score(bench: Evaluation, result: TaskResult) -> None:
     task, rows, text = result.task, result.rows, result.answers.get("text")
     for route, answers in result.answers.items():
         result.scores[route] = score(task, rows, answers, text)
@@ -238,7 +239,7 @@ def _score(bench: Bench, result: TaskResult) -> None:
         result.scores["transcript"] = score_transcripts(task, rows, written)
 
 
-def _rate(bench: Bench, rater: Endpoint, result: TaskResult, route: str) -> None:
+def _rate(bench: Evaluation, rater: Endpoint, result: TaskResult, route: str) -> None:
     answers = result.answers[route]
     kind = f"{rater.model}@{rater.url} {sorted((name, answer.text) for name, answer in answers.items())}"
     with bench.log(result.task, result.rows, f"{route}.judge", kind) as log:
@@ -247,7 +248,7 @@ def _rate(bench: Bench, rater: Endpoint, result: TaskResult, route: str) -> None
     result.scores[route].add("judge", result.rows, mean_figure(torch.tensor(values).double().numpy()), values)
 
 
-def judge_alignment(bench: Bench, suite: Suite) -> Alignment:
+def judge_alignment(bench: Evaluation, suite: Suite) -> Alignment:
     """The alignment analysis on the suite's speech."""
     plan = suite.alignment
     assert plan is not None and bench.hear is not None

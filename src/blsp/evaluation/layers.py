@@ -31,12 +31,11 @@ from torch import Tensor
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.forced import divergence, layer_states
-from blsp.evaluation.projection import project
-from blsp.evaluation.routes import Said, Say, read_text, request
+from blsp.evaluation.routes import RouteInput, RouteInputFn, read_text, request
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener
-from blsp.model.language_model import UnsupportedModelError, decoder_of
+from blsp.llm.language_model import UnsupportedModelError, decoder_of
+from blsp.llm.teacher_forcing import divergence, layer_states
 
 Array = NDArray[np.float64]
 ROWS_AT_A_TIME = 8
@@ -77,12 +76,12 @@ def analyse_layers(
     listener: Listener,
     tasks: dict[str, Task],
     read: Callable[[Sequence[Utterance]], dict[str, str]],
-    hear: Say,
+    hear: RouteInputFn,
     answers: dict[str, Answers],
     samples: int,
 ) -> LayerAnalysis:
     """Look at the first `samples` clips; the layers under the first instruction, the picture under all."""
-    heard: list[Said] = []
+    heard: list[RouteInput] = []
     rows: list[Utterance] = []
     ends: dict[str, dict[str, list[Tensor]]] = {}
     by_layer: dict[str, Any] = {}
@@ -120,7 +119,7 @@ def _slices(rows: Sequence[Utterance]) -> list[slice]:
 
 
 def _states(
-    listener: Listener, task: Task, rows: Sequence[Utterance], said: Sequence[Said], answers: Answers
+    listener: Listener, task: Task, rows: Sequence[Utterance], said: Sequence[RouteInput], answers: Answers
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each row, every layer's states at the question's places (A, L, D) and at the answer's (A, N, D)."""
     found: list[tuple[Tensor, Tensor]] = []
@@ -211,3 +210,74 @@ def _retrieval(ends: dict[str, dict[str, list[Tensor]]]) -> float:
         text, speech = torch.stack(each["text"]), torch.stack(each["speech"])
         right.append(torch.cdist(speech, text).argmin(dim=1) == torch.arange(len(text)))
     return float(torch.cat(right).double().mean())
+
+
+PERPLEXITY = 20.0
+STEPS, EXAGGERATED_STEPS, EXAGGERATION = 750, 250, 12.0
+COMPONENTS = 50  # principal components kept before distances are taken
+
+
+def project(states: Array) -> Array:
+    """(M, D) -> (M, 2), centred, of unit spread."""
+    reduced = principal_components(states, COMPONENTS)
+    if len(states) < 4:
+        points = np.zeros((len(states), 2))
+        points[:, : reduced.shape[1]] = reduced[:, :2]
+        return points
+    affinity = _affinities(_distances(reduced), min(PERPLEXITY, (len(states) - 1) / 6))
+    start = reduced[:, :2] if reduced.shape[1] > 1 else np.pad(reduced, ((0, 0), (0, 1)))
+    points = _descend(affinity, 1e-4 * start / max(float(start.std()), 1e-12))
+    return points / max(float(points.std()), 1e-12)
+
+
+def principal_components(states: Array, count: int) -> Array:
+    """(M, D) -> (M, at most count): coordinates along the directions of most variance, signs fixed."""
+    centred = states - states.mean(axis=0)
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    components = (left * sizes)[:, :count]
+    signs = np.sign(components[np.abs(components).argmax(axis=0), np.arange(components.shape[1])])
+    return components * np.where(signs == 0, 1.0, signs)
+
+
+def _distances(points: Array) -> Array:
+    """(M, M) squared distances."""
+    squares = (points**2).sum(axis=1)
+    return np.maximum(squares[:, None] + squares[None, :] - 2 * points @ points.T, 0.0)
+
+
+def _affinities(distances: Array, perplexity: float) -> Array:
+    """(M, M) symmetric probabilities whose rows, before symmetrising, have the wanted perplexity."""
+    count = len(distances)
+    low, high = np.zeros(count), np.full(count, np.inf)
+    precision = np.full(count, 1.0 / max(float(np.median(distances)), 1e-12))
+    for _ in range(64):
+        weights = np.exp(-distances * precision[:, None])
+        np.fill_diagonal(weights, 0.0)
+        shares = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
+        entropy = -(shares * np.log(np.maximum(shares, 1e-300))).sum(axis=1)
+        wide = entropy > np.log(perplexity)
+        low, high = np.where(wide, precision, low), np.where(wide, high, precision)
+        precision = np.where(np.isinf(high), precision * 2, (low + high) / 2)
+    return np.maximum((shares + shares.T) / (2 * count), 1e-12)
+
+
+def _descend(affinity: Array, points: Array) -> Array:
+    """Gradient descent with momentum and per-coordinate gains, as in the authors' own program."""
+    step = max(len(points) / EXAGGERATION / 4, 50.0)
+    velocity, gains = np.zeros_like(points), np.ones_like(points)
+    for number in range(STEPS):
+        early = number < EXAGGERATED_STEPS
+        gradient = _gradient(affinity * (EXAGGERATION if early else 1.0), points)
+        same = np.sign(gradient) == np.sign(velocity)
+        gains = np.maximum(np.where(same, gains * 0.8, gains + 0.2), 0.01)
+        velocity = (0.5 if early else 0.8) * velocity - step * gains * gradient
+        points = points + velocity
+        points -= points.mean(axis=0)
+    return points
+
+
+def _gradient(affinity: Array, points: Array) -> Array:
+    closeness = 1.0 / (1.0 + _distances(points))
+    np.fill_diagonal(closeness, 0.0)
+    pull = (affinity - closeness / closeness.sum()) * closeness  # (M, M)
+    return 4 * (pull.sum(axis=1)[:, None] * points - pull @ points)

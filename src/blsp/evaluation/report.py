@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from blsp.evaluation import pictures
-from blsp.evaluation.findings import findings
 from blsp.evaluation.results import TRANSCRIPTS, Results, TaskResult, evidence, write_results
 from blsp.evaluation.scoring import LOWER_IS_BETTER
-from blsp.evaluation.tables import NAMES, UNKNOWN, change, shown, table, with_interval
+from blsp.evaluation.summary import NAMES, UNKNOWN, change, findings, shown, table, with_interval
 
 MAIN_ROUTES = ("text", "cascade", "speech")
 PANELS = {

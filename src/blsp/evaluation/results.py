@@ -14,16 +14,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import blsp
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.evaluation.alignment import Alignment
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.bootstrap import draws, interval, relative_gap
+from blsp.evaluation.confidence import draws, interval, relative_gap
 from blsp.evaluation.scoring import MAIN_METRIC, Score
 from blsp.evaluation.tasks import Task
+from blsp.inference.listener import Listener
 
 COMPARED = (("speech", "text"), ("speech", "cascade"), ("cascade", "text"))
 TWICE_CHANCE, ENOUGH = 2.0, 0.5
@@ -166,3 +173,59 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "numpy",
+    "faster-whisper",
+    "ctranslate2",
+    "jiwer",
+    "sacrebleu",
+    "whisper-normalizer",
+)
+
+
+def describe(listener: Listener) -> dict[str, Any]:
+    """Machine, versions, and what the model is made of."""
+    config = listener.model.config
+    return {
+        "blsp": blsp.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "machine": _machine(),
+        "threads": torch.get_num_threads(),
+        "device": str(listener.model.lm_head.weight.device),
+        "dtype": str(listener.model.lm_head.weight.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "adapter": config.adapter,
+        "audio_model": config.audio_model_id,
+        "audio_model_sha256": config.audio_model_sha256,
+        "text_model": config.text_model_id,
+        "text_model_sha256": config.text_model_sha256,
+        "no_speech_sentence": config.no_speech_sentence,
+    }
+
+
+def _machine() -> str:
+    """Processor and cores, or the accelerator."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

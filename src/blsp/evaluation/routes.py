@@ -23,42 +23,42 @@ import transformers
 import blsp
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers, fingerprint
-from blsp.evaluation.choices import option_scores
-from blsp.evaluation.recognise import file_size, load_clip
+from blsp.evaluation.recogniser import file_size, load_clip
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener, Question
-from blsp.model.adapter import Heard
-from blsp.model.decoding import Request, decode
+from blsp.llm.decoding import Request, decode
+from blsp.llm.teacher_forcing import option_scores
+from blsp.model.adapter import AudioEmbeds
 
-Said = str | Heard  # what stands in the speech's place: words, or vectors
-Say = Callable[[Sequence[Utterance]], list[Said]]
+RouteInput = str | AudioEmbeds  # what stands in the speech's place: words, or vectors
+RouteInputFn = Callable[[Sequence[Utterance]], list[RouteInput]]
 BATCHES_AT_A_TIME = 2  # planned (and kept) together: rows that end make room for others within the plan
 OPTIONS_AT_A_TIME = 128  # options scored side by side
 
 
-def read_text(transcripts: dict[str, str]) -> Say:
+def read_text(transcripts: dict[str, str]) -> RouteInputFn:
     """The text route, and the cascade: words by the row's id."""
     return lambda rows: [transcripts[row.id] for row in rows]
 
 
-def hear_speech(listener: Listener) -> Say:
+def hear_speech(listener: Listener) -> RouteInputFn:
     """The speech route: what the adapter makes of each clip. The clips of the batch before are not heard again."""
     clips: list[tuple[str, float | None, float | None]] = []
-    heard: list[Said] = []
+    heard: list[RouteInput] = []
 
-    def say(rows: Sequence[Utterance]) -> list[Said]:
+    def say(rows: Sequence[Utterance]) -> list[RouteInput]:
         wanted = [(row.audio, row.start, row.duration) for row in rows]
         if (
             wanted != clips
         ):  # whole batches alone are kept: a clip's last digits depend on the others beside it
-            heard[:] = listener.hear([load_clip(row) for row in rows])
+            heard[:] = listener.embed_audio([load_clip(row) for row in rows])
             clips[:] = wanted
         return list(heard)
 
     return say
 
 
-def hears(listener: Listener, language: str) -> bool:
+def supports_language(listener: Listener, language: str) -> bool:
     """False for a language that the speech encoder was never taught (Whisper's English-only models)."""
     return language == "en" or listener.model.config.audio_config.vocab_size >= 51865
 
@@ -67,7 +67,7 @@ def ask(
     listener: Listener,
     task: Task,
     rows: Sequence[Utterance],
-    say: Say,
+    say: RouteInputFn,
     log: AnswerLog,
     batch_size: int,
     done: Callable[[int], Any] = lambda count: None,
@@ -100,7 +100,7 @@ def plan(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Utterance]
 
 @torch.no_grad()
 def _answer(
-    listener: Listener, task: Task, rows: Sequence[Utterance], said: Sequence[Said], batch_size: int
+    listener: Listener, task: Task, rows: Sequence[Utterance], said: Sequence[RouteInput], batch_size: int
 ) -> Answers:
     answers, requests = {}, []
     for row, words in zip(rows, said, strict=True):
@@ -111,7 +111,7 @@ def _answer(
             requests.append(request(listener, task, row, words))
             answers[row.id] = Answer("", heard=heard)
     if task.generate or any(row.options is None for row in rows):
-        hearing = {row.id for row, words in zip(rows, said, strict=True) if isinstance(words, Heard)}
+        hearing = {row.id for row, words in zip(rows, said, strict=True) if isinstance(words, AudioEmbeds)}
         for key, result in decode(listener.model, requests, batch_size).items():
             name, text = str(key), listener.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
             silent = name in hearing and text == listener.model.config.no_speech_sentence
@@ -131,7 +131,7 @@ def _answer(
     return answers
 
 
-def request(listener: Listener, task: Task, row: Utterance, said: Said) -> Request:
+def request(listener: Listener, task: Task, row: Utterance, said: RouteInput) -> Request:
     """The row's question with words or vectors in the speech's place."""
     words, heard = (said, None) if isinstance(said, str) else (None, said)
     question = Question(text=words, instruction=row.instruction or "", order=task.order)
@@ -139,16 +139,16 @@ def request(listener: Listener, task: Task, row: Utterance, said: Said) -> Reque
     return listener.request(row.id, question, heard, decoding)
 
 
-def nothing_said(said: Said) -> bool:
+def nothing_said(said: RouteInput) -> bool:
     """No speech was heard, or the recogniser wrote nothing: there is nothing to ask the LLM about."""
     return not said.strip() if isinstance(said, str) else not said.speech
 
 
-def _heard(listener: Listener, said: Said) -> str | None:
+def _heard(listener: Listener, said: RouteInput) -> str | None:
     """What the route understood, where it can be written down; None for adapters that read nothing out."""
     if isinstance(said, str):
         return said
-    return None if said.token_ids is None else listener.read([said])[0]
+    return None if said.token_ids is None else listener.readout([said])[0]
 
 
 # --- what decides an answer ---------------------------------------------------------------------------------

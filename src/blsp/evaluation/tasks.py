@@ -28,9 +28,9 @@ from typing import Any, get_args
 
 import yaml
 
-from blsp.continuation.prompts import BehaviourError, instruction_for
 from blsp.data.manifest import Manifest, Utterance
-from blsp.model.prompt import ORDERS, Order
+from blsp.llm.instructions import BehaviourError, instruction_for
+from blsp.llm.prompt import ORDERS, Order
 
 KINDS = ("asr", "st", "slu", "sqa", "chat", "continuation", "no-speech")
 SUITES = resources.files("blsp.evaluation") / "suites"
@@ -53,7 +53,7 @@ class Task:
     instruction: str = ""
     """asked with every row; a row's own instruction wins; empty: the speech is the question"""
     behaviour: str = ""
-    """instead of `instruction`: one of continuation/prompts.py, e.g. repeat, translate:fr"""
+    """instead of `instruction`: one of llm/instructions.py, e.g. repeat, translate:fr"""
     order: Order = "instruction-first"
     max_new_tokens: int = 128
     """the paper's zero-shot setting"""

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from blsp.data.audio import AudioError, load_audio
 from blsp.inference.conversation import ContextError, Conversation
 from blsp.inference.listener import load
-from blsp.model.adapter import Heard
-from blsp.model.prompt import PromptError
+from blsp.llm.prompt import PromptError
+from blsp.model.adapter import AudioEmbeds
 
 if TYPE_CHECKING:
     from blsp.settings import ChatSettings
@@ -112,11 +112,11 @@ def answer_line(conversation: Conversation, line: str, say: Callable[[str], None
         say(" …\n")
 
 
-def _hear(conversation: Conversation, path: Path, say: Callable[[str], None]) -> Heard:
+def _hear(conversation: Conversation, path: Path, say: Callable[[str], None]) -> AudioEmbeds:
     listener = conversation.listener
-    heard = listener.hear([load_audio(path)])[0]
+    heard = listener.embed_audio([load_audio(path)])[0]
     if listener.reads_out and heard.speech:
-        say(f"[heard: {listener.read([heard])[0]}]\n")
+        say(f"[heard: {listener.readout([heard])[0]}]\n")
     return heard
 
 

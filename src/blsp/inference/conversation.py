@@ -1,8 +1,8 @@
 """Several turns of text and speech, with the key/values of what was said kept from turn to turn.
 
-In:  a `Listener`, and turns: text, clips that were heard (`Heard`), or both, in any order.
+In:  a `Listener`, and turns: text, clips that were heard (`AudioEmbeds`), or both, in any order.
 Out: answers, piece by piece.
-Try: `talk = Conversation(listener); print("".join(talk.ask("What did I say?", *listener.hear(["a.wav"]))))`
+Try: `talk = Conversation(listener); print("".join(talk.ask("What did I say?", *listener.embed_audio(["a.wav"]))))`
 Flow: inference/ — the terminal's chat and the server both lay conversations out here.
 
 A conversation becomes a row of positions, each with a name (a token id, or a clip's digest and a place in it) and
@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from blsp.inference.listener import Listener, written
-from blsp.inference.text_stream import TextStream
-from blsp.model.adapter import Heard
-from blsp.model.decoding import Decoder, Decoding, Event, Request
-from blsp.model.language_model import embed
-from blsp.model.prefix import Prefix
-from blsp.model.prompt import Speech, render
+from blsp.llm.decoding import Decoder, Decoding, Event, Request
+from blsp.llm.language_model import embed
+from blsp.llm.prefix import Prefix
+from blsp.llm.prompt import Speech, render
+from blsp.llm.text_stream import TextStream
+from blsp.model.adapter import AudioEmbeds
 
-Content = str | Heard | tuple[int, ...]  # text, a clip, or the ids of an answer that was written
+Content = str | AudioEmbeds | tuple[int, ...]  # text, a clip, or the ids of an answer that was written
 
 
 class ContextError(ValueError):
@@ -46,26 +46,26 @@ class LaidOut:
     embeds: Tensor
 
 
-def user_turn(parts: Sequence[str | Heard]) -> dict[str, Any]:
+def user_turn(parts: Sequence[str | AudioEmbeds]) -> dict[str, Any]:
     """A user's message; text after speech begins a new line, as in a speech-first prompt."""
     content: list[Content] = []
     for part in parts:
         if isinstance(part, str):
             part = part.strip()
-            part = "\n" + part if part and content and isinstance(content[-1], Heard) else part
+            part = "\n" + part if part and content and isinstance(content[-1], AudioEmbeds) else part
         content.append(part)
     return {"role": "user", "content": content}
 
 
 def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
     """Messages (`{"role", "content"}`, content a string or a list of `Content`), ready to be answered."""
-    clips: list[Heard] = []
+    clips: list[AudioEmbeds] = []
     marked = []
     for message in messages:
         content = message["content"]
         parts = [content] if isinstance(content, str) else list(content)
         for place, part in enumerate(parts):
-            if isinstance(part, Heard):
+            if isinstance(part, AudioEmbeds):
                 parts[place] = Speech(len(clips))
                 clips.append(part)
         marked.append({"role": message["role"], "content": parts})
@@ -170,15 +170,15 @@ class Conversation:
         """Forget every turn."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
-    def ask(self, *parts: str | Heard) -> Iterator[str]:
+    def ask(self, *parts: str | AudioEmbeds) -> Iterator[str]:
         """The answer to a turn of text and clips, piece by piece.
 
         An answer that is broken off stays in the conversation as far as it came. A turn whose clips hold no speech
         is answered with the model's fixed sentence and forgotten.
         """
-        if not any(isinstance(part, Heard) or part.strip() for part in parts):
+        if not any(isinstance(part, AudioEmbeds) or part.strip() for part in parts):
             raise ValueError("nothing was asked: give text, a clip, or both")
-        clips = [part for part in parts if isinstance(part, Heard)]
+        clips = [part for part in parts if isinstance(part, AudioEmbeds)]
         if clips and not any(clip.speech for clip in clips):
             yield self.listener.model.config.no_speech_sentence
             return

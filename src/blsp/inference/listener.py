@@ -6,7 +6,7 @@ Try: `blsp.load().answer("question.wav")`
 Flow: inference/ — `blsp generate`, `transcribe`, `chat`, the judge and the server ask a `Listener`.
 
 A clip is heard once (encoder, adapter), its vectors are spliced between the prompt's constant prefix, whose
-key/values are kept, and its suffix; `model/decoding.py` writes the answer. Where no speech is heard, the
+key/values are kept, and its suffix; `llm/decoding.py` writes the answer. Where no speech is heard, the
 model's fixed sentence is the answer and the LLM is not asked.
 """
 
@@ -22,22 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blsp.continuation.prompts import instruction_for
 from blsp.data.audio import SAMPLE_RATE, is_silent, load_audio
-from blsp.inference.pauses import cut_at_pauses
-from blsp.inference.text_stream import TextStream, answer_text
-from blsp.model.adapter import Heard
+from blsp.distributed import find_runtime
+from blsp.llm.decoding import Decoder, Decoding, Event, Request, decode
+from blsp.llm.instructions import instruction_for
+from blsp.llm.language_model import embed, stop_ids
+from blsp.llm.prefix import Prefix, compute_prefix
+from blsp.llm.prompt import Order, frame_prompt, transcript_ids
+from blsp.llm.text_stream import TextStream, answer_text
+from blsp.model.adapter import AudioEmbeds
 from blsp.model.checkpoint import load_blsp
-from blsp.model.decoding import Decoder, Decoding, Event, Request, decode
-from blsp.model.distributed import find_place
 from blsp.model.hypotheses import weighed
-from blsp.model.language_model import embed, stop_ids
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
-from blsp.model.prefix import Prefix, compute_prefix
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.model.prompt import Order, frame_prompt, transcript_ids
 from blsp.model.speech_encoder import encode_speech, mel_features
-from blsp.shipped import DEFAULT_MODEL
+from blsp.weights.shipped import DEFAULT_MODEL
 
 KEPT_PREFIXES = 32
 BEAM = 16  # hypotheses that the LLM weighs for a transcript
@@ -56,7 +55,7 @@ class Question:
 
 def load(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto") -> Listener:
     """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default)."""
-    return Listener(*load_blsp(model, find_place(device, dtype)))
+    return Listener(*load_blsp(model, find_runtime(device, dtype)))
 
 
 class Listener:
@@ -78,7 +77,7 @@ class Listener:
 
     def stream(self, audio: Any, instruction: str = "", *, max_new_tokens: int = 128) -> Iterator[str]:
         """The same answer, piece by piece as it is written."""
-        heard = self.hear([audio])[0]
+        heard = self.embed_audio([audio])[0]
         if not heard.speech:
             yield self.model.config.no_speech_sentence
             return
@@ -111,11 +110,11 @@ class Listener:
         """
         weigh = readout is None and self.reads_out
         pieces = [(i, piece) for i, audio in enumerate(audios) for piece in cut_at_pauses(_samples(audio))]
-        heard = self.hear([piece for _, piece in pieces], beam=BEAM if weigh else 0)
+        heard = self.embed_audio([piece for _, piece in pieces], beam=BEAM if weigh else 0)
         if weigh:
-            texts = self.weigh(heard)
+            texts = self.rescore(heard)
         else:
-            texts = self.read(heard) if readout else self._repeat(heard, max_new_tokens, batch_size)
+            texts = self.readout(heard) if readout else self._repeat(heard, max_new_tokens, batch_size)
         said: list[list[str]] = [[] for _ in audios]
         for (i, _), text in zip(pieces, texts, strict=True):
             said[i] += [text] if text else []
@@ -126,20 +125,20 @@ class Listener:
         """Whether the adapter has a transcript of its own."""
         return self.model.config.adapter == "grounded"
 
-    def read(self, heard: Sequence[Heard]) -> list[str]:
+    def readout(self, heard: Sequence[AudioEmbeds]) -> list[str]:
         """The adapter's own transcripts (`grounded` only), without the LLM; "" where there was no speech."""
         if not self.reads_out:
             raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out: only 'grounded' does")
         return [self.tokenizer.decode(clip.token_ids or []).strip() if clip.speech else "" for clip in heard]
 
-    def weigh(self, heard: Sequence[Heard]) -> list[str]:
+    def rescore(self, heard: Sequence[AudioEmbeds]) -> list[str]:
         """Of each clip's hypotheses the one that the LLM, too, finds likely as what a user says; "" for no speech."""
         prefix = self.prefix(frame_prompt(self.tokenizer, "", "speech-first").prefix_ids)
         assert prefix is not None  # a chat template begins with a role
         chosen = [weighed(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in heard]
         return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
 
-    def _repeat(self, heard: Sequence[Heard], max_new_tokens: int, batch_size: int) -> list[str]:
+    def _repeat(self, heard: Sequence[AudioEmbeds], max_new_tokens: int, batch_size: int) -> list[str]:
         """What the LLM says when it is asked to repeat each clip."""
         question = Question(instruction=instruction_for("repeat"))
         decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
@@ -158,7 +157,7 @@ class Listener:
         """
         decoding = decoding or self.decoding
         spoken = [i for i, question in enumerate(questions) if question.audio is not None]
-        heard = dict(zip(spoken, self.hear([questions[i].audio for i in spoken]), strict=True))
+        heard = dict(zip(spoken, self.embed_audio([questions[i].audio for i in spoken]), strict=True))
         answers = {i: self.model.config.no_speech_sentence for i, clip in heard.items() if not clip.speech}
         requests = [
             self.request(i, question, heard.get(i), replace(decoding, seed=decoding.seed + i))
@@ -175,13 +174,13 @@ class Listener:
         return {key: answer_text(self.tokenizer, result.ids).strip() for key, result in results.items()}
 
     @torch.no_grad()
-    def hear(self, audios: Sequence[Any], *, beam: int = 0) -> list[Heard]:
+    def embed_audio(self, audios: Sequence[Any], *, beam: int = 0) -> list[AudioEmbeds]:
         """Each clip's vectors, encoded in batches of like length. A clip of digital silence holds no speech.
 
         beam: how many hypotheses of what was said to keep with them.
         """
         clips = [_samples(audio) for audio in audios]
-        heard: dict[int, Heard] = {}
+        heard: dict[int, AudioEmbeds] = {}
         for batch in _by_length([len(clip) for clip in clips]):
             states = self.encode([clips[i] for i in batch])
             for i, clip in zip(batch, self.model.listen(states, beam), strict=True):
@@ -202,7 +201,7 @@ class Listener:
         )
         return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
 
-    def request(self, key: Any, question: Question, heard: Heard | None, decoding: Decoding) -> Request:
+    def request(self, key: Any, question: Question, heard: AudioEmbeds | None, decoding: Decoding) -> Request:
         """The question as the decoder takes it: both routes share the ids around the speech."""
         frame = frame_prompt(self.tokenizer, question.instruction, question.order)
         if heard is not None:
@@ -247,3 +246,30 @@ def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         batch.append(i)
     if batch:
         yield batch
+
+
+LONGEST_SECONDS = 10.0  # adapters learn from single utterances: what is longer is heard worse (docs/log.md)
+SEARCHED = 0.5  # the later part of a piece, in which the quietest place is looked for
+STEP = SAMPLE_RATE // 50  # samples: 20 ms
+PAUSE_STEPS = 10  # a pause is judged over 0.2 s
+
+
+def cut_at_pauses(audio: np.ndarray, longest: float = LONGEST_SECONDS) -> list[np.ndarray]:
+    """`audio` (N,) in pieces of at most `longest` seconds; a short recording is one piece."""
+    most = int(longest * SAMPLE_RATE)
+    pieces = []
+    while len(audio) > most:
+        end = _quietest(audio[:most], int(most * (1 - SEARCHED)))
+        pieces.append(audio[:end])
+        audio = audio[end:]
+    return [*pieces, audio]
+
+
+def _quietest(audio: np.ndarray, begin: int) -> int:
+    """The sample from `begin` on in the middle of the quietest 0.2 s; the last of several."""
+    energies = np.add.reduceat(
+        np.square(audio[begin:], dtype=np.float64), np.arange(0, len(audio) - begin, STEP)
+    )
+    smooth = np.convolve(energies, np.ones(PAUSE_STEPS), mode="valid")
+    last = len(smooth) - 1 - int(smooth[::-1].argmin())
+    return begin + (last + PAUSE_STEPS // 2) * STEP

@@ -23,9 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio
+from blsp.data.jobs import count_dealt_with, model_digest, require_same_job
 from blsp.data.manifest import RowLog, SkippedLog
 from blsp.inference.listener import Listener, load
-from blsp.inference.resuming import count_dealt_with, model_digest, require_same_job
 
 if TYPE_CHECKING:
     from blsp.settings import TranscribeSettings
@@ -61,7 +61,7 @@ def _transcribe(
 ) -> None:
     listener = load(settings.model, device=settings.device, dtype=settings.dtype)
     if readout and not listener.reads_out:
-        listener.read([])  # says why not, before anything is heard
+        listener.readout([])  # says why not, before anything is heard
     size, files = settings.batch_size, settings.files
     with tqdm(total=len(files), initial=done, desc="listening", unit="file", disable=None) as bar:
         for begin in range(done - done % size, len(files), size):

@@ -32,7 +32,7 @@ class AdapterOutput:
     """
 
     vectors: Tensor
-    places: Tensor
+    num_audio_tokens: Tensor
     valid: Tensor
     speech: Tensor
     log_probs: Tensor | None = None
@@ -40,14 +40,14 @@ class AdapterOutput:
 
 
 @dataclass(frozen=True)
-class Heard:
+class AudioEmbeds:
     """One clip as the LLM gets it: vectors (n, D) without the invalid places, and what was read out, if anything.
 
     hypotheses: what else may have been said, best first, in the LLM's tokens, where that was asked for.
     """
 
     vectors: Tensor
-    places: int
+    num_audio_tokens: int
     speech: bool
     token_ids: list[int] | None = None
     hypotheses: tuple[Hypothesis, ...] = ()
@@ -77,7 +77,7 @@ class ConvStack(nn.Module):
             for width, following, stride in zip(widths, widths[1:], strides, strict=False)
         )
 
-    def places(self, frames: int) -> int:
+    def num_audio_tokens(self, frames: int) -> int:
         for stride in self.strides:
             frames = -(-frames // stride)
         return frames
@@ -109,8 +109,8 @@ class ConvAdapter(nn.Module):
         self.norm = nn.LayerNorm(text_width)
         nn.init.constant_(self.norm.weight, embedding_std)
 
-    def places(self, frames: int) -> int:
-        return self.stack.places(frames)
+    def num_audio_tokens(self, frames: int) -> int:
+        return self.stack.num_audio_tokens(frames)
 
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:
         hidden, lengths = self.stack(states, lengths)
@@ -138,7 +138,7 @@ class StackAdapter(nn.Module):
         self.norm = nn.RMSNorm(text_width)
         nn.init.constant_(self.norm.weight, embedding_std)
 
-    def places(self, frames: int) -> int:
+    def num_audio_tokens(self, frames: int) -> int:
         return -(-frames // self.frames)
 
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:
@@ -154,4 +154,4 @@ def _plain_output(hidden: Tensor, lengths: Tensor) -> AdapterOutput:
     """Every place of a clip holds a vector, and every clip is taken for speech."""
     valid = valid_mask(lengths, hidden.shape[1])
     speech = torch.ones_like(lengths, dtype=torch.bool)
-    return AdapterOutput(hidden * valid[:, :, None], places=lengths, valid=valid, speech=speech)
+    return AdapterOutput(hidden * valid[:, :, None], num_audio_tokens=lengths, valid=valid, speech=speech)

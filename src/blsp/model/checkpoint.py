@@ -2,7 +2,7 @@
 
 In:  names of an encoder and an LLM (folder, hub id, `embedded:` name), or a folder written here.
 Out: a model whose frozen parts are frozen, and its processor.
-Try: `model, processor = load_blsp("models/blsp-tiny", find_place())`
+Try: `model, processor = load_blsp("models/blsp-tiny", find_runtime())`
 Flow: model/ — training writes these folders, everything after it reads them.
 
 An adapter fits the very weights it was trained between: their digests are checked, and a mismatch is an
@@ -33,17 +33,16 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from blsp.distributed import Runtime, find_runtime
+from blsp.llm.language_model import check_supported, embed
 from blsp.model import register
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig
-from blsp.model.digest import tensor_digest
-from blsp.model.distributed import Place, find_place
-from blsp.model.embedded import resolve_weights
-from blsp.model.language_model import check_supported, embed
+from blsp.model.grounded import spell_readout, token_strings
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, build_adapter
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.model.readout import spell_readout
-from blsp.model.spelling import token_strings
-from blsp.shipped import find_model
+from blsp.weights.digest import tensor_digest
+from blsp.weights.embedded import resolve_weights
+from blsp.weights.shipped import find_model
 
 if TYPE_CHECKING:
     from blsp.settings import ExportSettings
@@ -65,34 +64,34 @@ class FrozenParts:
     extractor: WhisperFeatureExtractor
 
 
-def load_language_model(name: str, place: Place) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(name: str, runtime: Runtime) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The text LLM, frozen, in eval mode on `place`, and its tokenizer."""
     folder = resolve_weights(name)
     check_supported(AutoConfig.from_pretrained(folder))
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=place.dtype).to(place.device)
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=runtime.dtype).to(runtime.device)
     return _frozen(llm), AutoTokenizer.from_pretrained(folder)
 
 
-def load_speech_encoder(name: str, place: Place) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
+def load_speech_encoder(name: str, runtime: Runtime) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
     """The Whisper encoder, frozen, in eval mode on `place`, and its mel extractor. No decoder is loaded."""
     folder = resolve_weights(name)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a whole Whisper holds a decoder that is left out on purpose
     try:
         tower, found = WhisperEncoder.from_pretrained(
-            folder, dtype=place.dtype, key_mapping=ENCODER_KEYS, output_loading_info=True
+            folder, dtype=runtime.dtype, key_mapping=ENCODER_KEYS, output_loading_info=True
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
     if found["missing_keys"]:
         raise CheckpointError(f"{name}: not a Whisper encoder, {sorted(found['missing_keys'])[0]} is missing")
-    return _frozen(tower.to(place.device)), WhisperFeatureExtractor.from_pretrained(folder)
+    return _frozen(tower.to(runtime.device)), WhisperFeatureExtractor.from_pretrained(folder)
 
 
-def load_frozen(audio_model: str, text_model: str, place: Place) -> FrozenParts:
+def load_frozen(audio_model: str, text_model: str, runtime: Runtime) -> FrozenParts:
     """Both frozen parts and what belongs to them."""
-    tower, extractor = load_speech_encoder(audio_model, place)
-    llm, tokenizer = load_language_model(text_model, place)
+    tower, extractor = load_speech_encoder(audio_model, runtime)
+    llm, tokenizer = load_language_model(text_model, runtime)
     return FrozenParts(tower, llm, tokenizer, extractor)
 
 
@@ -103,7 +102,7 @@ def _frozen(module: Any) -> Any:
 def new_blsp(
     audio_model: str,
     text_model: str,
-    place: Place,
+    runtime: Runtime,
     *,
     adapter: str = "conv",
     adapter_options: dict[str, Any] | None = None,
@@ -112,7 +111,7 @@ def new_blsp(
     seed: int = 0,
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """Two frozen parts and a fresh adapter between them; vectors start as large as the LLM's embeddings."""
-    parts = load_frozen(audio_model, text_model, place)
+    parts = load_frozen(audio_model, text_model, runtime)
     embeddings = embed(parts.llm, readout_vocabulary or range(parts.llm.config.vocab_size))
     parts.tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
     config = BlspConfig(
@@ -134,7 +133,7 @@ def new_blsp(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         projector = build_adapter(config)
-    model = assemble(config, parts, projector, place)
+    model = assemble(config, parts, projector, runtime)
     spell_readout(model.model, lambda ids: token_strings(parts.tokenizer, ids))
     return model, new_processor(config, parts)
 
@@ -148,7 +147,7 @@ def new_processor(config: BlspConfig, parts: FrozenParts) -> BlspProcessor:
 
 
 def assemble(
-    config: BlspConfig, parts: FrozenParts, projector: nn.Module, place: Place
+    config: BlspConfig, parts: FrozenParts, projector: nn.Module, runtime: Runtime
 ) -> BlspForConditionalGeneration:
     """A model made of loaded parts; nothing is initialised twice. The adapter stays in float32."""
     for part, name in [
@@ -161,7 +160,7 @@ def assemble(
     model.model.audio_tower = parts.tower
     model.model.language_model = parts.llm.get_decoder()
     model.lm_head = parts.llm.get_output_embeddings()
-    model.model.multi_modal_projector = projector.to(place.device)
+    model.model.multi_modal_projector = projector.to(runtime.device)
     model.generation_config = parts.llm.generation_config
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if left:
@@ -202,34 +201,34 @@ def load_adapter_folder(
         if others.get(name) is not None:
             raise NotImplementedError(f"{folder}: {name} is for merged models; make one with `blsp export`")
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    place = find_place(device="cpu" if device_map in (None, "auto") else str(device_map), dtype="float32")
-    dtype = dtype if isinstance(dtype, torch.dtype) else place.dtype
-    model, _ = _load_adapter(folder, Place(place.device, dtype, 0, 1))
+    runtime = find_runtime(device="cpu" if device_map in (None, "auto") else str(device_map), dtype="float32")
+    dtype = dtype if isinstance(dtype, torch.dtype) else runtime.dtype
+    model, _ = _load_adapter(folder, Runtime(runtime.device, dtype, 0, 1))
     return model
 
 
-def load_blsp(folder: str | Path, place: Place) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+def load_blsp(folder: str | Path, runtime: Runtime) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """Model and processor of an adapter folder (frozen parts loaded, digests checked) or of a merged export.
 
     The name of a shipped adapter (`blsp-tiny`) stands for its folder.
     """
     folder = find_model(str(folder))
     if is_adapter_folder(folder):
-        return _load_adapter(folder, place)
+        return _load_adapter(folder, runtime)
     register()
-    model = BlspForConditionalGeneration.from_pretrained(folder, dtype=place.dtype)
-    return _frozen(model.to(place.device)), BlspProcessor.from_pretrained(folder)
+    model = BlspForConditionalGeneration.from_pretrained(folder, dtype=runtime.dtype)
+    return _frozen(model.to(runtime.device)), BlspProcessor.from_pretrained(folder)
 
 
 def load_mean(
-    folders: Sequence[str | Path], place: Place
+    folders: Sequence[str | Path], runtime: Runtime
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """The first folder's model with the mean of all the folders' adapters, weight by weight.
 
     Adapters that went different ways from the same weights can be better together than each alone (model soups,
     Wortsman et al. 2022).
     """
-    model, processor = load_blsp(folders[0], place)
+    model, processor = load_blsp(folders[0], runtime)
     projector = model.model.multi_modal_projector
     states = [projector.state_dict()]
     for folder in map(str, folders[1:]):
@@ -251,19 +250,19 @@ def _kind(config: BlspConfig) -> tuple[Any, ...]:
     return *adapter, config.full_window, config.audio_model_sha256, config.text_model_sha256
 
 
-def _load_adapter(folder: str | Path, place: Place) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+def _load_adapter(folder: str | Path, runtime: Runtime) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     home = _config_file(folder).parent
     register()  # transformers' own loading of the tokenizer asks for the configuration by its name
     config = BlspConfig.from_pretrained(home)
     for role in ("audio", "text"):
         _check_digest(folder, getattr(config, f"{role}_model_id"), getattr(config, f"{role}_model_sha256"))
-    parts = load_frozen(config.audio_model_id, config.text_model_id, place)
+    parts = load_frozen(config.audio_model_id, config.text_model_id, runtime)
     projector = build_adapter(config)
     try:
         projector.load_state_dict(_adapter_state(folder), strict=True)
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: its tensors do not fit its config.json: {error}") from error
-    return assemble(config, parts, projector, place), BlspProcessor.from_pretrained(folder)
+    return assemble(config, parts, projector, runtime), BlspProcessor.from_pretrained(folder)
 
 
 def _adapter_state(folder: str | Path) -> dict[str, Tensor]:
@@ -334,7 +333,7 @@ def export(settings: ExportSettings) -> None:
     """`blsp export`: an adapter folder becomes a merged one."""
     folder = find_model(settings.model)
     dtype = _stored_dtype(folder) if settings.dtype == "auto" else settings.dtype
-    model, processor = load_blsp(folder, find_place(device="cpu", dtype=dtype))
+    model, processor = load_blsp(folder, find_runtime(device="cpu", dtype=dtype))
     export_merged(model, processor, settings.out)
     print(f"wrote {settings.out}")
 

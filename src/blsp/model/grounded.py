@@ -19,13 +19,19 @@ D LLM width, K classes (blank + read-out tokens), N runs (vectors) of a clip, F 
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from blsp.model.adapter import AdapterOutput, ConvStack, valid_mask
-from blsp.model.kept import Kept
-from blsp.model.spelling import Spelling
+
+if TYPE_CHECKING:
+    from blsp.model.modeling_blsp import BlspModel
 
 BLANK = 0
 NEGLIGIBLE = 1e-6  # of a frame's best posterior: what is less moves no vector by a thousandth of its length
@@ -75,8 +81,8 @@ class GroundedAdapter(nn.Module):
         self._wide, self._lengths = Kept(), Kept()  # of the table's rows
         self.spelling = Spelling(classes, text_width, spelling) if spelling else None
 
-    def places(self, frames: int) -> int:
-        return self.stack.places(frames)
+    def num_audio_tokens(self, frames: int) -> int:
+        return self.stack.num_audio_tokens(frames)
 
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput:
         """states (B, T, E), lengths (B,), table (K-1, D) -> `AdapterOutput`."""
@@ -203,3 +209,119 @@ def _run_means(log_probs: Tensor, table: Tensor, spoken: Tensor, runs: Tensor) -
         0, slots, torch.ones_like(slots, dtype=expected.dtype)
     )
     return (sums / counts.clamp(min=1)[:, None]).unflatten(0, (batch, width))
+
+
+BUCKETS = 8192  # groups are numbered by a hash; 0 is no group
+GROUPS = 24  # of a token, the longest first: all of a word of seven letters
+LONGEST = 3  # letters in a group
+SPACE_MARKS = ("Ġ", "▁", " ")  # how tokenizers write the space before a word
+
+
+class Spelling(nn.Module):
+    """Logits of tokens by their letters; `groups` (K, G) is part of the adapter's tensors."""
+
+    groups: Tensor
+
+    def __init__(self, classes: int, text_width: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("groups", torch.zeros(classes, GROUPS, dtype=torch.int16))
+        self.letters = nn.Embedding(BUCKETS, width, padding_idx=0)
+        nn.init.normal_(self.letters.weight, std=0.3)
+        self.query = nn.Linear(text_width, width)
+        self._keys = Kept()
+
+    def forward(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(B, S, D) -> (B, S, C), of the tokens (C,) or of all."""
+        keys = self.keys() if tokens is None else _spell(self.groups[tokens], self.letters.weight)
+        return self.query(hidden) @ keys.to(hidden.dtype).T
+
+    def train(self, mode: bool = True) -> Spelling:
+        """As ever; kept keys go, since a fused optimiser changes weights without a change of their version."""
+        self._keys = Kept()
+        return super().train(mode)
+
+    def keys(self) -> Tensor:
+        """(K, W): all tokens' spelling; kept between calls where nothing is learnt."""
+        return self._keys.of(_spell, self.groups, self.letters.weight)
+
+
+def _spell(groups: Tensor, letters: Tensor) -> Tensor:
+    """(C, G), (BUCKETS, W) -> (C, W): the groups' vectors summed, at one size whatever their number."""
+    count = (groups != 0).sum(dim=1, keepdim=True).clamp(min=1)
+    total = nn.functional.embedding_bag(groups.long(), letters, mode="sum", padding_idx=0)
+    return total / count.sqrt()
+
+
+def letter_groups(tokens: Sequence[str]) -> Tensor:
+    """(K, G) int16: the groups of letters of each token, zeros behind them."""
+    table = torch.zeros(len(tokens), GROUPS, dtype=torch.int16)
+    for row, token in enumerate(tokens):
+        numbers = [1 + zlib.crc32(group.encode()) % (BUCKETS - 1) for group in _groups(token)][:GROUPS]
+        table[row, : len(numbers)] = torch.tensor(numbers, dtype=torch.int16)
+    return table
+
+
+def _groups(token: str) -> Iterator[str]:
+    word = token.strip()
+    if word != word.lower():
+        yield "<capitals>" if len(word) > 1 and word == word.upper() else "<Capital>"
+    letters = ("^" if token.startswith(" ") else "+") + word.lower() + "$"
+    for size in range(LONGEST, 0, -1):
+        yield from (letters[at : at + size] for at in range(len(letters) - size + 1))
+
+
+def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of each token, a space before it where it begins a word."""
+    strings = []
+    for raw in tokenizer.convert_ids_to_tokens(list(ids)):
+        begins = raw is not None and raw.startswith(SPACE_MARKS)
+        text = tokenizer.convert_tokens_to_string([raw]).strip() if raw is not None else ""
+        strings.append(" " + text if begins else text)
+    return strings
+
+
+class Kept:
+    """What was worked out from a few tensors, until one of them changes."""
+
+    def __init__(self) -> None:
+        self._sources: tuple[Tensor, ...] = ()
+        self._state: list[tuple[int, int]] = []
+        self._value: Tensor | None = None
+
+    def of(self, work_out: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+        """`work_out(*sources)`; not again while they are as they were. Where one is learnt, nothing is kept."""
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            return work_out(*sources)
+        state = [(source.data_ptr(), source._version) for source in sources]
+        same = len(sources) == len(self._sources) and all(map(is_, sources, self._sources))
+        if self._value is None or not same or state != self._state:
+            self._sources, self._state = sources, state
+            self._value = work_out(*sources).detach()
+        return self._value
+
+
+StringsOf = Callable[[Sequence[int]], list[str]]
+
+
+def spell_readout(model: BlspModel, strings_of: StringsOf) -> None:
+    """Tell the adapter how the read-out tokens are spelled; nothing to tell one that does not ask."""
+    spelling = getattr(model.multi_modal_projector, "spelling", None)
+    if spelling is not None:
+        ids = model.config.readout_vocabulary or range(model.config.text_config.vocab_size)
+        spelling.groups = letter_groups(strings_of(list(ids))).to(spelling.groups.device)
+
+
+def widen_readout(model: BlspModel, tokens: Iterable[int], strings_of: StringsOf) -> None:
+    """Add LLM tokens to what is read out; a new token's bias begins at the mean of the others'."""
+    known = model.config.readout_vocabulary
+    vocabulary = sorted({*(known or ()), *tokens})
+    if known is None or len(vocabulary) == len(known):
+        return
+    adapter: Any = model.multi_modal_projector
+    bias = adapter.bias.new_full((len(vocabulary),), float(adapter.bias.detach().mean()))
+    place = {token: index for index, token in enumerate(vocabulary)}
+    bias[[place[token] for token in known]] = adapter.bias.detach()
+    adapter.bias = nn.Parameter(bias)
+    whole = len(vocabulary) == model.config.text_config.vocab_size
+    model.config.readout_vocabulary = None if whole else vocabulary
+    spell_readout(model, strings_of)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blsp.llm.language_model import decoder_of, embed, logits_of
+from blsp.llm.prefix import Prefix
 from blsp.model.adapter import AdapterOutput, Hypothesis
 from blsp.model.configuration_blsp import BlspConfig
 from blsp.model.grounded import BLANK
-from blsp.model.language_model import decoder_of, embed, logits_of
-from blsp.model.prefix import Prefix
 
 # both chosen on fotaq's development part
 LANGUAGE = 0.4  # weight of the LLM's log-likelihood beside the read-out's
@@ -82,7 +82,7 @@ def hypotheses_of(config: BlspConfig, output: AdapterOutput, row: int, beam: int
     """The `beam` likeliest sequences of one clip of a batch, in the LLM's token ids; none where nothing is read out."""
     if not beam or output.log_probs is None:
         return ()
-    found = n_best(output.log_probs[row, : int(output.places[row])], beam)
+    found = n_best(output.log_probs[row, : int(output.num_audio_tokens[row])], beam)
     vocabulary = config.readout_vocabulary
     if vocabulary is None:
         return tuple(found)

@@ -29,11 +29,11 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from blsp.model.adapter import AdapterOutput, ConvAdapter, Heard, StackAdapter
+from blsp.llm.language_model import UnsupportedModelError, check_supported, head_has_bias, scale_logits
+from blsp.model.adapter import AdapterOutput, AudioEmbeds, ConvAdapter, StackAdapter
 from blsp.model.configuration_blsp import BlspConfig
 from blsp.model.grounded import GroundedAdapter
 from blsp.model.hypotheses import hypotheses_of
-from blsp.model.language_model import UnsupportedModelError, check_supported, head_has_bias, scale_logits
 from blsp.model.packing import pack, unpack
 from blsp.model.speech_encoder import encode_speech
 
@@ -164,7 +164,10 @@ class BlspModel(BlspPreTrainedModel):
                 full_window=self.config.full_window,
             )
         heard = self.listen(states, lengths)
-        inside = torch.arange(heard.vectors.shape[1], device=states.device)[None, :] < heard.places[:, None]
+        inside = (
+            torch.arange(heard.vectors.shape[1], device=states.device)[None, :]
+            < heard.num_audio_tokens[:, None]
+        )
         return BlspAudioOutput(
             last_hidden_state=states,
             pooler_output=heard.vectors[inside],
@@ -310,7 +313,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         """Logits (…, V) of the LLM's last hidden states (…, D)."""
         return scale_logits(self.config.text_config, self.lm_head(hidden))
 
-    def listen(self, features: Sequence[Tensor], beam: int = 0) -> list[Heard]:
+    def listen(self, features: Sequence[Tensor], beam: int = 0) -> list[AudioEmbeds]:
         """What the LLM gets of each clip, from encoder states (T, E) a clip: invalid places taken out.
 
         beam: how many hypotheses of what was said to keep (`grounded` only).
@@ -321,9 +324,9 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         output = self.model.listen(padded, lengths)
         readout: Sequence[list[int] | None] = output.readout or [None] * len(features)
         return [
-            Heard(
+            AudioEmbeds(
                 output.vectors[row][output.valid[row]],
-                int(output.places[row]),
+                int(output.num_audio_tokens[row]),
                 bool(output.speech[row]),
                 readout[row],
                 hypotheses_of(self.config, output, row, beam),

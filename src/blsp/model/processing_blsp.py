@@ -64,7 +64,7 @@ class BlspProcessor(ProcessorMixin):
             chat_template = FLATTEN_PARTS + tokenizer.chat_template
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
-    def places(self, samples: int) -> int:
+    def num_audio_tokens(self, samples: int) -> int:
         """Placeholders of a clip of `samples` 16 kHz samples."""
         frames = encoder_frames(mel_frames(samples))
         for stride in self.strides:
@@ -92,7 +92,7 @@ class BlspProcessor(ProcessorMixin):
             raise ValueError(
                 f"{wanted} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place"
             )
-        counts = iter([self.places(len(clip)) for clip in clips])
+        counts = iter([self.num_audio_tokens(len(clip)) for clip in clips])
         expanded = ["".join(self._expand(piece, counts)) for piece in texts]
         data = dict(
             self.tokenizer(

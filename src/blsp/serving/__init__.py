@@ -13,5 +13,5 @@
     metrics.py    counters and histograms for Prometheus
     web/          the page: plain HTML, CSS, JavaScript
 
-Flow: a request -> guard -> schema -> sound -> **scheduler** (inference/conversation.py, model/decoding.py) -> writing.
+Flow: a request -> guard -> schema -> sound -> **scheduler** (inference/conversation.py, llm/decoding.py) -> writing.
 """

@@ -31,17 +31,17 @@ from prometheus_client import generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from blsp.continuation.prompts import instruction_for
-from blsp.inference.listener import Listener
-from blsp.inference.pauses import cut_at_pauses
-from blsp.model.decoding import Decoding
-from blsp.serving import replies, sound
+from blsp.inference.listener import Listener, cut_at_pauses
+from blsp.llm.decoding import Decoding
+from blsp.llm.instructions import instruction_for
+from blsp.serving import api as replies
+from blsp.serving import audio_input as sound
+from blsp.serving.api import ApiError, AudioPart, ChatRequest, TextPart
 from blsp.serving.exchange import Exchange
-from blsp.serving.guard import Guard, is_local
 from blsp.serving.metrics import Metrics
+from blsp.serving.middleware import Guard, is_local
 from blsp.serving.recogniser import SharedRecogniser
 from blsp.serving.scheduler import Limits, Scheduler
-from blsp.serving.schema import ApiError, AudioPart, ChatRequest, TextPart
 
 if TYPE_CHECKING:
     from blsp.settings import ServeSettings

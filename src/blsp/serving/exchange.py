@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from blsp.model.decoding import Decoding
+from transformers import PreTrainedTokenizerBase
+
+from blsp.llm.decoding import Decoding
+from blsp.llm.text_stream import TextStream
+from blsp.serving.api import ApiError
 from blsp.serving.scheduler import Begun, Done, Failed, Job, Report, Scheduler, Token
-from blsp.serving.schema import ApiError
-from blsp.serving.writing import Answer
 
 GRACE = 1.0  # seconds beyond the deadline that the scheduler has to say so itself
 
@@ -110,3 +112,37 @@ class Exchange:
 def _hand_over(loop: asyncio.AbstractEventLoop, reports: asyncio.Queue[Report], report: Report) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(reports.put_nowait, report)
+
+
+class Answer:
+    """Text of one answer as it grows; `stopped` once a stop string was met, which is not part of it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+        self._stream = TextStream(tokenizer)
+        self._stops = tuple(stops)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        return self._release(self._stream.push(token), final=False)
+
+    def close(self) -> str:
+        return self._release(self._stream.close(), final=True)
+
+    def _release(self, piece: str, *, final: bool) -> str:
+        """What of the held text and `piece` cannot become part of a stop string any more."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        places = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)]
+        kept = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -2,7 +2,7 @@
 
 In:  a clip. Out: its transcript by faster-whisper (or transformers), one clip at a time, in a thread of its own.
 Try: `await SharedRecogniser(None, listener).transcribe(clip, "en", seconds=60)`
-Flow: serving/ — app.py -> **recogniser** -> evaluation/recognise.py. Never on the way from speech to an answer.
+Flow: serving/ — app.py -> **recogniser** -> evaluation/recogniser.py. Never on the way from speech to an answer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from blsp.evaluation.recognise import Recogniser, recogniser_of
+from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.inference.listener import Listener
-from blsp.serving.schema import ApiError
+from blsp.serving.api import ApiError
 
 MOST_WAITING = 8  # clips; the next is told to come back later
 
@@ -60,7 +60,7 @@ class SharedRecogniser:
         except Exception as error:  # whatever a library says of weights that it cannot use
             raise ApiError(503, f"model: the recogniser cannot be loaded: {error}", param="model") from error
         try:
-            return self._loaded.hear(clip, language)
+            return self._loaded.transcribe_clip(clip, language)
         except ValueError as error:  # a language that it does not know
             raise ApiError(400, f"language {language!r}: {error}", param="language") from error
 

@@ -1,10 +1,10 @@
 """One thread that asks the model: requests join and leave the one decode loop between steps.
 
 In:  `Job`s (a conversation, how to decode, a deadline, where to report) from any thread.
-Out: reports: `Heard` counts, tokens, the end, or what went wrong.
+Out: reports: `AudioEmbeds` counts, tokens, the end, or what went wrong.
 Try: `scheduler = Scheduler(listener, limits); scheduler.start(); scheduler.submit(job)`
 Flow: serving/ — app.py submits; **scheduler** hears the clips, lays conversations out (inference/conversation.py),
-      seats them in the decoder (model/decoding.py) and reports each token.
+      seats them in the decoder (llm/decoding.py) and reports each token.
 
 First come, first served. The queue is bounded, in requests and in seconds of speech: past it `submit` refuses with 429.
 Between two steps at most `JOINING` requests (or `HEARD_AT_ONCE` seconds) are heard and prefilled, so that those being
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from blsp.data.audio import SAMPLE_RATE
+from blsp.distributed import give_back_freed_memory
 from blsp.inference.conversation import (
     ContextError,
     LaidOut,
@@ -37,13 +38,12 @@ from blsp.inference.conversation import (
     user_turn,
 )
 from blsp.inference.listener import BEAM, Listener
-from blsp.model.adapter import Heard
-from blsp.model.allocation import give_back_freed_memory
-from blsp.model.decoding import Decoder, Decoding, Event, Request
-from blsp.model.prefix import Prefix
-from blsp.model.prompt import PromptError
+from blsp.llm.decoding import Decoder, Decoding, Event, Request
+from blsp.llm.prefix import Prefix
+from blsp.llm.prompt import PromptError
+from blsp.model.adapter import AudioEmbeds
+from blsp.serving.api import ApiError
 from blsp.serving.metrics import Metrics
-from blsp.serving.schema import ApiError
 
 log = logging.getLogger("blsp.serving")
 JOINING = 4  # requests heard and prefilled between two steps
@@ -258,7 +258,7 @@ class Scheduler:
         """Jobs with their messages, whose clips were heard in one go; if that fails, in one go each."""
         clips = [clip for job in jobs for clip in _clips(job)]
         try:
-            heard = iter(self.listener.hear(clips, beam=beam) if clips else ())
+            heard = iter(self.listener.embed_audio(clips, beam=beam) if clips else ())
         except Exception as error:
             if len(jobs) == 1:
                 self._give_up(error, jobs)
@@ -278,13 +278,13 @@ class Scheduler:
 
     def _read(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
         """Ends the job with what was read out; there is nothing to decode."""
-        heard = [part for part in messages[-1]["parts"] if isinstance(part, Heard)]
+        heard = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
         job.report(Begun(0, sum(len(clip.vectors) for clip in heard)))
-        self._end(job, Done(text=" ".join(filter(None, self.listener.weigh(heard)))))
+        self._end(job, Done(text=" ".join(filter(None, self.listener.rescore(heard)))))
         return None
 
     def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
-        clips = [part for part in messages[-1]["parts"] if isinstance(part, Heard)]
+        clips = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
         if clips and not any(clip.speech for clip in clips):
             job.report(Begun(0, 0))
             self._end(job, Done(sentence=self.listener.model.config.no_speech_sentence))

@@ -8,9 +8,7 @@ Data and model names have no default, the shipped adapter excepted. Other defaul
 has one (arXiv 2309.00916, marked "paper"). A model name is a folder, a hub id, or `embedded:NAME`.
 """
 
-from blsp.settings.choices import SettingsError
-from blsp.settings.making import ContinueSettings, EncodeSettings, PrepareSettings, TrainSettings
-from blsp.settings.using import (
+from blsp.settings.applications import (
     ChatSettings,
     EvaluateSettings,
     ExportSettings,
@@ -19,6 +17,8 @@ from blsp.settings.using import (
     TourSettings,
     TranscribeSettings,
 )
+from blsp.settings.pipeline import ContinueSettings, EncodeSettings, PrepareSettings, TrainSettings
+from blsp.settings.shared import SettingsError
 
 __all__ = [
     "SettingsError",

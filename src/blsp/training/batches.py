@@ -2,9 +2,9 @@
 number.
 
 In:  the number of rows of each data file and its weight, the rows' lengths, and the step's number.
-Out: `Plan.steps(first)`: the rows of each step; `cut`: those rows as micro-batches under a budget of
+Out: `DataOrder.steps(first)`: the rows of each step; `cut`: those rows as micro-batches under a budget of
      positions.
-Try: ``next(Plan(files=(DataFile(0, 100),), batch_size=8, seed=0).steps(3, lengths_of))``
+Try: ``next(DataOrder(files=(DataFile(0, 100),), batch_size=8, seed=0).steps(3, lengths_of))``
 Flow: training/examples.py -> **batches.py** -> training/loop.py
 
 An epoch is a pure function of (seed, epoch) and the lengths. Blocks of neighbouring rows are shuffled and
@@ -52,7 +52,7 @@ class DataFile:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DataOrder:
     """The order of the data."""
 
     files: tuple[DataFile, ...]
@@ -84,7 +84,7 @@ class Plan:
                 epoch, window = epoch + 1, 0
 
 
-def _window_steps(plan: Plan, epoch: int, window: int, lengths_of: LengthsOf) -> list[Rows]:
+def _window_steps(plan: DataOrder, epoch: int, window: int, lengths_of: LengthsOf) -> list[Rows]:
     """All steps of one window: like lengths in a step, steps in random order."""
     generator = np.random.default_rng((plan.seed, epoch, window))
     rows = _window_rows(plan, epoch, window)
@@ -94,7 +94,7 @@ def _window_steps(plan: Plan, epoch: int, window: int, lengths_of: LengthsOf) ->
     return [steps[i] for i in generator.permutation(len(steps))]
 
 
-def _window_rows(plan: Plan, epoch: int, window: int) -> Rows:
+def _window_rows(plan: DataOrder, epoch: int, window: int) -> Rows:
     """The table rows of one window of an epoch: a stretch of the shuffled blocks laid end to end."""
     blocks = -(-plan.per_epoch // BLOCK)
     order = np.random.default_rng((plan.seed, epoch)).permutation(blocks)
@@ -107,7 +107,7 @@ def _window_rows(plan: Plan, epoch: int, window: int) -> Rows:
     return _table_rows(plan, epoch, np.concatenate(drawn)[skipped : skipped + end - begin])
 
 
-def _table_rows(plan: Plan, epoch: int, places: Rows) -> Rows:
+def _table_rows(plan: DataOrder, epoch: int, places: Rows) -> Rows:
     """Places in an epoch -> rows of the table: each file goes round and round at its own pace."""
     rows = np.empty_like(places)
     begin = 0

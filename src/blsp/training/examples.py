@@ -4,7 +4,7 @@ In:  a row of the table, its source, the feature cache or the audio itself, the 
 Out: `Example` (numpy and lists; nothing is computed by torch here, so a thread can make them ahead), or the
      reason why there is none.
 Try: ``reader.example(table.rows[0], sources, epoch=0)``
-Flow: training/table.py -> **examples.py** -> training/step.py
+Flow: training/dataset.py -> **examples.py** -> training/step.py
 
 Letters: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response tokens, K stored top-k.
 """
@@ -22,19 +22,18 @@ from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
 from blsp.data.manifest import Utterance
-from blsp.model.prompt import Frame, Order, frame_prompt, text_ids, transcript_ids
+from blsp.llm.prompt import Order, PromptTemplate, frame_prompt, text_ids, transcript_ids
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
 from blsp.training.augmentation import Kind, augment, hide_spans
+from blsp.training.dataset import ROW, Source
 from blsp.training.losses import can_align
-from blsp.training.sources import Source
-from blsp.training.table import ROW
 
 NO_RESPONSE: list[int] = []
 ANY_PAIR = np.iinfo(np.uint32).max  # a row that no (instruction, order) pair is given for
 
 
 class Features(Protocol):
-    """What training asks of the feature cache (model/features.py)."""
+    """What training asks of the feature cache (features/encode.py)."""
 
     def key(self, utterance: Utterance) -> bytes: ...
     def keys(self, rows: Sequence[Utterance]) -> list[bytes]: ...
@@ -54,7 +53,7 @@ class Example:
 
     id: str
     seconds: float
-    frame: Frame
+    template: PromptTemplate
     transcript: list[int]
     response: list[int]
     no_speech: bool
@@ -71,7 +70,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Taught:
+class Targets:
     """What of a row is learnt: the loss, whether the adapter is `grounded`, and whether it has a CTC term."""
 
     loss: Literal["ctc", "ce", "kl"]
@@ -83,14 +82,14 @@ class Taught:
 class ExampleReader:
     """Turns rows into examples, and measures them for the table.
 
-    classes: LLM token -> CTC class (empty without a CTC term). places: encoder frames -> adapter places.
+    classes: LLM token -> CTC class (empty without a CTC term). num_audio_tokens: encoder frames -> placeholders.
     end: the token that ends an answer. augmentation: kinds (`mask` for cached features, the others for audio).
     """
 
-    taught: Taught
+    taught: Targets
     tokenizer: PreTrainedTokenizerBase
     extractor: WhisperFeatureExtractor
-    places: Callable[[Any], Any]  # of one length or of an array of them
+    num_audio_tokens: Callable[[Any], Any]  # of one length or of an array of them
     end: int
     no_speech_sentence: str
     classes: dict[int, int] = field(default_factory=dict)
@@ -101,7 +100,7 @@ class ExampleReader:
     seed: int = 0
     pairs: list[tuple[str, str]] = field(default_factory=list)
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
-    _prompts: dict[tuple[str, str], Frame] = field(default_factory=dict)
+    _prompts: dict[tuple[str, str], PromptTemplate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._no_speech_ids = [*text_ids(self.tokenizer, self.no_speech_sentence), self.end]
@@ -156,12 +155,12 @@ class ExampleReader:
 
     # --- for the step -------------------------------------------------------------------------------------
 
-    def prompt_of(self, place: np.void) -> Frame:
+    def prompt_of(self, place: np.void) -> PromptTemplate:
         """The prompt around a table row's speech; no-speech rows without one take one of the others' by their
         id.
         """
         if not self.pairs:
-            return Frame((), ())
+            return PromptTemplate((), ())
         index = int(place["frame"]) if place["frame"] != ANY_PAIR else int(place["hash"]) % len(self.pairs)
         return self._prompt(self.pairs[index])
 
@@ -173,7 +172,7 @@ class ExampleReader:
             example = self._hear(row, (self.seed, epoch, int(place["hash"])))
         except AudioError as error:
             return str(error)
-        example = replace(example, frame=self.prompt_of(place))
+        example = replace(example, template=self.prompt_of(place))
         if self.taught.loss != "ctc":
             example = replace(example, response=self._answer(row))
         if source.teacher is not None and example.response and not example.no_speech:
@@ -187,7 +186,7 @@ class ExampleReader:
         """The row with its speech and transcript, nothing to answer yet."""
         silent = row.no_speech
         read = [] if silent else transcript_ids(self.tokenizer, row.text)
-        blank = Example(row.id, 0.0, Frame((), ()), read, NO_RESPONSE, silent, text=row.text)
+        blank = Example(row.id, 0.0, PromptTemplate((), ()), read, NO_RESPONSE, silent, text=row.text)
         if self.cache is not None:
             features = np.array(self.cache.get(self.cache.key(row)))  # a copy: read here, not in the step
             features = hide_spans(features, key) if "mask" in self.augmentation else features
@@ -217,7 +216,7 @@ class ExampleReader:
         response = [*ids, self.end] if row.extra.get("finish") == "stop" else list(ids)
         return response or "its continuation is empty"
 
-    def _prompt(self, pair: tuple[str, str]) -> Frame:
+    def _prompt(self, pair: tuple[str, str]) -> PromptTemplate:
         if pair not in self._prompts:
             instruction, order = pair
             self._prompts[pair] = frame_prompt(self.tokenizer, instruction, _order(order))
@@ -229,11 +228,10 @@ class ExampleReader:
         unknown = [token for token in example.transcript if token not in self.classes]
         if not unknown:
             target = [self.classes[token] for token in example.transcript]
-            if can_align(self.places(frames), target):
+            if can_align(self.num_audio_tokens(frames), target):
                 return replace(example, readout=target)
-            reason = (
-                f"{len(target)} tokens in {self.places(frames)} places: more text than its speech can hold"
-            )
+            room = self.num_audio_tokens(frames)
+            reason = f"{len(target)} tokens in {room} places: more text than its speech can hold"
         else:
             reason = (
                 f"token {self.tokenizer.decode([unknown[0]])!r} is not in the adapter's read-out vocabulary"
@@ -272,4 +270,4 @@ def lengths_for(reader: ExampleReader, rows: NDArray[np.void]) -> NDArray[np.int
         return frames
     if reader.taught.grounded:
         return np.where(rows["no_speech"], frames // 8, rows["transcript"]) + rows["tail"]
-    return reader.places(frames) + rows["tail"]
+    return reader.num_audio_tokens(frames) + rows["tail"]

@@ -20,15 +20,14 @@ from dataclasses import replace
 
 import torch
 
-from blsp.model.allocation import keep_freed_memory
+from blsp.distributed import Runtime, find_runtime, keep_freed_memory, leave, reduce_gradients, sum_across
 from blsp.model.checkpoint import save_adapter
-from blsp.model.distributed import Place, find_place, leave, reduce_gradients, sum_across
 from blsp.settings import TrainSettings
-from blsp.training import lockstep, step
+from blsp.training import step
+from blsp.training import step as lockstep
 from blsp.training.batches import prefetch
-from blsp.training.card import model_card
 from blsp.training.examples import Example
-from blsp.training.optimisation import (
+from blsp.training.optimiser import (
     State,
     add_to_average,
     begin_or_resume,
@@ -36,10 +35,17 @@ from blsp.training.optimisation import (
     save,
     time_to_save,
 )
-from blsp.training.preparation import Run, prepare, step_examples
-from blsp.training.reporting import picture, progress_bar, report, say
-from blsp.training.run_folder import Leaving, begin_folder, claimed, deterministic, finish_stages, is_finished
-from blsp.training.run_state import add_to_window
+from blsp.training.reporting import model_card, picture, progress_bar, report, say
+from blsp.training.run import Run, prepare, step_examples
+from blsp.training.run_state import (
+    StopSignal,
+    add_to_window,
+    begin_folder,
+    claimed,
+    deterministic,
+    finish_stages,
+    is_finished,
+)
 
 AHEAD = 3  # steps whose examples are read before they are needed
 
@@ -50,36 +56,36 @@ class TrainingError(RuntimeError):
 
 def train(settings: TrainSettings) -> None:
     """`blsp train`: one run, or the stages of a recipe one after another."""
-    place = find_place(settings.device, settings.dtype)
-    if place.device.type == "cpu":
+    runtime = find_runtime(settings.device, settings.dtype)
+    if runtime.device.type == "cpu":
         keep_freed_memory()
-    with deterministic(), Leaving() as leaving:
+    with deterministic(), StopSignal() as leaving:
         for stage in settings.stages or (settings,):
             if is_finished(stage):
-                say(place, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
+                say(runtime, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
                 continue
-            with claimed(stage.out, place):
-                train_stage(stage, place, leaving)
+            with claimed(stage.out, runtime):
+                train_stage(stage, runtime, leaving)
             if leaving.asked:
                 break
         else:
-            if settings.stages and place.rank == 0:
+            if settings.stages and runtime.rank == 0:
                 finish_stages(settings)
-    leave(place)
+    leave(runtime)
     leaving.raise_if_interrupted()
 
 
-def train_stage(settings: TrainSettings, place: Place, leaving: Leaving) -> None:
+def train_stage(settings: TrainSettings, runtime: Runtime, leaving: StopSignal) -> None:
     """One run from wherever it stands to its end, or until it is asked to leave."""
-    begin_folder(settings, place)
-    run = prepare(settings, place)
+    begin_folder(settings, runtime)
+    run = prepare(settings, runtime)
     state = begin_or_resume(run)
     bar = progress_bar(run, state.progress)
     with closing(prefetch(step_examples(run, state.progress.step), AHEAD)) as steps, bar:
         for number, batches in steps:
             learn(run, state, number, batches)
             report(run, state, bar)
-            leaving.agree(place)
+            leaving.agree(runtime)
             if state.progress.step == run.steps or leaving.asked or time_to_save(run, state):
                 save(run, state)
             if leaving.asked:
@@ -89,7 +95,7 @@ def train_stage(settings: TrainSettings, place: Place, leaving: Leaving) -> None
     else:
         picture(run)
         say(
-            place,
+            runtime,
             f"{settings.out}: saved at step {state.progress.step} of {run.steps}; the same command goes on",
         )
 
@@ -101,18 +107,18 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
     """Forward and backward over the micro-batches of step `number` (from 0), then one move of the adapter."""
     rate = learning_rate(run.settings, number + 1, run.steps)
     torch.manual_seed(
-        hash((run.settings.seed, number, run.place.rank)) & 0x7FFFFFFF
+        hash((run.settings.seed, number, run.runtime.rank)) & 0x7FFFFFFF
     )  # dropout, if there is any
     examples = [example for batch in batches for example in batch]
     counts, samples, seconds = count_across(run, examples)
     loss, positions, padding = 0.0, 0.0, 0.0
-    together = run.settings.shard_llm and run.place.world > 1
-    for batch in lockstep.slots(batches, run.place) if together else batches:
+    together = run.settings.shard_llm and run.runtime.world > 1
+    for batch in lockstep.slots(batches, run.runtime) if together else batches:
         if together and not any(example.response for example in batch):
             lockstep.idle(run.llm)
         if not batch:
             continue
-        with step.autocast(run.place):
+        with step.autocast(run.runtime):
             sums = step.run(run.model, batch, run.objective, run.llm)
             share = step.objective_value(sums, counts, run.objective)
         if not torch.isfinite(share):
@@ -120,7 +126,7 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
         share.backward()
         loss, positions, padding = loss + share.item(), positions + sums.positions, padding + sums.padding
     move(run, state, rate, number, examples)
-    loss, positions, padding = across(run.place, loss, positions, padding)
+    loss, positions, padding = across(run.runtime, loss, positions, padding)
     progress = add_to_window(state.progress, loss, int(positions), int(padding))
     state.progress = replace(
         progress,
@@ -133,7 +139,7 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
 
 def move(run: Run, state: State, rate: float, number: int, examples: list[Example]) -> None:
     """Sum the gradients over the ranks, clip them, step, and keep the running average of the last steps."""
-    reduce_gradients(run.parameters, run.place)
+    reduce_gradients(run.parameters, run.runtime)
     length = torch.nn.utils.clip_grad_norm_(run.parameters, run.settings.clip)
     if not torch.isfinite(length):
         raise TrainingError(bad_loss(run, number, length.item(), examples))
@@ -150,16 +156,16 @@ def count_across(run: Run, examples: list[Example]) -> tuple[step.Counts, int, f
     mine = step.counts_of(examples, run.objective)
     spoken = sum(example.seconds for example in examples)
     responses, tokens, samples, seconds = across(
-        run.place, mine.responses, mine.tokens, len(examples), spoken
+        run.runtime, mine.responses, mine.tokens, len(examples), spoken
     )
     return step.Counts(int(responses), int(tokens)), int(samples), seconds
 
 
-def across(place: Place, *numbers: float) -> list[float]:
+def across(runtime: Runtime, *numbers: float) -> list[float]:
     """Sums over all ranks."""
-    if place.world == 1:
+    if runtime.world == 1:
         return list(numbers)
-    return sum_across(torch.tensor(numbers, dtype=torch.float64), place).tolist()
+    return sum_across(torch.tensor(numbers, dtype=torch.float64), runtime).tolist()
 
 
 def bad_loss(run: Run, number: int, value: float, examples: Iterable[Example]) -> str:
@@ -176,7 +182,7 @@ def bad_loss(run: Run, number: int, value: float, examples: Iterable[Example]) -
 
 def finish(run: Run, state: State) -> None:
     """Write the adapter, its card and the curves."""
-    if run.place.rank != 0:
+    if run.runtime.rank != 0:
         return
     out = run.settings.out
     picture(run)

@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from whisper_normalizer.basic import BasicTextNormalizer
 
+from blsp.llm.prefix import PromptedLLM
 from blsp.training.batches import cut
 from blsp.training.examples import Example
 from blsp.training.losses import kl_loss, rows_per_chunk
-from blsp.training.prompted_llm import PromptedLLM
 from blsp.training.step import response_states, speech_states, speech_vectors, transcript_vectors
 
 
@@ -133,8 +133,8 @@ def micro_batches(examples: Sequence[Example], positions: int) -> Iterator[list[
     """Numbers of examples that share a prefix, under the budget: speech counted at its encoder frames over
     eight.
     """
-    prefixes = sorted({example.frame.prefix_ids for example in examples})
-    groups = np.array([prefixes.index(example.frame.prefix_ids) for example in examples])
-    lengths = [round(e.seconds * 50 / 8) + len(e.frame.suffix_ids) + len(e.response) for e in examples]
+    prefixes = sorted({example.template.prefix_ids for example in examples})
+    groups = np.array([prefixes.index(example.template.prefix_ids) for example in examples])
+    lengths = [round(e.seconds * 50 / 8) + len(e.template.suffix_ids) + len(e.response) for e in examples]
     for numbers in cut(np.arange(len(examples)), np.array(lengths), groups, positions):
         yield numbers.tolist()

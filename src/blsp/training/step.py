@@ -16,24 +16,25 @@ positions, D LLM width, K stored top-k, C read-out classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from blsp.distributed import Runtime
+from blsp.llm.language_model import embed
+from blsp.llm.prefix import PromptedLLM
 from blsp.model.adapter import AdapterOutput
-from blsp.model.distributed import Place
 from blsp.model.grounded import BLANK, GroundedAdapter
-from blsp.model.language_model import embed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech
 from blsp.training.examples import Example
 from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, rows_per_chunk, topk_kl_loss
-from blsp.training.prompted_llm import PromptedLLM
-from blsp.training.shortlist import shortlist
 
 Loss = Literal["ctc", "ce", "kl"]
 
@@ -71,9 +72,9 @@ class Sums:
     padding: int = 0
 
 
-def autocast(place: Place) -> torch.autocast:
+def autocast(runtime: Runtime) -> torch.autocast:
     """The adapter's float32 weights compute in bfloat16 where the frozen parts do."""
-    return torch.autocast(place.device.type, torch.bfloat16, enabled=place.dtype == torch.bfloat16)
+    return torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.dtype == torch.bfloat16)
 
 
 def counts_of(examples: Sequence[Example], objective: Objective) -> Counts:
@@ -107,7 +108,9 @@ def run(
         return Sums(ctc.new_zeros(()), ctc, frames, frames - int(lengths.sum()))
     heard = model.model.listen(states, lengths)
     zero = heard.vectors.sum() * 0
-    ctc = _ctc_term(heard.log_probs, heard.places, examples) if heard.log_probs is not None else zero
+    ctc = (
+        _ctc_term(heard.log_probs, heard.num_audio_tokens, examples) if heard.log_probs is not None else zero
+    )
     spoken = [row for row, example in enumerate(examples) if example.response]
     if not spoken:
         return Sums(zero, ctc)
@@ -115,7 +118,7 @@ def run(
     vectors = speech_vectors(heard, spoken)
     hidden, padding = response_states(model, answering, vectors, llm)
     positions = sum(
-        len(v) + len(e.frame.suffix_ids) + len(e.response) - 1
+        len(v) + len(e.template.suffix_ids) + len(e.response) - 1
         for v, e in zip(vectors, answering, strict=True)
     )
     response = _response_loss(model, answering, hidden, objective, llm)
@@ -160,11 +163,11 @@ def response_states(
 ) -> tuple[Tensor, int]:
     """Last hidden states where responses are predicted, flat (N, D), and the padded positions."""
     with torch.no_grad():
-        tails = [embed(model, [*e.frame.suffix_ids, *e.response[:-1]]) for e in examples]
+        tails = [embed(model, [*e.template.suffix_ids, *e.response[:-1]]) for e in examples]
     rows = [torch.cat([v.to(tail.dtype), tail]) for v, tail in zip(vectors, tails, strict=True)]
     embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L, D)
     lengths = [len(row) for row in rows]
-    hidden = llm.states(examples[0].frame.prefix_ids, embeds)
+    hidden = llm.states(examples[0].template.prefix_ids, embeds)
     width = embeds.shape[1]
     places = [
         torch.arange(row * width + length - len(example.response), row * width + length)
@@ -269,3 +272,44 @@ def _alignment_term(log_probs: Tensor, places: Tensor, targets: Sequence[Sequenc
     padded = nn.utils.rnn.pad_sequence(each, batch_first=True).to(log_probs.device)
     sizes = torch.tensor([len(target) for target in targets], device=log_probs.device)
     return ctc_loss(log_probs, places, padded, sizes, BLANK)[0]
+
+
+def shortlist(
+    adapter: GroundedAdapter,
+    hidden: Tensor,
+    table: Tensor,
+    targets: Sequence[Sequence[int]],
+    negatives: int,
+) -> tuple[Tensor, list[list[int]]]:
+    """hidden (B, S, D), targets in read-out classes (blank is 0) -> log-probabilities (B, S, C), targets among C."""
+    own = sorted(set().union(*targets))
+    tokens = torch.tensor([each - 1 for each in own], dtype=torch.long)
+    others = torch.ones(len(table), dtype=torch.bool)
+    others[tokens] = False
+    sample = _draw(others.nonzero().flatten(), negatives, seed=sum(map(sum, targets)))
+    stands_for = math.log(max(1, int(others.sum())) / negatives)
+    logits = adapter.logits(hidden, table, torch.cat([tokens, sample]).to(hidden.device))
+    weight = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    weight[1 + len(own) :] = stands_for
+    number = {each: place for place, each in enumerate(own, start=1)}
+    return (logits + weight).log_softmax(dim=-1), [[number[each] for each in target] for target in targets]
+
+
+def _draw(tokens: Tensor, count: int, seed: int) -> Tensor:
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    return tokens[order[:count]]
+
+
+def slots(batches: list[list[Example]], runtime: Runtime) -> Iterator[list[Example]]:
+    """`batches`, then empty ones, as many as the rank with the most has."""
+    most = torch.tensor(len(batches), device=runtime.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    yield from batches
+    yield from ([] for _ in range(int(most) - len(batches)))
+
+
+def idle(llm: PromptedLLM) -> None:
+    """Forward and backward over one position that nobody learns from."""
+    weight = llm.model.get_input_embeddings().weight
+    nothing = torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+    llm.states((), nothing).sum().backward()

@@ -15,7 +15,7 @@ order that never changes, holding no more than a recording's rows in memory. To 
 name it in `READERS`.
 """
 
-from blsp.data.corpora.layout import CorpusError
-from blsp.data.corpora.preparation import prepare
+from blsp.data.corpora.reading import CorpusError
+from blsp.data.prepare import prepare
 
 __all__ = ["CorpusError", "prepare"]

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from blsp.data.corpora.layout import (
+from blsp.data.corpora.reading import (
     Corpus,
     Dropped,
     Lookup,

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from blsp.data.corpora.layout import CorpusError, Dropped, Read, Row, Wanted, heard, iso
+from blsp.data.corpora.reading import CorpusError, Dropped, Read, Row, Wanted, heard, iso
 from blsp.data.manifest import FIELD_SET
 
 TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "raw_transcription", "normalized_text")

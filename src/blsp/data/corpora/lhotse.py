@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blsp.data.corpora.layout import Corpus, CorpusError, Dropped, Lookup, Read, Row, Wanted, heard, iso
-from blsp.data.json_rows import ManifestError, parse_row
+from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, Lookup, Read, Row, Wanted, heard, iso
+from blsp.data.jsonl import ManifestError, parse_row
 
 LHOTSE = Corpus("Lhotse manifests", "https://lhotse.readthedocs.io (their format)")
 

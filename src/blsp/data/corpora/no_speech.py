@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, write_wav
-from blsp.data.corpora.layout import CorpusError, Read, Wanted
+from blsp.data.corpora.reading import CorpusError, Read, Wanted
 from blsp.data.manifest import Manifest, Utterance
 
 CLIPS = 300  # without --limit

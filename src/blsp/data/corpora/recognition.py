@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from blsp.data.corpora.layout import (
+from blsp.data.corpora.reading import (
     Corpus,
     CorpusError,
     Read,

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from blsp.data.corpora.layout import (
+from blsp.data.corpora.reading import (
     Corpus,
     CorpusError,
     Dropped,

@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from blsp.data.corpora.layout import (
+from blsp.data.corpora.reading import (
     Corpus,
     CorpusError,
     Dropped,
@@ -31,7 +31,7 @@ from blsp.data.corpora.layout import (
     read_csv,
     read_lines,
 )
-from blsp.data.json_rows import parse_row
+from blsp.data.jsonl import parse_row
 
 FLUENT = Corpus(
     "Fluent Speech Commands",

@@ -1,0 +1,155 @@
+"""The ablation: every arm of ablation.yaml trained and judged in the same way, and the table of what came out.
+
+In:  the corpus with its features and continuations, the recipe's last grounding stage (`--grounded`).
+Out: under --out, a run folder an arm and seed, judged on fotaq's development part, and `table.md`: the mean over the
+     seeds that are done, with the lowest and the highest.
+Where in the flow: beside the recipe; nothing that is shipped comes from here.
+
+Kill it and start it again: runs resume, what is judged stays. Seeds may run side by side, one process and core each.
+
+Try: `python recipes/blsp-tiny/ablation.py --root corpus --grounded runs/blsp-tiny/stages/grounding-4/adapter --out out`
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+from heldout import read_list
+from rows import read_rows, write_rows
+
+from blsp.evaluation.summary import table
+
+ARMS = Path(__file__).with_suffix(".yaml")
+ASKED = ("kokoro", "kokoro_augmented", "piper", "piper_augmented", "flite")  # who speaks the quiz's questions
+BEFORE = "before"
+COLUMNS = {  # of the table: the name of a figure, and where it lies in results.json
+    "read-out WER": ("tasks", "repeat", "readout", "wer"),
+    "divergence": ("alignment", "kl"),
+    "top-1": ("alignment", "top1_agreement"),
+    "another clip's": ("alignment", "kl_shuffled"),
+    "repeat WER": ("tasks", "repeat", "speech", "wer"),
+    "answer chrF": ("tasks", "answer", "speech", "chrf"),
+    "instructions apart": ("alignment", "instruction_separation"),
+}
+
+
+def write_data(root: Path) -> None:
+    """The continuations of one behaviour alone, and questions with their right answers: speech-instruction pairs."""
+    continued = read_rows(root / "behaviours_voices_continued.jsonl")
+    for behaviour in ("continue", "repeat"):
+        write_rows(
+            root / f"ablation_{behaviour}.jsonl", (r for r in continued if r["behaviour"] == behaviour)
+        )
+    quiz = [r for r in read_list("split") if (r["kind"], r["part"]) == ("quiz", "train")]
+    answers = {r["text"]: r["answers"][0] for r in quiz}
+    spoken = [r for name in ASKED for r in read_rows(root / f"train_{name}.jsonl") if r["text"] in answers]
+    write_rows(root / "ablation_answers.jsonl", (_answered(row, answers[row["text"]]) for row in spoken))
+
+
+def _answered(row: dict, answer: str) -> dict:
+    return row | {
+        "behaviour": "answer",
+        "instruction": "",
+        "order": "instruction-first",
+        "continuation": answer,
+        "finish": "stop",
+    }
+
+
+def settings_of(arm: dict[str, Any], root: Path, grounded: Path, out: Path, seed: int) -> dict[str, Any]:
+    """What `blsp train --config` reads for this arm and seed."""
+    arm = arm | {"out": str(out), "seed": seed, "data": [str(root / name) for name in arm["data"]]}
+    return arm | {"init-from": str(grounded)} if arm.pop("grounded", False) else arm
+
+
+def run(name: str, settings: dict[str, Any], suite: Path) -> None:
+    """Train the arm and judge it, or go on where it stands."""
+    out = Path(settings["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    config = out.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    if not (out / "adapter").is_dir():
+        blsp("train", "--config", str(config))
+    judge(out / "adapter", out, suite)
+    print(f"{name}, seed {settings['seed']}: done", flush=True)
+
+
+def judge(adapter: Path, out: Path, suite: Path) -> None:
+    if not (out / "judged" / "results.json").exists():
+        judged = ["--out", str(out / "judged"), "--routes", "text", "speech"]
+        blsp("evaluate", "--model", str(adapter), "--suite", str(suite), *judged)
+
+
+def blsp(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "blsp", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def figures(folder: Path) -> dict[str, float]:
+    """The columns of one judged run; an adapter that reads nothing out has fewer."""
+    results = json.loads((folder / "judged" / "results.json").read_text(encoding="utf-8"))
+    at = {
+        column: reduce(lambda node, key: node.get(key, {}), keys, results) for column, keys in COLUMNS.items()
+    }
+    found = {column: value for column, value in at.items() if value != {}}
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        found["minutes"] = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])["seconds"] / 60
+    return found
+
+
+def written(out: Path, arms: Sequence[str]) -> str:
+    """The table over all arms of which a seed is judged, below what step 2 starts from."""
+    rows = []
+    columns = [*COLUMNS, "minutes"]
+    for name in (BEFORE, *arms):
+        done = [figures(path.parents[1]) for path in sorted(out.glob(f"{name}-seed*/judged/results.json"))]
+        if done:
+            cells = [_cell([each[column] for each in done if column in each]) for column in columns]
+            rows.append([name, str(len(done)), *cells])
+    return table(["arm", "seeds", *columns], rows)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3g}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arms = yaml.safe_load(ARMS.read_text(encoding="utf-8"))
+    parser.add_argument(
+        "--root", type=Path, required=True, help="the corpus folder; run it where features/ lies"
+    )
+    parser.add_argument("--grounded", type=Path, required=True, help="the adapter that step 2 starts from")
+    parser.add_argument("--out", type=Path, required=True, help="runs, judgements and table.md")
+    parser.add_argument("--arms", nargs="+", choices=list(arms["arms"]), help="these alone, in this order")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
+    options = parser.parse_args()
+    if not (options.root / "ablation_answers.jsonl").exists():
+        write_data(options.root)
+    options.out.mkdir(parents=True, exist_ok=True)
+    suite = options.root / "ablation_suite.yaml"  # its manifests lie beside it
+    suite.write_text(yaml.safe_dump(arms["judge"]), encoding="utf-8")
+    judge(options.grounded, options.out / f"{BEFORE}-seed0", suite)
+    for name, seed in itertools.product(options.arms or arms["arms"], options.seeds):
+        out = options.out / f"{name}-seed{seed}"
+        run(name, settings_of(arms["arms"][name], options.root, options.grounded, out, seed), suite)
+        report = written(options.out, list(arms["arms"]))
+        (options.out / "table.md").write_text(report + "\n", encoding="utf-8")
+    print(report)
+
+
+if __name__ == "__main__":
+    main()

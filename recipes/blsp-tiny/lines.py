@@ -1,0 +1,123 @@
+"""The plan of the synthetic speech: which sentence is spoken by which engine and voice.
+
+In: the sentence lists under `texts/` and a seed. Out: `Line`s (text, voice, tempo, pitch) with a stable id.
+Where in the flow: between the texts and `synthesise.py`. A sentence belongs to one engine, so that words, not
+voices, repeat least; adding sentences never moves those that are there.
+
+Try: `plan("flite", seed=0)[0]`
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import re
+from dataclasses import dataclass
+
+from drills import drills
+from heldout import TEXTS, HeldOut
+from rows import fraction
+from voices import KOKORO_TRAINING
+
+LICENCES = {
+    "wordnet_examples": "WordNet-3.0",
+    "wordnet_definitions": "WordNet-3.0",
+    "spoken": "BSD-3-Clause (ChatterBot), Apache-2.0 (Home Assistant, ours)",
+    "numbers": "Apache-2.0",
+    "kjv": "public domain",
+    "words": "Apache-2.0",
+}
+# Every sentence of a list falls at a fixed place in [0, 1); an engine speaks those between its two bounds.
+# The best voices get most of what people say to machines, the cheap ones the long tail of words.
+SHARES: dict[str, dict[str, tuple[float, float]]] = {
+    "kokoro": {
+        "wordnet_examples": (0.0, 0.15), "wordnet_definitions": (0.0, 0.1), "spoken": (0.0, 0.6),
+        "numbers": (0.0, 0.3),
+    },
+    "piper": {
+        "wordnet_examples": (0.15, 0.35), "wordnet_definitions": (0.1, 0.3), "spoken": (0.6, 0.8),
+        "numbers": (0.3, 0.6), "kjv": (0.0, 0.2),
+    },
+    "flite": {
+        "wordnet_examples": (0.35, 1.0), "wordnet_definitions": (0.3, 1.0), "spoken": (0.8, 1.0),
+        "numbers": (0.6, 1.0), "kjv": (0.2, 1.0),
+    },
+}  # fmt: skip
+SOONER = {("kokoro", "spoken"): 0.2}  # what one says to machines is told in the plan's first fifth
+FLITE = (*("slt", "rms", "awb") * 3, "kal16")  # kal16 is the robotic one
+VOICES = {"flite": FLITE, "words": FLITE, "piper": ("joe",), "kokoro": KOKORO_TRAINING}
+BLENDED = 0.4  # of Kokoro's lines are spoken by the mean of two training voices
+TEMPO = (0.85, 1.2)  # over the voice's own
+PITCH = (0.9, 1.12)  # pitch and formants together: a smaller or larger speaker (flite only)
+QUESTION = re.compile(
+    r"(who|whose|what|where|when|why|how|which|do|does|did|is|are|was|were|can|could|will|would|should|may|have|has)\s"
+    r".*\b(i|you|he|she|it|we|they|this|that|there|the|a|an|my|your|his|her|its|our|their)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing to say. `place` orders the lines of an engine; the audio is named by `id`."""
+
+    id: str
+    text: str
+    list_name: str
+    voice: str
+    tempo: float
+    pitch: float
+    place: float
+
+
+def sentences(list_name: str, held_out: HeldOut) -> list[str]:
+    """A list under `texts/` as sentences with capital and full stop; held-out and repeated ones left out."""
+    with gzip.open(TEXTS / f"{list_name}_en.txt.gz", "rt", encoding="utf-8") as file:
+        unique = dict.fromkeys(as_sentence(line.strip()) for line in file if line.strip())
+    return [text for text in unique if not held_out.touches(text)]
+
+
+def as_sentence(text: str) -> str:
+    """ "the Magi came from afar" -> "The Magi came from afar."; transcripts of one style over all sources."""
+    text = text[0].upper() + text[1:]
+    if text[-1] in ".!?":
+        return text
+    return text.rstrip(",;: ") + ("?" if QUESTION.match(text) and len(text.split()) < 12 else ".")
+
+
+def plan(engine: str, seed: int) -> list[Line]:
+    """All lines of `engine` in the order of speaking: a random one, so that any beginning is varied."""
+    if engine == "words":
+        return [_line(engine, "words", text, place, seed) for text, place in drills(seed)]
+    lines = []
+    held_out = HeldOut.load()
+    for list_name, (low, high) in SHARES[engine].items():
+        for text in sentences(list_name, held_out):
+            place = (fraction("place", text) - low) / (high - low)
+            if 0 <= place < 1:
+                place *= SOONER.get((engine, list_name), 1.0)
+                lines.append(_line(engine, list_name, text, place, seed))
+    return sorted(lines, key=lambda line: line.runtime)
+
+
+def _line(engine: str, list_name: str, text: str, place: float, seed: int) -> Line:
+    digest = hashlib.sha256(f"{engine}\0{seed}\0{text}".encode()).hexdigest()[:12]
+    return Line(
+        id=f"{engine}/{digest[:2]}/{digest}",
+        text=text,
+        list_name=list_name,
+        voice=_voice(engine, digest),
+        tempo=round(_between(TEMPO, fraction("tempo", digest)), 3),
+        pitch=round(_between(PITCH, fraction("pitch", digest)), 3),
+        runtime=place,
+    )
+
+
+def _voice(engine: str, digest: str) -> str:
+    voices = VOICES[engine]
+    one, other = (voices[int(len(voices) * fraction(which, digest))] for which in ("voice", "other"))
+    blended = engine == "kokoro" and one != other and fraction("blend", digest) < BLENDED
+    return f"{one}+{other}" if blended else one
+
+
+def _between(bounds: tuple[float, float], share: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * share

@@ -1,0 +1,180 @@
+"""A finished run -> `models/NAME`: the adapter in float16, its training logs, and a card of what was measured.
+
+In: a run folder (`blsp train`), the manifests it learnt from, and, once that folder has been judged, results.json.
+With several `--stages` the mean of their adapters is shipped: of stages that began at the same weights it can hear
+better than either (Wortsman et al. 2022). Name them for the card alone, too.
+Out: an adapter folder with `README.md` and `training/` (settings, metrics, curves of each stage).
+Where in the flow: after `blsp train`; then `blsp evaluate --model models/NAME`; then this again with --results, which
+writes the card alone, so that every figure on it was measured on the file beside it.
+
+Try: `python recipes/blsp-tiny/ship.py --run runs/blsp-tiny --out models/blsp-tiny --manifests 'C/train_*.jsonl'`
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from rows import read_rows
+
+from blsp.distributed import find_runtime
+from blsp.evaluation.summary import NAMES, shown, table
+from blsp.model.checkpoint import load_mean, save_adapter
+
+HEAD = {
+    "library_name": "transformers",
+    "pipeline_tag": "audio-text-to-text",
+    "language": "en",
+    "license": "apache-2.0",
+    "tags": ["blsp", "speech", "adapter-grounded"],
+}
+USE = """\
+An adapter of {size:.1f} MB that lets the frozen LLM `{llm}` listen through the frozen encoder of `{audio}`. It was
+trained by behaviour alignment of continuation writing (BLSP, arXiv 2309.00916) with this project's own commands, on two
+CPU cores, without speech instructions. The folder holds the adapter alone; the frozen parts are loaded by name and
+checked by digest.
+
+    blsp transcribe question.wav --model {name}
+    blsp chat --model {name}
+
+```python
+import blsp
+
+print(blsp.load("{name}").answer("question.wav"))
+```
+"""
+LIMITS = """\
+## Limits
+
+It hears read and acted English with the vocabulary of its transcripts; a token that never occurred there is hardly
+ever read out. Noisy rooms, several speakers at once, other languages and accents far from the training voices are heard
+badly. What it then says is what a language model of 135 million parameters says: check facts. On silence, noise and
+music it is trained to say “{no_speech}”; how often it does is in the table (`no-speech`). Not for decisions about
+people.
+"""
+
+
+def write_weights(run: Path, out: Path, adapters: Sequence[Path]) -> None:
+    """The adapters' mean, weight by weight, in float16, with the logs of the run's stages."""
+    model, processor = load_mean(adapters, find_runtime(device="cpu", dtype="float32"))
+    save_adapter(model, processor, out, dtype=torch.float16)
+    tokenizer = out / "tokenizer.json"  # half of it is indentation
+    content = json.loads(tokenizer.read_text(encoding="utf-8"))
+    tokenizer.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    for stage in sorted((run / "stages").iterdir()):
+        target = out / "training" / stage.name
+        target.mkdir(parents=True)
+        for name in ("settings.yaml", "metrics.jsonl", "curves.png"):
+            shutil.copy(stage / name, target / name)
+
+
+def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = ()) -> str:
+    """The model card: use, training, data with licences, what was measured, limits."""
+    config = json.loads((out / "config.json").read_text())
+    size = (out / "model.safetensors").stat().st_size / 1e6
+    use = USE.format(size=size, llm=config["text_model_id"], audio=config["audio_model_id"], name=out.name)
+    parts = [
+        f"---\n{yaml.safe_dump(HEAD, sort_keys=False).strip()}\n---\n\n# {out.name}",
+        use,
+        "## Training\n\n" + _stages(out / "training", stages),
+        sources,
+        _results(json.loads(results.read_text()), out.name) if results else "## Measured\n\nNot judged yet.",
+        LIMITS.format(no_speech=config["no_speech_sentence"]),
+    ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _stages(training: Path, shipped: Sequence[str]) -> str:
+    rows = []
+    read = [(stage, yaml.safe_load((stage / "settings.yaml").read_text())) for stage in training.iterdir()]
+    for stage, settings in sorted(read, key=lambda each: (each[1]["loss"] != "ctc", each[0].name)):
+        last = json.loads((stage / "metrics.jsonl").read_text().splitlines()[-1])
+        rows.append(
+            [
+                stage.name,
+                settings["loss"],
+                f"{last['step']:,}",
+                f"{last['samples']:,}",
+                f"{last['audio_seconds'] / 3600:.1f}",
+                f"{last['seconds'] / 3600:.2f}",
+                f"{last['loss']:.3f}",
+            ]
+        )
+    head = ["stage", "loss", "steps", "samples", "hours of speech heard", "hours of work", "last loss"]
+    note = "Settings, metrics and curves of each stage: `training/`. A machine with two cores (AMD EPYC), no GPU."
+    if len(shipped) > 1:
+        note = f"These weights are the mean of the stages {' and '.join(shipped)}. {note}"
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def data_table(manifests: Sequence[str]) -> str:
+    """Hours and clips by source and licence, from the manifests; augmented copies counted apart."""
+    clips: dict[tuple[str, str], list[dict]] = defaultdict(list)
+    for path in sorted(path for each in manifests for path in glob.glob(each)):
+        for row in read_rows(Path(path)):
+            clips[(row["source"].split("/")[0], row["licence"])].append(row)
+    spoken, copies = (
+        {
+            key: [row["seconds"] / 3600 for row in rows if ("augmented" in row) is copy]
+            for key, rows in clips.items()
+        }
+        for copy in (False, True)
+    )
+    rows = [
+        [source, f"{len(each):,}", f"{sum(each):.2f}", f"{sum(copies[source, licence]):.2f}", licence]
+        for (source, licence), each in sorted(spoken.items(), key=lambda item: -sum(item[1]))
+    ]
+    once, again = (sum(map(sum, each.values())) for each in (spoken, copies))
+    head = ["source", "clips", "hours", "hours of augmented copies", "licence"]
+    return (
+        f"## Data\n\n{once:.1f} hours and {again:.1f} of augmented copies, rebuilt by `recipes/blsp-tiny/`; held-out sets, "
+        f"texts and voices are never in it (`tests/recipes/test_recipe_split.py`).\n\n{table(head, rows)}"
+    )
+
+
+def _results(results: dict, name: str) -> str:
+    rows = []
+    for task, routes in results["tasks"].items():
+        for route, found in routes.items():
+            for metric in (each for each in NAMES if each in found and f"{each}_ci" in found):
+                low, high = found[f"{metric}_ci"]
+                interval = f"{shown(metric, low)} to {shown(metric, high)}"
+                rows.append(
+                    [task, route, NAMES[metric], shown(metric, found[metric]), interval, str(found["n"])]
+                )
+    alignment = {name: value for name, value in results["alignment"].items() if isinstance(value, float)}
+    figures = table(["alignment", "value"], [[name, f"{value:.3f}"] for name, value in alignment.items()])
+    head = ["task", "route", "metric", "value", "95 % interval", "n"]
+    limit = results["environment"]["limit"]
+    command = f"blsp evaluate --model {name} --suite tiny --out results/{name}"
+    command += f" --limit {limit}" if limit else ""
+    return f"## Measured\n\n`{command}`, this file.\n\n{table(head, rows)}\n\n{figures}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, help="the finished run; left out: write the card alone")
+    parser.add_argument("--stages", nargs="+", help="ship the mean of these stages (default: the last one)")
+    parser.add_argument("--out", type=Path, required=True, help="the model's folder, models/NAME")
+    parser.add_argument(
+        "--manifests", nargs="+", required=True, help="manifests that it learnt from, or globs"
+    )
+    parser.add_argument("--results", type=Path, help="results.json of `blsp evaluate --model OUT`")
+    options = parser.parse_args()
+    if options.run is not None:
+        stages = [options.run / "stages" / name for name in options.stages or ()] or [options.run]
+        write_weights(options.run, options.out, [stage / "adapter" for stage in stages])
+    text = card(options.out, data_table(options.manifests), options.results, options.stages or ())
+    (options.out / "README.md").write_text(text, encoding="utf-8")
+    print(f"{options.out}: written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Device, number format and ranks of this process; what the ranks do together.
+
+One launcher for every heavy job: `torchrun` or `accelerate launch` start the processes and tell each its
+place through the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them there
+is one process. Ranks share work by row and meet in a few sums. Nothing else of ours knows of ranks.
+
+In:    the names of a device and a number format, or "auto"; the launcher's environment variables.
+Out:   a `Runtime`, which every function that computes is given.
+Try:   torchrun --nproc-per-node 2 -m blsp encode --manifest in.jsonl --audio-model A --cache DIR
+Flow:  a command finds its place first, then loads models onto it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import reduce
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+import ctypes
+import platform
+
+PATIENCE = timedelta(days=1)  # ranks may finish their shares hours apart; a dead one is the launcher's matter
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process computes, how frozen weights are held, and which share of the work is its own."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+
+def find_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
+    """This process's place; joins the other ranks when a launcher started several.
+
+    `device`: "auto" (CUDA where there is one, else CPU), or any torch device. `dtype`: "auto" is bfloat16 on
+    a CUDA device that computes in it, float32 otherwise (float16 overflows in some LLMs: only by name);
+    "fastest" is bfloat16 on a processor that multiplies it too, where figures then depend on the processor.
+    """
+    rank, world, local = (
+        _whole(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    found = _find_device(device, local)
+    if dtype in ("auto", "fastest"):
+        dtype = "bfloat16" if _multiplies_bfloat16(found, processors=dtype == "fastest") else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not known; choose auto, fastest or one of {', '.join(DTYPES)}")
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if world > 1 and not dist.is_initialized():
+        _join(found)
+    return Runtime(found, DTYPES[dtype], rank, world)
+
+
+def _multiplies_bfloat16(device: torch.device, *, processors: bool) -> bool:
+    """Whether the device has instructions for it: CUDA from Ampere on, processors with AVX-512 BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = torch.cpu.get_capabilities() if processors and device.type == "cpu" else {}
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def _whole(name: str, default: int) -> int:
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal():
+        raise ValueError(
+            f"the environment variable {name} is {value!r}; the launcher sets it to a whole number"
+        )
+    return int(value)
+
+
+def _find_device(name: str, local: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not one of torch's; try cpu, cuda or cuda:0") from error
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name!r}: this machine or this torch build has no CUDA; take cpu")
+    device = torch.device("cuda", local if device.index is None else device.index)
+    if device.index >= torch.cuda.device_count():
+        raise ValueError(
+            f"{device} is asked for, but only {torch.cuda.device_count()} are here; start fewer processes"
+        )
+    return device
+
+
+def _join(device: torch.device) -> None:
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is set but {' and '.join(missing)} not; start the ranks with torchrun")
+    if device.type == "cuda":  # gloo beside it, for what lies on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+
+
+def leave(runtime: Runtime) -> None:
+    """Take leave of the other ranks, at the end of the program."""
+    if runtime.world > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard_rows(n: int, runtime: Runtime) -> range:
+    """This rank's share of the rows 0..n-1: every world-th one, so that a sorted file is dealt out evenly."""
+    return range(runtime.rank, n, runtime.world)
+
+
+def barrier(runtime: Runtime) -> None:
+    """Wait until every rank is here."""
+    if runtime.world > 1:
+        dist.barrier()
+
+
+def sum_across(tensor: Tensor, runtime: Runtime) -> Tensor:
+    """The sum over all ranks of a tensor of equal shape on each; the argument stays as it is."""
+    if runtime.world == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def reduce_gradients(params: Iterable[nn.Parameter], runtime: Runtime) -> None:
+    """Replace each gradient by its sum over the ranks, in one message.
+
+    The loss is normalised by the count over all ranks beforehand, so that a sum is what one process would
+    have. A parameter without a gradient on every rank keeps none; one that some ranks lack counts as zero.
+    """
+    if runtime.world == 1:
+        return
+    trained = [p for p in params if p.requires_grad]
+    if not trained:
+        return
+    dtype = reduce(torch.promote_types, (p.dtype for p in trained))
+    flat = torch.zeros(len(trained) + sum(p.numel() for p in trained), dtype=dtype, device=trained[0].device)
+    has_gradient, *gradients = flat.split([len(trained), *(p.numel() for p in trained)])
+    for i, (p, piece) in enumerate(zip(trained, gradients, strict=True)):
+        if p.grad is not None:
+            has_gradient[i] = 1
+            piece.copy_(p.grad.flatten())
+    dist.all_reduce(flat)
+    for held, p, piece in zip(has_gradient.tolist(), trained, gradients, strict=True):
+        p.grad = piece.view_as(p).to(p.dtype, copy=True) if held else None
+
+
+def shard_language_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
+    """Spread the decoder layers of a large frozen LLM over the ranks (FSDP2); each is gathered while it runs.
+
+    Embeddings, final norm and head stay whole on each rank: they are called on their own (prefix, response
+    logits) and are small beside the layers. Every rank must call the model equally often, or the others wait
+    for ever; and what is kept in a key/value cache must be made without gradient, as a constant prefix is
+    (FSDP watches outputs, not caches). In place; returns it.
+    """
+    if runtime.world == 1:
+        return model
+    if any(p.requires_grad for p in model.parameters()):
+        raise ValueError("only a frozen LLM is sharded; call model.requires_grad_(False) first")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ValueError(
+            f"{type(model).__name__}: its decoder has no list named `layers` to spread over ranks"
+        )
+    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    in_layers = {id(p) for p in layers.parameters()}
+    whole = {p for p in decoder.parameters() if id(p) not in in_layers}
+    fully_shard(decoder, mesh=mesh, ignored_params=whole)
+    return model
+
+
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # mallopt's names for them (malloc.h of glibc)
+NEVER = 2**31 - 1  # bytes at the heap's end that may lie free
+GROWTH = 2**26  # bytes by which the heap grows at least
+LARGEST_KEPT = 2**30  # bytes: larger blocks come from the system and go back to it
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep what is freed, and torch ask for huge pages; elsewhere nothing happens: False.
+
+    The resident size then stays where the largest step has brought it. torch reads its switch once, with its
+    first tensor.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    libc = ctypes.CDLL(None)
+    wanted = {MMAP_THRESHOLD: LARGEST_KEPT, TRIM_THRESHOLD: NEVER, TOP_PAD: GROWTH}
+    return all([libc.mallopt(name, value) == 1 for name, value in wanted.items()])
+
+
+def give_back_freed_memory() -> bool:
+    """Let glibc return free pages to the system, those between pages in use too; elsewhere False."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    return True

@@ -1,0 +1,159 @@
+"""The cascade's first half: a real recogniser, fast and greedy.
+
+In:  clips and their languages; the name of a recogniser. Out: transcripts, kept in a log.
+Try: `Recogniser("embedded:whisper-tiny.en:ct2", "int8").transcribe(rows, log)`
+Flow: evaluation/ — recogniser → the same LLM with the same prompt (routes.py). Never on the speech route.
+
+faster-whisper (CTranslate2): beam 1, no timestamps, no conditioning on earlier text, all cores (as many
+clips side by side, one core each: more speech a second than all cores on one clip). A folder in
+transformers' format is run by transformers' own pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.data.manifest import Utterance
+from blsp.evaluation.answers import Answer, AnswerLog
+from blsp.weights.embedded import PREFIX, resolve_weights
+
+COMPUTE_TYPES = ("int8", "float32")
+CLIPS_AT_A_TIME = 32  # transcripts written to the log together
+WINDOW_SECONDS = 30
+
+Hear = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcript
+
+
+def recogniser_of(audio_model_id: str) -> str:
+    """The recogniser whose encoder is the model's own: the fairest cascade."""
+    return f"{audio_model_id}:ct2" if audio_model_id.startswith(PREFIX) else audio_model_id
+
+
+class RecogniserError(ValueError):
+    """A recogniser that cannot be used; the message says why and what to name instead."""
+
+
+class Recogniser:
+    """A loaded recogniser.
+
+    name: an `embedded:…:ct2` name, a CTranslate2 folder, a name that faster-whisper knows (`large-v3`), or a
+    folder or hub id that transformers' speech recognition pipeline loads.
+    compute: of CTranslate2; `auto` times both on the first clip and keeps the faster.
+    """
+
+    def __init__(self, name: str, compute: str = "int8", device: str = "cpu") -> None:
+        self.name, self.compute = name, compute
+        folder = resolve_weights(name)
+        faster = Path(folder, "model.bin").is_file() or not ("/" in folder or Path(folder).is_dir())
+        self._hear, self.multilingual = (_faster if faster else _transformers)(folder, compute, device)
+        self.workers = (os.cpu_count() or 1) if faster and device == "cpu" else 1
+
+    def supports_language(self, language: str) -> bool:
+        return self.multilingual or language == "en"
+
+    def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
+        """Transcripts in the order of the rows; clips that the log has are not heard again."""
+        waiting = list({_clip_key(row): row for row in rows if _clip_key(row) not in log.known}.items())
+        with ThreadPoolExecutor(self.workers) as pool:
+            for start in range(0, len(waiting), CLIPS_AT_A_TIME):
+                batch = waiting[start : start + CLIPS_AT_A_TIME]
+                texts = list(pool.map(self._transcribe, [row for _, row in batch]))
+                log.write({key: Answer(text) for (key, _), text in zip(batch, texts, strict=True)})
+        return [log.known[_clip_key(row)].text for row in rows]
+
+    def transcribe_clip(self, clip: np.ndarray, language: str) -> str:
+        """What is said in 16 kHz samples (N,)."""
+        return self._hear(clip, language)
+
+    def _transcribe(self, row: Utterance) -> str:
+        return self._hear(load_clip(row), row.language or "en")
+
+
+def load_clip(row: Utterance) -> np.ndarray:
+    """(N,) 16 kHz samples of a row's part of its file."""
+    return load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
+
+
+def file_size(audio: str) -> int:
+    """Bytes; 0 where there is no file. A clip that was made anew under its old name is not taken for the old one."""
+    return os.path.getsize(audio) if audio and os.path.exists(audio) else 0
+
+
+def _clip_key(row: Utterance) -> str:
+    part = f"{row.start or 0}+{row.duration or ''}"
+    return f"{row.audio}#{part}@{row.language or 'en'} {file_size(row.audio)} B"
+
+
+def _faster(folder: str, compute: str, device: str) -> tuple[Hear, bool]:
+    try:
+        from faster_whisper import WhisperModel
+    except ImportError as error:
+        raise ImportError(
+            "the cascade needs faster-whisper: pip install 'blsp[cascade]', or leave out --routes cascade"
+        ) from error
+    cores = os.cpu_count() or 1
+
+    def load(kind: str) -> Any:
+        return WhisperModel(folder, device=device, compute_type=kind, cpu_threads=1, num_workers=cores)
+
+    def write(model: Any, clip: np.ndarray, language: str) -> str:
+        segments, _ = model.transcribe(
+            clip,
+            language=language,
+            beam_size=1,
+            temperature=0.0,
+            without_timestamps=True,
+            condition_on_previous_text=False,
+        )
+        return " ".join(segment.text.strip() for segment in segments).strip()
+
+    threads = torch.get_num_threads()
+    model = load(_faster_type(load, write) if compute == "auto" else compute)
+    torch.set_num_threads(threads)  # CTranslate2 leaves its own number to the thread that loads it: the LLM's
+    return lambda clip, language: write(model, clip, language), bool(model.model.is_multilingual)
+
+
+def _faster_type(load: Callable[[str], Any], write: Callable[[Any, np.ndarray, str], str]) -> str:
+    """The quicker of the types on ten seconds of noise."""
+    clip = np.random.default_rng(0).standard_normal(10 * SAMPLE_RATE).astype(np.float32) * 0.05
+    taken = {}
+    for kind in COMPUTE_TYPES:
+        model = load(kind)
+        write(model, clip, "en")
+        began = time.perf_counter()
+        write(model, clip, "en")
+        taken[kind] = time.perf_counter() - began
+    return min(taken, key=lambda kind: taken[kind])
+
+
+def _transformers(folder: str, compute: str, device: str) -> tuple[Hear, bool]:
+    from transformers import pipeline
+
+    recognise = pipeline("automatic-speech-recognition", model=folder, device=device)
+    if (
+        len(recognise.tokenizer) < recognise.model.config.vocab_size // 2
+    ):  # transformers makes an empty one up
+        raise RecogniserError(f"{folder}: holds no tokenizer, so it cannot write; name another with --asr")
+    is_whisper = recognise.model.config.model_type == "whisper"
+    multilingual = is_whisper and bool(getattr(recognise.model.generation_config, "is_multilingual", False))
+
+    def transcribe_clip(clip: np.ndarray, language: str) -> str:
+        sound = {"raw": clip, "sampling_rate": SAMPLE_RATE}
+        if not is_whisper:
+            return str(recognise(sound, chunk_length_s=WINDOW_SECONDS)["text"]).strip()
+        options: dict[str, Any] = {"num_beams": 1}
+        if multilingual:
+            options |= {"language": language, "task": "transcribe"}
+        windows = len(clip) > WINDOW_SECONDS * SAMPLE_RATE  # Whisper goes on from its own timestamps
+        return str(recognise(sound, return_timestamps=windows, generate_kwargs=options)["text"]).strip()
+
+    return transcribe_clip, multilingual

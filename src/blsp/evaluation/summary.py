@@ -1,0 +1,168 @@
+"""What was found, in sentences: the report's first lines, for a reader who will not study a table.
+
+In:  `Results` and their JSON. Out: Markdown bullets; nothing is said about a task that is no evidence.
+Try: `print(findings(results, results.to_json()))`
+Flow: evaluation/ — results.py → **findings** → report.py.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from blsp.evaluation.results import Results, TaskResult, evidence
+
+Scores = dict[str, dict[str, Any]]  # route -> metric -> value
+
+
+def findings(results: Results, found: dict[str, Any]) -> str:
+    """One bullet a task that the LLM can do on reading (or that is done without it), and one about its behaviour."""
+    lines = []
+    for each in results.tasks:
+        scores: Scores = found["tasks"][each.task.name]
+        if scores.get("speech", {}).get("n") and (evidence(each) is None or "readout" in scores):
+            lines.append(f"- **{each.task.name}**: {SENTENCES[each.task.kind](each, scores)}")
+    if found["alignment"]:
+        lines.append(f"- **behaviour**: {_behaviour(found['alignment'])}")
+    return "\n".join(lines)
+
+
+def _recognition(result: TaskResult, scores: Scores) -> str:
+    """Words wrong, by the read-out, by a recogniser made for it, and by the LLM that repeats, if it can."""
+    parts = []
+    if "readout" in scores:
+        parts.append(
+            f"the adapter's own read-out gets {_figure(scores, 'readout', 'wer')} of the words wrong"
+        )
+    if "transcript" in scores:
+        parts.append(f"`blsp transcribe`, where the model helps, {_figure(scores, 'transcript', 'wer')}")
+    if "recogniser" in scores:
+        parts.append(f"the cascade's recogniser {_figure(scores, 'recogniser', 'wer')}")
+    if evidence(result) is None:
+        parts.append(f"the model, asked to repeat what it hears, {_figure(scores, 'speech', 'wer')}")
+        parts += [f"what it reads, {_figure(scores, 'text', 'wer')}"] if "text" in scores else []
+    return f"over {len(result.rows)} utterances {', '.join(parts)}."
+
+
+def _understanding(result: TaskResult, scores: Scores) -> str:
+    chance = f" Guessing gives {shown('accuracy', result.task.chance)}." if result.task.chance else ""
+    share = _figure(scores, "speech", "accuracy")
+    return f"right on hearing in {share} of {len(result.rows)} cases{_others(scores, 'accuracy')}.{chance}"
+
+
+def _translation(result: TaskResult, scores: Scores) -> str:
+    value = _figure(scores, "speech", "bleu")
+    return f"{value} BLEU on hearing, over {len(result.rows)} sentences{_others(scores, 'bleu')}."
+
+
+def _open(result: TaskResult, scores: Scores) -> str:
+    same = shown("agreement", scores["speech"].get("agreement"))
+    through = scores.get("cascade", {}).get("agreement")
+    cascade = f" (through the cascade, {shown('agreement', through)})" if through is not None else ""
+    return f"answered word for word as on reading in {same} of {len(result.rows)} cases{cascade}."
+
+
+def _no_speech(result: TaskResult, scores: Scores) -> str:
+    invented = len(result.rows) - scores["speech"]["no_speech"]
+    return f"of {len(result.rows)} clips in which nobody speaks to it, it heard words in {invented}."
+
+
+def _behaviour(figures: dict[str, Any]) -> str:
+    agreement = shown("agreement", figures["top1_agreement"])
+    return (
+        f"on hearing, its next-token distribution is {figures['kl']:.2f} nats away from the one on reading "
+        f"({figures['kl_shuffled']:.2f} when it is given another clip), and the likeliest next token is the same "
+        f"in {agreement} of the places."
+    )
+
+
+def _others(scores: Scores, metric: str) -> str:
+    """(on reading 80.5 %, through the cascade 79.0 %)."""
+    words = {"text": "on reading", "cascade": "through the cascade"}
+    parts = [
+        f"{words[route]} {_figure(scores, route, metric)}"
+        for route in words
+        if metric in scores.get(route, {})
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _figure(scores: Scores, route: str, metric: str) -> str:
+    return shown(metric, scores[route][metric])
+
+
+SENTENCES: dict[str, Callable[[TaskResult, Scores], str]] = {
+    "asr": _recognition,
+    "st": _translation,
+    "slu": _understanding,
+    "sqa": _understanding,
+    "chat": _open,
+    "continuation": _open,
+    "no-speech": _no_speech,
+}
+
+PERCENT = frozenset({"wer", "cer", "accuracy", "accuracy_generated", "em", "f1", "agreement"})
+NAMES = {
+    "wer": "WER",
+    "cer": "CER",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "accuracy": "accuracy",
+    "accuracy_generated": "accuracy, written",
+    "em": "exact match",
+    "f1": "F1",
+    "agreement": "same answer",
+    "words": "words",
+    "judge": "judge (1–10)",
+}
+UNKNOWN = "n/a"
+
+
+def shown(metric: str, value: float | None) -> str:
+    """0.0312 WER -> 3.1 %; 14.12 BLEU -> 14.1."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return f"{100 * value:.1f} %" if metric in PERCENT else f"{value:.1f}"
+
+
+def with_interval(metric: str, value: float | None, around: Sequence[float] | None) -> str:
+    """3.1 % [2.0–4.4]."""
+    text = shown(metric, value)
+    if around is None or text == UNKNOWN or not all(map(math.isfinite, around)):
+        return text
+    low, high = (shown(metric, bound).removesuffix(" %") for bound in around)
+    return f"{text} [{low}–{high}]"
+
+
+def change(percent: float | None) -> str:
+    """−12 %, or 3.4 × where a share of a hundred says little."""
+    if percent is None or not math.isfinite(percent):
+        return UNKNOWN
+    if percent >= 200:
+        return f"{1 + percent / 100:.1f} ×"
+    return f"{'+' if percent >= 0.5 else '−' if percent <= -0.5 else ''}{abs(percent):.0f} %"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are padded to one width."""
+    cells = [[_escaped(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(3, *(_width(row[column]) for row in cells)) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(_padded(c, w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _escaped(cell: str) -> str:
+    return " ".join(cell.split()).replace("|", "\\|")
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
+
+
+def _padded(text: str, width: int) -> str:
+    return text + " " * (width - _width(text))

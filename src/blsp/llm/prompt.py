@@ -1,0 +1,155 @@
+"""Prompts with a place for the speech, through the LLM's own chat template.
+
+In:  a tokenizer with a chat template; an instruction and an order, or a conversation of text and speech parts.
+Out: the ids before and after the speech (`PromptTemplate`), or a conversation as a list of ids and speech indices.
+Try: `frame = frame_prompt(tokenizer, "Please repeat the following words:", "instruction-first")`
+Flow: model/ — both routes splice into the same ids: `prefix + transcript_ids(text) + suffix` is the text route,
+      `prefix + speech vectors + suffix` the speech route. Step 1, step 2, inference and the judge all use it.
+
+What a user wrote is never parsed for control tokens: it is put into the template as a mark, the rendered
+template is cut at the marks, and the text is tokenised with special tokens taken as plain characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+Order = Literal["speech-first", "instruction-first"]
+ORDERS: tuple[Order, ...] = ("speech-first", "instruction-first")
+_MARK = (
+    "\ue000{}\ue001"  # private-use characters: no template contains them, and user text goes in only as marks
+)
+_MARK_PATTERN = re.compile("\ue000(\\d+)\ue001")
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be built; the message says why."""
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The ids around the speech (or its transcript)."""
+
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Speech:
+    """The place of the `index`-th speech clip in a conversation."""
+
+    index: int
+
+
+Part = (
+    str | Speech | tuple[int, ...]
+)  # user text, a clip, or ids taken as they are (an answer that was written)
+Segment = tuple[int, ...] | Speech
+
+
+def frame_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str, order: Order) -> PromptTemplate:
+    """The user turn `instruction + speech` or `speech + instruction`, ready for the assistant's answer.
+
+    An empty instruction makes the speech the whole turn: a spoken question.
+    """
+    if order not in ORDERS:
+        raise PromptError(f"order {order!r}: must be one of {', '.join(ORDERS)}")
+    instruction = instruction.strip()
+    parts: list[Part] = [instruction, Speech(0)]
+    if order == "speech-first":
+        parts = [Speech(0), "\n" + instruction if instruction else ""]
+    segments = render(tokenizer, [{"role": "user", "content": parts}])
+    at = segments.index(Speech(0))
+    return PromptTemplate(_joined(segments[:at]), _joined(segments[at + 1 :]))
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], *, answer: bool = True
+) -> list[Segment]:
+    """A conversation as ids and speech places, in order.
+
+    messages: `{"role", "content"}`; content is a string or a list of `Part`s.
+    answer: end with the template's opening of an assistant turn.
+    """
+    parts: list[Part] = []
+    marked = []
+    for message in messages:
+        content = [message["content"]] if isinstance(message["content"], str) else list(message["content"])
+        marks = "".join(_MARK.format(len(parts) + i) for i in range(len(content)))
+        marked.append({"role": message["role"], "content": marks})
+        parts.extend(content)
+    pieces = _MARK_PATTERN.split(_apply_template(tokenizer, marked, answer))
+    if sorted(int(number) for number in pieces[1::2]) != list(range(len(parts))):
+        raise PromptError(f"{tokenizer.name_or_path}: its chat template leaves out or repeats what was said")
+    segments: list[Segment] = []
+    for place, piece in enumerate(pieces):
+        if place % 2 == 0:
+            segments.append(tuple(tokenizer.encode(piece, add_special_tokens=False)))
+        else:
+            part = parts[int(piece)]
+            segments.append(tuple(text_ids(tokenizer, part)) if isinstance(part, str) else part)
+    return _merged(segments)
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answer: bool) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; BLSP needs an instruct LLM"
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+    except jinja2.TemplateError as error:  # Gemma's, of a system message: "System role not supported"
+        raise PromptError(f"{tokenizer.name_or_path}: its chat template refuses this: {error}") from error
+
+
+def transcript_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A transcript as the LLM reads it in the speech's place: as given, after one leading space."""
+    text = text.strip()
+    return text_ids(tokenizer, " " + text) if text else []
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Plain text: control tokens spelled in it stay characters.
+
+    `split_special_tokens` spells out those that the tokenizer calls special; Gemma 2's turn marks are not. A
+    piece of text that would still become an added token is cut in two inside it.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    added = tokenizer.added_tokens_decoder
+    spelled = next(
+        (str(added[token]) for token in ids if token in added and not _is_space(added[token])), None
+    )
+    if spelled is None or len(spelled) < 2:
+        return ids
+    if spelled not in text:
+        raise PromptError(f"the text would be read as the control token {spelled!r}; write it otherwise")
+    middle = text.index(spelled) + len(spelled) // 2
+    return [*text_ids(tokenizer, text[:middle]), *text_ids(tokenizer, text[middle:])]
+
+
+def _is_space(token: object) -> bool:
+    """Runs of spaces and line breaks, which some tokenizers (Gemma, Phi) add as tokens, mean nothing else."""
+    return not str(token).strip(" \n\t\r\u2581")
+
+
+def _joined(segments: Sequence[Segment]) -> tuple[int, ...]:
+    return tuple(token for segment in segments if not isinstance(segment, Speech) for token in segment)
+
+
+def _merged(segments: Sequence[Segment]) -> list[Segment]:
+    """Neighbouring runs of ids joined, empty ones dropped."""
+    merged: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, Speech):
+            merged.append(segment)
+        elif segment and merged and not isinstance(merged[-1], Speech):
+            merged[-1] = merged[-1] + segment
+        elif segment:
+            merged.append(segment)
+    return merged

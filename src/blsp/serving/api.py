@@ -1,0 +1,203 @@
+"""Requests as clients of the OpenAI API send them, and errors as they expect them.
+
+In:  JSON of /v1/chat/completions; whatever goes wrong. Out: `ChatRequest`; the error object.
+Try: `ChatRequest.model_validate({"model": "blsp-tiny", "messages": [{"role": "user", "content": "Hi"}]})`
+Flow: serving/ — app.py reads requests with it; every refusal leaves through `ApiError`.
+
+Unknown fields are ignored, as OpenAI-compatible servers do; fields that would change the answer and are not supported
+(`n` above 1, tools, logprobs, penalties, spoken answers …) are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+
+
+class ApiError(Exception):
+    """A refusal: HTTP status and OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        param = _sendable(self.param) if self.param else None
+        return {
+            "error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}
+        }
+
+
+def _sendable(text: str) -> str:
+    """What a client sent may come back in a message; half a character cannot be sent."""
+    return text.encode(errors="replace").decode()
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a character (a lone surrogate at {error.start})") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+
+
+class InputAudio(BaseModel):
+    data: str
+    """base64 of a file"""
+    format: str = "wav"
+
+
+class TextPart(BaseModel):
+    type: Literal["text"]
+    text: Text
+
+
+class AudioPart(BaseModel):
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+class AudioUrl(BaseModel):
+    url: str
+    """a data-URI; with --allow-remote-audio also https://…"""
+
+
+class AudioUrlPart(BaseModel):
+    type: Literal["audio_url"]
+    audio_url: AudioUrl
+
+
+Part = Annotated[TextPart | AudioPart | AudioUrlPart, Field(discriminator="type")]
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[Part]
+
+    @model_validator(mode="after")
+    def _speech_is_the_users(self) -> Message:
+        written = isinstance(self.content, str) or all(isinstance(part, TextPart) for part in self.content)
+        if self.role != "user" and not written:
+            raise ValueError(f"audio in a message of role {self.role!r}: only the user speaks")
+        return self
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+HARMLESS: dict[str, Any] = {  # fields that are not offered, and the value that asks for nothing
+    "n": 1,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "tools": [],
+    "functions": [],
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "audio": None,
+    "logit_bias": {},
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+}
+
+
+class ChatRequest(BaseModel):
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1, max_length=512)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    """left out: greedy"""
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Text | list[Text] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    # what would change the answer and is not offered: any value but these is refused
+    n: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+    tools: Any = None
+    functions: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    audio: Any = None
+    logit_bias: Any = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+
+    @model_validator(mode="after")
+    def _only_what_is_there(self) -> ChatRequest:
+        for name, harmless in HARMLESS.items():
+            if (asked := getattr(self, name)) and asked != harmless:
+                raise ValueError(f"{name}: not supported by this server; leave it out")
+        if self.messages[-1].role != "user":
+            raise ValueError("messages: the last one must be the user's")
+        if len(self.stops) > 4 or any(not 0 < len(each) <= 100 for each in self.stops):
+            raise ValueError("stop: at most four strings of 1 to 100 characters")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+def completion(head: dict[str, Any], text: str, finish: str, usage: dict[str, Any]) -> Response:
+    """A whole answer."""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
+    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+
+
+def delta(content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    """What one chunk of a streamed answer adds."""
+    return {"choices": [{"index": 0, "delta": content, "finish_reason": finish, "logprobs": None}]}
+
+
+def transcript(text: str, response_format: str) -> Response:
+    return PlainTextResponse(text + "\n") if response_format == "text" else JSONResponse({"text": text})
+
+
+async def transcript_events(pieces: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
+    """OpenAI's events of a transcript that grows; an error ends it."""
+    said = ""
+    try:
+        async for piece in pieces:
+            added = f" {piece}" if said else piece
+            said += added
+            yield {"type": "transcript.text.delta", "delta": added}
+        yield {"type": "transcript.text.done", "text": said}
+    except ApiError as error:
+        yield error.body()
+
+
+def events(chunks: AsyncIterator[dict[str, Any] | str]) -> Response:
+    """Server-sent events, one a chunk."""
+
+    async def lines() -> AsyncIterator[str]:
+        async for chunk in chunks:
+            yield f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+    return StreamingResponse(lines(), media_type="text/event-stream")

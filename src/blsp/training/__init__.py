@@ -1,0 +1,15 @@
+"""Step 2: alignment training (`blsp train`). Start with loop.py, step.py and losses.py.
+
+loop.py       the training loop
+step.py       one micro-batch to its loss
+losses.py     every loss
+dataset.py    data files and their measured rows
+examples.py   rows to examples
+batches.py    the order of the data
+run.py        everything before the first step
+run_state.py  run folder, settings, checkpoints, stop signal
+optimiser.py  AdamW, schedules, averaging
+probes.py     divergence and read-out error during training
+reporting.py  metrics.jsonl and the model card
+curves.py     metrics.jsonl as a picture
+"""

@@ -1,0 +1,124 @@
+"""What moves from step to step: optimiser, learning rate, running average; where a run begins and goes on.
+
+In:  a prepared run, and its newest complete checkpoint if there is one. Out: `State`, saved as often as asked.
+Try: `state = begin_or_resume(run)`
+Flow: training/run.py -> **optimisation.py** (run_state.py) -> training/loop.py
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from blsp.settings import TrainSettings
+from blsp.training.run import Run
+from blsp.training.run_state import (
+    Progress,
+    check_environment,
+    cut_metrics,
+    environment,
+    load_checkpoint,
+    newest_complete,
+    save_checkpoint,
+)
+
+
+@dataclass
+class State:
+    """What changes from step to step."""
+
+    progress: Progress
+    optimiser: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    began: float  # time.monotonic() at which `progress.seconds` was 0
+    saved: float  # time.monotonic() of the last checkpoint
+    drawn: float  # and of the last picture
+
+
+def begin_or_resume(run: Run) -> State:
+    """The state of step 0, or of the newest complete checkpoint; metrics.jsonl is cut back to it."""
+    now = time.monotonic()
+    state = State(Progress(), new_optimiser(run), {}, began=now, saved=now, drawn=now)
+    newest = newest_complete(run.settings.out / "checkpoints")
+    if run.runtime.rank == 0:
+        cut_metrics(run.settings.out / "metrics.jsonl", 0 if newest is None else int(newest.name[5:]))
+    if newest is None:
+        return state
+    stored = load_checkpoint(newest)
+    check_environment(stored.environment, environment_here(run), newest, run.settings.resume_inexact)
+    run.model.model.multi_modal_projector.load_state_dict(stored.adapter)
+    state.optimiser.load_state_dict(stored.optimiser)
+    state.average = {name: tensor.to(run.runtime.device) for name, tensor in stored.average.items()}
+    state.progress = stored.progress
+    state.began -= stored.progress.seconds
+    return state
+
+
+def environment_here(run: Run) -> dict[str, object]:
+    return environment(run.runtime.world, str(run.runtime.device.type))
+
+
+def new_optimiser(run: Run) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices and kernels only, as in the paper's trainer."""
+    decayed = [p for p in run.parameters if p.ndim > 1]
+    level = [p for p in run.parameters if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": run.settings.weight_decay},
+        {"params": level, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=run.settings.lr, fused=True)
+
+
+def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
+    """The rate of step `step` (from 1): a linear warm-up, then a cosine to zero, or level."""
+    warmup = min(settings.warmup_steps, steps // 10)
+    if step <= warmup:
+        return settings.lr * step / warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - warmup) / (steps - warmup + 1)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def add_to_average(run: Run, state: State, number: int) -> None:
+    """Running mean of the adapter's weights."""
+    count = state.progress.averaged + 1
+    weights = dict(run.model.model.multi_modal_projector.named_parameters())
+    for name, weight in weights.items():
+        if name not in state.average:
+            state.average[name] = weight.detach().clone()
+        else:
+            state.average[name] += (weight.detach() - state.average[name]) / count
+    state.progress = replace(state.progress, averaged=count)
+    if number == run.steps - 1:  # the end: what is measured, saved and shipped from here on is the average
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(state.average[name])
+
+
+def time_to_save(run: Run, state: State) -> bool:
+    """By steps, and by the clock: when a checkpoint is written changes nothing in it. All ranks agree by
+    steps.
+    """
+    waited = time.monotonic() - state.saved > 60 * run.settings.save_minutes
+    return state.progress.step % run.settings.save_every == 0 or (waited and run.runtime.rank == 0)
+
+
+def save(run: Run, state: State) -> None:
+    """Write a checkpoint (the first process does) and redraw the curves."""
+    state.saved = time.monotonic()
+    if run.runtime.rank != 0:
+        return
+    save_checkpoint(
+        run.settings.out / "checkpoints",
+        state.progress,
+        run.model.model.multi_modal_projector.state_dict(),
+        state.average,
+        state.optimiser.state_dict(),
+        environment_here(run),
+        run.settings.keep,
+    )

@@ -1,0 +1,45 @@
+"""Where the shipped adapters lie: `models/NAME` in a checkout, `blsp/_models/NAME` in an installed wheel.
+
+In: a model's name as a user writes it. Out: the same name, or the folder of the shipped adapter it stands
+    for.
+
+    find_model("blsp-tiny")        # -> '/…/models/blsp-tiny'
+    find_model("runs/x/adapter")   # -> 'runs/x/adapter', untouched
+
+`blsp-tiny` is the one default name the project has; every other data or model name comes from the user.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SHIPPED = ("blsp-tiny", "blsp-base")
+DEFAULT_MODEL = "blsp-tiny"
+
+
+def is_shipped(name: str) -> bool:
+    """Whether this installation holds the shipped adapter `name`."""
+    return any((place / "config.json").is_file() for place in _places(name))
+
+
+def find_model(name: str) -> str:
+    """Resolve the name of a shipped adapter to its folder; a folder or hub id is returned as it is.
+
+    Raises FileNotFoundError when a shipped name is asked for and this installation does not hold it.
+    """
+    if name not in SHIPPED or Path(name, "config.json").is_file():
+        return name
+    places = _places(name)
+    for place in places:
+        if (place / "config.json").is_file():
+            return str(place)
+    looked = " and ".join(str(place) for place in places)
+    raise FileNotFoundError(
+        f"the shipped adapter {name!r} is not in this installation (looked in {looked}); "
+        "train one with `blsp train` or name a folder with --model"
+    )
+
+
+def _places(name: str) -> list[Path]:
+    package = Path(__file__).resolve().parents[1]
+    return [package.parents[1] / "models" / name, package / "_models" / name]

@@ -1,0 +1,560 @@
+"""Manifests: what goes in comes out, memory stays flat, and what is wrong is named with its file and line."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from blsp.data import row_index
+from blsp.data.jsonl import RowLog, SkippedLog, parse_row, read_rows
+from blsp.data.manifest import CONTINUATION_KEY, Manifest, ManifestError, Utterance, write_manifest
+from blsp.data.row_keys import hash_keys, key_of
+
+GOOD = b'{"id": "a", "audio": "a.wav", "text": "one"}\n{"id": "b", "audio": "b.wav", "text": "two"}\n'
+
+
+def rows(count: int, prefix: str = "row") -> list[Utterance]:
+    return [Utterance(id=f"{prefix}-{i}", audio=f"clips/{i}.wav", text=f"text {i}") for i in range(count)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "train.jsonl"
+
+
+# --- what goes in comes out -------------------------------------------------------------------------------
+
+
+def test_every_field_comes_back(path: Path, tmp_path: Path) -> None:
+    full = Utterance(
+        id="ü-1",
+        audio="clips/1.wav",
+        text='He said "hallo", \\ then\u2028left 😀',
+        start=1.5,
+        duration=2.0,
+        language="en",
+        speaker="s",
+        reference="Er sagte hallo",
+        options=("yes", "no"),
+        instruction="Translate",
+        extra={"no_speech": False, "nested": {"id": "other"}, "null": None},
+    )
+    write_manifest(path, [full, Utterance(id="text only", audio="", text="hi")])
+    read = Manifest(path)
+    assert read[0] == Utterance(**{**full.__dict__, "audio": str(tmp_path / "clips/1.wav")})
+    assert read[1] == Utterance(id="text only", audio="", text="hi")
+    assert read[1].to_json() == {"id": "text only", "audio": "", "text": "hi"}
+    assert {hash(read[0]), hash(read[1])}
+    assert Utterance.from_json(full.to_json()) == full
+
+
+def test_audio_paths(path: Path, tmp_path: Path) -> None:
+    kinds = ["clips/a.wav", "../b.wav", "/data/c.wav", "data:audio/wav;base64,UklGRg==", ""]
+    write_manifest(path, [Utterance(id=str(i), audio=a, text="t") for i, a in enumerate(kinds)])
+    expected = [f"{tmp_path}/clips/a.wav", f"{tmp_path}/../b.wav", *kinds[2:]]
+    assert [row.audio for row in Manifest(path)] == expected
+    write_manifest(path, Manifest(path), relative_to=tmp_path)
+    assert json.loads(path.read_text().splitlines()[0])["audio"] == "clips/a.wav"
+    assert [row.audio for row in Manifest(path)] == expected
+
+
+def test_a_sequence(path: Path) -> None:
+    write_manifest(path, rows(1000))
+    read = Manifest(path)
+    assert len(read) == 1000
+    assert [row.id for row in read] == [row.id for row in rows(1000)] == [read[i].id for i in range(1000)]
+    assert read[-1].id == "row-999" and [row.id for row in read[997:]] == ["row-997", "row-998", "row-999"]
+    for place in (1000, -1001):
+        with pytest.raises(IndexError):
+            read[place]
+    again = pickle.loads(pickle.dumps(read))
+    assert again[5] == read[5] and len(again) == 1000
+
+
+def test_globs_join_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for part in (2, 0, 1):
+        write_manifest(tmp_path / f"part-{part}.jsonl", rows(10, prefix=str(part)))
+        Manifest(tmp_path / f"part-{part}.jsonl")  # leaves an index, which is no part
+    (tmp_path / "part-0.jsonl.skipped.jsonl").write_text('{"id": "x", "audio": "", "reason": "r"}\n')
+    read = Manifest(tmp_path / "part-*")
+    assert [row.id for row in read] == [f"{part}-{i}" for part in range(3) for i in range(10)]
+    assert read[10].id == "1-0" and read[29].id == "2-9"
+
+
+def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "a[1].jsonl", rows(3))
+    assert len(Manifest(tmp_path / "a[1].jsonl")) == 3
+
+
+def test_what_editors_do_to_files(path: Path) -> None:
+    lines = [
+        b'{"id": "a", "text": "1"}',
+        b"",
+        b"  \t ",
+        b' {"text": "2", "id"  :  "b"}',
+        b'{"text":"3","id":"\\u0063"}',
+    ]
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))  # byte order mark, CRLF, no newline at the end
+    assert [(row.id, row.text) for row in Manifest(path)] == [("a", "1"), ("b", "2"), ("c", "3")]
+    assert [line for line, _ in read_rows(path)] == [1, 4, 5]
+
+
+def test_blocks_may_cut_anywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_manifest(path, rows(200))
+    expected = list(Manifest(path))
+    for size in (1, 7, 50, 64, 1000):
+        monkeypatch.setattr(row_index, "BLOCK", size)
+        os.utime(path, ns=(size, size))  # makes the index stale
+        assert list(Manifest(path)) == expected
+
+
+# --- the index beside it ----------------------------------------------------------------------------------
+
+
+def test_the_index_is_kept_and_remade(path: Path) -> None:
+    write_manifest(path, rows(50))
+    Manifest(path)
+    beside = path.with_name("train.jsonl.idx")
+    first = beside.stat()
+    Manifest(path)
+    assert beside.stat().st_mtime_ns == first.st_mtime_ns and beside.stat().st_ino == first.st_ino
+    write_manifest(path, rows(60))
+    assert len(Manifest(path)) == 60
+    old = Manifest(path)
+    content = path.read_bytes().replace(b"row-0", b"ROW-0")  # same size, and the same time:
+    times = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert Manifest(path)[0].id == "ROW-0" and len(old) == 60
+    for damage in (b"", b"BLSPIDX1", beside.read_bytes()[:-8], beside.read_bytes() + bytes(8), b"x" * 5000):
+        beside.write_bytes(damage)
+        assert len(Manifest(path)) == 60
+    assert sorted(os.listdir(path.parent)) == ["train.jsonl", "train.jsonl.idx"]
+
+
+def test_a_read_only_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_manifest(path, rows(50))
+    real = open
+
+    def refuse(name: object, mode: str = "r", *rest: object, **more: object) -> object:
+        if "w" in mode and str(name).startswith(str(path.parent)):
+            raise PermissionError(13, "Permission denied")
+        return real(name, mode, *rest, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(row_index, "open", refuse, raising=False)
+    assert [row.id for row in Manifest(path)] == [row.id for row in rows(50)]
+    assert os.listdir(path.parent) == ["train.jsonl"]
+
+
+def test_a_manifest_outlives_its_replacement(path: Path) -> None:
+    write_manifest(path, rows(50))
+    read = Manifest(path)
+    write_manifest(path, rows(5, prefix="new"))
+    assert [row.id for row in read] == [row.id for row in rows(50)]
+
+
+# --- keys -------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_unique_in_a_file(path: Path) -> None:
+    write_manifest(
+        path, [*rows(1000), *rows(3, prefix="other"), Utterance(id="row-7", audio="", text="again")]
+    )
+    with pytest.raises(
+        ManifestError, match=r"train\.jsonl:1004: \"id\" 'row-7' stands at .*train\.jsonl:8 already"
+    ):
+        Manifest(path)
+    with pytest.raises(ManifestError, match="already"):  # no index was left that would hide it
+        Manifest(path)
+
+
+def test_ids_are_unique_across_files(tmp_path: Path) -> None:
+    write_manifest(tmp_path / "a.jsonl", rows(30))
+    write_manifest(tmp_path / "b.jsonl", [*rows(30, prefix="b"), *rows(1)])
+    assert len(Manifest(tmp_path / "b.jsonl")) == 31
+    with pytest.raises(ManifestError, match=r"b\.jsonl:31: .*row-0.* stands at .*a\.jsonl:1 already"):
+        Manifest(tmp_path / "*.jsonl")
+
+
+def test_the_same_id_spelled_differently(path: Path) -> None:
+    path.write_bytes(b'{"id": "abc", "text": ""}\n{"text": "", "id" : "\\u0061bc"}\n')
+    with pytest.raises(ManifestError, match="'abc' stands at"):
+        Manifest(path)
+
+
+def test_equal_hashes_of_different_ids_are_no_duplicates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_manifest(path, rows(40))
+    monkeypatch.setattr(
+        row_index, "hash_keys", lambda buffer, starts, ends, key: (starts // 999, starts >= 0)
+    )
+    assert len(Manifest(path)) == 40
+
+
+def test_the_key_of_a_continuation(path: Path) -> None:
+    behaviours = [
+        {"id": "a", "text": "t", "behaviour": b, "order": o} for b in ("x", "y") for o in ("1", "2")
+    ]
+    write_manifest(path, [*behaviours, {"id": "a", "text": "no behaviour"}])
+    assert len(Manifest(path, key=CONTINUATION_KEY)) == 5
+    with pytest.raises(ManifestError, match="must be unique"):
+        Manifest(path)
+    write_manifest(path, [*behaviours, behaviours[2]])
+    with pytest.raises(
+        ManifestError, match=r"\"id\" 'a', \"behaviour\" 'y', \"order\" '1' stands at .*:3 already"
+    ):
+        Manifest(path, key=CONTINUATION_KEY)
+
+
+JSON_TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | JSON_TEXT
+    | st.sampled_from(["id", '"id": "x"', "\\", '\\"id']),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "b", 'i"d']), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            JSON_TEXT.filter(bool),
+            st.dictionaries(st.sampled_from(["text", "x", "id2"]), JSON_VALUES),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.booleans(),
+    st.sampled_from([(", ", ": "), (",", ":"), (" , ", " : "), (",\t", ":  ")]),
+)
+def test_keys_from_bytes_are_keys_from_json(
+    parts: list[tuple[str, dict[str, object], bool]], ascii_only: bool, separators: tuple[str, str]
+) -> None:
+    """Where `hash_keys` is certain, it says what parsing the row says."""
+    objects = [{"id": name, **more} if first else {**more, "id": name} for name, more, first in parts]
+    lines = [json.dumps(row, ensure_ascii=ascii_only, separators=separators).encode() for row in objects]
+    buffer = np.frombuffer(b"\n".join(lines) + b"\n", dtype=np.uint8)
+    ends = np.flatnonzero(buffer == 10)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    hashes, certain = hash_keys(buffer, starts, ends, ("id",))
+    for i, line in enumerate(lines):
+        if certain[i]:
+            assert hashes[i] == key_of(parse_row(line, ""), ("id",), "")[1]
+
+
+def test_hashes_differ() -> None:
+    names = [f"{kind}{i}" for kind in ("", "common-voice/en/clip-", "a\0", "é") for i in range(20_000)]
+    names += ["x" * i for i in range(1, 200)] + ["\0" * i for i in range(1, 200)]
+    lines = [json.dumps({"id": name}).encode() for name in names if "\0" not in name]
+    buffer = np.frombuffer(b"\n".join(lines) + b"\n", dtype=np.uint8)
+    ends = np.flatnonzero(buffer == 10)
+    hashes, _ = hash_keys(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, ("id",))
+    parsed = [key_of({"id": name}, ("id",), "")[1] for name in names[40_000:41_000] + names[-199:]]
+    assert len(np.unique(hashes[:40_000])) == 40_000 and len(set(parsed)) == 1_199
+
+
+# --- constant memory --------------------------------------------------------------------------------------
+
+MEASURE = """
+import sys
+from blsp.data.manifest import Manifest
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+rows = Manifest(sys.argv[1])
+total = sum(len(row.text) for row in rows[::len(rows) // 1000])
+print(len(rows), anonymous())
+"""
+
+
+def write_many(path: Path, count: int) -> None:
+    with open(path, "w") as out:
+        for first in range(0, count, 10_000):
+            numbers = range(first, min(first + 10_000, count))
+            out.writelines(
+                f'{{"id": "clip-{i:09d}", "audio": "{i % 97}/{i}.flac", "text": "say {i}"}}\n'
+                for i in numbers
+            )
+
+
+def anonymous_megabytes(path: Path) -> float:
+    measured = subprocess.run(
+        [sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True
+    )
+    return float(measured.stdout.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    write_many(tmp_path / "few.jsonl", 1_000)
+    write_many(tmp_path / "many.jsonl", 1_000_000)
+    few = anonymous_megabytes(tmp_path / "few.jsonl")
+    many = anonymous_megabytes(tmp_path / "many.jsonl")  # indexed and checked for uniqueness
+    again = anonymous_megabytes(tmp_path / "many.jsonl")  # the index is there
+    assert many - few < 60 and again - few < 5, (few, many, again)  # MB
+
+
+# --- malformed input: always a ManifestError that names file and line ---------------------------------------
+
+
+def refused(path: Path, line: int | None) -> str:
+    """The message, from whichever comes first: opening the manifest or reading its rows."""
+    with pytest.raises(ManifestError) as raised:
+        list(Manifest(path))
+    message = str(raised.value)
+    place = str(path) if line is None else f"{path}:{line}: "
+    assert message.startswith(place) and "\n" not in message and len(message) < 700, message
+    return message
+
+
+BAD_ROWS: dict[str, bytes] = {
+    "not JSON": b"hello",
+    "half a row": b'{"id": "c", "audio": "c.wav", "te',
+    "single quotes": b"{'id': 'c', 'audio': 'c.wav', 'text': 't'}",
+    "trailing comma": b'{"id": "c", "audio": "c.wav", "text": "t",}',
+    "two rows on a line": b'{"id": "c", "audio": "", "text": "t"}{"id": "d", "audio": "", "text": "t"}',
+    "a list": b'["c", "c.wav", "t"]',
+    "a string": b'"c"',
+    "a number": b"17",
+    "null": b"null",
+    "an empty object": b"{}",
+    "no id": b'{"audio": "c.wav", "text": "t"}',
+    "nested id only": b'{"audio": "c.wav", "text": "t", "meta": {"id": "c"}}',
+    "empty id": b'{"id": "", "audio": "c.wav", "text": "t"}',
+    "null id": b'{"id": null, "audio": "c.wav", "text": "t"}',
+    "number as id": b'{"id": 3, "audio": "c.wav", "text": "t"}',
+    "only an id": b'{"id": "c"}',
+    "number as text": b'{"id": "c", "audio": "c.wav", "text": 3}',
+    "list as text": b'{"id": "c", "audio": "c.wav", "text": ["t"]}',
+    "number as audio": b'{"id": "c", "audio": 3, "text": "t"}',
+    "audio as object": b'{"id": "c", "audio": {"path": "c.wav"}, "text": "t"}',
+    "string as start": b'{"id": "c", "audio": "c.wav", "text": "t", "start": "1.0"}',
+    "boolean as start": b'{"id": "c", "audio": "c.wav", "text": "t", "start": true}',
+    "negative start": b'{"id": "c", "audio": "c.wav", "text": "t", "start": -0.5}',
+    "negative duration": b'{"id": "c", "audio": "c.wav", "text": "t", "duration": -3}',
+    "zero duration": b'{"id": "c", "audio": "c.wav", "text": "t", "duration": 0}',
+    "NaN duration": b'{"id": "c", "audio": "c.wav", "text": "t", "duration": NaN}',
+    "infinite duration": b'{"id": "c", "audio": "c.wav", "text": "t", "duration": Infinity}',
+    "1e999 duration": b'{"id": "c", "audio": "c.wav", "text": "t", "duration": 1e999}',
+    "a huge integer": b'{"id": "c", "audio": "c.wav", "text": "t", "start": ' + b"9" * 400 + b"}",
+    "a colossal integer": b'{"id": "c", "audio": "c.wav", "text": "t", "x": ' + b"9" * 5000 + b"}",
+    "NaN elsewhere": b'{"id": "c", "audio": "c.wav", "text": "t", "score": NaN}',
+    "options as string": b'{"id": "c", "audio": "c.wav", "text": "t", "options": "yes"}',
+    "options of numbers": b'{"id": "c", "audio": "c.wav", "text": "t", "options": [1, 2]}',
+    "language as list": b'{"id": "c", "audio": "c.wav", "text": "t", "language": ["en"]}',
+    "latin-1": '{"id": "c", "audio": "c.wav", "text": "Grüße"}'.encode("latin-1"),
+    "bad UTF-8 in the id": b'{"id": "c\xff\xfe", "audio": "c.wav", "text": "t"}',
+    "a lone surrogate": b'{"id": "c", "audio": "c.wav", "text": "\\ud800"}',
+    "a lone surrogate id": b'{"id": "\\udfff", "audio": "c.wav", "text": "t"}',
+    "a control character": b'{"id": "c", "audio": "c.wav", "text": "a\x00b"}',
+    "a tab in a string": b'{"id": "c", "audio": "c.wav", "text": "a\tb"}',
+    "deep nesting": b'{"id": "c", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "unclosed nesting": b"[" * 100_000,
+    "a comment": b"// the next row is a test",
+    "zeros": bytes(300),
+    "a byte order mark inside": b'\xef\xbb\xbf{"id": "c", "audio": "c.wav", "text": "t"}',
+    "CSV": b"id,audio,text",
+    "duplicate": b'{"id": "a", "audio": "c.wav", "text": "t"}',
+    "duplicate, escaped": b'{"id": "\\u0061", "audio": "c.wav", "text": "t"}',
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+@pytest.mark.parametrize("place", ["first", "middle", "last", "last, torn", "after blank lines"])
+def test_bad_rows(kind: str, place: str, path: Path) -> None:
+    bad, good = BAD_ROWS[kind], GOOD.splitlines()
+    before, after, ending = [good[0]], [good[1]], b"\n"
+    if place == "first":
+        before, after = [], good
+    elif place == "after blank lines":
+        before = [good[0], b"", b"  ", b"\r"]
+    elif place.startswith("last"):
+        before, after, ending = good, [], b"" if "torn" in place else b"\n"
+    lines = [*before, bad, *after]
+    path.write_bytes(b"\n".join(lines) + ending)
+    if kind == "a byte order mark inside" and place == "first":
+        assert len(Manifest(path)) == 3
+    elif "duplicate" in kind:
+        refused(path, len(lines) - 1 if place == "first" else lines.index(bad) + 1)
+    else:
+        refused(path, lines.index(bad) + 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n", bytes(10)])
+def test_files_without_rows(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+    refused(path, None)
+
+
+def test_other_encodings(path: Path) -> None:
+    path.write_bytes(GOOD.decode().encode("utf-16"))
+    assert "UTF-8" in refused(path, 1)
+    path.write_bytes(b"\x1f\x8b\x08" + random.Random(0).randbytes(500))
+    refused(path, None)
+
+
+def test_paths_that_are_no_manifests(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.jsonl"
+    for name in (str(missing), str(tmp_path / "*.jsonl"), str(tmp_path / "**/x"), "a\0b", "l" * 5_000, ""):
+        with pytest.raises(ManifestError) as raised:
+            Manifest(name)
+        assert name[:50].strip("\0") in str(raised.value).replace("\\x00", "\0")
+    with pytest.raises(ManifestError, match="is a folder"):
+        Manifest(tmp_path)
+    with pytest.raises(ManifestError, match=r"missing\.jsonl"):
+        list(read_rows(missing))
+
+
+def test_a_line_without_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_index, "LONGEST_LINE", 1 << 20)
+    monkeypatch.setattr(row_index, "BLOCK", 1 << 16)
+    path.write_bytes(b'{"id": "' + b"a" * (2 << 20))
+    assert "longer than 1 MB" in refused(path, None)
+
+
+def test_a_file_that_grows_while_it_is_indexed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path.write_bytes(GOOD)
+    real = row_index.hash_keys
+
+    def grow(*arguments: object) -> object:
+        with open(path, "ab") as out:
+            out.write(b'{"id": "c", "text": "t"}\n')
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(row_index, "hash_keys", grow)
+    assert "changed while" in refused(path, None)
+
+
+def damage(generator: random.Random, whole: bytes) -> bytes:
+    """One of the things that happen to text files."""
+    place, length = generator.randrange(len(whole)), generator.randrange(1, 60)
+    pieces = [
+        b'"',
+        b"\\",
+        b"{",
+        b"}",
+        b"\n",
+        b"\r\n",
+        b"\xff",
+        b"\xef\xbb\xbf",
+        b":",
+        b",",
+        b"\0",
+        b"null",
+        b"-1e999",
+        b"\n\n",
+    ]
+    ways: list[Callable[[], bytes]] = [
+        lambda: whole[:place],
+        lambda: whole[place:],
+        lambda: whole[:place] + whole[place + length :],
+        lambda: whole[:place] + generator.choice(pieces) + whole[place:],
+        lambda: whole[:place] + generator.choice(pieces) + whole[place + 1 :],
+        lambda: whole[:place] + generator.randbytes(length) + whole[place:],
+        lambda: whole + whole[place:],
+        lambda: whole.replace(b'"', generator.choice([b"'", b'""', b'\\"', "„".encode()])),
+        lambda: whole[:place] + bytes(length) + whole[place + length :],
+    ]
+    return generator.choice(ways)()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_damaged_manifests_are_read_or_refused(seed: int, path: Path) -> None:
+    """300 damaged files: all their rows come out as utterances, or a ManifestError names the file."""
+    generator = random.Random(seed)
+    made = [Utterance(id=f"{i}", audio=f"{i}.wav", text=f'né "{i}"', duration=i + 0.5) for i in range(4)]
+    write_manifest(path, made)
+    whole = path.read_bytes()
+    for _ in range(50):
+        path.write_bytes(damage(generator, whole))
+        try:
+            read = Manifest(path)
+            found = list(read)
+        except ManifestError as error:
+            assert str(error).startswith(str(path))
+        else:
+            assert len(found) == len(read) == len({row.id for row in found})
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from([*Utterance.__dataclass_fields__, "other"]), JSON_VALUES | st.floats())
+)
+def test_any_object_is_an_utterance_or_refused(row: dict[str, object]) -> None:
+    try:
+        utterance = Utterance.from_json(row, "file:3")
+    except ManifestError as error:
+        assert str(error).startswith("file:3: ")
+    else:
+        assert Utterance.from_json(utterance.to_json()) == utterance
+
+
+# --- writing ----------------------------------------------------------------------------------------------
+
+
+def test_a_manifest_appears_whole_or_not_at_all(path: Path) -> None:
+    def half() -> object:
+        yield from rows(3)
+        raise RuntimeError("killed")
+
+    write_manifest(path, rows(2))
+    with pytest.raises(RuntimeError):
+        write_manifest(path, half())  # type: ignore[arg-type]
+    assert len(Manifest(path)) == 2
+    with pytest.raises(ManifestError, match=r"train\.jsonl: the row 'x' cannot be written"):
+        write_manifest(path, [{"id": "x", "score": float("nan")}])
+    assert sorted(os.listdir(path.parent)) == ["train.jsonl", "train.jsonl.idx"]
+
+
+def test_a_log_goes_on_after_a_torn_line(path: Path) -> None:
+    with RowLog(path) as log:
+        log.append({"id": "a"})
+        log.append({"id": "b"})
+    whole = path.read_bytes()
+    for kept in range(len(whole) + 1):
+        path.write_bytes(whole[:kept])
+        with RowLog(path) as log:
+            log.append({"id": "c"})
+        done = [row["id"] for _, row in read_rows(path)]
+        assert done == [*["a", "b"][: whole[:kept].count(b"\n")], "c"]
+    path.write_bytes(GOOD + b"x" * 200_000)
+    RowLog(path).close()
+    assert path.read_bytes() == GOOD
+
+
+def test_a_log_is_readable_after_every_row(path: Path) -> None:
+    with RowLog(path) as log:
+        for i in range(5):
+            log.append({"id": str(i)})
+            assert len(list(read_rows(path))) == i + 1
+
+
+def test_the_list_of_what_was_skipped(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with SkippedLog(out) as skipped:
+        assert skipped.count == 0 and not (tmp_path / "out.jsonl.skipped.jsonl").exists()
+        skipped.add("a", "a.wav", "no such file")
+        skipped.add("a", "a.wav", "no such file")
+    with SkippedLog(out) as skipped:
+        skipped.add("a", "a.wav", "no such file")
+        skipped.add("b", "b.wav", "truncated")
+        assert skipped.count == 2 and "b" in skipped and "c" not in skipped
+    assert [row for _, row in read_rows(f"{out}.skipped.jsonl")] == [
+        {"id": "a", "audio": "a.wav", "reason": "no such file"},
+        {"id": "b", "audio": "b.wav", "reason": "truncated"},
+    ]

@@ -1,0 +1,264 @@
+"""`blsp encode`: every clip once, the same numbers whenever it is killed, nothing that cannot be heard."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_distributed import run_ranks
+from tqdm import tqdm
+
+from blsp.data.audio import load_audio, write_wav
+from blsp.data.manifest import Manifest, SkippedLog, Utterance, read_rows, write_manifest
+from blsp.distributed import Runtime
+from blsp.features import encode as encoding
+from blsp.features.cache import FeatureCache
+from blsp.features.encode import Encoding, _batches, _plan, encode, encoder_id, in_order
+from blsp.model.checkpoint import load_speech_encoder
+from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
+from blsp.settings import EncodeSettings
+
+PLACE = Runtime(torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Twenty clips of noise, 0.1 to 2 s."""
+    return write_clips(tmp_path, [0.1 + 0.1 * n for n in range(20)])
+
+
+def write_clips(folder: Path, seconds: Sequence[float]) -> Path:
+    rng = np.random.default_rng(0)
+    rows = []
+    for number, length in enumerate(seconds):
+        path = folder / f"{number}.wav"
+        write_wav(path, 0.1 * rng.standard_normal(round(length * 16_000)))
+        rows.append(Utterance(id=f"clip-{number}", audio=path.name, text="noise"))
+    write_manifest(folder / "clips.jsonl", rows)
+    return folder / "clips.jsonl"
+
+
+def settings(manifest: Path, ears: str, cache: Path, **more: object) -> EncodeSettings:
+    return EncodeSettings(manifest=str(manifest), audio_model=ears, cache=cache, device="cpu", **more)  # type: ignore[arg-type]
+
+
+def content(cache: Path, manifest: Path, ears: str) -> list[bytes]:
+    opened = FeatureCache(cache, encoder_id(ears))
+    return [opened.get(opened.key(row)).tobytes() for row in Manifest(manifest)]
+
+
+def records(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.glob("*/*.idx")) // 32
+
+
+def test_every_clip_has_its_encoders_states(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
+    assert encode(settings(manifest, tiny_whisper, tmp_path / "cache")) is None
+    cache = FeatureCache(tmp_path / "cache", encoder_id(tiny_whisper))
+    tower, extractor = load_speech_encoder(tiny_whisper, PLACE)
+    rows = list(Manifest(manifest))
+    lengths = cache.lengths([cache.key(row) for row in rows])
+    for row, length in zip(rows, lengths, strict=True):
+        audio = load_audio(row.audio)
+        assert length == encoder_frames(mel_frames(len(audio)))
+        with torch.inference_mode():
+            states, _ = encode_speech(tower, *mel_features(extractor, [audio]))
+        np.testing.assert_array_equal(cache.get(cache.key(row)), states[0].half().numpy())
+
+
+def test_a_second_run_and_a_second_manifest_encode_nothing(
+    manifest: Path, tiny_whisper: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache", limit=12))
+    rows = [
+        row.to_json() | {"behaviour": b, "order": "speech-first"} for row in Manifest(manifest) for b in "ab"
+    ]
+    write_manifest(tmp_path / "continued.jsonl", [*rows, {"id": "text only", "text": "x"}])
+    encode(settings(tmp_path / "continued.jsonl", tiny_whisper, tmp_path / "cache"))
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    encoded = [
+        line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("encoded")
+    ]
+    assert encoded == ["encoded 12 clips", "encoded 8 clips", "encoded 0 clips"]
+    assert records(tmp_path / "cache") == 20
+
+
+def test_broken_clips_are_listed_with_the_reason(
+    manifest: Path, tiny_whisper: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "3.wav").write_bytes(b"not audio")
+    (tmp_path / "4.wav").unlink()
+    rows = [*Manifest(manifest), Utterance(id="cut", audio=str(tmp_path / "5.wav"), text="", start=99.0)]
+    write_manifest(tmp_path / "broken.jsonl", rows)
+    encode(settings(tmp_path / "broken.jsonl", tiny_whisper, tmp_path / "cache"))
+    listed = {row["id"]: row for _, row in read_rows(tmp_path / "cache" / "broken.skipped.jsonl")}
+    assert set(listed) == {"clip-3", "clip-4", "cut"}
+    assert "no such file" in listed["clip-4"]["reason"] and "99" in listed["cut"]["reason"]
+    printed = capsys.readouterr().out
+    assert "skipped 3 rows" in printed and "broken.skipped.jsonl" in printed
+    assert records(tmp_path / "cache") == 18
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache", limit=3))
+    assert not (tmp_path / "cache" / "clips.skipped.jsonl").exists()
+
+
+def test_a_changed_clip_is_encoded_again(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    before = content(tmp_path / "cache", manifest, tiny_whisper)
+    write_wav(tmp_path / "7.wav", 0.1 * np.random.default_rng(9).standard_normal(16_000))
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    after = content(tmp_path / "cache", manifest, tiny_whisper)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [n != 7 for n in range(20)]
+
+
+def test_a_damaged_entry_is_encoded_again(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    before = content(tmp_path / "cache", manifest, tiny_whisper)
+    (shard,) = (tmp_path / "cache").glob("*/*.f16")
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged[:-5])
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    assert content(tmp_path / "cache", manifest, tiny_whisper) == before
+    assert records(tmp_path / "cache") == 22
+
+
+def test_killed_ten_times_it_ends_with_the_same_bytes(
+    manifest: Path, tiny_whisper: str, tmp_path: Path
+) -> None:
+    begun = time.perf_counter()
+    encode(settings(manifest, tiny_whisper, tmp_path / "whole"))
+    whole = time.perf_counter() - begun
+    chance, kills = random.Random(0), 0
+    for _ in range(10):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fork beside threads that are idle
+            child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            encode(settings(manifest, tiny_whisper, tmp_path / "killed"))
+            os._exit(0)
+        time.sleep(chance.uniform(0.2, 0.9) * whole)
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert kills > 0
+    encode(settings(manifest, tiny_whisper, tmp_path / "killed"))
+    expected = content(tmp_path / "whole", manifest, tiny_whisper)
+    assert content(tmp_path / "killed", manifest, tiny_whisper) == expected
+    assert records(tmp_path / "killed") == 20, "nothing was encoded twice"
+
+
+def test_two_ranks_share_the_rows(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
+    program = (
+        "from pathlib import Path\nfrom blsp.settings import EncodeSettings\n"
+        "from blsp.features.encode import encode\n"
+        f"encode(EncodeSettings(manifest={str(manifest)!r}, audio_model={tiny_whisper!r}, "
+        f"cache=Path({str(tmp_path / 'two')!r}), device='cpu'))\n"
+    )
+    first, second = run_ranks(program)
+    assert "encoded 20 clips" in first and not second
+    encode(settings(manifest, tiny_whisper, tmp_path / "one"))
+    two, one = (content(tmp_path / name, manifest, tiny_whisper) for name in ("two", "one"))
+    assert two == one and records(tmp_path / "two") == 20
+    assert len(list((tmp_path / "two").glob("*/*.f16"))) == 2
+
+
+def test_a_failing_encoder_ends_the_job(
+    manifest: Path, tiny_whisper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(encoding, "encode_speech", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    assert torch.get_num_threads() == 1
+
+
+def test_numbers_that_are_none_are_not_kept(
+    manifest: Path, tiny_whisper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(
+        tower: object, mel: torch.Tensor, mask: torch.Tensor, **_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = (mask.sum(1) + 1) // 2
+        return torch.full((len(mel), int(lengths.max()), 16), 1e9), lengths
+
+    monkeypatch.setattr(encoding, "encode_speech", overflow)
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    assert records(tmp_path / "cache") == 0
+    assert "not finite" in next(read_rows(tmp_path / "cache" / "clips.skipped.jsonl"))[1]["reason"]
+
+
+# --- batches, as an accelerator takes them ------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tiny_whisper: str, tmp_path: Path) -> Encoding:
+    tower, extractor = load_speech_encoder(tiny_whisper, PLACE)
+    cache = FeatureCache(tmp_path / "cache", encoder_id(tiny_whisper))
+    bar = tqdm(file=io.StringIO())
+    return Encoding(cache, tower, extractor, PLACE, SkippedLog(tmp_path / "out"), False, bar)
+
+
+def read_clips(job: Encoding, manifest: Path) -> list[encoding.Clip]:
+    read = [job.read(lacking) for lacking in job.look(list(Manifest(manifest)))]
+    return [clip for clip in read if isinstance(clip, encoding.Clip)]
+
+
+def test_a_batch_equals_its_clips_alone(manifest: Path, job: Encoding) -> None:
+    clips = read_clips(job, manifest)
+    assert len(clips) == 20
+    alone = {clip.row.id: job.encode([clip])[0][1] for clip in clips}
+    for clip, states in job.encode(clips):
+        np.testing.assert_allclose(states, alone[clip.row.id], atol=2e-3, rtol=2e-3)
+
+
+def test_a_very_long_clip_is_encoded_in_pieces(
+    tmp_path: Path, job: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_clips(tmp_path, [95.3])
+    for job.full_window in (False, True):
+        (clip,) = read_clips(job, manifest)
+        (_, whole) = job.encode([clip])[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(encoding, "PIECE_MEL_FRAMES", 3000)
+            (_, pieces) = job.encode([clip])[0]
+        assert whole.shape == (4765, job.tower.config.d_model)
+        np.testing.assert_allclose(pieces, whole, atol=2e-3, rtol=2e-3)
+
+
+def test_batches_hold_like_lengths_within_the_budget(
+    manifest: Path, job: Encoding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = read_clips(job, manifest)
+    random.Random(0).shuffle(clips)
+    monkeypatch.setattr(encoding, "SORTED_SECONDS", 8.0)
+    batches = list(_batches(clips, 3.0))
+    assert sorted(clip.row.id for batch in batches for clip in batch) == sorted(clip.row.id for clip in clips)
+    assert all(len(batch) * max(clip.width for clip in batch) <= 300 for batch in batches)
+    assert len(batches) < 15 and len(list(_plan(clips, 1.0))) == 20, "a clip above the budget goes alone"
+
+
+def test_work_is_begun_ahead_and_given_in_order() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        time.sleep(0.002 * (number % 3))
+        return number
+
+    with ThreadPoolExecutor(4) as pool:
+        results = in_order(pool, work, range(50), 8)
+        assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
+        assert len(begun) <= 13
+        assert list(results) == list(range(5, 50))

@@ -1,0 +1,59 @@
+"""What is shipped: the mean of the stages that are named, with the logs of all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ship import write_weights
+from support.tiny_models import tiny_blsp
+
+from blsp.distributed import find_runtime
+from blsp.model.checkpoint import CheckpointError, load_blsp, save_adapter
+
+PLACE = find_runtime("cpu", "float32")
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_models_folder: Path) -> Path:
+    """A run of two stages whose adapters are all 1 and all 3."""
+    for name, value in (("first", 1.0), ("second", 3.0)):
+        stage = tmp_path / "run" / "stages" / name
+        model, processor = tiny_blsp(tiny_models_folder, adapter="grounded", runtime=PLACE)
+        for weight in model.model.multi_modal_projector.parameters():
+            torch.nn.init.constant_(weight, value)
+        save_adapter(model, processor, stage / "adapter")
+        for log in ("settings.yaml", "metrics.jsonl", "curves.png"):
+            (stage / log).write_text(name)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(("stages", "value"), [(["second"], 3.0), (["first", "second"], 2.0)])
+def test_the_mean_of_the_stages_is_shipped(
+    run: Path, tmp_path: Path, stages: list[str], value: float
+) -> None:
+    write_weights(run, tmp_path / "out", [run / "stages" / name / "adapter" for name in stages])
+    model, _ = load_blsp(tmp_path / "out", PLACE)
+    assert all((weight == value).all() for weight in model.model.multi_modal_projector.parameters())
+    assert (tmp_path / "out" / "training" / "first" / "metrics.jsonl").read_text() == "first"
+
+
+def test_an_old_adapter_gets_the_names_of_its_parts(run: Path, tmp_path: Path) -> None:
+    adapter = run / "stages" / "first" / "adapter"
+    written = json.loads((adapter / "config.json").read_text())
+    written["text_config"]["_name_or_path"] = "/home/maker/llm"
+    (adapter / "config.json").write_text(json.dumps(written))
+    write_weights(run, tmp_path / "out", [adapter])
+    shipped = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert shipped["text_config"]["_name_or_path"] == shipped["text_model_id"]
+
+
+def test_adapters_that_read_out_other_tokens_have_no_mean(run: Path, tmp_path: Path) -> None:
+    adapters = [run / "stages" / name / "adapter" for name in ("first", "second")]
+    config = json.loads((adapters[1] / "config.json").read_text())
+    config["readout_vocabulary"].reverse()
+    (adapters[1] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has no mean with"):
+        write_weights(run, tmp_path / "out", adapters)

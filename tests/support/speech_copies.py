@@ -1,0 +1,64 @@
+"""Ears for the judge to judge: perfect ones, and ones that hear another clip; a recogniser that repeats.
+
+In:  a loaded model. Out: what `Evaluation(hear=...)` takes in the place of the model's own ears.
+Try: `Evaluation(listener, folder, hear=shuffled(transcripts_as_speech(listener)))`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from blsp.data.manifest import Utterance
+from blsp.evaluation.answers import AnswerLog
+from blsp.evaluation.routes import RouteInput, RouteInputFn
+from blsp.inference.listener import Listener
+from blsp.llm.language_model import embed
+from blsp.llm.prompt import transcript_ids
+from blsp.model.adapter import AudioEmbeds
+
+TEXTS = (
+    "hello world",
+    "how many days are in a week",
+    "what is the capital of france",
+    "please repeat the following words",
+    "the capital of france",
+    "repeat the words hello world please",
+    "how many words are in the following",
+)
+
+
+def transcripts_as_speech(listener: Listener) -> RouteInputFn:
+    """Perfect ears: the speech's vectors are the transcript's own embeddings."""
+
+    def hear(rows: Sequence[Utterance]) -> list[RouteInput]:
+        return [_as_heard(listener, row.text) for row in rows]
+
+    return hear
+
+
+def shuffled(hear: RouteInputFn) -> RouteInputFn:
+    """Ears that hear another clip: each row gets that of another text."""
+
+    def wrong(rows: Sequence[Utterance]) -> list[RouteInput]:
+        others = [replace(row, text=TEXTS[(TEXTS.index(row.text) + 3) % len(TEXTS)]) for row in rows]
+        return hear(others)
+
+    return wrong
+
+
+class Parrot:
+    """A recogniser that writes the transcript, but "misheard" for the first row and nothing for the second."""
+
+    name, compute, multilingual = "parrot", "int8", False
+
+    def supports_language(self, language: str) -> bool:
+        return language == "en"
+
+    def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
+        return [{"en/0": "misheard", "en/1": ""}.get(row.id, row.text) for row in rows]
+
+
+def _as_heard(listener: Listener, text: str) -> AudioEmbeds:
+    vectors = embed(listener.model, transcript_ids(listener.tokenizer, text)).detach()
+    return AudioEmbeds(vectors, num_audio_tokens=len(vectors), speech=True)

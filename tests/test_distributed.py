@@ -1,0 +1,210 @@
+"""Ranks: the same sums as one process; one launcher's environment variables are all they need."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+
+from blsp.distributed import Runtime, find_runtime, reduce_gradients, shard_rows, sum_across
+
+CPU = torch.device("cpu")
+
+
+def run_ranks(program: str, world: int = 2) -> list[str]:
+    """Run `program` as the ranks of a launch and return what each printed.
+
+    The ranks are forks of this process, which has imported torch already; torchrun itself is tried below.
+    """
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+        free.close()
+        outputs = [Path(folder) / f"rank{rank}" for rank in range(world)]
+        fork = multiprocessing.get_context("fork")
+        ranks = [
+            fork.Process(target=_be_rank, args=(program, r, world, port, outputs[r])) for r in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(300)
+        printed = [output.read_text() for output in outputs]
+        assert [process.exitcode for process in ranks] == [0] * world, "\n".join(printed)
+        return [text.strip() for text in printed]
+
+
+def _be_rank(program: str, rank: int, world: int, port: str, output: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with output.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            exec(program, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc(file=out)
+            raise
+
+
+@pytest.mark.parametrize("has", ["avx512_bf16", "amx_bf16", None])
+def test_fastest_is_bfloat16_where_the_processor_multiplies_it(
+    has: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False} | ({has: True} if has else {})
+    )
+    assert find_runtime("cpu", "fastest").dtype == (torch.bfloat16 if has else torch.float32)
+    assert find_runtime("cpu", "auto").dtype == torch.float32
+
+
+def test_one_process_is_rank_0_of_1() -> None:
+    assert find_runtime("cpu") == Runtime(CPU, torch.float32, 0, 1)
+    assert find_runtime("cpu", "float64").dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("tpu-ish",), "tpu-ish"), (("cpu", "int3"), "int3"), (("cuda:77",), "cuda:77")],
+)
+def test_what_is_not_there_is_named(arguments: tuple[str, ...], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        find_runtime(*arguments)
+
+
+def test_a_world_without_an_address_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        find_runtime("cpu")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="WORLD_SIZE"):
+        find_runtime("cpu")
+
+
+def test_every_row_is_one_ranks() -> None:
+    for n in (0, 1, 2, 7, 12):
+        shares = [shard_rows(n, Runtime(CPU, torch.float32, rank, 3)) for rank in range(3)]
+        assert sorted(row for share in shares for row in share) == list(range(n))
+
+
+def test_alone_nothing_is_summed() -> None:
+    place = Runtime(CPU, torch.float32)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.tensor([1.0, 2.0])
+    reduce_gradients([parameter], place)
+    assert parameter.grad.tolist() == [1.0, 2.0]
+    assert sum_across(torch.tensor([3.0]), place).item() == 3.0
+
+
+SUMS = """
+import torch
+from blsp.distributed import *
+runtime = find_runtime("cpu")
+assert find_runtime("cpu") == place
+torch.manual_seed(0)
+adapter = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
+adapter[2].bias.requires_grad_(False)
+unused = torch.nn.Parameter(torch.zeros(3))
+speech, target = torch.randn(8, 6).double(), torch.randn(8, 2).double()
+rows = list(shard_rows(8, runtime))
+loss = ((adapter(speech[rows]) - target[rows]) ** 2).sum() / 8
+loss.backward()
+if runtime.rank == 1:
+    adapter[0].bias.grad = None   # a rank may lack a gradient that another has
+mine = [None if p.grad is None else p.grad.clone() for p in adapter.parameters()]
+reduce_gradients([*adapter.parameters(), unused], runtime)
+assert unused.grad is None and adapter[2].bias.grad is None
+total = sum_across(loss, runtime)
+assert total is not loss
+shared = [p.grad.clone() for p in adapter.parameters() if p.requires_grad]
+adapter.zero_grad()
+if runtime.rank == 0:
+    assert torch.equal(shared[1], mine[1])
+whole = ((adapter(speech) - target) ** 2).sum() / 8
+whole.backward()
+for i, p in enumerate(p for p in adapter.parameters() if p.requires_grad):
+    if i != 1:
+        torch.testing.assert_close(shared[i], p.grad, atol=1e-12, rtol=0)
+torch.testing.assert_close(total, whole, atol=1e-12, rtol=0)
+barrier(runtime)
+print(" ".join(g.numpy().tobytes().hex() for g in shared))
+leave(runtime)
+"""
+
+
+def test_two_processes_have_the_gradients_of_one() -> None:
+    first, second = run_ranks(SUMS)
+    assert first == second, "every rank must hold the same sum, to the bit"
+
+
+SHARDED = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from torch.distributed.tensor import DTensor
+from blsp.distributed import *
+runtime = find_runtime("cpu")
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                     num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+llm = LlamaForCausalLM(config).double().eval().requires_grad_(False)
+ids = torch.randint(0, 64, (2, 9))
+def run(llm):
+    embeds = llm.get_input_embeddings()(ids).clone().requires_grad_()
+    with torch.no_grad():  # a prompt's prefix is constant
+        prefix = llm.model(inputs_embeds=embeds[:, :4], use_cache=True)
+    hidden = llm.model(inputs_embeds=embeds[:, 4:], past_key_values=prefix.past_key_values).last_hidden_state
+    logits = llm.lm_head(hidden)
+    return logits.detach(), torch.autograd.grad(logits.logsumexp(-1).sum(), embeds)[0]
+whole = run(llm)
+shard_language_model(llm, runtime)
+parts = [p for p in llm.model.layers.parameters()]
+assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in parts)
+for a, b in zip(whole, run(llm)):
+    torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+llm.train()
+llm.gradient_checkpointing_enable({"use_reentrant": False})
+embeds = llm.get_input_embeddings()(ids).requires_grad_()
+def gradient():
+    hidden = llm.model(inputs_embeds=embeds).last_hidden_state
+    return torch.autograd.grad(llm.lm_head(hidden).sum(), embeds)[0]
+recomputed = gradient()
+llm.gradient_checkpointing_disable()
+llm.eval()
+torch.testing.assert_close(recomputed, gradient(), atol=1e-12, rtol=0)
+with torch.no_grad():
+    torch.testing.assert_close(llm(ids).logits[:, 4:], whole[0], atol=1e-12, rtol=0)
+print("equal")
+leave(runtime)
+"""
+
+
+def test_a_sharded_llm_gives_the_same_logits_and_gradients() -> None:
+    assert run_ranks(SHARDED) == ["equal", "equal"]
+
+
+def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
+    program = tmp_path / "ranks.py"
+    program.write_text(
+        "import torch\nfrom blsp.distributed import *\nplace = find_runtime('cpu')\n"
+        "print(int(sum_across(torch.tensor([runtime.rank + 1]), runtime)), flush=True)\nleave(runtime)\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(program),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3") == 2  # the ranks may write into one line

@@ -1,0 +1,124 @@
+"""The digest names the tensors, not the files they lie in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from blsp.weights import digest
+from blsp.weights.digest import WeightsNotFoundError, tensor_digest
+
+Tensors = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BLSP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(folder: Path, tensors: Tensors, model_type: str = "llama", shards: int = 1) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    weight_map = {name: f"model-{i % shards:05}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def some_tensors(prefix: str = "") -> Tensors:
+    rng = np.random.default_rng(0)
+    return {
+        f"{prefix}layers.{i}.weight": rng.standard_normal((3, i + 1)).astype(np.float32) for i in range(5)
+    }
+
+
+def test_it_is_the_hash_that_the_docstring_says(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    expected = hashlib.sha256()
+    for name in sorted(tensors):
+        expected.update(f"{name} F32 {list(tensors[name].shape)}\n".encode() + tensors[name].tobytes())
+    assert tensor_digest(write(tmp_path / "m", tensors)) == expected.hexdigest()
+
+
+def test_shards_do_not_matter(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    whole, sharded = write(tmp_path / "a", tensors), write(tmp_path / "b", tensors, shards=3)
+    (sharded / "consolidated.safetensors").write_bytes(b"not in the index, not read")
+    assert tensor_digest(whole) == tensor_digest(str(sharded))
+
+
+@pytest.mark.parametrize("change", ["value", "name", "dtype", "shape"])
+def test_every_part_matters(tmp_path: Path, change: str) -> None:
+    tensors = some_tensors()
+    changed = dict(tensors)
+    first = changed.pop("layers.0.weight")
+    if change == "value":
+        first = np.nextafter(first, np.float32(np.inf))
+    if change == "dtype":
+        first = first.view(np.int32)
+    if change == "shape":
+        first = first.reshape(1, 3)
+    changed["layers.zero.weight" if change == "name" else "layers.0.weight"] = first
+    assert tensor_digest(write(tmp_path / "a", tensors)) != tensor_digest(write(tmp_path / "b", changed))
+
+
+def test_a_full_whisper_and_its_encoder_agree(tmp_path: Path) -> None:
+    others = some_tensors("model.decoder.") | {"proj_out.weight": np.ones((2, 2), np.float32)}
+    digests = {
+        tensor_digest(write(tmp_path / "hub", some_tensors("model.encoder.") | others, "whisper")),
+        tensor_digest(write(tmp_path / "bare", some_tensors("encoder."), "whisper")),
+        tensor_digest(write(tmp_path / "tower", some_tensors(), "whisper", shards=2)),
+    }
+    assert len(digests) == 1
+    full = write(tmp_path / "llm", some_tensors("model.encoder.") | others, "llama")
+    assert tensor_digest(full) not in digests
+
+
+def age(folder: Path, seconds: int) -> None:
+    for file in folder.iterdir():
+        past = file.stat().st_mtime_ns - seconds * 10**9
+        os.utime(file, ns=(past, past))
+
+
+def test_it_is_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "m", some_tensors())
+    age(folder, 60)
+    first = tensor_digest(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(digest, "_hash_tensors", lambda tensors: pytest.fail("hashed again"))
+        assert tensor_digest(folder) == first
+    save_file(some_tensors() | {"more": np.ones(1, np.float32)}, folder / "model.safetensors")
+    assert tensor_digest(folder) != first
+
+
+def test_a_file_of_this_moment_is_not_remembered(tmp_path: Path, own_cache: Path) -> None:
+    tensor_digest(write(tmp_path / "m", some_tensors()))
+    assert not (own_cache / "digests").exists()
+
+
+def test_no_weights_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightsNotFoundError, match=r"empty/model\.safetensors"):
+        tensor_digest(tmp_path / "empty")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsNotFoundError, match="no-such-owner/no-such-model"):
+        tensor_digest("no-such-owner/no-such-model")
+
+
+def test_a_torn_file_is_an_error(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", some_tensors())
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="ends inside tensor"):
+        tensor_digest(folder)
