@@ -97,19 +97,19 @@ def test_every_row_is_one_ranks() -> None:
 
 
 def test_alone_nothing_is_summed() -> None:
-    place = Runtime(CPU, torch.float32)
+    runtime = Runtime(CPU, torch.float32)
     parameter = torch.nn.Parameter(torch.ones(2))
     parameter.grad = torch.tensor([1.0, 2.0])
-    reduce_gradients([parameter], place)
+    reduce_gradients([parameter], runtime)
     assert parameter.grad.tolist() == [1.0, 2.0]
-    assert sum_across(torch.tensor([3.0]), place).item() == 3.0
+    assert sum_across(torch.tensor([3.0]), runtime).item() == 3.0
 
 
 SUMS = """
 import torch
 from blsp.distributed import *
 runtime = find_runtime("cpu")
-assert find_runtime("cpu") == place
+assert find_runtime("cpu") == runtime
 torch.manual_seed(0)
 adapter = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
 adapter[2].bias.requires_grad_(False)

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from support.corpus_copies import COPIES, common_voice, fleurs, folder, gigaspeech, librispeech, must_c, tone
-from test_data_manifest import damage
+from test_manifest import damage
 
 from blsp import cli
+from blsp.data import prepare as preparation
 from blsp.data.audio import is_silent, load_audio
-from blsp.data.corpora import CorpusError, no_speech, preparation, prepare
+from blsp.data.corpora import CorpusError, no_speech, prepare
 from blsp.data.corpora.reading import Corpus, Lookup, Wanted, heard, iso
 from blsp.data.corpora.recognition import read_json_array
 from blsp.data.jsonl import read_rows

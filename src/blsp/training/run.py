@@ -222,7 +222,7 @@ def open_model(
         raise SettingsError("--dtype float16: its gradients overflow; train in bfloat16 or float32")
     whole = runtime
     if settings.shard_llm:  # too large for this device until it is spread
-        place = replace(runtime, device=torch.device("cpu"))
+        runtime = replace(runtime, device=torch.device("cpu"))
     options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
     if not settings.init_from:
         vocabulary = (
@@ -231,7 +231,7 @@ def open_model(
         model, processor = new_blsp(
             settings.audio_model,
             settings.llm,
-            place,
+            runtime,
             adapter=settings.adapter,
             adapter_options=options,
             readout_vocabulary=vocabulary,
