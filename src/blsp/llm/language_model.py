@@ -88,3 +88,11 @@ def stop_ids(llm: PreTrainedModel) -> tuple[int, ...]:
     if ids is None:
         raise UnsupportedModelError(f"{llm.config.model_type}: names no end-of-sequence token")
     return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """(N,): KL(teacher || student) in nats at each position, from log-probabilities (N, V) over the whole vocabulary.
+
+    The one formula of the training loss, the probes and the evaluation.
+    """
+    return (teacher.exp() * (teacher - student)).sum(dim=-1)

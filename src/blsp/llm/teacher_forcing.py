@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from blsp.evaluation.answers import Answer
 from blsp.llm.decoding import Request
-from blsp.llm.language_model import decoder_of, embed, logits_of
+from blsp.llm.language_model import decoder_of, embed, kl_divergence, logits_of
 from blsp.llm.prompt import text_ids
 
 LOGITS_AT_A_TIME = 1 << 23  # V × positions whose scores exist at once: 32 MiB in float32
@@ -62,7 +62,7 @@ def divergence(llm: PreTrainedModel, text: Tensor, speech: Tensor) -> tuple[list
     at_a_time = max(1, LOGITS_AT_A_TIME // llm.get_output_embeddings().weight.shape[0])
     for reading, hearing in zip(text.split(at_a_time), speech.split(at_a_time), strict=True):
         teacher, student = (_log_probabilities(llm, states) for states in (reading, hearing))
-        found += (teacher.exp() * (teacher - student)).sum(dim=-1).tolist()
+        found += kl_divergence(teacher, student).tolist()
         agreed += (teacher.argmax(dim=-1) == student.argmax(dim=-1)).tolist()
     return found, agreed
 

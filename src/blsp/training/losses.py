@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from blsp.llm.language_model import kl_divergence
+
 Total = tuple[Tensor, int]
 
 IMPOSSIBLE = -1e30  # log-probability of a path that cannot be; finite, so that no gradient becomes NaN
@@ -52,7 +54,7 @@ def kl_loss(
     """
     teacher = torch.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
     student = torch.log_softmax(_wide(student_logits) / (student_temperature or temperature), dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True), student.shape[0]
+    return kl_divergence(teacher, student).sum(), student.shape[0]
 
 
 def topk_kl_loss(
