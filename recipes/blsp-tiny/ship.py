@@ -134,7 +134,8 @@ def data_table(manifests: Sequence[str]) -> str:
     once, again = (sum(map(sum, each.values())) for each in (spoken, copies))
     head = ["source", "clips", "hours", "hours of augmented copies", "licence"]
     return (
-        f"## Data\n\n{once:.1f} hours and {again:.1f} of augmented copies, rebuilt by `recipes/blsp-tiny/`; held-out sets, "
+        f"## Data\n\n{once:.1f} hours and {again:.1f} of augmented copies, rebuilt by `recipes/blsp-tiny/`; "
+        f"held-out sets, "
         f"texts and voices are never in it (`tests/recipes/test_recipe_split.py`).\n\n{table(head, rows)}"
     )
 
