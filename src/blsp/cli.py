@@ -42,7 +42,7 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command("PrepareSettings", "blsp.data.corpora", "prepare", "a corpus → a manifest"),
+    "prepare": Command("PrepareSettings", "blsp.data.prepare", "prepare", "a corpus → a manifest"),
     "continue": Command(
         "ContinueSettings",
         "blsp.continuation.writer",

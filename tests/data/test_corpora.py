@@ -22,11 +22,13 @@ from test_manifest import damage
 from blsp import cli
 from blsp.data import prepare as preparation
 from blsp.data.audio import is_silent, load_audio
-from blsp.data.corpora import CorpusError, no_speech, prepare
-from blsp.data.corpora.reading import Corpus, Lookup, Wanted, heard, iso
+from blsp.data.corpora import no_speech
+from blsp.data.corpora.reading import Corpus, CorpusError, Lookup, Wanted, heard, iso
 from blsp.data.corpora.recognition import read_json_array
+from blsp.data.jobs import Job, JobError, Parts
 from blsp.data.jsonl import read_rows
 from blsp.data.manifest import Manifest, ManifestError, Utterance, write_manifest
+from blsp.data.prepare import prepare
 from blsp.settings import PrepareSettings
 
 
@@ -281,7 +283,7 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(tmp_path: Path
     before = (tmp_path / "m.jsonl").stat()
     prepare(settings)
     assert (tmp_path / "m.jsonl").stat().st_mtime_ns == before.st_mtime_ns
-    with pytest.raises(CorpusError, match=r"m\.jsonl: exists and was not made with these settings"):
+    with pytest.raises(JobError, match=r"m\.jsonl: was begun with other settings .split was 'dev-clean'"):
         prepare(settings_of("librispeech", tmp_path, tmp_path / "m.jsonl", {"split": "train-clean-100"}))
 
 
@@ -306,7 +308,7 @@ def test_a_run_stopped_anywhere_goes_on(name: str, tmp_path: Path, monkeypatch: 
         monkeypatch.setitem(preparation.READERS, settings.corpus, interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(again)
-        for partial in tmp_path.glob(".m.jsonl.*.partial"):
+        for partial in tmp_path.glob("m.jsonl.parts/part-*.jsonl"):
             with open(partial, "a") as torn:
                 torn.write('{"id": "to')
         monkeypatch.setitem(preparation.READERS, settings.corpus, reader)
@@ -314,20 +316,22 @@ def test_a_run_stopped_anywhere_goes_on(name: str, tmp_path: Path, monkeypatch: 
         assert out.read_text() == whole and skipped(out) == left_out
         for made in tmp_path.glob("m.jsonl*"):
             made.unlink()
+        assert not list(tmp_path.glob("*.parts"))
 
 
 def test_another_jobs_leftovers_are_cleared(tmp_path: Path) -> None:
     settings, _ = make_copy("librispeech", tmp_path, tmp_path / "m.jsonl")
-    (tmp_path / ".m.jsonl.12345678.partial").write_text('{"id": "old", "text": "x"}\n')
+    with Parts(tmp_path / "m.jsonl.parts", {"corpus": "another"}).log() as log:
+        log.append({"id": "old", "text": "x"})
     (tmp_path / "m.jsonl.skipped.jsonl").write_text('{"id": "old", "audio": "", "reason": "x"}\n')
     prepare(settings)
-    assert not [name for name in os.listdir(tmp_path) if "partial" in name or "skipped" in name]
+    assert not [name for name in os.listdir(tmp_path) if "parts" in name or "skipped" in name]
 
 
 def test_a_corpus_that_changed_between_two_runs(tmp_path: Path) -> None:
     settings, _ = make_copy("librispeech", tmp_path, tmp_path / "m.jsonl")
-    partial = preparation._partial_file(settings.out, preparation._job(settings))
-    partial.write_text('{"id": "gone-1", "audio": "a.wav", "text": "x"}\n')
+    with Job(settings.out).parts(preparation._facts(settings)).log() as log:
+        log.append({"id": "gone-1", "audio": "a.wav", "text": "x"})
     with pytest.raises(CorpusError, match="the corpus has changed since the last run"):
         prepare(settings)
     prepare(settings)
@@ -355,7 +359,7 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
         run = subprocess.Popen([sys.executable, "-m", "blsp", *flags, str(out)], stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while (
-            not list(tmp_path.glob(".m.jsonl.*.partial"))
+            not list(tmp_path.glob("m.jsonl.parts/part-*.jsonl"))
             and run.poll() is None
             and time.monotonic() < deadline
         ):
@@ -378,7 +382,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit, match="2"):
         cli.main(["prepare", "librispeech", "--out", str(tmp_path / "n.jsonl")])
     errors = capsys.readouterr().err
-    assert "m.jsonl: exists and was not made with these settings" in errors and "--root" in errors
+    assert "m.jsonl: was begun with other settings" in errors and "--root" in errors
 
 
 # --- silence, noise and babble ----------------------------------------------------------------------------
@@ -471,7 +475,7 @@ def test_a_table_on_disk() -> None:
 
 MEASURE = """
 import sys, pathlib
-from blsp.data.corpora import prepare
+from blsp.data.prepare import prepare
 from blsp.settings import PrepareSettings
 prepare(PrepareSettings("librispeech", pathlib.Path(sys.argv[2]), root=sys.argv[1], split="dev-clean"))
 lines = open("/proc/self/status").read().splitlines()

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blsp.data import row_index
-from blsp.data.jsonl import RowLog, SkippedLog, parse_row, read_rows
+from blsp.data.jobs import RowLog, SkippedLog
+from blsp.data.jsonl import parse_row, read_rows
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, ManifestError, Utterance, write_manifest
 from blsp.data.row_keys import hash_keys, key_of
 

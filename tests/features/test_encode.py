@@ -18,7 +18,8 @@ from test_distributed import run_ranks
 from tqdm import tqdm
 
 from blsp.data.audio import load_audio, write_wav
-from blsp.data.manifest import Manifest, SkippedLog, Utterance, read_rows, write_manifest
+from blsp.data.jobs import SkippedLog
+from blsp.data.manifest import Manifest, Utterance, read_rows, write_manifest
 from blsp.distributed import Runtime
 from blsp.features import encode as encoding
 from blsp.features.cache import FeatureCache

@@ -14,7 +14,7 @@ from support.tiny_models import speech_like
 
 from blsp import cli
 from blsp.data.audio import load_audio, write_wav
-from blsp.data.jobs import ResumeError
+from blsp.data.jobs import JobError
 from blsp.data.manifest import Manifest, write_manifest
 from blsp.inference import generate as batch
 from blsp.inference.listener import Listener, Question
@@ -163,17 +163,17 @@ def test_limit_takes_the_first_rows(generate: Generate) -> None:
 
 def test_other_work_is_not_gone_on_with(generate: Generate, manifest: Path) -> None:
     generate(limit=4)
-    with pytest.raises(ResumeError, match="instruction was 'repeat', is 'translate'"):
+    with pytest.raises(JobError, match="instruction was 'repeat', is 'translate'"):
         generate(instruction="translate")
     manifest.with_name("strange.jsonl").write_text('{"id": "x"}\n')
-    with pytest.raises(ResumeError, match="choose another --out"):
+    with pytest.raises(JobError, match="choose another --out"):
         generate("strange.jsonl")
     rows = [row.to_json() for row in Manifest(manifest)]
     write_manifest(manifest, [rows[0] | {"instruction": "count"}, *rows[1:]])
-    with pytest.raises(ResumeError, match="'speech' was answered when its instruction was"):
+    with pytest.raises(JobError, match="'speech' was answered when its instruction was"):
         generate()
     write_manifest(manifest, [{"id": "new", "text": "hello"}])
-    with pytest.raises(ResumeError, match="holds id 'speech'"):
+    with pytest.raises(JobError, match="holds id 'speech'"):
         generate()
 
 

@@ -11,7 +11,7 @@ from support.training_examples import INSTRUCTION, write_data, write_teacher
 from transformers import WhisperFeatureExtractor
 
 from blsp.continuation.topk import TopKError
-from blsp.data.manifest import SkippedLog
+from blsp.data.jobs import SkippedLog
 from blsp.llm.prompt import frame_prompt, text_ids, transcript_ids
 from blsp.training.dataset import ROW, DataError, Table, choose_teacher, id_hash, open_sources, open_table
 from blsp.training.examples import Example, ExampleReader, Targets, lengths_for

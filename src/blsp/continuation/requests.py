@@ -19,7 +19,8 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from blsp.continuation.plan import PlannedPrompt, PromptSpec, prompt_digest
-from blsp.data.manifest import SkippedLog, Utterance
+from blsp.data.jobs import SkippedLog
+from blsp.data.manifest import Utterance
 from blsp.llm.instructions import instruction_for
 from blsp.llm.prompt import Order, frame_prompt, transcript_ids
 

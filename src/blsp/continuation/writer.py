@@ -46,7 +46,8 @@ from blsp.continuation.provenance import (
 from blsp.continuation.requests import PromptPolicy, continuation_jobs, parse_mixture, read_text
 from blsp.continuation.topk import TopKWriter, topk_folder
 from blsp.continuation.work import await_all, compute, open_plan
-from blsp.data.manifest import Manifest, SkippedLog, Utterance, write_manifest
+from blsp.data.jobs import SkippedLog
+from blsp.data.manifest import Manifest, Utterance, write_manifest
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for

@@ -1,93 +1,377 @@
-"""How a job that writes one row per input goes on after it was killed.
+"""Unfinished work: locks, logs, headers, part files, and how a killed job goes on.
 
-In:  the output file, the inputs in their order, and what the job was asked.
-Out: how many inputs are dealt with; a refusal where the file was begun in another way.
-Try: `require_same_job("out.jsonl", {"model": "blsp-tiny"})`
-Flow: inference/ — `blsp generate` and `blsp transcribe`. Rows are written in the inputs' order, so the place where a
-      job stopped is one number, and no list of finished keys is held in memory.
+In:  an output file, and the settings that decide what will be in it.
+Out: what is done already, and where to write the rest; a `JobError` where a job cannot go on.
+Try: `with Job("out.jsonl") as job: job.begin({"seed": 1}); job.log.append({"id": "a"})`
+Flow: data/ — every command that writes for longer than a moment: prepare, continue, encode, train, generate,
+      transcribe, evaluate, tour.
+
+One file or folder (`blsp.data.files`):
+    with write_atomically(path) as partial:          # a new path; renamed to `path` when the block ends
+        np.savez(partial, ...)                       # or partial.mkdir(), for a folder
+    write_text(path, text), write_json(path, value)  # the same, in one call; durable=True: for checkpoints
+    digest_of({"model": "x"}), text_digest(template), file_digest(path, ...)
+
+An output with one row for each input, in the inputs' order (generate, transcribe):
+    with Job(out) as job:                            # one process at a time; a second one is told who works
+        job.begin(settings)                          # writes OUT.meta.json, or JobError: other settings
+        done = job.count_done(inputs, key="id", answer="response")
+        job.log.append(row)                          # to OUT
+        job.skipped.add(id, audio, reason)           # to OUT.skipped.jsonl
+
+An output that appears at the end (prepare, continue), written by one process or several ranks:
+    with Job(out, rank) as job:
+        parts = job.parts(settings)                  # OUT.parts/; a folder of other settings is emptied
+        with parts.log(rank) as log: log.append(row) # OUT.parts/part-00000.jsonl
+        for row in parts.rows(): ...                 # rows of all ranks that are done already
+        parts.finish(rank, world)                    # this rank has done its share
+        parts.wait(world)                            # rank 0: until all ranks have
+        job.finish(merged, header)                   # OUT.meta.json, then OUT; OUT.parts/ is removed
+
+Rows found by their id, for one question (evaluate, tour):
+    with RecordLog(path, digest_of(settings)) as log:  # rows of other settings are dropped
+        log.rows; log.append({"id": ...})              # `rows`: by id, those of earlier runs included
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from blsp.data.jsonl import SkippedLog, read_rows, show
-from blsp.weights.shipped import find_model
+from filelock import FileLock, Timeout
+
+from blsp.data.files import digest_of, write_json
+from blsp.data.jsonl import dump_row, read_rows, show
+
+SKIPPED_SUFFIX = ".skipped.jsonl"
+WAIT = 0.5  # seconds between two looks for what another rank writes
 
 
-class ResumeError(ValueError):
-    """An output file that this job did not begin; the message says what differs and the way out."""
+class JobError(ValueError):
+    """A job cannot go on: other settings, or another process is at work; the message names the way out."""
 
 
-def require_same_job(out: Path, asked: dict[str, Any]) -> None:
-    """Note in `<out>.meta.json` what the job was asked; raise ResumeError when it was begun in another way."""
-    path = Path(f"{out}.meta.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in asked if begun.get(name) != asked[name]]
-        if different:
-            told = "; ".join(
-                f"{name} was {show(begun.get(name))}, is {show(asked[name])}" for name in different
+# --- append-only logs -------------------------------------------------------------------------------------
+
+
+class RowLog:
+    """An append-only JSONL file of a job that may be killed: opening it cuts off a torn last line."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 (lives as long as the log)
+        self._cut_torn_line()
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write whole lines, in one call to the system."""
+        lines = b"".join(dump_row(row, str(self.path)) for row in rows)
+        written = self._file.write(lines)
+        if written != len(lines):
+            raise OSError(
+                f"{self.path}: only {written} of {len(lines)} bytes were written; is the disk full?"
             )
-            raise ResumeError(
-                f"{out}: was begun in another way ({told}); choose another --out or remove it and {path}"
-            )
-    elif out.exists() and out.stat().st_size:
-        raise ResumeError(
-            f"{out}: exists, and {path} that would say how it was made does not; choose another --out"
-        )
-    else:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(asked, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> RowLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _cut_torn_line(self) -> None:
+        """Shorten the file to the end of its last newline."""
+        end = size = self._file.seek(0, os.SEEK_END)
+        while end > 0:
+            begin = max(0, end - 65_536)
+            self._file.seek(begin)
+            newline = self._file.read(end - begin).rfind(b"\n")
+            if newline >= 0:
+                end = begin + newline + 1
+                break
+            end = begin
+        if end < size:
+            self._file.truncate(end)
 
 
-def count_dealt_with(
-    out: Path, inputs: Iterable[dict[str, Any]], key: str, answer: str, skipped: SkippedLog
-) -> int:
-    """How many of `inputs` are dealt with, from the first on: they are in `out`, in this order, or skipped.
+class SkippedLog:
+    """What a job left out and why: `<out>.skipped.jsonl`, one row an id, made when the first is skipped."""
 
-    An input's `key` names it; in `out` it stands with its `answer`. Raises ResumeError when `out` holds other rows.
+    def __init__(self, out_path: str | os.PathLike[str]) -> None:
+        self.path = Path(f"{os.fspath(out_path)}{SKIPPED_SUFFIX}")
+        self._log: RowLog | None = None
+        self._seen: set[int] = set()  # hashes of ids: a skip list may be long
+        if self.path.exists():
+            self._log = RowLog(self.path)
+            self._seen = {hash(str(row.get("id"))) for _, row in read_rows(self.path)}
+
+    @property
+    def count(self) -> int:
+        """Rows in the list, those of earlier runs included."""
+        return len(self._seen)
+
+    def __contains__(self, id: str) -> bool:
+        return hash(id) in self._seen
+
+    def add(self, id: str, audio: str, reason: str) -> None:
+        """Note that the row was left out; an id that is in the list already is not added again."""
+        if id in self:
+            return
+        if self._log is None:
+            self._log = RowLog(self.path)
+        self._log.append({"id": id, "audio": audio, "reason": reason})
+        self._seen.add(hash(id))
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+
+    def __enter__(self) -> SkippedLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RecordLog(RowLog):
+    """Rows with an `id` under a first line that names the job by its digest; another job's rows are dropped."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        super().__init__(path)
+        self.rows: dict[str, dict[str, Any]] = {}
+        earlier = [row for _, row in read_rows(path)]
+        if earlier and earlier[0].get("fingerprint") == fingerprint:
+            self.rows = {row["id"]: row for row in earlier[1:]}
+            return
+        if len(earlier) > 1:
+            print(f"{path}: belongs to another model, task or version; it is begun again")
+        self._file.truncate(0)
+        super().append({"fingerprint": fingerprint})
+
+    def append(self, *rows: dict[str, Any]) -> None:
+        """Write whole lines, in one call to the system."""
+        super().append(*rows)
+        self.rows.update({row["id"]: row for row in rows})
+
+    def __enter__(self) -> RecordLog:
+        return self
+
+
+# --- one job ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def lock_job(output: Path) -> Iterator[None]:
+    """Keep other processes away from an output (a file or a folder) while the block runs.
+
+    Raises JobError with the process that holds the lock. The system frees the lock of a killed process.
     """
-    rows = (row for _, row in read_rows(out))
-    waiting = next(rows, None)
-    count = 0
-    for row in inputs:
-        if waiting is not None and row[key] == waiting.get(key):
-            changed = [
-                name for name in {**waiting, **row} if name != answer and row.get(name) != waiting.get(name)
-            ]
-            if changed:
-                raise ResumeError(
-                    f"{out}: {key} {show(row[key])} was answered when its {changed[0]} was "
-                    f"{show(waiting.get(changed[0]))}; choose another --out or remove it"
-                )
-            waiting = next(rows, None)
-        elif row[key] not in skipped:
-            break
-        count += 1
-    if waiting is not None:
-        raise ResumeError(
-            f"{out}: holds {key} {show(waiting.get(key))} where the input has another; choose another --out or "
-            "remove it"
+    path = output / ".lock" if output.is_dir() else output.with_name(f".{output.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise JobError(
+            f"{output}: {_holder(path)} here; wait for it, stop it, or choose another --out"
+        ) from None
+    try:
+        now, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        with suppress(OSError):
+            holder = {"process": os.getpid(), "host": socket.gethostname(), "since": now, "command": command}
+            path.write_text(json.dumps(holder), encoding="utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # while the lock is held: whoever waits for this very file looks again
+            path.unlink()
+        lock.release()
+
+
+def _holder(lock: Path) -> str:
+    """Who holds a lock, as messages say it."""
+    try:
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+        return (
+            f"process {holder['process']} on {holder['host']} ({holder['command']}) has been at work since "
+            f"{holder['since']}"
         )
-    return count
+    except (OSError, ValueError):  # Windows lets nobody read a locked file
+        return "another process is at work"
 
 
-def model_digest(model: str) -> str | None:
-    """SHA-256 over a local model folder's own weights and configuration; None for a hub id."""
-    folder = Path(find_model(model))
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+def differences(begun: dict[str, Any], now: dict[str, Any], ignore: Collection[str] = ()) -> str:
+    """How the facts `now` differ from those a job was begun with, as messages say it; "" where they are equal.
+
+    `now` may name fewer facts than `begun` holds.
+    """
+    names = [name for name in now if name not in ignore and begun.get(name) != now[name]]
+    return "; ".join(f"{name} was {show(begun.get(name))}, is {show(now[name])}" for name in names)
+
+
+class Job:
+    """One output and what is unfinished of it. Only rank 0 locks and writes the header."""
+
+    def __init__(self, out: str | os.PathLike[str], rank: int = 0) -> None:
+        self.out, self.rank = Path(out), rank
+        self.header_path = Path(f"{self.out}.meta.json")
+        self.skipped_path = Path(f"{self.out}{SKIPPED_SUFFIX}")
+        self.parts_folder = Path(f"{self.out}.parts")
+        self._open = ExitStack()
+
+    def __enter__(self) -> Job:
+        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            self._open.enter_context(lock_job(self.out))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @cached_property
+    def log(self) -> RowLog:
+        """The output itself as an append-only log."""
+        return self._open.enter_context(RowLog(self.out))
+
+    @cached_property
+    def skipped(self) -> SkippedLog:
+        """The rows that are left out."""
+        return self._open.enter_context(SkippedLog(self.out))
+
+    def header(self) -> dict[str, Any] | None:
+        """What `<out>.meta.json` says; None where there is none."""
+        if not self.header_path.exists():
+            return None
+        try:
+            return dict(json.loads(self.header_path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise JobError(f"{self.header_path}: is not a JSON object ({error}); remove it") from error
+
+    def begin(self, settings: dict[str, Any], ignore: Collection[str] = ()) -> None:
+        """Note the settings in the header; where there is one, raise JobError if it names other settings."""
+        if self.header() is not None or (self.out.exists() and self.out.stat().st_size):
+            self.require_same(self.require_header(), settings, ignore)
+        elif self.rank == 0:
+            write_json(self.header_path, settings)
+
+    def require_header(self) -> dict[str, Any]:
+        """What `<out>.meta.json` says; raises JobError where there is none."""
+        header = self.header()
+        if header is None:
+            raise JobError(
+                f"{self.out}: exists, but {self.header_path}, which would say how it was made, does not; "
+                "choose another --out"
+            )
+        return header
+
+    def require_same(
+        self, begun: dict[str, Any], settings: dict[str, Any], ignore: Collection[str] = ()
+    ) -> None:
+        """Raise JobError where `settings` differ from those that the job was begun with."""
+        if changes := differences(begun, settings, ignore):
+            raise JobError(
+                f"{self.out}: was begun with other settings ({changes}); give the settings it was begun with, "
+                f"choose another --out, or remove {self.out} and {self.header_path}"
+            )
+
+    def count_done(self, inputs: Iterable[dict[str, Any]], key: str, answer: str) -> int:
+        """How many of `inputs`, from the first on, are done: they stand in the log, in this order, or are
+        skipped.
+
+        An input's field `key` names it; in the log it stands with its field `answer`. Raises JobError where
+        the log holds other rows.
+        """
+        rows = (row for _, row in read_rows(self.log.path))
+        row = next(rows, None)
+        count = 0
+        for given in inputs:
+            if row is not None and given[key] == row.get(key):
+                changed = [
+                    name for name in {**row, **given} if name != answer and given.get(name) != row.get(name)
+                ]
+                if changed:
+                    raise JobError(
+                        f"{self.out}: {key} {show(given[key])} was answered when its {changed[0]} was "
+                        f"{show(row.get(changed[0]))}; choose another --out or remove it"
+                    )
+                row = next(rows, None)
+            elif given[key] not in self.skipped:
+                break
+            count += 1
+        if row is not None:
+            raise JobError(
+                f"{self.out}: holds {key} {show(row.get(key))} where the input has another; choose another "
+                "--out or remove it"
+            )
+        return count
+
+    def parts(self, settings: Any) -> Parts:
+        """The folder of unfinished part files of a job with these settings."""
+        return Parts(self.parts_folder, settings, self.rank)
+
+    def finish(self, whole: Path, header: dict[str, Any] | None = None) -> None:
+        """Write the header, give the file `whole` the output's name, and remove the part files."""
+        if header is not None:
+            write_json(self.header_path, header)
+        os.replace(whole, self.out)
+        shutil.rmtree(self.parts_folder, ignore_errors=True)
+
+
+class Parts:
+    """Part files of several ranks in one folder. The ranks meet through files alone: a wait of hours is longer
+    than a collective's time-out.
+
+        job.json              digest of the settings
+        part-00003.jsonl      rows of rank 3
+        rank-3-of-8.done      rank 3 has done its share of 8
+    """
+
+    def __init__(self, folder: Path, settings: Any, rank: int = 0) -> None:
+        """Open the folder. Rank 0 empties it where it belongs to other settings; other ranks wait for that."""
+        self.folder = folder
+        stamp = {"settings": digest_of(settings)}
+        note = folder / "job.json"
+        while not (note.exists() and json.loads(note.read_text(encoding="utf-8")) == stamp):
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                write_json(note, stamp)
+            else:
+                time.sleep(WAIT)
+
+    def log(self, rank: int = 0) -> RowLog:
+        """The part file of one rank, for appending."""
+        return RowLog(self.folder / f"part-{rank:05d}.jsonl")
+
+    def paths(self) -> list[Path]:
+        """All part files, in the order of the ranks."""
+        return sorted(self.folder.glob("part-*.jsonl"))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows in all part files; a torn last line (a rank is writing, or was killed) is passed over."""
+        for path in self.paths():
+            with open(path, "rb") as lines:
+                yield from (json.loads(line) for line in lines if line.endswith(b"\n"))
+
+    def is_finished(self, rank: int, world: int) -> bool:
+        return (self.folder / f"rank-{rank}-of-{world}.done").exists()
+
+    def finish(self, rank: int, world: int) -> None:
+        """Note that a rank has done its share."""
+        (self.folder / f"rank-{rank}-of-{world}.done").touch()
+
+    def wait(self, world: int) -> None:
+        """Return when all ranks have done their share."""
+        while not all(self.is_finished(rank, world) for rank in range(world)):
+            time.sleep(WAIT)

@@ -1,12 +1,8 @@
-"""JSONL in and out: one JSON object a line, checked on the way in, whole or absent on the way out.
+"""JSON Lines in and out: one JSON object a line, checked on the way in.
 
-    >>> for line, row in read_rows("train.jsonl"): ...
-    >>> with RowLog("out.jsonl") as log: log.append({"id": "a"})
-    >>> with SkippedLog("out.jsonl") as skipped: skipped.add("b", "b.wav", "no such file")
-
-Below the manifest (`manifest.py`): nothing here knows what an utterance is. Whatever is wrong with a line
-is a `ManifestError` that names the file, the line and the way out. `RowLog` and `SkippedLog` are how the
-long jobs write, so that a killed run goes on where it stopped.
+In:  a file, or the bytes of one line. Out: dictionaries; a `ManifestError` that names file, line and way out.
+Try: `for line, row in read_rows("train.jsonl"): ...`
+Flow: data/ — below the manifest (`manifest.py`): nothing here knows what an utterance is. `jobs.py` appends.
 """
 
 from __future__ import annotations
@@ -14,10 +10,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
-SKIPPED_SUFFIX = ".skipped.jsonl"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -94,81 +88,3 @@ def dump_row(row: dict[str, Any], where: str) -> bytes:
         raise ManifestError(
             f"{where}: the row {show(row.get('id'))} cannot be written as JSON ({error})"
         ) from error
-
-
-class RowLog:
-    """An append-only JSONL file of a job that may be killed: opening it cuts off a torn last line."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 (lives as long as the log)
-        self._cut_torn_line()
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write one whole line, in one call to the system."""
-        line = dump_row(row, str(self.path))
-        written = self._file.write(line)
-        if written != len(line):
-            raise OSError(f"{self.path}: only {written} of {len(line)} bytes were written; is the disk full?")
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> RowLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _cut_torn_line(self) -> None:
-        """Shorten the file to the end of its last newline."""
-        end = size = self._file.seek(0, os.SEEK_END)
-        while end > 0:
-            begin = max(0, end - 65_536)
-            self._file.seek(begin)
-            newline = self._file.read(end - begin).rfind(b"\n")
-            if newline >= 0:
-                end = begin + newline + 1
-                break
-            end = begin
-        if end < size:
-            self._file.truncate(end)
-
-
-class SkippedLog:
-    """What a job left out and why: `<out>.skipped.jsonl`, one row an id, made when the first is skipped."""
-
-    def __init__(self, out_path: str | os.PathLike[str]) -> None:
-        self.path = Path(f"{os.fspath(out_path)}{SKIPPED_SUFFIX}")
-        self._log: RowLog | None = None
-        self._seen: set[int] = set()  # hashes of ids: a skip list may be long
-        if self.path.exists():
-            self._log = RowLog(self.path)
-            self._seen = {hash(str(row.get("id"))) for _, row in read_rows(self.path)}
-
-    @property
-    def count(self) -> int:
-        """Rows in the list, those of earlier runs included."""
-        return len(self._seen)
-
-    def __contains__(self, id: str) -> bool:
-        return hash(id) in self._seen
-
-    def add(self, id: str, audio: str, reason: str) -> None:
-        """Note that the row was left out; an id that is in the list already is not added again."""
-        if id in self:
-            return
-        if self._log is None:
-            self._log = RowLog(self.path)
-        self._log.append({"id": id, "audio": audio, "reason": reason})
-        self._seen.add(hash(id))
-
-    def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-
-    def __enter__(self) -> SkippedLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -21,16 +21,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from blsp.data.jsonl import (
-    SKIPPED_SUFFIX,
-    ManifestError,
-    RowLog,
-    SkippedLog,
-    dump_row,
-    parse_row,
-    read_rows,
-    show,
-)
+from blsp.data.files import write_atomically
+from blsp.data.jobs import SKIPPED_SUFFIX
+from blsp.data.jsonl import ManifestError, dump_row, parse_row, read_rows, show
 from blsp.data.row_index import INDEX_SUFFIX, open_index, refuse_shared_keys
 
 ROWS_READ = 64  # rows fetched at a time when all are read in order
@@ -40,8 +33,6 @@ __all__ = [
     "CONTINUATION_KEY",
     "Manifest",
     "ManifestError",
-    "RowLog",
-    "SkippedLog",
     "Utterance",
     "read_rows",
     "write_manifest",
@@ -250,19 +241,13 @@ def write_manifest(
     Audio paths that lie under the folder `relative_to` are written relative to it (give the manifest's own
     folder).
     """
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     base = os.path.abspath(relative_to) + os.sep if relative_to is not None else None
     count = 0
-    try:
-        with open(partial, "wb") as out:
-            for row in rows:
-                values = row.to_json() if isinstance(row, Utterance) else row
-                if base and str(values.get("audio", "")).startswith(base):
-                    values = values | {"audio": values["audio"][len(base) :]}
-                out.write(dump_row(values, str(path)))
-                count += 1
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_atomically(path) as partial, open(partial, "wb") as out:
+        for row in rows:
+            values = row.to_json() if isinstance(row, Utterance) else row
+            if base and str(values.get("audio", "")).startswith(base):
+                values = values | {"audio": values["audio"][len(base) :]}
+            out.write(dump_row(values, str(path)))
+            count += 1
     return count

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from blsp.data.jsonl import RowLog, read_rows
+from blsp.data.jobs import RowLog
+from blsp.data.jsonl import read_rows
 
 Kept = TypeVar("Kept")
 NO_SPEECH = "no-speech"  # Answer.finish where the set sentence is the answer, or nothing was there to answer

@@ -28,7 +28,8 @@ from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from blsp.data.audio import AudioError, load_audio
-from blsp.data.manifest import CONTINUATION_KEY, Manifest, SkippedLog, Utterance
+from blsp.data.jobs import SkippedLog
+from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import Runtime, barrier, find_runtime, leave, shard_rows, sum_across
 from blsp.features.cache import FeatureCache, FeaturesError
 from blsp.features.shards import ShardWriter

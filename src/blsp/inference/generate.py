@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio
-from blsp.data.jobs import count_dealt_with, model_digest, require_same_job
-from blsp.data.manifest import Manifest, RowLog, SkippedLog, Utterance
+from blsp.data.jobs import Job, RowLog, SkippedLog
+from blsp.data.manifest import Manifest, Utterance
 from blsp.inference.listener import Listener, Question, load
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
+from blsp.weights.shipped import model_digest
 
 if TYPE_CHECKING:
     from blsp.settings import GenerateSettings
@@ -55,10 +56,10 @@ def generate(settings: GenerateSettings) -> None:
     total = len(rows) if settings.limit is None else min(settings.limit, len(rows))
     names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed")
     asked = {name: getattr(settings, name) for name in names}
-    require_same_job(settings.out, asked | {"model_sha256": model_digest(settings.model)})
-    with RowLog(settings.out) as log, SkippedLog(settings.out) as skipped:
-        asked_of = (written_row(row, settings.out) for row in islice(rows, total))
-        done = count_dealt_with(settings.out, asked_of, "id", "response", skipped)
+    with Job(settings.out) as job:
+        job.begin(asked | {"model_sha256": model_digest(settings.model)})
+        inputs = (written_row(row, settings.out) for row in islice(rows, total))
+        done = job.count_done(inputs, key="id", answer="response")
         if done < total:
             listener = load(settings.model, device=settings.device, dtype=settings.dtype)
             decoding = replace(
@@ -69,7 +70,8 @@ def generate(settings: GenerateSettings) -> None:
                 seed=settings.seed,
             )
             asking = Asking(settings.instruction or "", settings.order, decoding, settings.batch_size)
-            answer_rows(listener, rows, range(done, total), asking, log, skipped)
+            answer_rows(listener, rows, range(done, total), asking, job.log, job.skipped)
+        skipped = job.skipped
         print(f"{settings.out}: {total - skipped.count} of {total} rows answered", end="")
         print(f"; {skipped.count} skipped, see {skipped.path}" if skipped.count else "")
 

@@ -16,16 +16,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio
-from blsp.data.jobs import count_dealt_with, model_digest, require_same_job
-from blsp.data.manifest import RowLog, SkippedLog
+from blsp.data.jobs import Job
 from blsp.inference.listener import Listener, load
+from blsp.weights.shipped import model_digest
 
 if TYPE_CHECKING:
     from blsp.settings import TranscribeSettings
@@ -38,15 +37,14 @@ def transcribe(settings: TranscribeSettings) -> None:
         _transcribe(settings, readout, 0, _to_screen, lambda name, reason: None)
         return
     asked = {"model": settings.model, "readout": readout, "max_new_tokens": settings.max_new_tokens}
-    require_same_job(settings.out, asked | {"model_sha256": model_digest(settings.model)})
-    with ExitStack() as stack:
-        log = stack.enter_context(RowLog(settings.out))
-        skipped = stack.enter_context(SkippedLog(settings.out))
-        done = count_dealt_with(
-            settings.out, ({"audio": name} for name in settings.files), "audio", "text", skipped
-        )
+    with Job(settings.out) as job:
+        job.begin(asked | {"model_sha256": model_digest(settings.model)})
+        skipped = job.skipped
+        done = job.count_done(({"audio": name} for name in settings.files), key="audio", answer="text")
         if done < len(settings.files):
-            _transcribe(settings, readout, done, log.append, lambda name, why: skipped.add(name, name, why))
+            _transcribe(
+                settings, readout, done, job.log.append, lambda name, why: skipped.add(name, name, why)
+            )
         written = len(settings.files) - sum(name in skipped for name in settings.files)
         print(f"{settings.out}: {written} of {len(settings.files)} files transcribed", end="")
         print(f"; {skipped.count} skipped, see {skipped.path}" if skipped.count else "")

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blsp.continuation.topk import TopKStore, topk_folder
-from blsp.data.manifest import CONTINUATION_KEY, Manifest, SkippedLog, Utterance, find_manifests, read_rows
+from blsp.data.jobs import SkippedLog
+from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance, find_manifests, read_rows
 
 BLOCK = 4096  # rows scanned, and asked of the feature cache, at a time
 

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from blsp.continuation.provenance import header_path, read_header
 from blsp.data.corpora.no_speech import no_speech
 from blsp.data.corpora.reading import Wanted
-from blsp.data.manifest import SkippedLog, Utterance, write_manifest
+from blsp.data.jobs import SkippedLog
+from blsp.data.manifest import Utterance, write_manifest
 from blsp.distributed import Runtime, barrier, shard_language_model
 from blsp.features.encode import open_features
 from blsp.llm.instructions import NO_SPEECH_SENTENCE

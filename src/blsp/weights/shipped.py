@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from blsp.data.files import file_digest
+
 SHIPPED = ("blsp-tiny", "blsp-base")
 DEFAULT_MODEL = "blsp-tiny"
 
@@ -38,6 +40,13 @@ def find_model(name: str) -> str:
         f"the shipped adapter {name!r} is not in this installation (looked in {looked}); "
         "train one with `blsp train` or name a folder with --model"
     )
+
+
+def model_digest(name: str) -> str | None:
+    """SHA-256 over a local model folder's own weights and configuration; None for a hub id."""
+    folder = Path(find_model(name))
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
+    return file_digest(*files) if files else None
 
 
 def _places(name: str) -> list[Path]:

@@ -1,7 +1,6 @@
 """Published corpora -> manifests: `blsp prepare CORPUS --root FOLDER --out FILE`.
 
-    preparation.py    the job: read, check, write, resume, count what was left out
-    layout.py         what the readers share: what to read, what is missing and where to get it
+    reading.py        what the readers share: what to read, what is missing and where to get it
     recognition.py    LibriSpeech, GigaSpeech, TED-LIUM 3
     translation.py    Common Voice, CoVoST 2, MuST-C, FLEURS
     understanding.py  Fluent Speech Commands, SLURP, SNIPS
@@ -12,10 +11,5 @@
 
 A reader is a generator: what to read in, utterances (and what it left out, with the reason) out, in an
 order that never changes, holding no more than a recording's rows in memory. To add a corpus, write one and
-name it in `READERS`.
+name it in `READERS` of `data/prepare.py`.
 """
-
-from blsp.data.corpora.reading import CorpusError
-from blsp.data.prepare import prepare
-
-__all__ = ["CorpusError", "prepare"]

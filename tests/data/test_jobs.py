@@ -1,0 +1,264 @@
+"""Unfinished work: files that appear whole, logs that survive a kill, one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from blsp.data import jobs
+from blsp.data.files import digest_of, file_digest, text_digest, write_atomically, write_json, write_text
+from blsp.data.jobs import Job, JobError, Parts, RecordLog, RowLog, SkippedLog, differences, lock_job
+from blsp.data.jsonl import ManifestError, read_rows
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_appears_whole_or_not_at_all(durable: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    write_text(path, "first", durable=durable)
+    with pytest.raises(RuntimeError), write_atomically(path, durable=durable) as partial:
+        partial.write_text("half")
+        assert path.read_text() == "first" and partial.suffix == ".txt"
+        raise RuntimeError
+    assert path.read_text() == "first"
+    write_text(path, "é", durable=durable)
+    assert path.read_bytes() == "é".encode()
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        with write_atomically(tmp_path / "folder", durable=True) as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+    with pytest.raises(RuntimeError), write_atomically(tmp_path / "folder") as partial:
+        partial.mkdir()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["two"]
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    threads = [
+        threading.Thread(target=lambda n=n: [write_json(path, [n] * 1000) for _ in range(20)])  # type: ignore[misc]
+        for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(json.loads(path.read_text()))) == 1 and os.listdir(tmp_path) == ["a.json"]
+
+
+def test_digests(tmp_path: Path) -> None:
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1}) != digest_of({"a": 1, "b": [3]})
+    assert digest_of({"path": Path("x")}) == digest_of({"path": "x"})
+    assert text_digest("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_bytes(b"1")
+    two.write_bytes(b"2")
+    assert len({file_digest(one), file_digest(two), file_digest(one, two), file_digest(two, one)}) == 4
+
+
+# --- logs -------------------------------------------------------------------------------------------------
+
+
+@given(kept=st.integers(0, 200), length=st.integers(1, 70_000))
+def test_a_log_goes_on_after_a_kill_at_any_byte(
+    kept: int, length: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("log") / "out.jsonl"
+    rows = [{"id": str(number), "text": "x" * length} for number in range(3)]
+    with RowLog(path) as log:
+        log.append(*rows)
+    content = path.read_bytes()
+    path.write_bytes(content[: min(len(content), kept * len(content) // 200)])
+    with RowLog(path) as log:
+        done = sum(1 for _ in read_rows(path))
+        log.append(*rows[done:])
+    assert path.read_bytes() == content
+
+
+def test_a_log_refuses_what_json_cannot_hold(tmp_path: Path) -> None:
+    with RowLog(tmp_path / "out.jsonl") as log, pytest.raises(ManifestError, match="cannot be written"):
+        log.append({"id": "a"}, {"id": "b", "text": object()})
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_the_list_of_what_was_skipped(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with SkippedLog(out) as skipped:
+        assert skipped.count == 0 and not skipped.path.exists()
+        skipped.add("a", "a.wav", "no such file")
+    skipped.path.write_bytes(skipped.path.read_bytes() + b'{"id": "to')
+    with SkippedLog(out) as skipped:
+        skipped.add("a", "a.wav", "again")
+        skipped.add("b", "b.wav", "is empty")
+        assert skipped.count == 2 and "a" in skipped and "c" not in skipped
+    assert [row["reason"] for _, row in read_rows(skipped.path)] == ["no such file", "is empty"]
+
+
+def test_records_of_other_settings_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log" / "task.jsonl"
+    with RecordLog(path, "one") as log:
+        log.append({"id": "a", "n": 1}, {"id": "b", "n": 2})
+    path.write_bytes(path.read_bytes() + b'{"id": "c", "n"')
+    with RecordLog(path, "one") as log:
+        assert log.rows == {"a": {"id": "a", "n": 1}, "b": {"id": "b", "n": 2}}
+        log.append({"id": "c", "n": 3})
+        assert list(log.rows) == ["a", "b", "c"]
+    with RecordLog(path, "two") as log:
+        assert log.rows == {} and "begun again" in capsys.readouterr().out
+    assert path.read_text() == '{"fingerprint": "two"}\n'
+
+
+# --- headers and rows that are done -----------------------------------------------------------------------
+
+
+def test_a_job_goes_on_with_the_same_settings_only(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out.jsonl"
+    for _ in range(2):
+        with Job(out) as job:
+            job.begin({"model": "a", "seed": 1})
+            job.begin({"model": "a", "seed": 2}, ignore=["seed"])
+    assert json.loads(job.header_path.read_text()) == {"model": "a", "seed": 1} == job.header()
+    with Job(out) as job, pytest.raises(JobError, match=r"model was 'a', is 'b'; seed was 1, is 2.*--out"):
+        job.begin({"model": "b", "seed": 2})
+    job.header_path.write_text("[")
+    with Job(out) as job, pytest.raises(JobError, match="is not a JSON object"):
+        job.begin({})
+    job.header_path.unlink()
+    out.write_text('{"id": "a"}\n')
+    with Job(out) as job, pytest.raises(JobError, match=r"exists, but .*meta\.json, which would say"):
+        job.begin({"model": "a"})
+
+
+def test_differences() -> None:
+    assert differences({"a": 1, "b": 2}, {"a": 1}) == ""
+    assert differences({"a": 1}, {"a": 2, "c": None, "d": 3}, ignore=["d"]) == "a was 1, is 2"
+
+
+def count(out: Path, names: list[str], **fields: str) -> int:
+    with Job(out) as job:
+        return job.count_done(({"id": name, **fields} for name in names), key="id", answer="response")
+
+
+def test_rows_that_are_done(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert count(out, ["a", "b"]) == 0
+    with Job(out) as job:
+        job.log.append({"id": "a", "response": "x"})
+        job.skipped.add("b", "b.wav", "broken")
+        job.log.append({"id": "c", "response": "y"})
+    out.write_bytes(out.read_bytes() + b'{"id": "d"')  # torn
+    assert count(out, ["a", "b", "c", "d"]) == 3
+    assert count(out, ["a", "b", "c"]) == 3
+    with pytest.raises(JobError, match="holds id 'c' where the input has another"):
+        count(out, ["a", "b", "d"])
+    with pytest.raises(JobError, match=r"id 'a' was answered when its speaker was None"):
+        count(out, ["a", "b"], speaker="s")
+
+
+# --- parts of several ranks -------------------------------------------------------------------------------
+
+
+def test_ranks_write_parts_and_the_output_appears_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "WAIT", 0.01)
+    out, settings = tmp_path / "out.jsonl", {"seed": 1}
+    Parts(Path(f"{out}.parts"), {"seed": 0}).finish(0, 2)  # of another job
+    seen: list[int] = []
+
+    def run(rank: int) -> None:
+        with Job(out, rank) as job:
+            parts = job.parts(settings)
+            with parts.log(rank) as log:
+                log.append(*({"id": f"{rank}-{number}"} for number in range(3)))
+            parts.finish(rank, 2)
+            if rank == 0:
+                parts.wait(2)
+                (parts.folder / "part-00001.jsonl").open("a").write('{"id": "to')  # torn
+                seen.append(len(list(parts.rows())))
+                with write_atomically(parts.folder / "merged.jsonl") as merged:
+                    merged.write_text("whole\n")
+                job.finish(parts.folder / "merged.jsonl", {"rows": 6})
+
+    ranks = [threading.Thread(target=run, args=(rank,)) for rank in (1, 0)]
+    for rank in ranks:
+        rank.start()
+        time.sleep(0.05)
+    for rank in ranks:
+        rank.join(20)
+    assert seen == [6] and out.read_text() == "whole\n"
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "out.jsonl.meta.json"]
+
+
+# --- one process at a time --------------------------------------------------------------------------------
+
+WORKER = """
+import sys, time
+from blsp.data.jobs import Job
+with Job(sys.argv[1]) as job:
+    job.begin({"seed": 1})
+    for number in range(job.count_done(({"id": str(n)} for n in range(10**6)), "id", ""), 10**6):
+        job.log.append({"id": str(number)})
+        print(number, flush=True)
+"""
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    run = subprocess.Popen([sys.executable, "-c", WORKER, str(out)], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stdout.readline()
+    return run
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_second_process_is_told_who_works_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
+    out, first = tmp_path / "out.jsonl", 0
+    for _ in range(3):
+        run = start(out)
+        with (
+            pytest.raises(JobError, match=rf"process {run.pid} on .*-c.* since .* here; wait for it"),
+            Job(out),
+        ):
+            pass
+        time.sleep(0.05)
+        run.kill()
+        run.communicate()
+        with Job(out) as job:
+            done = job.count_done(({"id": str(n)} for n in range(10**6)), "id", "")
+        assert done > first
+        first = done
+    assert [row["id"] for _, row in read_rows(out)] == [str(n) for n in range(first)]
+    assert not list(tmp_path.glob("*lock*")) and not list(tmp_path.glob(".*"))
+
+
+def test_the_lock_of_a_folder(tmp_path: Path) -> None:
+    with lock_job(tmp_path), pytest.raises(JobError, match="--out"), lock_job(tmp_path):
+        pass
+    with lock_job(tmp_path), Job(tmp_path / "other"):  # another output
+        pass
+
+
+def test_the_lock_file_of_another_version(tmp_path: Path) -> None:
+    with lock_job(tmp_path):
+        (tmp_path / ".lock").write_text("")
+        with pytest.raises(JobError, match="another process is at work"), lock_job(tmp_path):
+            pass
+
+
+def test_fcntl_is_not_needed_to_import_the_module() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; import blsp.data.jobs"
+    subprocess.run([sys.executable, "-c", code], check=True)
