@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
+from blsp.llm.language_model import rows_per_chunk
 from blsp.model.modeling_blsp import ADAPTERS
-from blsp.training.losses import rows_per_chunk
 from blsp.weights.embedded import resolve_weights
 
 ENCODER, LLM = "embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"

@@ -36,8 +36,7 @@ from benchmarks.support.serving import SPEECH
 from blsp.data.audio import SAMPLE_RATE, load_audio
 from blsp.distributed import Runtime, keep_freed_memory
 from blsp.llm.instructions import instruction_for
-from blsp.llm.language_model import embed
-from blsp.llm.prefix import PromptedLLM
+from blsp.llm.prefix import Prefix, PrefixCache, run_after_prefix
 from blsp.llm.prompt import Order, frame_prompt, transcript_ids
 from blsp.model.checkpoint import new_blsp
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
@@ -106,27 +105,15 @@ def padded_to_30s(each: Example) -> Example:
     return replace(each, mel=mel)
 
 
-class WithoutPrefixReuse(PromptedLLM):
-    """The prefix stands in every row and is run every time."""
-
-    def states(self, prefix_ids: tuple[int, ...], embeds: Tensor) -> Tensor:
-        whole = torch.cat([embed(self.model, prefix_ids).expand(len(embeds), -1, -1), embeds], dim=1)
-        output = self.model.model.language_model(inputs_embeds=whole, use_cache=False)
-        return output.last_hidden_state[:, len(prefix_ids) :]
-
-
-class WithAllLogits(WithoutPrefixReuse):
-    """Also runs the vocabulary head at every position; the sum of the logits stands for a loss on them."""
-
-    extra: Tensor | None = None
-
-    def states(self, prefix_ids: tuple[int, ...], embeds: Tensor) -> Tensor:
-        hidden = super().states(prefix_ids, embeds)
-        self.extra = nn.functional.cross_entropy(
-            self.model.lm_head(hidden).flatten(0, 1),
-            torch.zeros(hidden.shape[:2], dtype=torch.long).flatten(),
-        )
-        return hidden + 0 * self.extra
+def with_all_logits(model: BlspForConditionalGeneration, prefix: Prefix | None, embeds: Tensor) -> Any:
+    """`run_after_prefix`, and the head at every position; the mean of its logits stands for a loss on them."""
+    output = run_after_prefix(model, prefix, embeds)
+    hidden = output.last_hidden_state
+    extra = nn.functional.cross_entropy(
+        model.lm_head(hidden).flatten(0, 1), torch.zeros(hidden.shape[:2], dtype=torch.long).flatten()
+    )
+    output.last_hidden_state = hidden + 0 * extra
+    return output
 
 
 @dataclass
@@ -135,26 +122,28 @@ class Way:
 
     model: BlspForConditionalGeneration
     loss: step.Loss = "ce"
-    llm: type[PromptedLLM] = PromptedLLM
+    reuse: bool = True  # of the prefix's key/values
+    all_logits: bool = False
     of: Callable[[Example], Example] = lambda each: each
     full_window: bool = False
     ordered: bool = True
     runtime: Runtime = FLOAT32
 
     def __post_init__(self) -> None:
-        self.prompted = self.llm(self.model)
+        self.prefixes = PrefixCache(self.model, reuse=self.reuse)
         self.optimiser = torch.optim.AdamW(self.model.model.multi_modal_projector.parameters(), lr=1e-5)
 
     def learn(self, steps: Sequence[Sequence[Example]]) -> tuple[int, int]:
         """(positions, padding) of its passes."""
         self.model.config.full_window = self.full_window
+        step.run_after_prefix = with_all_logits if self.all_logits else run_after_prefix
         objective = step.Objective(self.loss, stored_teacher=self.loss == "kl")
         rows = [each for part in steps for each in part]
         counts = step.counts_of(rows, objective)
         positions = padding = 0
         for part in steps if self.ordered else in_random_order(rows, BATCH):
             with step.autocast(self.runtime):
-                sums = step.run(self.model, [self.of(each) for each in part], objective, self.prompted)
+                sums = step.run(self.model, [self.of(each) for each in part], objective, self.prefixes)
                 share = step.objective_value(sums, counts, objective)
             share.backward()
             positions, padding = positions + sums.positions, padding + sums.padding
@@ -237,9 +226,9 @@ def ways_of(model: BlspForConditionalGeneration, processor: Any) -> dict[str, Ca
         "cached_bf16": lambda: Way(trainable(BFLOAT16)[0], runtime=BFLOAT16),
         "online": lambda: Way(model, of=online),
         "padded_to_30s": padded,
-        "no_prefix_reuse": lambda: padded(llm=WithoutPrefixReuse),
-        "all_logits": lambda: padded(llm=WithAllLogits),
-        "unsorted": lambda: padded(llm=WithAllLogits, ordered=False),
+        "no_prefix_reuse": lambda: padded(reuse=False),
+        "all_logits": lambda: padded(reuse=False, all_logits=True),
+        "unsorted": lambda: padded(reuse=False, all_logits=True, ordered=False),
     }
 
 

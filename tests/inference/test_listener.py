@@ -10,7 +10,7 @@ import torch
 from support.tiny_models import speech_like
 
 from blsp.data.audio import AudioError, write_wav
-from blsp.inference.listener import KEPT_PREFIXES, Listener, Question
+from blsp.inference.listener import PREFIXES_KEPT, Listener, Question
 from blsp.model.checkpoint import CheckpointError
 
 ADAPTERS = pytest.mark.parametrize("adapter", ["conv", "stack", "grounded"])
@@ -56,12 +56,12 @@ def test_speech_and_text_are_asked_side_by_side(listener_of) -> None:
 def test_prefixes_are_kept_within_bounds(listener_of) -> None:
     shared = listener_of("conv")
     listener = Listener(shared.model, shared.processor)
-    for number in range(KEPT_PREFIXES + 5):
-        listener.prefix((3, 4, 5 + number))
-    first = listener.prefix((3, 4, 5 + KEPT_PREFIXES))
-    assert listener.prefix((3, 4, 5 + KEPT_PREFIXES)) is first
-    assert len(listener._prefixes) == KEPT_PREFIXES
-    assert listener.prefix(()) is None
+    for number in range(PREFIXES_KEPT + 5):
+        listener.prefixes.get((3, 4, 5 + number))
+    first = listener.prefixes.get((3, 4, 5 + PREFIXES_KEPT))
+    assert listener.prefixes.get((3, 4, 5 + PREFIXES_KEPT)) is first
+    assert len(listener.prefixes) == PREFIXES_KEPT
+    assert listener.prefixes.get(()) is None
 
 
 def test_read_out_needs_an_adapter_that_reads_out(listener_of) -> None:

@@ -9,7 +9,7 @@ import torch
 from support.training_examples import make_examples, write_data
 
 from blsp.distributed import find_runtime
-from blsp.llm.prefix import PromptedLLM
+from blsp.llm.prefix import PrefixCache
 from blsp.settings import TrainSettings
 from blsp.training import loop, step
 from blsp.training import run as opening
@@ -30,7 +30,7 @@ def test_gradients_reach_every_tensor_of_the_adapter_and_no_other(
     model, processor = pair_of(adapter, family)
     objective = Objective(loss, ctc_weight=1.0 if adapter == "grounded" else 0.0)
     examples = make_examples(processor, 4)
-    sums = step.run(model, examples, objective, PromptedLLM(model))
+    sums = step.run(model, examples, objective, PrefixCache(model))
     step.objective_value(sums, step.counts_of(examples, objective), objective).backward()
     reached = {name for name, tensor in model.named_parameters() if tensor.grad is not None}
     moved = {name for name in reached if model.get_parameter(name).grad.abs().sum() > 0}

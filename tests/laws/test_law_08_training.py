@@ -11,17 +11,21 @@ import torch
 from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 from support.training_examples import make_examples
 
+from blsp.llm import language_model
 from blsp.llm.language_model import embed
-from blsp.llm.prefix import PromptedLLM
-from blsp.training import losses, step
+from blsp.llm.prefix import PrefixCache
+from blsp.llm.prompt import PromptTemplate
+from blsp.training import step
 from blsp.training.examples import Example
 from blsp.training.step import Objective
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
-def _loss_and_gradients(model, examples: list[Example], loss: str, llm: PromptedLLM) -> list[torch.Tensor]:
-    sums = step.run(model, examples, Objective(loss), llm)
+def _loss_and_gradients(
+    model, examples: list[Example], loss: str, prefixes: PrefixCache
+) -> list[torch.Tensor]:
+    sums = step.run(model, examples, Objective(loss), prefixes)
     return [sums.response.detach(), *torch.autograd.grad(sums.response, _adapter(model))]
 
 
@@ -60,7 +64,7 @@ def _same(found: list[torch.Tensor], expected: list[torch.Tensor], family: str =
 def test_prefix_reuse_and_logits_where_taken(pair_of, family: str) -> None:
     model, processor = pair_of("conv", family)
     examples = make_examples(processor, 4, order="instruction-first")
-    _same(_loss_and_gradients(model, examples, "ce", PromptedLLM(model)), _plainly(model, examples), family)
+    _same(_loss_and_gradients(model, examples, "ce", PrefixCache(model)), _plainly(model, examples), family)
 
 
 @FAMILY
@@ -68,17 +72,18 @@ def test_prefix_reuse_and_logits_where_taken(pair_of, family: str) -> None:
 def test_activation_checkpointing(tmp_path, family: str, loss: str) -> None:
     model, processor = tiny_blsp(tmp_path, family=family)
     examples = make_examples(processor, 4)
-    plain = _loss_and_gradients(model, examples, loss, PromptedLLM(model))
+    plain = _loss_and_gradients(model, examples, loss, PrefixCache(model))
     runs: list[int] = []
     layer = model.model.language_model.layers[0].mlp
     layer.register_forward_pre_hook(
         lambda *_: runs.append(1)
     )  # the recomputation stops before a hook at its end
-    llm = PromptedLLM(model, checkpoint_activations=True)
-    _same(_loss_and_gradients(model, examples, loss, llm), plain, family)
+    model.model.language_model.activation_checkpointing_enable()
+    prefixes = PrefixCache(model)
+    _same(_loss_and_gradients(model, examples, loss, prefixes), plain, family)
     # two runs for the student; for kl also the teacher's prefix (once) and the teacher
     assert len(runs) == (2 if loss == "ce" else 4), "activations were kept, or computed too often"
-    _same(_loss_and_gradients(model, examples, loss, llm), plain, family)
+    _same(_loss_and_gradients(model, examples, loss, prefixes), plain, family)
 
 
 @pytest.mark.parametrize("loss", ["ce", "kl"])
@@ -86,14 +91,14 @@ def test_activation_checkpointing(tmp_path, family: str, loss: str) -> None:
 def test_chunks_of_the_head(pair_of, monkeypatch, loss: str, logits_alive: int) -> None:
     model, processor = pair_of("conv")
     examples = make_examples(processor, 4)
-    whole = _loss_and_gradients(model, examples, loss, PromptedLLM(model))
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", logits_alive)
+    whole = _loss_and_gradients(model, examples, loss, PrefixCache(model))
+    monkeypatch.setattr(language_model, "CHUNK_LOGITS", logits_alive)
     sizes: list[int] = []
     compute = model.compute_logits
     monkeypatch.setattr(
         model, "compute_logits", lambda hidden: (sizes.append(len(hidden)), compute(hidden))[1]
     )
-    _same(_loss_and_gradients(model, examples, loss, PromptedLLM(model)), whole)
+    _same(_loss_and_gradients(model, examples, loss, PrefixCache(model)), whole)
     responses = sum(len(example.response) for example in examples)
     assert sum(sizes) == responses * (1 if loss == "ce" else 2)
     assert max(sizes) <= max(1, logits_alive // 320)
@@ -103,8 +108,35 @@ def test_chunks_of_the_head(pair_of, monkeypatch, loss: str, logits_alive: int) 
 def test_a_shared_prefix_serves_several_batches(pair_of, adapter: str) -> None:
     model, processor = pair_of(adapter)
     examples = [replace(e, readout=None) for e in make_examples(processor, 6)]
-    llm = PromptedLLM(model)
-    parts = [step.run(model, part, Objective("ce"), llm).response for part in (examples[:2], examples[2:])]
-    whole = step.run(model, examples, Objective("ce"), llm).response
-    assert len(llm.known) == 1
+    prefixes = PrefixCache(model)
+    parts = [
+        step.run(model, part, Objective("ce"), prefixes).response for part in (examples[:2], examples[2:])
+    ]
+    whole = step.run(model, examples, Objective("ce"), prefixes).response
+    assert len(prefixes) == 1
     torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_empty_prefix_is_learnt_after(tmp_path, loss: str, checkpointing: bool) -> None:
+    """A chat template may put nothing before the speech."""
+    model, processor = tiny_blsp(tmp_path)
+    examples = make_examples(processor, 3)
+    examples = [replace(e, template=PromptTemplate((), e.template.suffix_ids)) for e in examples]
+    if checkpointing:
+        model.model.language_model.activation_checkpointing_enable()
+    prefixes = PrefixCache(model)
+    results = _loss_and_gradients(model, examples, loss, prefixes)
+    assert len(prefixes) == 0 and all(bool(result.isfinite().all()) for result in results)
+    if loss == "ce":
+        _same(results, _plainly(model, examples))
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_prefixes_without_reuse_give_the_same(pair_of, loss: str) -> None:
+    """A sharded LLM runs the prefix in front of every row."""
+    model, processor = pair_of("conv")
+    examples = make_examples(processor, 4)
+    whole = _loss_and_gradients(model, examples, loss, PrefixCache(model, reuse=False))
+    _same(_loss_and_gradients(model, examples, loss, PrefixCache(model)), whole)

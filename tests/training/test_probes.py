@@ -8,7 +8,7 @@ from support.tiny_models import tiny_blsp
 from support.training_examples import make_examples
 
 from blsp.llm.language_model import embed
-from blsp.llm.prefix import PromptedLLM
+from blsp.llm.prefix import PrefixCache
 from blsp.model.adapter import AdapterOutput
 from blsp.training import probes
 from blsp.training.probes import Probe
@@ -30,7 +30,7 @@ def test_divergence_is_zero_where_the_speech_is_the_transcript_s_embeddings(pair
     seen = [[examples[i] for i in numbers] for numbers in probes.micro_batches(examples, 200)]
     monkeypatch.setattr(model.model, "listen", listen)
     divergence, agreement = probes.divergence(
-        Probe("train", examples), examples, PromptedLLM(model), positions=200
+        Probe("train", examples), examples, PrefixCache(model), positions=200
     )
     assert divergence == pytest.approx(0, abs=1e-12) and agreement == 1.0
 
@@ -39,7 +39,7 @@ def test_divergence_does_not_depend_on_how_the_clips_are_cut_up(pair_of, monkeyp
     model, processor = pair_of("conv")
     examples = [*make_examples(processor, 3), *make_examples(processor, 3, order="instruction-first", seed=1)]
     with torch.no_grad():
-        probe, llm = Probe("train", examples), PromptedLLM(model)
+        probe, llm = Probe("train", examples), PrefixCache(model)
         whole = probes.divergence(probe, examples, llm, positions=100_000)
         monkeypatch.setattr(
             probes, "transcript_vectors", lambda *_: pytest.fail("the transcript was read again")
@@ -62,7 +62,7 @@ def test_measure_names_what_it_found_and_leaves_the_adapter_learning(tmp_path) -
     model, processor = tiny_blsp(tmp_path, adapter="grounded")
     model.model.multi_modal_projector.train()
     examples = make_examples(processor, 3)
-    found = probes.measure(Probe("held_out", examples), PromptedLLM(model), processor.tokenizer, 500)
+    found = probes.measure(Probe("held_out", examples), PrefixCache(model), processor.tokenizer, 500)
     assert set(found) == {f"held_out_{name}" for name in ("kl", "top1", "kl_shuffled", "wer")}
     assert model.model.multi_modal_projector.training
-    assert probes.measure(Probe("train", []), PromptedLLM(model), processor.tokenizer, 500) == {}
+    assert probes.measure(Probe("train", []), PrefixCache(model), processor.tokenizer, 500) == {}

@@ -7,7 +7,7 @@ import torch
 from support.training_examples import make_examples, silent
 
 from blsp.llm.language_model import embed
-from blsp.llm.prefix import PromptedLLM
+from blsp.llm.prefix import PrefixCache
 from blsp.training import step
 from blsp.training.losses import ce_loss, kl_loss
 from blsp.training.step import Counts, Objective
@@ -43,7 +43,7 @@ def test_sums_and_gradients_are_those_of_the_plain_computation(
 ) -> None:
     model, processor = pair_of(adapter)
     examples = make_examples(processor, 5, order=order)
-    sums = step.run(model, examples, Objective(loss), PromptedLLM(model))
+    sums = step.run(model, examples, Objective(loss), PrefixCache(model))
     parameters = list(model.model.multi_modal_projector.parameters())
     ours = torch.autograd.grad(sums.response, parameters, allow_unused=True)
 
@@ -77,7 +77,7 @@ def test_no_speech_takes_cross_entropy_on_the_set_sentence_also_under_kl(pair_of
     model, processor = pair_of("conv")
     examples = [replace(e, readout=None) for e in make_examples(processor, 3)]
     examples[0] = silent(examples[0], response=[5, 6, 7, 2])
-    llm = PromptedLLM(model)
+    llm = PrefixCache(model)
     mixed = step.run(model, examples, Objective("kl"), llm)
     alone = step.run(model, examples[:1], Objective("ce"), llm)
     others = step.run(model, examples[1:], Objective("kl"), llm)
@@ -87,8 +87,8 @@ def test_no_speech_takes_cross_entropy_on_the_set_sentence_also_under_kl(pair_of
 def test_grounded_runs_no_llm_for_no_speech(pair_of, monkeypatch) -> None:
     model, processor = pair_of("grounded")
     examples = [silent(e, response=[]) for e in make_examples(processor, 2)]
-    monkeypatch.setattr(PromptedLLM, "states", lambda *_: pytest.fail("the LLM was run"))
-    sums = step.run(model, examples, Objective("ce", ctc_weight=0.3), PromptedLLM(model))
+    monkeypatch.setattr(step, "run_after_prefix", lambda *_: pytest.fail("the LLM was run"))
+    sums = step.run(model, examples, Objective("ce", ctc_weight=0.3), PrefixCache(model))
     assert sums.ctc > 0 and sums.response == 0
     step.objective_value(sums, Counts(0, 2), Objective("ce", ctc_weight=0.3)).backward()
     model.zero_grad()
@@ -102,7 +102,7 @@ def test_stored_teacher_with_the_whole_vocabulary_equals_the_teacher_run_here(pa
     for example, logits in zip(examples, read, strict=True):
         logp, ids = torch.log_softmax(logits.detach() / 2, -1).sort(-1, descending=True)
         stored.append(replace(example, teacher=(ids.numpy(), logp.numpy())))
-    llm = PromptedLLM(model)
+    llm = PrefixCache(model)
     online = step.run(model, examples, Objective("kl", temperature=2.0), llm).response
     offline = step.run(model, stored, Objective("kl", temperature=2.0, stored_teacher=True), llm).response
     torch.testing.assert_close(online, offline, **TIGHT)
@@ -111,7 +111,7 @@ def test_stored_teacher_with_the_whole_vocabulary_equals_the_teacher_run_here(pa
 def test_padding_is_counted(pair_of) -> None:
     model, processor = pair_of("conv")
     examples = make_examples(processor, 4)
-    sums = step.run(model, examples, Objective("ce"), PromptedLLM(model))
+    sums = step.run(model, examples, Objective("ce"), PrefixCache(model))
     true = sums.positions - sums.padding
-    alone = [step.run(model, [example], Objective("ce"), PromptedLLM(model)) for example in examples]
+    alone = [step.run(model, [example], Objective("ce"), PrefixCache(model)) for example in examples]
     assert true == sum(each.positions for each in alone) and all(each.padding == 0 for each in alone)

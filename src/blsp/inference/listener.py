@@ -12,7 +12,6 @@ model's fixed sentence is the answer and the LLM is not asked.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from blsp.distributed import find_runtime
 from blsp.llm.decoding import Decoder, Decoding, Event, Request, decode
 from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import embed, stop_ids
-from blsp.llm.prefix import Prefix, compute_prefix
+from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import Order, frame_prompt, transcript_ids
 from blsp.llm.text_stream import TextStream, answer_text
 from blsp.model.adapter import AudioEmbeds
@@ -38,7 +37,7 @@ from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import encode_speech, mel_features
 from blsp.weights.shipped import DEFAULT_MODEL
 
-KEPT_PREFIXES = 32
+PREFIXES_KEPT = 32
 BEAM = 16  # hypotheses that the LLM weighs for a transcript
 SECONDS_PER_BATCH = 60  # speech encoded at once
 
@@ -68,7 +67,7 @@ class Listener:
         self.decoding = Decoding(
             max_new_tokens=128, stop_ids=stop_ids(model)
         )  # the paper's zero-shot setting
-        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
+        self.prefixes = PrefixCache(model, PREFIXES_KEPT)
 
     def answer(self, audio: Any, instruction: str = "", *, max_new_tokens: int = 128) -> str:
         """The answer to a spoken question, or to `instruction` about the speech."""
@@ -133,8 +132,7 @@ class Listener:
 
     def rescore(self, heard: Sequence[AudioEmbeds]) -> list[str]:
         """Of each clip's hypotheses the one that the LLM, too, finds likely as what a user says; "" for no speech."""
-        prefix = self.prefix(frame_prompt(self.tokenizer, "", "speech-first").prefix_ids)
-        assert prefix is not None  # a chat template begins with a role
+        prefix = self.prefixes.get(frame_prompt(self.tokenizer, "", "speech-first").prefix_ids)
         chosen = [weighed(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in heard]
         return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
 
@@ -209,18 +207,7 @@ class Listener:
         else:
             middle = embed(self.model, transcript_ids(self.tokenizer, question.text or ""))
         embeds = torch.cat([middle, embed(self.model, frame.suffix_ids)]).detach()
-        return Request(key, embeds, self.prefix(frame.prefix_ids), decoding)
-
-    def prefix(self, ids: tuple[int, ...]) -> Prefix | None:
-        """Key/values of a prompt's beginning, computed once and kept while it is in use."""
-        if not ids:
-            return None
-        if ids not in self._prefixes:
-            self._prefixes[ids] = compute_prefix(self.model, ids)
-            if len(self._prefixes) > KEPT_PREFIXES:
-                self._prefixes.popitem(last=False)
-        self._prefixes.move_to_end(ids)
-        return self._prefixes[ids]
+        return Request(key, embeds, self.prefixes.get(frame.prefix_ids), decoding)
 
 
 def written(decoder: Decoder, request: Request) -> Iterator[Event]:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from blsp.llm.kv_cache import BatchKVCache
-from blsp.llm.language_model import decoder_of, embed, logits_of
-from blsp.llm.prefix import Prefix
+from blsp.llm.language_model import at_least_float32, decoder_of, embed, logits_of
+from blsp.llm.prefix import Prefix, run_after_prefix
 
 
 @dataclass(frozen=True)
@@ -192,14 +192,9 @@ class Decoder:
         embeds = nn.utils.rnn.pad_sequence(
             [request.embeds for request in group], batch_first=True
         )  # (R, L, D)
-        positions = before + torch.arange(embeds.shape[1], device=self._device)
-        cache = prefix.expand(len(group)) if prefix else DynamicCache()
-        output = decoder_of(self.llm)(  # no mask: causal attention never looks at the padding on the right
-            inputs_embeds=embeds,
-            position_ids=positions.expand(len(group), -1),
-            past_key_values=cache,
-            use_cache=True,
-        )
+        output = run_after_prefix(self.llm, prefix, embeds, keep_cache=True)
+        cache = output.past_key_values
+        assert isinstance(cache, DynamicCache)
         rows = [
             _Row(request, before + length) for request, length in zip(group, lengths.tolist(), strict=True)
         ]
@@ -218,8 +213,7 @@ class Decoder:
 
     def _write(self, rows: list[_Row], hidden: Tensor) -> list[Event]:
         """Choose the next token of `rows` from hidden (R, D); rows that end leave their slots."""
-        logits = logits_of(self.llm, hidden)  # (R, V)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = at_least_float32(logits_of(self.llm, hidden))  # (R, V)
         greedy = logits.argmax(dim=-1).tolist()
         events, ended = [], []
         for row, scores, best in zip(rows, logits, greedy, strict=True):

@@ -12,16 +12,7 @@ chosen on text alone, for the smallest LLM we ship with (docs/log.md, "Wording o
 
 from __future__ import annotations
 
-from blsp.model.configuration_blsp import NO_SPEECH_SENTENCE
-
-__all__ = [
-    "BEHAVIOURS",
-    "LANGUAGES",
-    "NO_SPEECH_SENTENCE",
-    "BehaviourError",
-    "instruction_for",
-    "language_name",
-]
+NO_SPEECH_SENTENCE = "I could not hear any speech."  # the answer where a clip holds no speech
 
 BEHAVIOURS: dict[str, str] = {
     "continue": "Continue the following text in a coherent and engaging style with less than 40 words.",

@@ -1,13 +1,15 @@
-"""The frozen mind: what we ask of a decoder-only LLM, whatever its family.
+"""The frozen decoder-only LLM: decoder, embeddings, logits and log-probabilities, whatever its family.
 
-In:  any Hugging Face causal LM, or `BlspForConditionalGeneration`, which answers the same questions.
-Out: its decoder without the head, its embeddings, its logits; a refusal by name where that would be wrong.
+In:  any Hugging Face causal LM, or `BlspForConditionalGeneration`, which has the same methods.
+Out: its decoder without the head, its embeddings, its logits; an error that names the family where BLSP cannot use it.
 Try: `logits_of(llm, decoder_of(llm)(input_ids).last_hidden_state)`
-Flow: model/ — used by the model, the prefix, decoding and training.
+Flow: **language_model.py** → prefix.py, decoding.py, teacher_forcing.py; the model and the losses.
 
-The head is run apart from the decoder so that logits are computed only where somebody reads them.
-Families that scale or cap their logits (Gemma 2, Cohere, Granite) are handled here; families without
-plain key/value attention (state-space and hybrid models) are refused: a shared prefix is not theirs to share.
+The head is run apart from the decoder, so that logits are computed only where they are read.
+Families that scale or cap their logits (Gemma 2, Cohere, Granite) are handled here. Families without plain
+key/value attention (state-space and hybrid models) are refused: their state cannot be reused for a shared prefix.
+
+Shapes: V vocabulary, D LLM width, B batch.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
 
 
 class UnsupportedModelError(ValueError):
@@ -78,6 +81,26 @@ def scale_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
     if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
         logits = cap * torch.tanh(logits / cap)
     return logits
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Half-precision logits as float32: a softmax over 150,000 logits in bfloat16 is noise."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def log_probabilities(llm: PreTrainedModel, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities (…, V) of the next token, from the decoder's hidden states (…, D)."""
+    return (at_least_float32(logits_of(llm, hidden)) / temperature).log_softmax(dim=-1)
+
+
+def rows_per_chunk(vocabulary: int) -> int:
+    """How many positions may go through the head at once, so that their logits stay within `CHUNK_LOGITS`."""
+    return max(1, CHUNK_LOGITS // vocabulary)
+
+
+def valid_mask(lengths: Tensor, width: int) -> Tensor:
+    """(B, width) bool: True before each row's length (B,)."""
+    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def stop_ids(llm: PreTrainedModel) -> tuple[int, ...]:

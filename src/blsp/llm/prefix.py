@@ -1,9 +1,16 @@
-"""The constant beginning of every prompt, run through the LLM once.
+"""The frozen LLM behind the constant beginning of a prompt (system prompt, instruction before the speech).
 
-In:  an LLM and the ids of a prompt's prefix (system prompt, instruction before the speech).
-Out: `Prefix`: key/values (1, H, P, d) of each layer, expanded to a batch as a view.
-Try: `cache = compute_prefix(llm, frame.prefix_ids).expand(32)`
-Flow: model/ — training, teacher passes and decoding begin where the prefix ends (law 8: nothing but the time changes).
+In:  an LLM, the ids of a prompt's prefix, and the embeddings (B, L, D) that follow it.
+Out: the decoder's output at those embeddings; the prefix's key/values are computed once and shared by all rows.
+Try: `run_after_prefix(llm, PrefixCache(llm).get(template.prefix_ids), embeds).last_hidden_state`
+Flow: prompt.py (ids) → **prefix.py** → training, teacher passes, decoding and scoring. Nothing but the time
+      changes by it (law 8).
+
+                 prefix (P tokens, once)      what follows (L tokens a row, right-padded)
+    row 0        [s y s t e m  u s e r]       [speech  suffix  answer]
+    row 1         the same key/values         [speech  suffix] . . . .
+
+Shapes: B batch, L sequence after the prefix, P prefix length, H key/value heads, d head width, D LLM width.
 """
 
 from __future__ import annotations
@@ -11,29 +18,31 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from blsp.llm.language_model import UnsupportedModelError, decoder_of, embed
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Key/values of a sequence's beginning: one (keys, values) pair a layer, each (1, H, P, d).
+    """The beginning of a sequence: its ids, and its key/values, one (keys, values) pair a layer, each (1, H, P, d).
 
-    ids: what was run, where it was text; the decode loop's own caches (`Event.cache`) leave it empty.
+    ids: empty where the decode loop hands back a row's key/values (`Event.cache`), as speech has no ids.
+    layers: empty where key/values must not be reused; the ids are then run again in front of every row.
     """
 
     ids: tuple[int, ...]
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def __len__(self) -> int:
-        return self.layers[0][0].shape[2]
+        return self.layers[0][0].shape[2] if self.layers else len(self.ids)
 
     def cut(self, length: int) -> Prefix:
         """The first `length` tokens, as views."""
@@ -43,11 +52,11 @@ class Prefix:
     def expand(self, batch: int) -> DynamicCache:
         """A cache for `batch` rows; the rows are views of one copy until a layer appends to them."""
         cache = DynamicCache()
-        cache.layers = [_filled(keys, values, batch) for keys, values in self.layers]
+        cache.layers = [_filled_layer(keys, values, batch) for keys, values in self.layers]
         return cache
 
 
-def _filled(keys: Tensor, values: Tensor, batch: int) -> DynamicLayer:
+def _filled_layer(keys: Tensor, values: Tensor, batch: int) -> DynamicLayer:
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
@@ -65,61 +74,96 @@ def compute_prefix(llm: PreTrainedModel, ids: Sequence[int]) -> Prefix:
     return Prefix(tuple(ids), tuple((layer.keys, layer.values) for layer in cache.layers))
 
 
-PREFIXES_KEPT = 64  # data whose every row has an instruction of its own would fill the memory otherwise
+class PrefixCache:
+    """Prefixes of one LLM by their ids; beyond `size` of them, the one that was not used for longest is dropped.
 
-
-@dataclass
-class PromptedLLM:
-    """The frozen LLM after a prompt's prefix, whose key/values are computed once and shared by every batch.
-
-    checkpoint_activations: keep no activations inside the layers of a pass with gradients; transformers then
-    drops the key/values without a word, so the prefix is put before the sequence instead.
-    reuse_prefix: False puts it there always (lockstep.py).
+    Data whose every row has an instruction of its own would fill the memory otherwise.
+    reuse: False for an LLM that is sharded over ranks. Every rank must run it equally often, so no rank may
+    compute a prefix for itself; the prefixes then hold their ids alone.
     """
 
-    model: PreTrainedModel
-    checkpoint_activations: bool = False
-    reuse_prefix: bool = True
-    known: OrderedDict[tuple[int, ...], Prefix] = field(default_factory=OrderedDict)
+    def __init__(self, llm: PreTrainedModel, size: int = 64, *, reuse: bool = True) -> None:
+        self.llm, self.size, self.reuse = llm, size, reuse
+        self._prefixes: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
 
-    def __post_init__(self) -> None:
-        if self.checkpoint_activations:
-            self.model.model.language_model.activation_checkpointing_enable()
+    def __len__(self) -> int:
+        return len(self._prefixes)
 
-    def states(self, prefix_ids: tuple[int, ...], embeds: Tensor) -> Tensor:
-        """Last hidden states (B, L, D) of right-padded embeds (B, L, D).
+    def get(self, ids: Sequence[int]) -> Prefix | None:
+        """The prefix with these ids, the same object as long as it is kept; None where there are no ids."""
+        key = tuple(ids)
+        if not key:
+            return None
+        if not self.reuse or _checkpoints_activations(decoder_of(self.llm)):
+            return Prefix(key)
+        if key not in self._prefixes:
+            self._prefixes[key] = compute_prefix(self.llm, key)
+        self._prefixes.move_to_end(key)
+        if len(self._prefixes) > self.size:
+            self._prefixes.popitem(last=False)
+        return self._prefixes[key]
 
-        No mask: causal attention never looks at the padding on the right, whose states nobody reads.
-        """
-        batch, width = embeds.shape[:2]
-        before = len(prefix_ids)
-        positions = torch.arange(before + width, device=embeds.device)[None, :].expand(batch, -1)
-        decoder = self.model.model.language_model
-        checkpointing = self.checkpoint_activations and torch.is_grad_enabled()
-        if checkpointing or not self.reuse_prefix:
-            whole = torch.cat([embed(self.model, prefix_ids).expand(batch, -1, -1), embeds], dim=1)
-            with _checkpointing(decoder) if checkpointing else nullcontext():
-                output = decoder(inputs_embeds=whole, position_ids=positions, use_cache=False)
-            return output.last_hidden_state[:, before:]
-        return decoder(
+
+def run_after_prefix(
+    llm: PreTrainedModel,
+    prefix: Prefix | None,
+    embeds: Tensor,
+    *,
+    mask: Tensor | None = None,
+    offsets: Tensor | None = None,
+    keep_cache: bool = False,
+    every_layer: bool = False,
+) -> BaseModelOutputWithPast:
+    """The decoder's output at `embeds` (B, L, D), right-padded, after `prefix` (None: nothing comes before).
+
+    Without `mask`, attention is causal, so no row looks at the padding on its right; nobody reads the states there.
+    mask: additive, (1, 1, L, P + L), for sequences that are not simply causal.
+    offsets: (1 or B, L), each embedding's position after the prefix, where that is not 0, 1, 2, …
+    keep_cache: return the key/values of prefix and rows, in `past_key_values`.
+    every_layer: return the states of all layers, in `hidden_states`.
+    """
+    decoder, batch = decoder_of(llm), len(embeds)
+    checkpointing = _checkpoints_activations(decoder)
+    again = len(prefix) if prefix and (checkpointing or not prefix.layers) else 0
+
+    # Under activation checkpointing transformers drops a cache without a word: put the ids before each row instead.
+    if prefix and again:
+        assert len(prefix.ids) == again and mask is None and offsets is None, (
+            "only plain rows can be run again"
+        )
+        embeds = torch.cat([embed(llm, prefix.ids).expand(batch, -1, -1), embeds], dim=1)  # (B, P + L, D)
+        prefix = None
+
+    # Positions count on from the prefix; its key/values are views that all rows share.
+    if offsets is None:
+        offsets = torch.arange(embeds.shape[1], device=embeds.device)[None]
+    cache = prefix.expand(batch) if prefix else DynamicCache() if keep_cache else None
+    with _checkpointed_layers(decoder) if checkpointing else nullcontext():
+        output = decoder(
             inputs_embeds=embeds,
-            position_ids=positions[:, before:],
-            past_key_values=self._prefix(prefix_ids).expand(batch),
-            use_cache=True,
-        ).last_hidden_state
+            attention_mask=mask,
+            position_ids=((len(prefix) if prefix else 0) + offsets).expand(batch, -1),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            output_hidden_states=every_layer,
+        )
 
-    def _prefix(self, ids: tuple[int, ...]) -> Prefix:
-        if ids not in self.known:
-            self.known[ids] = compute_prefix(self.model, ids)
-        self.known.move_to_end(ids)
-        if len(self.known) > PREFIXES_KEPT:
-            self.known.popitem(last=False)
-        return self.known[ids]
+    # The caller asked for the states of `embeds` alone.
+    if again:
+        output.last_hidden_state = output.last_hidden_state[:, again:]
+        if every_layer:
+            output.hidden_states = tuple(states[:, again:] for states in output.hidden_states)
+    return output
+
+
+def _checkpoints_activations(decoder: nn.Module) -> bool:
+    """Whether a pass that starts now keeps no activations inside the layers, to save memory."""
+    return torch.is_grad_enabled() and bool(decoder.is_activation_checkpointing)
 
 
 @contextmanager
-def _checkpointing(decoder: nn.Module) -> Iterator[None]:
-    """The layers, not what is inside them, in training mode: they checkpoint, and no dropout wakes up."""
+def _checkpointed_layers(decoder: nn.Module) -> Iterator[None]:
+    """The layers in training mode, but not the modules inside them: they checkpoint, and no dropout is switched on."""
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UnsupportedModelError(f"{type(decoder).__name__}: has no layers that can be checkpointed")

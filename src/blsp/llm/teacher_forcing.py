@@ -1,114 +1,122 @@
-"""Both routes made to write the same answer, and what the LLM is about to say at each of its tokens.
+"""Scores and hidden states of given answers: the LLM reads an answer that exists and predicts each of its tokens.
 
-In:  a question as the decoder takes it (`Request`), and the answer that the text route gave.
-Out: hidden states (N, D) at the N places that predict the answer's tokens, its end included; of the last
-     layer, or of all.
+In:  questions as the decode loop takes them (`Request`), and an answer, or several options, to each.
+Out: hidden states (N, D) at the N positions that predict an answer's tokens; the likeliest tokens there; the
+     divergence between two routes there; the mean log-likelihood of each option.
 Try: `answer_states(model, [request], [answer])[0].shape`
-Flow: evaluation/ — under alignment.py and layers.py.
+Flow: prefix.py, decoding.py → **teacher_forcing.py** → step 1's stored teacher, the evaluation's alignment and scores.
 
-Letters: R rows, L sequence, P prefix length, N answer tokens, A layers + 1, D LLM width, V vocabulary.
+    fed to the LLM:      q1  q2  q3  a1  a2          (question of 3, answer of 2 that stopped)
+    states returned:             ↓   ↓   ↓
+    what they predict:           a1  a2  end         N = 3; an answer that was cut off has no end: N = 2, a2 is not fed
+
+Shapes: R rows, L sequence, P prefix length, N answer positions, M options, O an option's tokens, A layers + 1, K top-k,
+H key/value heads, C columns, d head width, D LLM width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from blsp.evaluation.answers import Answer
 from blsp.llm.decoding import Request
-from blsp.llm.language_model import decoder_of, embed, kl_divergence, logits_of
+from blsp.llm.language_model import decoder_of, embed, kl_divergence, log_probabilities, rows_per_chunk
+from blsp.llm.prefix import run_after_prefix
 from blsp.llm.prompt import text_ids
 
-LOGITS_AT_A_TIME = 1 << 23  # V × positions whose scores exist at once: 32 MiB in float32
+
+class GivenAnswer(Protocol):
+    """An answer that exists: its tokens without the end, and how it ended (`stop`: the end is predicted too)."""
+
+    @property
+    def ids(self) -> Sequence[int]: ...
+
+    @property
+    def finish(self) -> str: ...
 
 
-def answer_tokens(answer: Answer) -> int:
-    """Tokens whose prediction is looked at: the end counts where the answer came to one."""
+def answer_tokens(answer: GivenAnswer) -> int:
+    """How many tokens of an answer are predicted; the end counts where the answer came to one."""
     return len(answer.ids) + (answer.finish == "stop")
 
 
 @torch.no_grad()
 def answer_states(
-    llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[Answer]
+    llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[GivenAnswer]
 ) -> list[Tensor]:
-    """Last hidden states (N, D) of each row at its answer's places. All requests share one prefix."""
-    states = _run(llm, requests, answers, every_layer=False)
-    return [row[0, asked - 1 : asked - 1 + count] for row, asked, count in _spans(states, requests, answers)]
+    """Last hidden states (N, D) of each row at the positions that predict its answer. All share one prefix."""
+    hidden = _read(llm, requests, answers).last_hidden_state  # (R, L, D)
+    return [states[span] for states, span in zip(hidden, _answer_spans(requests, answers), strict=True)]
 
 
 @torch.no_grad()
 def layer_states(
-    llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[Answer]
+    llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[GivenAnswer]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each row: states of every layer at the question's places (A, L, D) and at the answer's (A, N, D)."""
-    states = _run(llm, requests, answers, every_layer=True)
+    """For each row: states of every layer at the question's positions (A, L, D) and at the answer's (A, N, D)."""
+    output = _read(llm, requests, answers, every_layer=True)
+    layers = torch.stack(output.hidden_states, dim=1)  # (R, A, L, D)
+    spans = _answer_spans(requests, answers)
     return [
-        (row[:, :asked], row[:, asked - 1 : asked - 1 + count])
-        for row, asked, count in _spans(states, requests, answers)
+        (states[:, : span.start + 1], states[:, span]) for states, span in zip(layers, spans, strict=True)
     ]
 
 
 @torch.no_grad()
+def top_k_states(
+    llm: PreTrainedModel, hidden: Tensor, top_k: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens (N, K) and their log-probabilities (N, K) at hidden states (N, D)."""
+    rows = rows_per_chunk(llm.get_output_embeddings().weight.shape[0])
+    tops = [log_probabilities(llm, chunk, temperature).topk(top_k) for chunk in hidden.split(rows)]
+    return torch.cat([top.indices for top in tops]), torch.cat([top.values for top in tops])
+
+
+@torch.no_grad()
 def divergence(llm: PreTrainedModel, text: Tensor, speech: Tensor) -> tuple[list[float], list[bool]]:
-    """KL(text || speech) in nats over the whole vocabulary, temperature 1, and whether the likeliest token is one.
+    """At each position: KL(text || speech) in nats (whole vocabulary, temperature 1); whether the best tokens agree.
 
     text, speech: hidden states (N, D) before the head.
     """
-    found: list[float] = []
-    agreed: list[bool] = []
-    at_a_time = max(1, LOGITS_AT_A_TIME // llm.get_output_embeddings().weight.shape[0])
-    for reading, hearing in zip(text.split(at_a_time), speech.split(at_a_time), strict=True):
-        teacher, student = (_log_probabilities(llm, states) for states in (reading, hearing))
-        found += kl_divergence(teacher, student).tolist()
-        agreed += (teacher.argmax(dim=-1) == student.argmax(dim=-1)).tolist()
-    return found, agreed
+    divergences: list[float] = []
+    agreements: list[bool] = []
+    rows = rows_per_chunk(llm.get_output_embeddings().weight.shape[0])
+    for text_chunk, speech_chunk in zip(text.split(rows), speech.split(rows), strict=True):
+        teacher, student = log_probabilities(llm, text_chunk), log_probabilities(llm, speech_chunk)  # (N, V)
+        divergences += kl_divergence(teacher, student).tolist()
+        agreements += (teacher.argmax(dim=-1) == student.argmax(dim=-1)).tolist()
+    return divergences, agreements
 
 
-def _log_probabilities(llm: PreTrainedModel, states: Tensor) -> Tensor:
-    logits = logits_of(llm, states)
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(dim=-1)
-
-
-def _run(
-    llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[Answer], *, every_layer: bool
-) -> Tensor:
-    """States (R, A or 1, L, D) of questions and answers in one pass, right-padded."""
+def _read(
+    llm: PreTrainedModel,
+    requests: Sequence[Request],
+    answers: Sequence[GivenAnswer] | None,
+    *,
+    every_layer: bool = False,
+) -> BaseModelOutputWithPast:
+    """One pass over questions, and their answers if there are any, right-padded; without answers the cache is kept."""
     prefix = requests[0].prefix
     assert all(request.prefix is prefix for request in requests), "rows of one pass share their prefix"
-    before = len(prefix) if prefix else 0
-    rows = [
-        torch.cat([request.embeds, _fed(llm, answer)])
-        for request, answer in zip(requests, answers, strict=True)
-    ]
-    embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    positions = before + torch.arange(embeds.shape[1], device=embeds.device)
-    output = decoder_of(llm)(  # no mask: causal attention never looks at the padding on the right
-        inputs_embeds=embeds,
-        position_ids=positions.expand(len(rows), -1),
-        past_key_values=prefix.expand(len(rows)) if prefix else None,
-        use_cache=prefix is not None,
-        output_hidden_states=every_layer,
-    )
-    return torch.stack(output.hidden_states, dim=1) if every_layer else output.last_hidden_state[:, None]
+    rows = [request.embeds for request in requests]  # (L, D) each
+    if answers is not None:
+        # the last token predicts nothing, unless the end follows it
+        fed = [answer.ids if answer.finish == "stop" else answer.ids[:-1] for answer in answers]
+        rows = [torch.cat([row, embed(llm, list(ids))]) for row, ids in zip(rows, fed, strict=True)]
+    embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (R, L, D)
+    return run_after_prefix(llm, prefix, embeds, keep_cache=answers is None, every_layer=every_layer)
 
 
-def _fed(llm: PreTrainedModel, answer: Answer) -> Tensor:
-    """The answer's tokens that are read on the way: the last one predicts nothing, unless the end follows it."""
-    ids = answer.ids if answer.finish == "stop" else answer.ids[:-1]
-    return embed(llm, list(ids))
-
-
-def _spans(
-    states: Tensor, requests: Sequence[Request], answers: Sequence[Answer]
-) -> list[tuple[Tensor, int, int]]:
-    """Each row's states with the length of its question and the number of its answer's places."""
-    lengths = [len(request.embeds) for request in requests]
+def _answer_spans(requests: Sequence[Request], answers: Sequence[GivenAnswer]) -> list[slice]:
+    """Where each row's answer is predicted: from the question's last position on."""
+    firsts = [len(request.embeds) - 1 for request in requests]
     return [
-        (row, asked, answer_tokens(answer))
-        for row, asked, answer in zip(states, lengths, answers, strict=True)
+        slice(first, first + answer_tokens(answer)) for first, answer in zip(firsts, answers, strict=True)
     ]
 
 
@@ -120,20 +128,23 @@ def option_scores(
     options: Sequence[Sequence[str]],
     rows: int,
 ) -> list[list[float]]:
-    """Scores in the order of `requests`; at most `rows` options side by side (a question's own stay together)."""
+    """Mean log-likelihood a token of each option, in the order of `requests`.
+
+    rows: how many options are run at once (all options of one question stay together).
+    """
     scores: list[list[float]] = [[] for _ in requests]
-    tokens = [[text_ids(tokenizer, option) for option in each] for each in options]
+    tokens = [[text_ids(tokenizer, option) for option in of_question] for of_question in options]
     for group in _groups(requests, tokens, rows):
-        questions = [requests[i] for i in group]
-        for i, found in zip(group, _score_group(llm, questions, [tokens[i] for i in group]), strict=True):
-            scores[i] = found
+        group_scores = _score_group(llm, [requests[i] for i in group], [tokens[i] for i in group])
+        for i, question_scores in zip(group, group_scores, strict=True):
+            scores[i] = question_scores
     return scores
 
 
 def _groups(
     requests: Sequence[Request], tokens: Sequence[Sequence[list[int]]], rows: int
 ) -> Iterator[list[int]]:
-    """Questions with one prefix, in order, as many as `rows` options allow."""
+    """Numbers of questions that share a prefix, in order, as many as `rows` options allow."""
     by_prefix: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
         by_prefix.setdefault(id(request.prefix), []).append(i)
@@ -150,69 +161,67 @@ def _groups(
 def _score_group(
     llm: PreTrainedModel, questions: Sequence[Request], options: Sequence[Sequence[list[int]]]
 ) -> list[list[float]]:
-    cache, lengths, first = _prefill(llm, questions)
-    owner = torch.tensor([i for i, each in enumerate(options) for _ in each], device=first.device)  # (N,)
-    flat = [ids for each in options for ids in each]
-    sizes = torch.tensor([len(ids) for ids in flat], device=first.device)  # (N,)
-    begins = torch.tensor([ids[0] for ids in flat], device=first.device)
-    total = first[owner, begins]  # (N,) log-likelihood of each option's first token
-    for size in sorted({len(ids) for ids in flat} - {1}):  # those of one length together: nothing is padded
-        some = (sizes == size).nonzero()[:, 0]
-        ids = torch.tensor([flat[i] for i in some.tolist()], device=first.device)
-        total[some] += _rest(llm, cache, lengths, owner[some], ids)
-    means = (total / sizes).tolist()
-    return [[means.pop(0) for _ in each] for each in options]
+    """Each question is run once; its options go on from its key/values."""
+    output = _read(llm, questions, None)
+    hidden, cache = output.last_hidden_state, output.past_key_values
+    assert isinstance(cache, DynamicCache)
+    device = hidden.device
+    sizes = torch.tensor([len(question.embeds) for question in questions], device=device)  # (R,)
+    lengths = cache.layers[0].keys.shape[2] - hidden.shape[1] + sizes  # (R,), prefix included
+
+    # The question's last state predicts the first token of each of its options.
+    first = log_probabilities(llm, hidden[torch.arange(len(questions), device=device), sizes - 1])  # (R, V)
+    flat = [ids for of_question in options for ids in of_question]  # M options of all questions
+    owner = torch.tensor(
+        [i for i, of_question in enumerate(options) for _ in of_question], device=device
+    )  # (M,)
+    total = first[owner, torch.tensor([ids[0] for ids in flat], device=device)]  # (M,)
+
+    # The other tokens: options of one length together, so that nothing is padded.
+    counts = torch.tensor([len(ids) for ids in flat], device=device)  # (M,)
+    for count in sorted({len(ids) for ids in flat} - {1}):
+        some = (counts == count).nonzero()[:, 0]
+        ids = torch.tensor([flat[i] for i in some.tolist()], device=device)
+        total[some] += _score_rest(llm, cache, lengths, owner[some], ids)
+    means = iter((total / counts).tolist())
+    return [[next(means) for _ in of_question] for of_question in options]
 
 
-def _prefill(llm: PreTrainedModel, questions: Sequence[Request]) -> tuple[DynamicCache, Tensor, Tensor]:
-    """Key/values of prefix and questions, right-padded; lengths (R,); log-probabilities (R, V) of the next token."""
-    prefix = questions[0].prefix
-    before = len(prefix) if prefix else 0
-    embeds = nn.utils.rnn.pad_sequence(
-        [question.embeds for question in questions], batch_first=True
-    )  # (R, L, D)
-    lengths = torch.tensor([len(question.embeds) for question in questions], device=embeds.device)
-    positions = before + torch.arange(embeds.shape[1], device=embeds.device)
-    cache = prefix.expand(len(questions)) if prefix else DynamicCache()
-    hidden = decoder_of(llm)(
-        inputs_embeds=embeds,
-        position_ids=positions.expand(len(questions), -1),
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
-    last = hidden[torch.arange(len(questions), device=embeds.device), lengths - 1]
-    return cache, before + lengths, _log_probabilities(llm, last)
-
-
-def _rest(llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owner: Tensor, ids: Tensor) -> Tensor:
-    """(N,): log-likelihoods of all tokens but the first of options (N, O), of the questions that `owner` (N,) names."""
+def _score_rest(
+    llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owner: Tensor, ids: Tensor
+) -> Tensor:
+    """(M,): log-likelihood of all tokens but the first of options (M, O), which follow the questions `owner` (M,)."""
     columns = cache.layers[0].keys.shape[2]
-    shared = _right_aligned(cache, lengths, owner)
-    positions = torch.arange(columns + ids.shape[1] - 1, device=ids.device)
-    mask = (positions[None, :] >= (columns - lengths[owner])[:, None]).long()
     steps = torch.arange(ids.shape[1] - 1, device=ids.device)
+    # A row's key/values lie in the last `lengths` of the C columns, then come the option's own.
+    places = torch.arange(columns + len(steps), device=ids.device)
+    mask = (places[None, :] >= (columns - lengths[owner])[:, None]).long()  # (M, C + O - 1)
     hidden = decoder_of(llm)(
         inputs_embeds=embed(llm, ids[:, :-1]),
         attention_mask=mask,
         position_ids=lengths[owner][:, None] + steps,
-        past_key_values=shared,
+        past_key_values=_right_aligned(cache, lengths, owner),
         use_cache=True,
-    ).last_hidden_state  # (N, O-1, D)
-    found = [
-        _log_probabilities(llm, hidden[:, step]).gather(1, ids[:, step + 1, None])[:, 0]
+    ).last_hidden_state  # (M, O - 1, D)
+    scores = [
+        log_probabilities(llm, hidden[:, step]).gather(1, ids[:, step + 1, None])[:, 0]
         for step in steps.tolist()
     ]
-    return torch.stack(found).sum(dim=0)
+    return torch.stack(scores).sum(dim=0)
 
 
 def _right_aligned(cache: DynamicCache, lengths: Tensor, owner: Tensor) -> DynamicCache:
-    """A copy for every option in which each row ends at the last column."""
+    """A copy for every option in which each row ends at the last column.
+
+    With C = 4 and a row of length 3, columns `k1 k2 k3 .` are read in the order 0 0 1 2: `(k1) k1 k2 k3`; the
+    column in brackets is masked.
+    """
     columns = cache.layers[0].keys.shape[2]
     shift = columns - lengths
     source = (torch.arange(columns, device=lengths.device)[None, :] - shift[:, None]).clamp(min=0)  # (R, C)
 
-    def moved(states: Tensor) -> Tensor:  # (R, H, C, d) -> (N, H, C, d)
+    def for_options(states: Tensor) -> Tensor:  # (R, H, C, d) -> (M, H, C, d)
         index = source[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
         return states.gather(2, index)[owner]
 
-    return DynamicCache([(moved(layer.keys), moved(layer.values)) for layer in cache.layers])
+    return DynamicCache([(for_options(layer.keys), for_options(layer.values)) for layer in cache.layers])

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from blsp.llm.language_model import valid_mask
+
 
 @dataclass(frozen=True)
 class AdapterOutput:
@@ -59,11 +61,6 @@ class Hypothesis:
 
     tokens: tuple[int, ...]
     log_prob: float
-
-
-def valid_mask(lengths: Tensor, width: int) -> Tensor:
-    """(B, width) bool: True before each row's length."""
-    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
 
 
 class ConvStack(nn.Module):

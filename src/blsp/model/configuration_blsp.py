@@ -13,8 +13,9 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.whisper import WhisperConfig
 
+from blsp.llm.instructions import NO_SPEECH_SENTENCE
+
 AUDIO_TOKEN = "<|audio|>"
-NO_SPEECH_SENTENCE = "I could not hear any speech."
 
 
 class BlspConfig(PretrainedConfig):

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from blsp.model.adapter import AdapterOutput, ConvStack, valid_mask
+from blsp.llm.language_model import valid_mask
+from blsp.model.adapter import AdapterOutput, ConvStack
 
 if TYPE_CHECKING:
     from blsp.model.modeling_blsp import BlspModel

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blsp.llm.language_model import decoder_of, embed, logits_of
-from blsp.llm.prefix import Prefix
+from blsp.llm.language_model import embed, log_probabilities, stop_ids
+from blsp.llm.prefix import Prefix, run_after_prefix
 from blsp.model.adapter import AdapterOutput, Hypothesis
 from blsp.model.configuration_blsp import BlspConfig
 from blsp.model.grounded import BLANK
@@ -89,7 +89,7 @@ def hypotheses_of(config: BlspConfig, output: AdapterOutput, row: int, beam: int
     return tuple(replace(each, tokens=tuple(vocabulary[i] for i in each.tokens)) for each in found)
 
 
-def weighed(llm: PreTrainedModel, prefix: Prefix, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:
+def weighed(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:
     """The tokens of the hypothesis that read-out and LLM together find likeliest."""
     read = log_likelihoods(llm, prefix, [each.tokens for each in hypotheses])
     scores = [
@@ -100,7 +100,9 @@ def weighed(llm: PreTrainedModel, prefix: Prefix, hypotheses: Sequence[Hypothesi
 
 
 @torch.no_grad()
-def log_likelihoods(llm: PreTrainedModel, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> list[float]:
+def log_likelihoods(
+    llm: PreTrainedModel, prefix: Prefix | None, sequences: Sequence[Sequence[int]]
+) -> list[float]:
     """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0.
 
     Hypotheses differ in a word or two, so the LLM reads their tree: a beginning that several share, once; an end
@@ -114,20 +116,16 @@ def log_likelihoods(llm: PreTrainedModel, prefix: Prefix, sequences: Sequence[Se
         seen[node] |= seen[parent]
     inner = sorted({0, *parents})
     place = {node: index for index, node in enumerate(inner)}
-    before = prefix.cut(len(prefix) - 1)  # its last token predicts the first ones: it is the tree's root
-    ids = [prefix.ids[-1], *tokens]
-    embeds = embed(llm, [ids[node] for node in inner])[None]
-    mask = nn.functional.pad(seen[inner][:, inner], (len(before), 0), value=True).to(device)  # (I, P - 1 + I)
-    hidden = decoder_of(llm)(
-        inputs_embeds=embeds,
-        attention_mask=torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(
-            ~mask, torch.finfo(embeds.dtype).min
-        )[None, None],
-        position_ids=len(before) + torch.tensor([[depths[node] for node in inner]], device=device),
-        past_key_values=before.expand(1),
-        use_cache=True,
-    ).last_hidden_state[0]
-    scores = logits_of(llm, hidden).float().log_softmax(dim=-1)
+    # the prefix's last token predicts the first ones: it is the tree's root (an end of text, without a prefix)
+    before = prefix.cut(len(prefix) - 1) if prefix else None
+    ids = [prefix.ids[-1] if prefix else stop_ids(llm)[0], *tokens]
+    embeds = embed(llm, [ids[node] for node in inner])[None]  # (1, I, D)
+    width = len(before) if before else 0
+    mask = nn.functional.pad(seen[inner][:, inner], (width, 0), value=True).to(device)  # (I, P - 1 + I)
+    additive = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
+    offsets = torch.tensor([[depths[node] for node in inner]], device=device)  # (1, I)
+    hidden = run_after_prefix(llm, before, embeds, mask=additive[None, None], offsets=offsets)
+    scores = log_probabilities(llm, hidden.last_hidden_state[0])  # (I, V)
     totals = [0.0]
     edges = scores[[place[parent] for parent in parents], tokens].tolist()
     for parent, score in zip(parents, edges, strict=True):

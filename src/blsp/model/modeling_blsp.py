@@ -29,7 +29,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from blsp.llm.language_model import UnsupportedModelError, check_supported, head_has_bias, scale_logits
+from blsp.llm.language_model import (
+    UnsupportedModelError,
+    check_supported,
+    head_has_bias,
+    scale_logits,
+    valid_mask,
+)
 from blsp.model.adapter import AdapterOutput, AudioEmbeds, ConvAdapter, StackAdapter
 from blsp.model.configuration_blsp import BlspConfig
 from blsp.model.grounded import GroundedAdapter
@@ -164,10 +170,7 @@ class BlspModel(BlspPreTrainedModel):
                 full_window=self.config.full_window,
             )
         heard = self.listen(states, lengths)
-        inside = (
-            torch.arange(heard.vectors.shape[1], device=states.device)[None, :]
-            < heard.num_audio_tokens[:, None]
-        )
+        inside = valid_mask(heard.num_audio_tokens, heard.vectors.shape[1])
         return BlspAudioOutput(
             last_hidden_state=states,
             pooler_output=heard.vectors[inside],

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from blsp.llm.language_model import valid_mask
+
 HOP_SAMPLES = 160  # one mel frame each 10 ms at 16 kHz
 WINDOW_MEL_FRAMES = 3000  # 30 s: as many positions as Whisper's encoder has, times two
 WINDOWS_AT_A_TIME = 8  # of long recordings, so that an hour takes no more memory than four minutes
@@ -58,7 +60,7 @@ def mel_features(
     for row, (audio, count) in enumerate(zip(audios, frames, strict=True)):
         kept = longest if full_window else count
         features[row, :, :kept] = torch.from_numpy(_log_mel(extractor, audio, kept))
-    mask = torch.arange(longest)[None, :] < torch.tensor(frames)[:, None]
+    mask = valid_mask(torch.tensor(frames), longest)
     return features, mask
 
 
@@ -115,11 +117,11 @@ def _encode_window(
     lengths = (mel_lengths + 1) // 2
     features = features.to(tower.conv1.weight.dtype)
     attended = torch.full_like(mel_lengths, features.shape[2]) if full_window else mel_lengths
-    mel_mask = _valid(attended, features.shape[2])[:, None, :]  # (B, 1, Tm)
+    mel_mask = valid_mask(attended, features.shape[2])[:, None, :]  # (B, 1, Tm)
     hidden = nn.functional.gelu(tower.conv1(features * mel_mask)) * mel_mask
     hidden = nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)  # (B, T, E)
     hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
-    valid = _valid((attended + 1) // 2, hidden.shape[1])  # (B, T)
+    valid = valid_mask((attended + 1) // 2, hidden.shape[1])  # (B, T)
     attention_mask = None
     if not bool(valid.all()):
         attention_mask = torch.zeros(valid.shape, dtype=hidden.dtype, device=hidden.device)
@@ -127,9 +129,4 @@ def _encode_window(
     for layer in tower.layers:
         hidden = layer(hidden, attention_mask)
     hidden = tower.layer_norm(hidden)[:, : int(lengths.max())]
-    return hidden * _valid(lengths, hidden.shape[1])[:, :, None], lengths
-
-
-def _valid(lengths: Tensor, width: int) -> Tensor:
-    """(B, width) bool: True before each row's length."""
-    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+    return hidden * valid_mask(lengths, hidden.shape[1])[:, :, None], lengths

@@ -115,11 +115,11 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
     together = run.settings.shard_llm and run.runtime.world > 1
     for batch in lockstep.slots(batches, run.runtime) if together else batches:
         if together and not any(example.response for example in batch):
-            lockstep.idle(run.llm)
+            lockstep.idle(run.prefixes)
         if not batch:
             continue
         with step.autocast(run.runtime):
-            sums = step.run(run.model, batch, run.objective, run.llm)
+            sums = step.run(run.model, batch, run.objective, run.prefixes)
             share = step.objective_value(sums, counts, run.objective)
         if not torch.isfinite(share):
             raise TrainingError(bad_loss(run, number, share.item(), batch))

@@ -27,17 +27,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blsp.llm.language_model import kl_divergence
+from blsp.llm.language_model import at_least_float32
 
 Total = tuple[Tensor, int]
 
 IMPOSSIBLE = -1e30  # log-probability of a path that cannot be; finite, so that no gradient becomes NaN
-CHUNK_LOGITS = 2**24  # logits alive at once: 64 MB of float32
 
 
 def ce_loss(logits: Tensor, targets: Tensor) -> Total:
     """Cross-entropy of ``targets`` (N,) under ``logits`` (N, V)."""
-    return F.cross_entropy(_wide(logits), targets, reduction="sum"), targets.numel()
+    return F.cross_entropy(at_least_float32(logits), targets, reduction="sum"), targets.numel()
 
 
 def kl_loss(
@@ -52,9 +51,6 @@ def kl_loss(
     given; with the student at 1 and the teacher's going to 0 this becomes ``ce_loss`` on the teacher's best
     token.
     """
-    teacher = torch.log_softmax(_wide(teacher_logits) / temperature, dim=-1)
-    student = torch.log_softmax(_wide(student_logits) / (student_temperature or temperature), dim=-1)
-    return kl_divergence(teacher, student).sum(), student.shape[0]
 
 
 def topk_kl_loss(
@@ -65,7 +61,7 @@ def topk_kl_loss(
     What is left of the vocabulary is one bucket on both sides, so this is a lower bound of `kl_loss` (the
     log-sum inequality) that reaches it as K grows.
     """
-    logits = _wide(student_logits) / temperature
+    logits = at_least_float32(student_logits) / temperature
     teacher, teacher_tail = _teacher_with_tail(top_logp.to(logits.dtype))
     top = logits.gather(-1, top_ids.long())  # (N, K)
     if top_ids.shape[-1] == logits.shape[-1]:
@@ -101,7 +97,7 @@ def ctc_loss(
     if labels is None:
         labels = torch.full((len(targets), 1), blank, dtype=torch.long, device=targets.device)
     labels = labels.clamp(0, log_probs.shape[-1] - 1)
-    taken = _wide(
+    taken = at_least_float32(
         log_probs.gather(-1, labels[:, None, :].expand(-1, log_probs.shape[1], -1))
     )  # (B, S, 1 + U)
     states = 2 * targets.shape[1] + 1
@@ -152,11 +148,6 @@ def chunked(hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: in
     return _Chunked.apply(hidden, loss_of, rows)
 
 
-def rows_per_chunk(vocabulary: int) -> int:
-    """How many positions a chunk may hold so that its logits stay within `CHUNK_LOGITS`."""
-    return max(1, CHUNK_LOGITS // vocabulary)
-
-
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
@@ -179,8 +170,3 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.to(gradient.dtype), None, None
-
-
-def _wide(logits: Tensor) -> Tensor:
-    """At least float32: a softmax over 150k bfloat16 logits is noise."""
-    return logits if logits.dtype == torch.float64 else logits.float()

@@ -2,7 +2,7 @@
 
 In:  examples from the training part and held-out ones, the model.
 Out: ``{"held_out_kl": …, "held_out_kl_shuffled": …, "held_out_top1": …, "held_out_wer": …, "train_kl": …}``.
-Try: ``measure(Probe("held_out", examples), llm, tokenizer, positions=4096)``
+Try: ``measure(Probe("held_out", examples), prefixes, tokenizer, positions=4096)``
 Flow: training/loop.py every so many steps -> **probes.py** -> metrics.jsonl, curves.png
 
 `kl` is the mean over response tokens of KL(text || speech), temperature 1, whole vocabulary, nats; it
@@ -25,10 +25,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from whisper_normalizer.basic import BasicTextNormalizer
 
-from blsp.llm.prefix import PromptedLLM
+from blsp.llm.language_model import rows_per_chunk
+from blsp.llm.prefix import PrefixCache
 from blsp.training.batches import cut
 from blsp.training.examples import Example
-from blsp.training.losses import kl_loss, rows_per_chunk
+from blsp.training.losses import kl_loss
 from blsp.training.step import response_states, speech_states, speech_vectors, transcript_vectors
 
 
@@ -51,65 +52,70 @@ class Probe:
 
 @torch.no_grad()
 def measure(
-    probe: Probe, llm: PromptedLLM, tokenizer: PreTrainedTokenizerBase, positions: int
+    probe: Probe, prefixes: PrefixCache, tokenizer: PreTrainedTokenizerBase, positions: int
 ) -> dict[str, float]:
     """The probes of one part of the data ("train" or "held_out"); those that it has examples for."""
-    adapter = llm.model.model.multi_modal_projector
+    adapter = prefixes.llm.model.multi_modal_projector
     learning = adapter.training
     adapter.eval()
     found: dict[str, float] = {}
     if probe.answered:
-        found["kl"], found["top1"] = divergence(probe, probe.answered, llm, positions)
+        found["kl"], found["top1"] = divergence(probe, probe.answered, prefixes, positions)
         if others := shuffled(probe.answered):
-            found["kl_shuffled"], _ = divergence(probe, others, llm, positions)
+            found["kl_shuffled"], _ = divergence(probe, others, prefixes, positions)
     spoken = {example.id: example for example in probe.examples if not example.no_speech}
-    if spoken and llm.model.config.adapter == "grounded":
-        found["wer"] = readout_wer(list(spoken.values()), llm, tokenizer, positions)
+    if spoken and prefixes.llm.config.adapter == "grounded":
+        found["wer"] = readout_wer(list(spoken.values()), prefixes, tokenizer, positions)
     adapter.train(learning)
     return {f"{probe.part}_{name}": round(value, 6) for name, value in found.items()}
 
 
 def divergence(
-    probe: Probe, hearing: Sequence[Example], llm: PromptedLLM, positions: int
+    probe: Probe, hearing: Sequence[Example], prefixes: PrefixCache, positions: int
 ) -> tuple[float, float]:
     """Mean KL(text || speech) in nats and top-1 agreement over all response positions.
 
     hearing: the probe's answered examples, or the same with other clips to be heard.
     """
     total, agreed, count = 0.0, 0, 0
-    rows = rows_per_chunk(llm.model.config.text_config.vocab_size)
+    rows = rows_per_chunk(prefixes.llm.config.text_config.vocab_size)
     for numbers in micro_batches(hearing, positions):
         batch = [hearing[number] for number in numbers]
-        heard = llm.model.model.listen(*speech_states(llm.model, batch))
-        speech, _ = response_states(llm.model, batch, speech_vectors(heard, range(len(batch))), llm)
-        text = _text_states(probe, numbers, batch, llm)
+        heard = prefixes.llm.model.listen(*speech_states(prefixes.llm, batch))
+        speech, _ = response_states(prefixes.llm, batch, speech_vectors(heard, range(len(batch))), prefixes)
+        text = _text_states(probe, numbers, batch, prefixes)
         for start in range(0, len(speech), rows):
             part = slice(start, start + rows)
-            student, teacher = llm.model.compute_logits(speech[part]), llm.model.compute_logits(text[part])
+            student, teacher = (
+                prefixes.llm.compute_logits(speech[part]),
+                prefixes.llm.compute_logits(text[part]),
+            )
             total += kl_loss(student, teacher)[0].item()
             agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
             count += len(student)
     return total / count, agreed / count
 
 
-def _text_states(probe: Probe, numbers: Sequence[int], batch: Sequence[Example], llm: PromptedLLM) -> Tensor:
+def _text_states(
+    probe: Probe, numbers: Sequence[int], batch: Sequence[Example], prefixes: PrefixCache
+) -> Tensor:
     """States (N, D) of the reading LLM at the responses of a micro-batch, from the first time on remembered."""
     if any(number not in probe.text for number in numbers):
-        states, _ = response_states(llm.model, batch, transcript_vectors(llm.model, batch), llm)
+        states, _ = response_states(prefixes.llm, batch, transcript_vectors(prefixes.llm, batch), prefixes)
         found = states.split([len(example.response) for example in batch])
         probe.text.update(zip(numbers, found, strict=True))
     return torch.cat([probe.text[number] for number in numbers])
 
 
 def readout_wer(
-    examples: Sequence[Example], llm: PromptedLLM, tokenizer: PreTrainedTokenizerBase, positions: int
+    examples: Sequence[Example], prefixes: PrefixCache, tokenizer: PreTrainedTokenizerBase, positions: int
 ) -> float:
     """Word error rate of the adapter's read-out, lower case and without punctuation on both sides."""
     normalise = BasicTextNormalizer()
     references, hypotheses = [], []
     for numbers in micro_batches(examples, positions):
         batch = [examples[number] for number in numbers]
-        readouts = llm.model.model.listen(*speech_states(llm.model, batch)).readout or []
+        readouts = prefixes.llm.model.listen(*speech_states(prefixes.llm, batch)).readout or []
         references += [normalise(example.text) for example in batch]
         hypotheses += [normalise(tokenizer.decode(ids)) for ids in readouts]
     kept = [i for i, reference in enumerate(references) if reference.strip()]

@@ -63,7 +63,7 @@ def measure(run: Run) -> dict[str, float]:
     found: dict[str, float] = {}
     with step.autocast(run.runtime):
         for probe in run.probes:
-            found |= probes.measure(probe, run.llm, run.processor.tokenizer, run.settings.batch_tokens)
+            found |= probes.measure(probe, run.prefixes, run.processor.tokenizer, run.settings.batch_tokens)
     return found
 
 

@@ -28,7 +28,7 @@ from blsp.distributed import Runtime, barrier, shard_language_model
 from blsp.features.encode import open_features
 from blsp.llm.instructions import NO_SPEECH_SENTENCE
 from blsp.llm.language_model import stop_ids
-from blsp.llm.prefix import PromptedLLM
+from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import transcript_ids
 from blsp.model.checkpoint import load_mean, new_blsp
 from blsp.model.grounded import token_strings, widen_readout
@@ -55,7 +55,7 @@ class Run:
     runtime: Runtime
     model: BlspForConditionalGeneration
     processor: BlspProcessor
-    llm: PromptedLLM
+    prefixes: PrefixCache
     objective: Objective
     reader: ExampleReader
     sources: list[Source]
@@ -102,11 +102,24 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
         open_table(sources, reader, folder, skipped, settings.held_out, reader.pairs)
     barrier(runtime)
     table = open_table(sources, reader, folder, skipped, settings.held_out, reader.pairs)
-    llm = PromptedLLM(model, settings.activation_checkpointing, reuse_prefix=not settings.shard_llm)
+    if settings.activation_checkpointing:
+        model.model.language_model.activation_checkpointing_enable()
+    prefixes = PrefixCache(model, reuse=not settings.shard_llm)
     plan = plan_of(settings, sources, table)
     probes = open_probes(reader, table, sources)
     return Run(
-        settings, runtime, model, processor, llm, objective, reader, sources, table, plan, skipped, probes
+        settings,
+        runtime,
+        model,
+        processor,
+        prefixes,
+        objective,
+        reader,
+        sources,
+        table,
+        plan,
+        skipped,
+        probes,
     )
 
 

@@ -2,7 +2,7 @@
 
 In:  examples that share a prompt prefix, the model, and what is learnt (`Objective`).
 Out: `Sums`: the loss sums of that micro-batch and how many positions were padding.
-Try: ``step.run(model, examples, objective, llm)``
+Try: ``step.run(model, examples, objective, prefixes)``
 Flow: training/examples.py -> training/batches.py -> **step.py** (adapter -> LLM -> losses.py) ->
       training/loop.py
 
@@ -27,14 +27,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blsp.distributed import Runtime
-from blsp.llm.language_model import embed
-from blsp.llm.prefix import PromptedLLM
+from blsp.llm.language_model import embed, rows_per_chunk, valid_mask
+from blsp.llm.prefix import PrefixCache, run_after_prefix
 from blsp.model.adapter import AdapterOutput
 from blsp.model.grounded import BLANK, GroundedAdapter
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech
 from blsp.training.examples import Example
-from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, rows_per_chunk, topk_kl_loss
+from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, topk_kl_loss
 
 Loss = Literal["ctc", "ce", "kl"]
 
@@ -98,7 +98,7 @@ def run(
     model: BlspForConditionalGeneration,
     examples: Sequence[Example],
     objective: Objective,
-    llm: PromptedLLM,
+    prefixes: PrefixCache,
 ) -> Sums:
     """Sums of one micro-batch; all its examples have the same prefix."""
     states, lengths = speech_states(model, examples)
@@ -116,12 +116,12 @@ def run(
         return Sums(zero, ctc)
     answering = [examples[row] for row in spoken]
     vectors = speech_vectors(heard, spoken)
-    hidden, padding = response_states(model, answering, vectors, llm)
+    hidden, padding = response_states(model, answering, vectors, prefixes)
     positions = sum(
         len(v) + len(e.template.suffix_ids) + len(e.response) - 1
         for v, e in zip(vectors, answering, strict=True)
     )
-    response = _response_loss(model, answering, hidden, objective, llm)
+    response = _response_loss(model, answering, hidden, objective, prefixes)
     return Sums(response, ctc, positions + padding, padding)
 
 
@@ -138,7 +138,7 @@ def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Exampl
     mels = [torch.from_numpy(example.mel) for example in examples]  # (M, Tm) each
     lengths = torch.tensor([example.mel_frames for example in examples], device=device)
     padded = nn.utils.rnn.pad_sequence([mel.T for mel in mels], batch_first=True).transpose(1, 2).to(device)
-    mask = torch.arange(padded.shape[2], device=device)[None, :] < lengths[:, None]
+    mask = valid_mask(lengths, padded.shape[2])
     with torch.no_grad():
         return encode_speech(model.model.audio_tower, padded, mask, full_window=model.config.full_window)
 
@@ -159,7 +159,7 @@ def response_states(
     model: BlspForConditionalGeneration,
     examples: Sequence[Example],
     vectors: Sequence[Tensor],
-    llm: PromptedLLM,
+    prefixes: PrefixCache,
 ) -> tuple[Tensor, int]:
     """Last hidden states where responses are predicted, flat (N, D), and the padded positions."""
     with torch.no_grad():
@@ -167,7 +167,8 @@ def response_states(
     rows = [torch.cat([v.to(tail.dtype), tail]) for v, tail in zip(vectors, tails, strict=True)]
     embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L, D)
     lengths = [len(row) for row in rows]
-    hidden = llm.states(examples[0].template.prefix_ids, embeds)
+    prefix = prefixes.get(examples[0].template.prefix_ids)
+    hidden = run_after_prefix(model, prefix, embeds).last_hidden_state  # (B, L, D)
     width = embeds.shape[1]
     places = [
         torch.arange(row * width + length - len(example.response), row * width + length)
@@ -182,7 +183,7 @@ def _response_loss(
     examples: Sequence[Example],
     hidden: Tensor,
     objective: Objective,
-    llm: PromptedLLM,
+    prefixes: PrefixCache,
 ) -> Tensor:
     """Sum over response positions; `hidden` (N, D). Set answers (no speech) have no teacher and take ce."""
     taught = [
@@ -199,7 +200,7 @@ def _response_loss(
         )
     if any(taught):
         answering = [example for example in examples if not example.no_speech]
-        total = total + _divergence(model, answering, hidden[split], objective, llm, rows)
+        total = total + _divergence(model, answering, hidden[split], objective, prefixes, rows)
     return total
 
 
@@ -208,7 +209,7 @@ def _divergence(
     examples: Sequence[Example],
     hidden: Tensor,
     objective: Objective,
-    llm: PromptedLLM,
+    prefixes: PrefixCache,
     rows: int,
 ) -> Tensor:
     """Sum of KL(text || speech) over `hidden` (N, D): from the stored top-k, or with the teacher run here."""
@@ -224,7 +225,7 @@ def _divergence(
             rows,
         )
     with torch.no_grad():
-        read, _ = response_states(model, examples, transcript_vectors(model, examples), llm)
+        read, _ = response_states(model, examples, transcript_vectors(model, examples), prefixes)
     return chunked(
         hidden,
         lambda h, part: kl_loss(
@@ -308,8 +309,8 @@ def slots(batches: list[list[Example]], runtime: Runtime) -> Iterator[list[Examp
     yield from ([] for _ in range(int(most) - len(batches)))
 
 
-def idle(llm: PromptedLLM) -> None:
+def idle(prefixes: PrefixCache) -> None:
     """Forward and backward over one position that nobody learns from."""
-    weight = llm.model.get_input_embeddings().weight
+    weight = prefixes.llm.get_input_embeddings().weight
     nothing = torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
-    llm.states((), nothing).sum().backward()
+    run_after_prefix(prefixes.llm, None, nothing).last_hidden_state.sum().backward()
