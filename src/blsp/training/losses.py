@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blsp.llm.language_model import at_least_float32
+from blsp.llm.language_model import at_least_float32, kl_divergence
 
 Total = tuple[Tensor, int]
 
@@ -51,6 +51,11 @@ def kl_loss(
     given; with the student at 1 and the teacher's going to 0 this becomes ``ce_loss`` on the teacher's best
     token.
     """
+    teacher = torch.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
+    student = torch.log_softmax(
+        at_least_float32(student_logits) / (student_temperature or temperature), dim=-1
+    )
+    return kl_divergence(teacher, student).sum(), student.shape[0]
 
 
 def topk_kl_loss(
