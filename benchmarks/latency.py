@@ -33,8 +33,8 @@ from blsp.evaluation.recogniser import COMPUTE_TYPES, recogniser_of
 from blsp.inference.listener import Listener, Question, load, written
 from blsp.llm.decoding import Decoder
 from blsp.model.adapter import AudioEmbeds
+from blsp.settings import DEFAULT_MODEL
 from blsp.weights.embedded import resolve_weights
-from blsp.weights.shipped import DEFAULT_MODEL
 
 SECONDS = (1, 3, 10, 30)
 INSTRUCTION = "Answer the following question in one short sentence:"

@@ -27,7 +27,7 @@ from blsp.inference.conversation import Memory, lay_out, request_for, user_turn
 from blsp.inference.listener import Listener, load, written
 from blsp.llm.decoding import Decoder
 from blsp.llm.text_stream import answer_text
-from blsp.weights.shipped import DEFAULT_MODEL
+from blsp.settings import DEFAULT_MODEL
 
 INSTRUCTIONS = ("Please repeat the following words:", "Answer the following:", "Continue the following text:")
 QUESTIONS = 70

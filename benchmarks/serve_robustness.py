@@ -24,7 +24,7 @@ import httpx
 
 from benchmarks.support.hostile import Attempt, attempts
 from benchmarks.support.serving import Server, recordings, serving, spoken_question
-from blsp.weights.shipped import DEFAULT_MODEL
+from blsp.settings import DEFAULT_MODEL
 
 ATTEMPTS = 1000
 BY_SCHEMATHESIS = 40  # examples an operation

@@ -15,15 +15,15 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "blsp"
 ROWS = [
-    {"settings", "configuration_file"},
+    {"settings"},
     {"data", "distributed"},
     {"llm", "weights"},
     {"model", "features"},
     {"continuation", "training", "inference"},
     {"evaluation", "serving"},
 ]
-DOORS = {"__init__", "__main__", "cli", "tour", "tour_page", "vllm_plugin"}
-TORCH_FREE = {"__init__", "__main__", "cli", "configuration_file", "settings", "data"}
+DOORS = {"__init__", "__main__", "cli", "plugins", "tour", "tour_page"}
+TORCH_FREE = {"__init__", "__main__", "cli", "plugins", "settings", "data"}
 TORCH = {"torch", "transformers", "accelerate", "torchaudio"}
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -411,3 +412,47 @@ def test_public_names_are_lazy_and_named_when_missing() -> None:
     assert set(blsp.__all__) == set(dir(blsp))
     with pytest.raises(AttributeError, match="listen_up"):
         _ = blsp.listen_up
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_group_of_flags_names_fields(name: str) -> None:
+    kind = getattr(settings, cli.COMMANDS[name].settings)
+    named = [field for group in getattr(kind, "GROUPS", {}).values() for field in group.split()]
+    assert len(named) == len(set(named))
+    assert set(named) <= {field.name for field in dataclasses.fields(kind)}
+
+
+def test_help_shows_flags_in_groups_under_their_own_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["train", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for group in ("data options", "model options", "optimisation options", "compute and memory options"):
+        assert group in shown
+    assert re.search(r"--lr FLOAT", shown) and "optimisation.lr" not in shown
+
+
+def test_a_choice_is_read_from_the_dict_that_owns_it(tmp_path: Path) -> None:
+    """A plugin's entry is a choice at once, at the command line and in a file."""
+    plugin = tmp_path / "my_corpus.py"
+    plugin.write_text("from blsp.data.prepare import READERS\n\nREADERS['mine'] = lambda wanted: iter(())\n")
+    recipe = tmp_path / "prepare.yaml"
+    recipe.write_text("corpus: mine\nroot: r\nout: o.jsonl\n")
+    program = (
+        "from blsp import cli\n"
+        "assert cli.parse('prepare', ['mine', '--root', 'r', '--out', 'o']).corpus == 'mine'\n"
+        f"assert cli.parse('prepare', ['--config', {str(recipe)!r}]).corpus == 'mine'\n"
+    )
+    for plugins, code in ((str(plugin), 0), ("", 2)):
+        environment = os.environ | {"BLSP_PLUGINS": plugins}
+        answer = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
+        assert answer.returncode == code, answer.stderr
+    assert cli.main(["prepare", "--config", str(recipe)]) == 2
+
+
+def test_a_plugin_that_fails_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BLSP_PLUGINS", "nowhere/my_adapter.py")
+    assert cli.main(["chat"]) == 2
+    assert "plugin nowhere/my_adapter.py" in capsys.readouterr().err

@@ -1,13 +1,9 @@
-"""One door: `blsp COMMAND …` → settings in, one function call out; torch only when a command needs it.
+"""Command line: `blsp COMMAND …` → one settings object → one function call.
 
 In:  the command line. Out: an exit code: 0 done; 1 the job failed, with one line that says what to do; 2 the
-     command line (or the YAML file that stands for it) is wrong; 130 interrupted.
-Try: `blsp --help`, `blsp train --help`.
-
-The commands stand in the order of the house:
-
-    corpora → manifest → continuations (step 1) → speech features → alignment training (step 2) → checkpoint
-    → inference → evaluation, serving
+     command line (or the YAML file of --config) is wrong; 130 interrupted.
+Try: `blsp --help`, `blsp train --help`
+Flow: plugins.py → settings/reading.py → **cli.py** → the function of the command, which imports torch if it needs it.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from importlib import import_module
 from typing import Any
 
 DONE, FAILED, WRONG_COMMAND_LINE, INTERRUPTED = 0, 1, 2, 130
-EXTRAS = {  # a package that may not be there -> the extra of ours that brings it
+EXTRAS = {  # a package that may be missing -> our extra that installs it
     "datasets": "data",
     "fastapi": "serve",
     "uvicorn": "serve",
@@ -33,55 +29,56 @@ EXTRAS = {  # a package that may not be there -> the extra of ours that brings i
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its settings class in `blsp.settings`, the function that does it, a line about it."""
+    """A command: its settings class in `blsp.settings`, its function as MODULE:NAME, a line about it."""
 
     settings: str
-    module: str
-    function: str
+    target: str
     summary: str
 
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
 
-COMMANDS = {
-    "prepare": Command("PrepareSettings", "blsp.data.prepare", "prepare", "a corpus → a manifest"),
+    @property
+    def function(self) -> str:
+        return self.target.partition(":")[2]
+
+
+COMMANDS = {  # in the order of the flow
+    "prepare": Command("PrepareSettings", "blsp.data.prepare:prepare", "a corpus → a manifest"),
     "continue": Command(
         "ContinueSettings",
-        "blsp.continuation.writer",
-        "write_continuations",
+        "blsp.continuation.writer:write_continuations",
         "step 1: the LLM continues every transcript",
     ),
     "encode": Command(
-        "EncodeSettings", "blsp.features.encode", "encode", "the frozen encoder's output, once, on disk"
+        "EncodeSettings", "blsp.features.encode:encode", "the frozen encoder's output, on disk"
     ),
-    "train": Command(
-        "TrainSettings", "blsp.training.loop", "train", "step 2: the adapter learns to make it listen"
-    ),
+    "train": Command("TrainSettings", "blsp.training.loop:train", "step 2: the adapter learns to listen"),
     "evaluate": Command(
         "EvaluateSettings",
-        "blsp.evaluation.judge",
-        "evaluate",
+        "blsp.evaluation.judge:evaluate",
         "the same questions as text, cascade and speech",
     ),
     "generate": Command(
-        "GenerateSettings", "blsp.inference.generate", "generate", "answer every row of a manifest"
+        "GenerateSettings", "blsp.inference.generate:generate", "answer every row of a manifest"
     ),
     "transcribe": Command(
-        "TranscribeSettings", "blsp.inference.transcribe", "transcribe", "write down what was said"
+        "TranscribeSettings", "blsp.inference.transcribe:transcribe", "write down the words of recordings"
     ),
-    "chat": Command("ChatSettings", "blsp.inference.chat", "chat", "talk with it in the terminal"),
-    "serve": Command(
-        "ServeSettings", "blsp.serving.server", "serve", "OpenAI-compatible server and a web page"
-    ),
+    "chat": Command("ChatSettings", "blsp.inference.chat:chat", "chat in the terminal, with text and speech"),
+    "serve": Command("ServeSettings", "blsp.serving.server:serve", "OpenAI-compatible server and a web page"),
     "export": Command(
-        "ExportSettings", "blsp.model.checkpoint", "export", "one self-contained Hugging Face folder"
+        "ExportSettings", "blsp.model.checkpoint:export", "one self-contained Hugging Face folder"
     ),
-    "tour": Command("TourSettings", "blsp.tour", "tour", "the whole way on real speech, in minutes"),
+    "tour": Command("TourSettings", "blsp.tour:tour", "every step on real speech, in minutes"),
 }
 
 HEADER = """\
 usage: blsp COMMAND [OPTIONS]        blsp COMMAND --help explains a command
 
 Teach a frozen text LLM to listen (BLSP: behaviour alignment of continuation writing, arXiv 2309.00916).
-The LLM continues transcripts; an adapter learns to make it behave the same when it hears the speech.
+The LLM continues transcripts; an adapter is trained until the LLM answers speech in the same way.
 
   corpora → manifest → continuations (step 1) → speech features → alignment training (step 2) → checkpoint
   → inference → evaluation, serving
@@ -90,6 +87,7 @@ The LLM continues transcripts; an adapter learns to make it behave the same when
 FOOTER = """\
 Start with `blsp tour`; then `blsp chat --model runs/tour/train/adapter`.
 Every command but chat, export and tour also reads its flags from a YAML file: --config FILE.
+BLSP_PLUGINS=FILE,… imports Python files that add adapters, losses or corpora.
 BLSP_TRACEBACK=1 shows where an error came from.
 """
 
@@ -100,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(arguments)
     except KeyboardInterrupt:
-        print("blsp: interrupted; the same command goes on from here", file=sys.stderr)
+        print("blsp: interrupted; the same command continues from here", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has left: `blsp … | head`
+    except BrokenPipeError:  # the reader has closed the pipe: `blsp … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
@@ -121,17 +119,25 @@ def _main(arguments: list[str]) -> int:
         return _wrong(f"there is no command {name!r}; the commands are {', '.join(COMMANDS)}")
     try:
         settings = parse(name, flags)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # SettingsError, PluginError
         return _wrong(str(error))
     return run(COMMANDS[name], settings)
 
 
+def help_text() -> str:
+    """What `blsp --help` prints, written without tyro so that it comes at once."""
+    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
+    return f"{HEADER}\n{commands}\n\n{FOOTER}".rstrip()
+
+
 def parse(name: str, flags: Sequence[str]) -> Any:
     """The settings of command `name`; a wrong flag makes tyro explain itself and exit with 2."""
-    from blsp import configuration_file, settings
+    from blsp import settings
+    from blsp.plugins import load_plugins
+    from blsp.settings.reading import read_settings
 
-    kind = getattr(settings, COMMANDS[name].settings)
-    return configuration_file.read_settings(kind, flags, prog=f"blsp {name}")
+    load_plugins()
+    return read_settings(getattr(settings, COMMANDS[name].settings), flags, prog=f"blsp {name}")
 
 
 def run(command: Command, settings: Any) -> int:
@@ -143,12 +149,6 @@ def run(command: Command, settings: Any) -> int:
     except Exception as error:
         return _failed(error)
     return DONE if code is None else code
-
-
-def help_text() -> str:
-    """What `blsp --help` prints, written without tyro so that it comes at once."""
-    commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
-    return f"{HEADER}\n{commands}\n\n{FOOTER}".rstrip()
 
 
 def _failed(error: Exception) -> int:

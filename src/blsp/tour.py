@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blsp.settings import SettingsError, TourSettings
+from blsp.settings import DEFAULT_MODEL, SettingsError, TourSettings
 from blsp.tour_page import (
     compare_page,
     divergence_lines,
@@ -26,7 +26,7 @@ from blsp.tour_page import (
     read_clips,
     read_manifest,
 )
-from blsp.weights.shipped import DEFAULT_MODEL, is_shipped
+from blsp.weights.shipped import is_shipped
 
 LLM = "embedded:smollm2-135m-instruct"
 ENCODER = "embedded:whisper-tiny.en"

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from ablation import ARMS, settings_of, written
 
-from blsp.configuration_file import read_settings
 from blsp.evaluation.tasks import load_suite
 from blsp.settings import TrainSettings
+from blsp.settings.reading import read_settings
 
 PLAN = yaml.safe_load(ARMS.read_text(encoding="utf-8"))
 STARTED = {"kl", "ce", "ce-continuation", "ce-repeat", "ce-answers"}  # from a grounded adapter

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from support.tiny_models import save_language_model
 from support.training_examples import write_data
 
-from blsp import configuration_file
 from blsp.data.audio import write_wav
 from blsp.distributed import find_runtime
 from blsp.features.encode import FeatureCache
 from blsp.model.checkpoint import load_blsp
 from blsp.model.grounded import Kept
 from blsp.settings import SettingsError, TrainSettings
+from blsp.settings.reading import read_settings
 from blsp.training import loop, reporting, step
 from blsp.training.dataset import DataError
 from blsp.training.loop import TrainingError, train
@@ -92,9 +92,7 @@ def test_the_run_folder_is_what_the_contract_says(settings: TrainSettings, capsy
 
 def test_settings_yaml_can_be_given_back(settings: TrainSettings) -> None:
     train(replace(settings, steps=1))
-    read = configuration_file.read_settings(
-        TrainSettings, ["--config", str(settings.out / "settings.yaml")], "blsp train"
-    )
+    read = read_settings(TrainSettings, ["--config", str(settings.out / "settings.yaml")], "blsp train")
     assert replace(read, config=None) == replace(settings, steps=1)
 
 
@@ -176,7 +174,7 @@ def test_stages_follow_each_other(settings: TrainSettings, tmp_path: Path) -> No
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
-    staged = configuration_file.read_settings(TrainSettings, ["--config", str(file)], "blsp train")
+    staged = read_settings(TrainSettings, ["--config", str(file)], "blsp train")
     train(staged)
     out = tmp_path / "staged"
     grounded, aligned = (
@@ -192,9 +190,7 @@ def test_stages_follow_each_other(settings: TrainSettings, tmp_path: Path) -> No
     first = torch.cat([tensor.flatten() for tensor in grounded.values()])
     last = torch.cat([tensor.flatten() for tensor in aligned.values()])
     assert (first - last).abs().mean() < 0.02  # the second stage began where the first ended
-    again = configuration_file.read_settings(
-        TrainSettings, ["--config", str(out / "settings.yaml")], "blsp train"
-    )
+    again = read_settings(TrainSettings, ["--config", str(out / "settings.yaml")], "blsp train")
     assert [stage.loss for stage in again.stages] == ["ctc", "kl"]
     assert again.stages[1].init_from == (str(out / "stages" / "ground" / "adapter"),)
 

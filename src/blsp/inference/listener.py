@@ -35,7 +35,7 @@ from blsp.model.hypotheses import weighed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import encode_speech, mel_features
-from blsp.weights.shipped import DEFAULT_MODEL
+from blsp.settings import DEFAULT_MODEL
 
 PREFIXES_KEPT = 32
 BEAM = 16  # hypotheses that the LLM weighs for a transcript

@@ -1,11 +1,15 @@
-"""What every command can be told: one frozen dataclass per command; a field's docstring is its help text.
+"""Settings of every command: one frozen dataclass per command; the text below a field is its help.
 
-In:  the command line, read by tyro (a YAML file given with --config is the same flags written down).
+    shared.py        flags that several commands have, lists of choices, checks
+    pipeline.py      prepare, continue, encode, train
+    applications.py  evaluate, generate, transcribe, chat, serve, export, tour
+
+In:  the command line, or a YAML file given with --config, which holds the same flags.
 Out: one settings object, checked, handed to one function. Inner functions take plain arguments, not settings.
 Try: `TranscribeSettings(files=("question.wav",))`, or `blsp transcribe --help`.
 
-Data and model names have no default, the shipped adapter excepted. Other defaults are the paper's where it
-has one (arXiv 2309.00916, marked "paper"). A model name is a folder, a hub id, or `embedded:NAME`.
+Names of data and models have no default, except the shipped adapter. Other defaults are those of the paper
+(arXiv 2309.00916), marked "paper", where it has one. A model name is a folder, a hub id, or `embedded:NAME`.
 """
 
 from blsp.settings.applications import (
@@ -18,9 +22,10 @@ from blsp.settings.applications import (
     TranscribeSettings,
 )
 from blsp.settings.pipeline import ContinueSettings, EncodeSettings, PrepareSettings, TrainSettings
-from blsp.settings.shared import SettingsError
+from blsp.settings.shared import DEFAULT_MODEL, SettingsError
 
 __all__ = [
+    "DEFAULT_MODEL",
     "SettingsError",
     "PrepareSettings",
     "ContinueSettings",

@@ -1,8 +1,10 @@
 """Settings of the commands that use an adapter: evaluate, generate, transcribe, chat, serve, export, tour.
 
-In:  the command line (cli.py, configuration_file.py). Out: one frozen object for one function.
+In:  the command line, or a YAML file (cli.py). Out: one frozen object for one function.
 Try: `blsp transcribe --help`
-Flow: cli.py → **settings** → evaluation, inference, serving, model/checkpoint.py, tour.py
+Flow: cli.py → **applications.py** → evaluation, inference, serving, model/checkpoint.py, tour.py
+
+`GROUPS` names the groups that `--help` shows, with their fields in order.
 """
 
 from __future__ import annotations
@@ -10,74 +12,84 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional
 
 from blsp.settings.shared import (
+    DEFAULT_MODEL,
+    ConfigFile,
     Device,
     Dtype,
+    Flag,
+    Limit,
     Normalise,
     Order,
+    Precision,
     SettingsError,
-    TalkDtype,
+    Temperature,
+    TopP,
     above_zero,
     can_sample,
 )
-from blsp.weights.shipped import DEFAULT_MODEL
+
+Model = Annotated[str, Flag("model", "the adapter, or the merged model, to use")]
 
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """Ask the same questions as text, through a cascade and as speech, and set the answers side by side.
+    """Ask the same questions as text, through a cascade and as speech, and compare the answers.
 
-    The text route is the LLM's own upper bound; the cascade recognises first and then asks the same LLM.
-    Writes results.json, samples.jsonl (every question, all answers), report.md with pictures, and prints the
-    table.
+    The text route is the upper bound of the LLM itself; the cascade recognises the speech first and then asks
+    the same LLM. Writes results.json, samples.jsonl (every question, all answers) and report.md with pictures,
+    and prints the table.
 
         $ blsp evaluate --suite tiny --out results/tiny
         $ blsp evaluate --model runs/x/adapter --task my_task.yaml --out results/x --routes text speech
     """
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "task": "suite task data limit routes normalise",
+        "model": "model asr asr_compute peer judge",
+        "report": "out compare seed bootstrap",
+        "compute": "batch_size device dtype",
+    }
+
     out: Path
     """the results folder"""
-    model: str = DEFAULT_MODEL
-    """the adapter or merged model to judge"""
+    model: Model = DEFAULT_MODEL
     suite: str | None = None
     """a named set of tasks, e.g. tiny"""
     task: tuple[str, ...] = ()
     """single tasks, by name or by YAML file"""
     routes: tuple[Literal["text", "cascade", "speech"], ...] = ("text", "cascade", "speech")
-    """which ways to ask"""
+    """the ways to ask"""
     data: Path | None = None
-    """the folder of the suite's manifests; left out: corpus/ in the cache folder (`make eval-data`)"""
+    """the folder of the suite's manifests; without: corpus/ in the cache folder (`make eval-data`)"""
     asr: str | None = None
-    """the cascade's recogniser: a CTranslate2 folder, a size of faster-whisper's (large-v3), or what transformers loads
-    (left out: its own Whisper)"""
+    """the recogniser of the cascade: a CTranslate2 folder, a size of faster-whisper (large-v3), or a model that
+    transformers loads (without: the adapter's own Whisper)"""
     asr_compute: Literal["int8", "float32", "auto"] = "int8"
-    """how faster-whisper computes; auto times both and takes the faster, so runs may differ"""
+    """the number type of faster-whisper; auto times both and takes the faster, so runs may differ"""
     normalise: Normalise = "none"
-    """the text route's transcripts: as given, or through Whisper's normaliser (paper)"""
+    """the transcripts of the text route: as given, or through Whisper's normaliser (paper)"""
     peer: tuple[str, ...] = ()
     """OpenAI-compatible servers that take speech, as further columns: MODEL@URL (key: OPENAI_API_KEY)"""
     judge: str | None = None
     """an OpenAI-compatible server that rates open answers: MODEL@URL"""
     compare: tuple[Path, ...] = ()
     """results folders of other checkpoints: the report shows divergence against scores over all of them"""
-    limit: int | None = None
-    """ask only the first so many questions of each task"""
+    limit: Limit = None
+    """ask only this many questions of each task"""
     batch_size: int = 128
-    """questions answered side by side; fewer where memory ends"""
+    """questions answered together; give a smaller number where memory is short"""
     seed: int = 0
     """draws the bootstrap samples"""
     bootstrap: int = 1000
     """samples behind each confidence interval"""
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""
     dtype: Dtype = "auto"
-    """the weights' type"""
-    config: Path | None = None
-    """a YAML file with these same flags"""
+    config: ConfigFile = None
 
     def __post_init__(self) -> None:
         above_zero(self, "batch_size", "bootstrap", "limit")
@@ -89,40 +101,41 @@ class EvaluateSettings:
 class GenerateSettings:
     """Answer every row of a manifest, spoken or written.
 
-    Writes the rows with their `response`, in their order. A row's own `instruction` wins over the command's;
-    a row without audio is asked as text. Killed, it goes on.
+    Writes the rows with their `response`, in their order. The `instruction` of a row comes before the
+    command's; a row without audio is asked as text. After a kill the same command continues.
 
         $ blsp generate --manifest questions.jsonl --out answers.jsonl --instruction "Answer the question."
     """
+
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "manifest out limit",
+        "model": "model",
+        "prompt": "instruction order",
+        "generation": "max_new_tokens temperature top_p seed",
+        "compute": "batch_size device dtype",
+    }
 
     manifest: str
     """the rows to answer: a manifest or a glob"""
     out: Path
     """the rows plus `response`"""
-    model: str = DEFAULT_MODEL
-    """the adapter or merged model that listens"""
+    model: Model = DEFAULT_MODEL
     instruction: str | None = None
-    """what to do, e.g. "Please translate the following audio into German text."; left out: answer"""
+    """what to do, e.g. "Please translate the following audio into German text."; without: answer"""
     order: Order = "instruction-first"
-    """where the speech stands: after the instruction (paper) or before it; best as it was trained"""
+    """the position of the speech: after the instruction (paper) or before it; use the order of the training"""
     max_new_tokens: int = 128
-    """tokens an answer may have (paper, zero-shot: 128)"""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time (paper)"""
-    top_p: float = 1.0
-    """when sampling: from the likeliest tokens that together have this probability"""
+    """the most tokens of an answer (paper, zero-shot: 128)"""
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
     seed: int = 0
     """draws samples"""
     batch_size: int = 32
-    """rows answered side by side"""
-    limit: int | None = None
-    """read only so many rows"""
+    """rows answered together"""
+    limit: Limit = None
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""
     dtype: Dtype = "auto"
-    """the weights' type"""
-    config: Path | None = None
-    """a YAML file with these same flags"""
+    config: ConfigFile = None
 
     def __post_init__(self) -> None:
         above_zero(self, "max_new_tokens", "batch_size", "limit")
@@ -131,35 +144,37 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class TranscribeSettings:
-    """Write down what was said: one line of JSON, {"audio", "text"}, per file, in the order given.
+    """Write down the words of recordings: one line of JSON, {"audio", "text"}, per file, in the order given.
 
-    No recogniser is loaded. A grounded adapter reads out its own tokens, and of the likeliest sequences the
-    LLM chooses the one that somebody would say; --readout leaves the LLM out. With the other adapters the
-    LLM repeats what it hears.
+    No recogniser is loaded. A grounded adapter reads out its own tokens, and the LLM chooses the most natural
+    of the best sequences; --readout leaves the LLM out. With the other adapters the LLM repeats the speech.
 
         $ blsp transcribe meeting.wav question.mp3 --out transcripts.jsonl
     """
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "out",
+        "model": "model readout repeat",
+        "generation": "max_new_tokens",
+        "compute": "batch_size device dtype",
+    }
+
     files: Positional[tuple[str, ...]]
-    """recordings: wav, flac, ogg, opus or mp3, any rate"""
-    model: str = DEFAULT_MODEL
-    """the adapter or merged model that listens"""
+    """recordings: wav, flac, ogg, opus or mp3, any sample rate"""
+    model: Model = DEFAULT_MODEL
     readout: bool = False
-    """the grounded adapter's own tokens, without the LLM"""
+    """the tokens of a grounded adapter, without the LLM"""
     repeat: bool = False
-    """the LLM repeats what it hears, with a grounded adapter too"""
+    """the LLM repeats the speech, with a grounded adapter too"""
     out: Path | None = None
-    """write here instead of to the screen"""
+    """write to this file instead of the screen"""
     max_new_tokens: int = 256
-    """tokens a transcript may have"""
+    """the most tokens of a transcript"""
     batch_size: int = 16
-    """recordings heard side by side"""
+    """recordings encoded together"""
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""
     dtype: Dtype = "auto"
-    """the weights' type"""
-    config: Path | None = None
-    """a YAML file with these same flags"""
+    config: ConfigFile = None
 
     def __post_init__(self) -> None:
         above_zero(self, "max_new_tokens", "batch_size")
@@ -171,31 +186,33 @@ class TranscribeSettings:
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """Talk with it in the terminal: type a message, or the path of a recording, or both.
+    """Chat in the terminal: type a message, or the path of a recording, or both.
 
-    Answers stream as they come. Earlier turns keep their key/values, so a long conversation does not slow
-    down. /help says what else can be typed.
+    Answers are printed as they are generated. The key/values of earlier turns are kept, so a long conversation
+    does not slow down. /help lists what else can be typed.
 
         $ blsp chat
         you> examples/speech/questions/capital-of-canada.opus
     """
 
-    model: str = DEFAULT_MODEL
-    """the adapter or merged model that listens"""
+    GROUPS: ClassVar[dict[str, str]] = {
+        "model": "model system",
+        "generation": "max_new_tokens temperature top_p seed",
+        "compute": "device dtype",
+    }
+
+    model: Model = DEFAULT_MODEL
     system: str | None = None
     """a system message for the whole conversation"""
     max_new_tokens: int = 256
-    """tokens an answer may have"""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time"""
-    top_p: float = 1.0
-    """when sampling: from the likeliest tokens that together have this probability"""
+    """the most tokens of an answer"""
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
     seed: int = 0
     """draws samples"""
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""
-    dtype: TalkDtype = "fastest"
-    """the frozen weights' type; fastest: bfloat16 where the device multiplies it, else float32"""
+    dtype: Literal["fastest"] | Precision = "fastest"
+    """the type of the frozen weights; fastest: bfloat16 where the device multiplies it, else float32"""
 
     def __post_init__(self) -> None:
         above_zero(self, "max_new_tokens")
@@ -204,25 +221,32 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """Serve it: an OpenAI-compatible API that takes speech, and a web page with a microphone.
+    """Serve an OpenAI-compatible API that takes speech, and a web page with a microphone.
 
-    Needs blsp[serve]. Concurrent requests share batches. It listens on this machine only unless told
-    otherwise, and then wants a key.
+    Needs blsp[serve]. Requests that arrive together share batches. The server listens on this machine only;
+    --host opens it to others, and then it needs a key.
 
         $ blsp serve                                   # then open http://127.0.0.1:8000
         $ BLSP_API_KEY=… blsp serve --host 0.0.0.0 --port 80
     """
 
-    model: str = DEFAULT_MODEL
-    """the adapter or merged model that listens"""
+    GROUPS: ClassVar[dict[str, str]] = {
+        "model": "model asr prefix_cache",
+        "address and access": "host port api_key insecure cors_origin allow_remote_audio",
+        "limit": "max_upload_mb max_audio_seconds max_batch queue deadline max_new_tokens",
+        "logging": "log_content",
+        "compute": "device dtype",
+    }
+
+    model: Model = DEFAULT_MODEL
     host: str = "127.0.0.1"
     """the address to listen on"""
     port: int = 8000
-    """the port; 0 takes a free one and says which"""
+    """the port; 0 takes a free one and prints it"""
     api_key: str | None = None
-    """what clients must send as a bearer token; better given as $BLSP_API_KEY"""
+    """the bearer token that clients must send; better given as $BLSP_API_KEY"""
     insecure: bool = False
-    """listen beyond this machine without a key all the same"""
+    """listen beyond this machine without a key"""
     allow_remote_audio: bool = False
     """fetch audio_url from the public internet (private addresses stay refused)"""
     cors_origin: tuple[str, ...] = ()
@@ -232,36 +256,33 @@ class ServeSettings:
     max_audio_seconds: float = 600.0
     """longest recording, after decoding"""
     max_batch: int = 16
-    """requests decoded side by side"""
+    """requests answered together"""
     queue: int = 64
-    """requests that may wait; the next is told to come back later (429)"""
+    """requests that may wait; the next one gets status 429 and a time to try again"""
     deadline: float = 120.0
-    """seconds a request may take in all"""
+    """seconds that a request may take in all"""
     max_new_tokens: int = 512
-    """most tokens a request may ask for"""
+    """the most tokens that a request may ask for"""
     prefix_cache: int = 32
     """conversations whose key/values are kept"""
     asr: str | None = None
-    """the recogniser of the page's compare switch: what faster-whisper loads (left out: its own Whisper)"""
+    """the recogniser for the page's comparison: a model that faster-whisper loads (without: the adapter's own
+    Whisper)"""
     log_content: bool = False
-    """also log what was said and answered"""
+    """also log questions and answers"""
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""
     dtype: Dtype = "auto"
-    """the weights' type"""
-    config: Path | None = None
-    """a YAML file with these same flags"""
+    config: ConfigFile = None
 
     def __post_init__(self) -> None:
-        above_zero(
-            self, "max_upload_mb", "max_audio_seconds", "max_batch", "queue", "deadline", "max_new_tokens"
-        )
+        above_zero(self, "max_upload_mb", "max_audio_seconds", "max_batch", "queue", "deadline")
+        above_zero(self, "max_new_tokens")
         if self.prefix_cache < 0:
             raise SettingsError(f"--prefix-cache {self.prefix_cache}: must be 0 or more")
 
     @property
     def key(self) -> str | None:
-        """What clients must send, from --api-key or $BLSP_API_KEY."""
+        """The token that clients must send, from --api-key or $BLSP_API_KEY."""
         return self.api_key or os.environ.get("BLSP_API_KEY") or None
 
 
@@ -269,36 +290,35 @@ class ServeSettings:
 class ExportSettings:
     """Write one self-contained Hugging Face folder, encoder and LLM included.
 
-    For vLLM, or for a machine that has not got the parts.
+    For vLLM, or for a machine without the frozen models.
 
     $ blsp export --model runs/x/adapter --out merged/
     """
 
     out: Path
     """the folder to write"""
-    model: str = DEFAULT_MODEL
-    """the adapter to merge with its frozen parts"""
+    model: Model = DEFAULT_MODEL
+    """the adapter to merge with its frozen models"""
     dtype: Dtype = "auto"
-    """the type the weights are stored in; auto: as the parts have it"""
+    """the type of the stored weights; auto: as in the frozen models"""
 
 
 @dataclass(frozen=True)
 class TourSettings:
-    """Walk the whole way on real speech, on a laptop's CPU, in minutes.
+    """Run every step on real speech, on the CPU of a laptop, in minutes.
 
     corpora → manifest → continuations → speech features → alignment training → checkpoint → inference →
     evaluation.
 
-    Says at each stop what went in and what came out. A second run resumes instead of repeating.
+    Prints for each step its input and its output. A second run resumes instead of repeating.
 
         $ blsp tour
     """
 
     out: Path = Path("runs/tour")
-    """where everything it makes is kept"""
+    """the folder for everything that the tour makes"""
     speech: Path = Path("examples/speech")
-    """the recordings to learn from and to look at"""
+    """the recordings to learn from and to show"""
     cold: bool = False
     """train a fresh adapter even where the shipped one could be adapted"""
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""

@@ -1,33 +1,46 @@
 """Settings of the commands that make an adapter: prepare, continue, encode, train.
 
-In:  the command line (cli.py, configuration_file.py). Out: one frozen object for one function.
+In:  the command line, or a YAML file (cli.py). Out: one frozen object for one function.
 Try: `blsp train --help`
-Flow: cli.py → **settings** → data/corpora.py, continuation/writer.py, features/encode.py, training/loop.py
+Flow: cli.py → **pipeline.py** → data/prepare.py, continuation/writer.py, features/encode.py, training/loop.py
+
+`GROUPS` names the groups that `--help` shows, with their fields in order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from tyro.conf import Positional, Suppress
+from tyro.conf import Positional
 
-from blsp.settings.shared import Device, Dtype, Normalise, SettingsError, above_zero, can_sample
+from blsp.settings.shared import (
+    Choices,
+    ConfigFile,
+    Device,
+    Dtype,
+    Limit,
+    Normalise,
+    SettingsError,
+    Temperature,
+    TopP,
+    above_zero,
+    can_sample,
+)
 
-Corpus = Literal[
-    "librispeech", "gigaspeech", "common-voice", "covost2", "must-c", "tedlium3", "fleurs",
-    "fluent-speech-commands", "slurp", "snips", "folder", "kaldi", "lhotse", "hf", "no-speech",
-]  # fmt: skip
+Corpus = Annotated[str, Choices("blsp.data.prepare", "READERS")]
+Adapter = Annotated[str, Choices("blsp.model.modeling_blsp", "ADAPTERS")]
+Loss = Literal["ctc", "ce", "kl"]
 
 
 @dataclass(frozen=True)
 class PrepareSettings:
     r"""Turn a corpus on disk into a manifest: one JSON line per utterance, with its audio and its text.
 
-    Nothing is downloaded, copied or re-encoded: long recordings stay whole and rows name `start` and
-    `duration`. Non-speech tags and empty transcripts are dropped and counted in OUT.skipped.jsonl. A second
-    run goes on where the first one stopped. `no-speech` makes clips of silence, noise and babble instead.
+    Nothing is downloaded, copied or encoded again: long recordings stay whole, and rows name `start` and
+    `duration`. Empty transcripts and tags for noises are left out and counted in OUT.skipped.jsonl. A second
+    run continues where the first one stopped. `no-speech` makes clips of silence, noise and babble instead.
 
         $ blsp prepare librispeech --root /data/LibriSpeech --split train-clean-100 --out librispeech.jsonl
         $ blsp prepare folder --root my_recordings/ --out mine.jsonl      # a.wav beside a.txt
@@ -36,12 +49,17 @@ class PrepareSettings:
         $ blsp prepare no-speech --root librispeech.jsonl --limit 500 --out no_speech.jsonl
     """
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "out root split limit check_audio seed",
+        "corpus": "language target_language text_field reference_field subset",
+    }
+
     corpus: Positional[Corpus]
-    """whose layout to read"""
+    """the corpus, whose layout on disk is known"""
     out: Path
     """the manifest to write"""
     root: str = ""
-    """the corpus' folder (hf: a dataset's folder or id; no-speech: a manifest to mix babble from, or
+    """the folder of the corpus (hf: a folder or id of a dataset; no-speech: a manifest to mix babble from, or
     nothing)"""
     split: str = "train"
     """the part to read, named as the corpus names it; several: `train-clean-100,train-clean-360`"""
@@ -54,15 +72,14 @@ class PrepareSettings:
     reference_field: str | None = None
     """hf: the column with the translation, label or answer"""
     subset: str | None = None
-    """hf: the dataset's configuration"""
+    """hf: the configuration of the dataset"""
     check_audio: bool = False
-    """decode every recording; what cannot be decoded or is cut short goes to OUT.skipped.jsonl"""
-    limit: int | None = None
-    """stop after so many rows (no-speech: how many clips to make; 300 without)"""
+    """decode every recording; those that are damaged or cut short go to OUT.skipped.jsonl"""
+    limit: Limit = None
+    """stop after this many rows (no-speech: the number of clips to make; without: 300)"""
     seed: int = 0
-    """no-speech: which clips are made"""
-    config: Path | None = None
-    """a YAML file with these same flags"""
+    """no-speech: decides which clips are made"""
+    config: ConfigFile = None
 
     def __post_init__(self) -> None:
         if not self.root and self.corpus != "no-speech":
@@ -72,12 +89,12 @@ class PrepareSettings:
 
 @dataclass(frozen=True)
 class ContinueSettings:
-    r"""Step 1: let the LLM continue every transcript, as it shall when it hears the speech.
+    r"""Step 1: the LLM continues every transcript, as it should later continue the speech.
 
-    Writes the manifest's rows with `continuation`, `continuation_ids` and how they came about, and
+    Writes the rows of the manifest with `continuation`, `continuation_ids` and how they were made, and
     OUT.meta.json; with --top-k also the folder OUT.topk. Rows without words go to OUT.skipped.jsonl, with the
-    reason. Equal prompts are generated once. Killed at any moment, the same command goes on and ends with the
-    same bytes.
+    reason. Equal prompts are generated once. After a kill the same command continues and ends with the same
+    bytes.
 
         $ blsp continue --manifest clips.jsonl --out continued.jsonl --llm embedded:smollm2-135m-instruct \
               --top-k 32
@@ -87,74 +104,70 @@ class ContinueSettings:
               --out continued.jsonl --llm MODEL
     """
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "manifest out limit normalise max_prompt_tokens",
+        "model": "llm",
+        "prompt": "behaviours orders instruction",
+        "generation": "max_new_tokens temperature top_p seed",
+        "teacher": "top_k top_k_temperature score_only",
+        "server": "engine_url engine_model engine_body api_key_env concurrency timeout retries",
+        "compute": "batch_size device dtype",
+    }
+
     manifest: str
     """the transcripts: a manifest or a glob of manifests"""
     out: Path
     """the continuations to write"""
     llm: str
-    """the LLM that shall learn to listen: folder, hub id, embedded:NAME (with --engine-url: its tokenizer)"""
+    """the LLM that will learn to listen: folder, hub id, embedded:NAME (with --engine-url: its tokenizer)"""
     behaviours: str = "continue"
     """what to ask: `continue` (paper), `repeat`, `answer`, `keywords`, `translate:LANGUAGE`;
     `continue,repeat` asks both of every row, `continue:0.8,repeat:0.2` one of them, drawn with these
     weights"""
     orders: str = "instruction-first"
-    """where the speech stands: `instruction-first` (paper), `speech-first`, or a mixture, as above"""
+    """the position of the speech: `instruction-first` (paper), `speech-first`, or a mixture, as above"""
     instruction: str | None = None
-    """your own words instead of the behaviour's (one behaviour only; a row's own still wins)"""
+    """your own words instead of the behaviour's (one behaviour only; the instruction of a row comes first)"""
     normalise: Normalise = "none"
     """take transcripts as given, or through Whisper's English normaliser (paper)"""
     max_new_tokens: int = 64
-    """tokens a continuation may have (paper: 64)"""
+    """the most tokens of a continuation (paper: 64)"""
     max_prompt_tokens: int = 192
-    """drop and count rows whose prompt is this long or longer (paper: 192)"""
-    temperature: float = 0.0
-    """0 takes the likeliest token each time (paper)"""
-    top_p: float = 1.0
-    """when sampling: from the likeliest tokens that together have this probability"""
+    """leave out and count rows whose prompt has this many tokens or more (paper: 192)"""
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
     seed: int = 0
-    """draws behaviours, orders and samples; each row's draw depends on its id alone"""
+    """draws behaviours, orders and samples; the draw of a row depends on its id alone"""
     top_k: int = 0
-    """also store so many teacher log-probabilities a token, for a `kl` that costs what `ce` costs"""
+    """also store this many log-probabilities of the teacher per token, for a `kl` as cheap as `ce`"""
     top_k_temperature: float = 1.0
     """the temperature they are stored at; training refuses another"""
     score_only: bool = False
-    """write no text: add --top-k to the rows that OUT has, with the local LLM"""
+    """write no text: add --top-k to the rows of OUT, with the local LLM"""
     batch_size: int = 64
-    """prompts generated side by side"""
+    """prompts generated together"""
     engine_url: str | None = None
-    """an OpenAI-compatible server that writes instead, e.g. http://localhost:8000/v1"""
+    """an OpenAI-compatible server that generates instead, e.g. http://localhost:8000/v1"""
     engine_model: str | None = None
-    """what that server calls the LLM, where it is not called as in --llm"""
+    """that server's name for the LLM, where it differs from --llm"""
     engine_body: str = "{}"
-    """JSON merged into each request, e.g. '{"return_token_ids": true}' for a vLLM server"""
+    """JSON added to each request, e.g. '{"return_token_ids": true}' for a vLLM server"""
     api_key_env: str = "OPENAI_API_KEY"
     """the environment variable that holds that server's key"""
     concurrency: int = 64
-    """requests kept in flight at that server"""
+    """requests that are open at that server at a time"""
     timeout: float = 120.0
-    """seconds to wait for one of its answers; it is asked again, ever more slowly"""
+    """seconds to wait for one of its answers, before the request is repeated"""
     retries: int = 8
-    """times to ask again before giving up"""
-    limit: int | None = None
-    """read only so many rows of the manifest"""
+    """repetitions of a request, with growing pauses, before the job fails"""
+    limit: Limit = None
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""
     dtype: Dtype = "auto"
-    """the frozen weights' type; auto: bfloat16 where the device is good at it, else float32"""
-    config: Path | None = None
-    """a YAML file with these same flags"""
+    config: ConfigFile = None
 
     def __post_init__(self) -> None:
-        above_zero(
-            self,
-            "max_new_tokens",
-            "max_prompt_tokens",
-            "batch_size",
-            "concurrency",
-            "timeout",
-            "top_k_temperature",
-            "limit",
-        )
+        above_zero(self, "max_new_tokens", "max_prompt_tokens", "batch_size", "concurrency", "timeout")
+        above_zero(self, "top_k_temperature", "limit")
         can_sample(self.temperature, self.top_p)
         if self.top_k < 0 or self.retries < 0:
             raise SettingsError("--top-k and --retries must be 0 or more")
@@ -163,38 +176,43 @@ class ContinueSettings:
                 "--top-k needs the local LLM: write with --engine-url first, then add it with --score-only"
             )
         if self.score_only and not self.top_k:
-            raise SettingsError("--score-only adds teacher log-probabilities: say how many with --top-k")
+            raise SettingsError(
+                "--score-only adds log-probabilities of the teacher: give their number with --top-k"
+            )
 
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """Run the frozen speech encoder over a manifest once and keep what it puts out.
+    """Run the frozen speech encoder over a manifest once and keep its output.
 
-    Training then never pays for the encoder. The cache is keyed by audio content and encoder: manifests that
-    share clips share the cache. Torn or stale entries are recognised and made again. It takes
-    38 KB a second of speech for Whisper tiny.
+    Training then never runs the encoder. The cache is keyed by audio content and encoder, so manifests that
+    share clips share the cache. Damaged or outdated entries are found and made again. It takes 38 KB per
+    second of speech for Whisper tiny.
 
         $ blsp encode --manifest continued.jsonl --audio-model embedded:whisper-tiny.en --cache features/
     """
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "manifest cache limit",
+        "model": "audio_model pad_to_30s",
+        "compute": "batch_seconds device dtype",
+    }
+
     manifest: str
     """the clips: a manifest, a continuations file, or a glob of them"""
     audio_model: str
-    """the Whisper whose encoder hears: a folder, a hub id or embedded:NAME"""
+    """the Whisper model whose encoder is used: a folder, a hub id or embedded:NAME"""
     cache: Path
-    """the folder that keeps the features"""
+    """the folder for the features"""
     batch_seconds: float = 120.0
-    """seconds of speech encoded side by side"""
+    """seconds of speech encoded together"""
     pad_to_30s: bool = False
-    """pad every clip to 30 s, as Whisper was trained (paper); else: true lengths and a mask, in less time"""
-    limit: int | None = None
-    """read only so many rows"""
+    """pad every clip to 30 s, as in Whisper's training (paper); else true lengths and a mask, in less time"""
+    limit: Limit = None
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""
     dtype: Dtype = "auto"
-    """the encoder's type; auto: bfloat16 where the device is good at it, else float32"""
-    config: Path | None = None
-    """a YAML file with these same flags"""
+    """the type of the encoder; auto: bfloat16 where the device is fast at it, else float32"""
+    config: ConfigFile = None
 
     def __post_init__(self) -> None:
         above_zero(self, "batch_seconds", "limit")
@@ -202,13 +220,13 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    r"""Step 2: train the adapter until the LLM, hearing, behaves as it did when reading.
+    r"""Step 2: train the adapter until the LLM answers speech as it answers the transcript.
 
-    Encoder and LLM stay frozen. `ctc` grounds a `grounded` adapter on a plain manifest, without running the
-    LLM; `ce` is the paper's loss on the continuations; `kl` matches the whole next-token distribution of the
-    text route. With --config, a list `stages:` runs several one after another, each inheriting the top level,
-    each starting from the one before. The same command resumes a killed run, to the bit; SIGTERM saves and
-    leaves.
+    Encoder and LLM stay frozen. `ctc` trains the read-out of a `grounded` adapter on a plain manifest, without
+    the LLM; `ce` is the paper's loss on the continuations; `kl` matches the whole next-token distribution of
+    the text route. With --config, a list `stages:` runs several stages one after another; each inherits the
+    top level and starts from the adapter of the one before. The same command resumes a killed run, to the
+    bit; SIGTERM saves and exits.
 
         $ blsp train --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL \
               --adapter conv --loss ce --cache features/
@@ -216,67 +234,76 @@ class TrainSettings:
         $ torchrun --nproc-per-node 8 -m blsp train --config recipe.yaml
     """
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "data out data_weights cache augment no_speech max_seconds held_out",
+        "model": "audio_model llm adapter adapter_options readout init_from pad_to_30s",
+        "loss": "loss temperature teacher ctc_weight negatives",
+        "optimisation": "steps epochs batch_size lr weight_decay warmup_steps schedule clip average_last seed",
+        "logging and checkpoint": "log_every probe_every save_every save_minutes keep resume_inexact",
+        "compute and memory": "batch_tokens activation_checkpointing shard_llm device dtype",
+    }
+
     data: tuple[str, ...]
     """continuations (for ctc: manifests), files or globs"""
     out: Path
     """the run folder: settings, metrics, curves, checkpoints, adapter"""
     audio_model: str
-    """the Whisper whose encoder hears: a folder, a hub id or embedded:NAME"""
+    """the Whisper model whose encoder is used: a folder, a hub id or embedded:NAME"""
     llm: str
-    """the LLM that shall listen; it must be the one that wrote the continuations"""
-    adapter: Literal["conv", "stack", "grounded"]
-    """conv (paper), stack (frames stacked into an MLP), grounded (CTC onto the LLM's own tokens)"""
-    loss: Literal["ctc", "ce", "kl"]
-    """ctc (grounding), ce (paper), kl (teacher's distribution)"""
+    """the LLM that will learn to listen; it must be the one that wrote the continuations"""
+    adapter: Adapter
+    """conv (paper), stack (frames stacked into an MLP), grounded (CTC over the tokens of the LLM)"""
+    loss: Loss
+    """ctc (grounding), ce (paper), kl (the teacher's distribution)"""
     data_weights: tuple[float, ...] = ()
-    """one weight a data file: 0.5 uses half of it an epoch, 2 all of it twice"""
+    """one weight per data file: 0.5 uses half of it per epoch, 2 all of it twice"""
     adapter_options: tuple[str, ...] = ()
     """NAME=VALUE of the chosen adapter, see docs/training.md"""
     readout: Literal["data", "full"] = "data"
-    """tokens a fresh grounded adapter can read out: those of the transcripts, or the LLM's whole
-    vocabulary"""
+    """tokens that a fresh grounded adapter can read out: those of the transcripts, or the whole vocabulary of the
+    LLM"""
     init_from: tuple[str, ...] = ()
-    """start from this adapter's weights instead of fresh ones; from the mean of several"""
+    """start from the weights of this adapter instead of fresh ones; from the mean of several"""
     cache: Path | None = None
-    """features written by `blsp encode`; without it speech is encoded on the fly"""
+    """features written by `blsp encode`; without it speech is encoded during training"""
     steps: int | None = None
-    """optimiser steps; left out: as many as --epochs take"""
+    """optimiser steps; without: as many as --epochs take"""
     epochs: float = 1.0
-    """times through the data (paper: 1)"""
+    """passes over the data (paper: 1)"""
     batch_size: int = 768
-    """samples an optimiser step learns from, over all processes (paper: 768)"""
+    """samples per optimiser step, over all processes (paper: 768)"""
     batch_tokens: int = 4096
-    """positions (speech and text) that one pass through the LLM may hold: decides memory, not what is learnt"""
+    """positions (speech and text) in one pass through the LLM: decides memory, not the result"""
     lr: float = 5e-5
-    """highest learning rate (paper: 5e-5; grounding likes 1e-3)"""
+    """highest learning rate (paper: 5e-5; grounding works better with 1e-3)"""
     weight_decay: float = 0.05
-    """AdamW's weight decay (paper: 0.05)"""
+    """weight decay of AdamW (paper: 0.05)"""
     warmup_steps: int = 1000
-    """steps to reach it (paper: 1000), a tenth of the run at most"""
+    """steps until the highest learning rate (paper: 1000), a tenth of the run at most"""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """after the warm-up: down to zero along a cosine, or level"""
+    """after the warm-up: down to zero along a cosine, or constant"""
     clip: float = 1.0
-    """longest gradient (paper: 1.0)"""
+    """largest norm of the gradient (paper: 1.0)"""
     temperature: float = 1.0
     """for kl: of teacher and student (BLSP-Emo: 2)"""
     teacher: Literal["auto", "online", "stored"] = "auto"
-    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: stored if
-    there"""
+    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: stored where it
+    exists"""
     ctc_weight: float = 0.3
-    """how much of the grounding loss a grounded adapter keeps under ce and kl"""
+    """weight of the grounding loss that a grounded adapter keeps under ce and kl"""
     negatives: int = 0
-    """for ctc: read-out tokens drawn a batch to stand for all that its transcripts do not hold; 0: all of
+    """for ctc: read-out tokens drawn per batch, in place of all that its transcripts do not hold; 0: all of
     them"""
     augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()
     """vary the speech (without --cache), or hide short spans of its features: mask (with --cache)"""
     no_speech: float = 0.0
-    """share of additional samples of silence and noise that teach the set answer"""
+    """share of extra samples of silence and noise, whose target is the fixed no-speech sentence"""
     max_seconds: float = 30.0
-    """leave longer clips out, and count them"""
+    """leave out longer clips, and count them"""
     held_out: int = 64
-    """utterances kept back from training for the divergence probes, a tenth of all at most"""
+    """utterances kept out of training for the divergence probes, a tenth of all at most"""
     seed: int = 0
-    """fixes fresh weights, data order and noise: the same seed gives the same curve"""
+    """decides fresh weights, data order and noise: the same seed gives the same curve"""
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
     probe_every: int = 200
@@ -284,27 +311,26 @@ class TrainSettings:
     save_every: int = 200
     """steps between checkpoints"""
     save_minutes: float = 1.0
-    """and no longer than so many minutes between them: what a killed run has to do again"""
+    """most minutes between checkpoints: the work that a killed run has to repeat"""
     keep: int = 2
     """checkpoints kept"""
     average_last: int = 0
-    """the final adapter is the mean of the weights after each of the last so many steps; 0: the last ones"""
+    """the final adapter is the mean of the weights after each of this many last steps; 0: the last weights"""
     resume_inexact: bool = False
-    """go on from a checkpoint of other versions, threads or processes: close, not equal to the bit"""
+    """resume a checkpoint of other versions, threads or processes: close, but not equal to the bit"""
     activation_checkpointing: bool = False
-    """compute activations twice to hold fewer of them"""
+    """compute activations twice to store fewer of them"""
     shard_llm: bool = False
-    """spread the LLM's layers over the processes (FSDP2): for one that is too large for each"""
+    """split the layers of the LLM over the processes (FSDP2), where it is too large for one"""
     pad_to_30s: bool = False
     """pad every clip to 30 s before the encoder (paper)"""
     device: Device = "auto"
-    """where to run: auto, cpu, cuda, cuda:1, mps"""
     dtype: Dtype = "auto"
-    """the frozen weights' type; the adapter trains in float32 at least"""
-    config: Path | None = None
+    """the type of the frozen weights; the adapter trains in float32 at least"""
+    config: ConfigFile = None
     """a YAML file with these same flags, `stages:` included"""
-    stages: Annotated[tuple[TrainSettings, ...], Suppress] = ()
-    """the resolved stages of a YAML file, in order"""
+    stages: tuple[TrainSettings, ...] = ()
+    """the resolved stages of a YAML file, in order; not a flag"""
 
     def __post_init__(self) -> None:
         above_zero(self, "epochs", "batch_size", "batch_tokens", "lr", "clip", "temperature", "max_seconds")

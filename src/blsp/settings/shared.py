@@ -1,22 +1,109 @@
-"""What the commands' settings share: choices, and the complaint about a value that cannot be meant.
+"""Shared parts of the commands' settings: common flags, lists of choices, checks of values.
 
-In and out: types and a check, used by `making.py` and `using.py`.
-Try: `above_zero(settings, "batch_size")`
+In:  the settings classes of pipeline.py and applications.py, which use these types for their fields.
+Out: types that carry their own help text and group; `Choices`, which reads a list from the dict that owns it.
+Try: `Choices("blsp.model.adapter", "ADAPTERS").keys()`
+Flow: **shared.py** → pipeline.py, applications.py → cli.py, which turns a class into flags.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import ast
+import inspect
+import sys
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
 
-Device = str  # "auto", "cpu", "cuda", "cuda:1", "mps"
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-TalkDtype = Literal["fastest", Dtype]  # may differ by processor
-Order = Literal["instruction-first", "speech-first"]
-Normalise = Literal["none", "whisper"]
+DEFAULT_MODEL = "blsp-tiny"  # the one default name that the project has
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be meant; the message names the flag, the value and what would do."""
+    """A value that cannot be right; the message names the flag, the value and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Help text and group of a flag that several commands share; a field's own docstring replaces the text."""
+
+    group: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The allowed values of a flag: the keys of the dict `name` in `module`.
+
+    The module may import torch, and `--help` may not wait for that. So the keys are read from the text of the
+    file; those that a plugin has added come from the loaded module.
+    """
+
+    module: str
+    name: str
+
+    def keys(self) -> tuple[str, ...]:
+        """The keys, in the dict's order."""
+        file = Path(__file__).parents[1].joinpath(*self.module.split(".")[1:]).with_suffix(".py")
+        written: list[str] = []
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == self.name:
+                assert isinstance(node.value, ast.Dict), f"{file}: {self.name} must be written out as a dict"
+                written = [str(ast.literal_eval(key)) for key in node.value.keys if key is not None]
+        loaded = getattr(sys.modules.get(self.module), self.name, {})
+        return tuple(dict.fromkeys([*written, *loaded]))
+
+
+Device = Annotated[str, Flag("compute", "where to run: auto, cpu, cuda, cuda:1, mps")]
+Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Dtype = Annotated[
+    Precision,
+    Flag(
+        "compute",
+        "the type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32",
+    ),
+]
+ConfigFile = Annotated[Path | None, Flag("", "a YAML file with these same flags")]
+Limit = Annotated[int | None, Flag("data", "read only this many rows")]
+Order = Literal["instruction-first", "speech-first"]
+Normalise = Literal["none", "whisper"]
+Temperature = Annotated[float, Flag("generation", "0 takes the most probable token each time")]
+TopP = Annotated[
+    float,
+    Flag(
+        "generation", "when sampling: draw from the most probable tokens that together have this probability"
+    ),
+]
+
+
+def flag_texts(kind: type) -> dict[str, str]:
+    """The help text of each field: the string below it in the class, or what its type says."""
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {name: flag.help for name, flag in _shared_flags(kind).items()}
+    for field, text in pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[ast.unparse(field.target)] = " ".join(str(ast.literal_eval(text.value)).split())
+    return texts
+
+
+def flag_groups(kind: Any) -> dict[str, str]:
+    """The group of each field, in the order of `--help`: named in the class's `GROUPS`, or by its type, or ""."""
+    named = {name: group for group, names in getattr(kind, "GROUPS", {}).items() for name in names.split()}
+    shared = {name: flag.group for name, flag in _shared_flags(kind).items()}
+    others = {field.name: shared.get(field.name, "") for field in fields(kind) if field.name not in named}
+    return named | others
+
+
+def _shared_flags(kind: type) -> dict[str, Flag]:
+    """The fields whose type is one of the shared flags above."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        name: extra
+        for name, hint in hints.items()
+        for extra in getattr(hint, "__metadata__", ())
+        if isinstance(extra, Flag)
+    }
 
 
 def above_zero(settings: object, *names: str) -> None:
@@ -28,7 +115,7 @@ def above_zero(settings: object, *names: str) -> None:
 
 
 def can_sample(temperature: float, top_p: float) -> None:
-    """Raise SettingsError for a temperature or a top-p that nothing can be drawn with."""
+    """Raise SettingsError for a temperature or a top-p that no token can be drawn with."""
     if not temperature >= 0:
         raise SettingsError(f"--temperature {temperature}: must be 0 or more")
     if not 0 < top_p <= 1:

@@ -5,8 +5,6 @@ In: a model's name as a user writes it. Out: the same name, or the folder of the
 
     find_model("blsp-tiny")        # -> '/…/models/blsp-tiny'
     find_model("runs/x/adapter")   # -> 'runs/x/adapter', untouched
-
-`blsp-tiny` is the one default name the project has; every other data or model name comes from the user.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from pathlib import Path
 from blsp.data.files import file_digest
 
 SHIPPED = ("blsp-tiny", "blsp-base")
-DEFAULT_MODEL = "blsp-tiny"
 
 
 def is_shipped(name: str) -> bool:
