@@ -5,7 +5,7 @@ In: the corpus folder (the Kokoro voices are fetched into it). Out: `questions/*
 `references`.
 Where in the flow: beside `make_clips.py`, once; the clips are committed.
 
-Try: `python -m examples.speech.make_questions --root /tmp/corpus`
+Try: `python recipes/blsp-tiny/make_questions.py --root /tmp/corpus`
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import soundfile
 from containers import RATE
 from engines import speak_kokoro
 from lines import Line
+from make_clips import COMPRESSION
 from rows import write_rows
 
-from examples.speech.make_clips import COMPRESSION
-
-HERE = Path(__file__).parent
+SPEECH = Path(__file__).parents[2] / "examples" / "speech"
 QUESTIONS = (
     ("capital-of-canada", "What is the capital of Canada?", ("Ottawa",), "af_nova"),
     ("month-after-april", "What month comes after April?", ("May",), "am_eric"),
@@ -39,13 +38,13 @@ def main() -> None:
     options = parser.parse_args()
     lines = [Line(name, text, "tour", voice, 1.0, 1.0, 0.0) for name, text, _, voice in QUESTIONS]
     rows = []
-    (HERE / "questions").mkdir(exist_ok=True)
+    (SPEECH / "questions").mkdir(exist_ok=True)
     for (name, text, answers, voice), (_, samples) in zip(
         QUESTIONS, speak_kokoro(lines, options.root), strict=True
     ):
         audio = f"questions/{name}.opus"
         soundfile.write(
-            HERE / audio, samples, RATE, format="OGG", subtype="OPUS", compression_level=COMPRESSION
+            SPEECH / audio, samples, RATE, format="OGG", subtype="OPUS", compression_level=COMPRESSION
         )  # fmt: skip
         row = {
             "id": f"questions/{name}",
@@ -60,7 +59,7 @@ def main() -> None:
             "licence": "voice Apache-2.0",
         }
         rows.append(row | {"reference": answers[0], "references": list(answers)})
-    write_rows(HERE / "questions.jsonl", rows)
+    write_rows(SPEECH / "questions.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Make the clips of this folder: real recordings for the tour, as 16 kHz Ogg Opus, from the recipe's corpus
+"""Make the clips of examples/speech: real recordings for the tour, as 16 kHz Ogg Opus, from the recipe's corpus
 folder.
 
-In: a corpus folder that `python recipes/blsp-tiny/fetch.py --root C` has filled. Out, beside this file:
+In: a corpus folder that `python recipes/blsp-tiny/fetch.py --root C` has filled. Out, in examples/speech:
 `fotaq/*.opus`, `asterisk/*.opus` and the manifests `train.jsonl`, `heldout.jsonl`, `asterisk.jsonl`.
 Where in the flow: before everything, once; the clips are committed, so that the tour needs no download.
 
-    python -m examples.speech.make_clips --root C            # the audio of the manifests as they are
-    python -m examples.speech.make_clips --root C --choose   # choose anew first (needs C/agreement.jsonl)
+    python recipes/blsp-tiny/make_clips.py --root C            # the audio of the manifests as they are
+    python recipes/blsp-tiny/make_clips.py --root C --choose   # choose anew first (needs C/agreement.jsonl)
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import soundfile
 from check_transcripts import read_agreement
 from rows import fraction, read_rows, write_rows
 
-HERE = Path(__file__).parent
+SPEECH = Path(__file__).parents[2] / "examples" / "speech"
 SECONDS = (1.5, 8.0)
 PROMPT_SECONDS = (0.8, 8.0)  # the telephone prompts outside the judged part are short
 SIZES = {"train": 130, "heldout": 30, "asterisk": 40}
@@ -73,15 +73,15 @@ def spread(rows: list[dict], size: int) -> list[dict]:
 def write_manifest(name: str, rows: list[dict]) -> None:
     folder = "asterisk" if name == "asterisk" else "fotaq"
     named = [row | {"audio": f"{folder}/{row['id'].split('/')[-1]}.opus"} for row in rows]
-    write_rows(HERE / f"{name}.jsonl", ({key: row[key] for key in KEPT} for row in named))
+    write_rows(SPEECH / f"{name}.jsonl", ({key: row[key] for key in KEPT} for row in named))
 
 
 def encode(root: Path, name: str) -> int:
     """Encode the clips of one manifest; returns the bytes written."""
     size = 0
-    for row in read_rows(HERE / f"{name}.jsonl"):
+    for row in read_rows(SPEECH / f"{name}.jsonl"):
         samples, rate = soundfile.read(root / "audio" / f"{row['id']}.flac")
-        target = HERE / row["audio"]
+        target = SPEECH / row["audio"]
         target.parent.mkdir(exist_ok=True)
         soundfile.write(target, samples, rate, format="OGG", subtype="OPUS", compression_level=COMPRESSION)
         size += target.stat().st_size
@@ -100,7 +100,7 @@ def main() -> None:
     for name, rows in choose(options.root) if options.choose else ():
         write_manifest(name, rows)
     for name in SIZES:
-        rows = read_rows(HERE / f"{name}.jsonl")
+        rows = read_rows(SPEECH / f"{name}.jsonl")
         size = encode(options.root, name)
         speakers = len({row["speaker"] for row in rows})
         minutes = sum(row["seconds"] for row in rows) / 60
