@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blsp.data import row_index
-from blsp.data.jobs import RowLog, SkippedLog
-from blsp.data.jsonl import parse_row, read_rows
+from blsp.data.jsonl import read_rows
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, ManifestError, Utterance, write_manifest
-from blsp.data.row_keys import hash_keys, key_of
+from blsp.data.row_index import index_path
 
 GOOD = b'{"id": "a", "audio": "a.wav", "text": "one"}\n{"id": "b", "audio": "b.wav", "text": "two"}\n'
 
@@ -111,15 +114,6 @@ def test_what_editors_do_to_files(path: Path) -> None:
     assert [line for line, _ in read_rows(path)] == [1, 4, 5]
 
 
-def test_blocks_may_cut_anywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_manifest(path, rows(200))
-    expected = list(Manifest(path))
-    for size in (1, 7, 50, 64, 1000):
-        monkeypatch.setattr(row_index, "BLOCK", size)
-        os.utime(path, ns=(size, size))  # makes the index stale
-        assert list(Manifest(path)) == expected
-
-
 # --- the index beside it ----------------------------------------------------------------------------------
 
 
@@ -146,16 +140,67 @@ def test_the_index_is_kept_and_remade(path: Path) -> None:
 
 def test_a_read_only_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_manifest(path, rows(50))
-    real = open
+    real = sqlite3.connect
 
-    def refuse(name: object, mode: str = "r", *rest: object, **more: object) -> object:
-        if "w" in mode and str(name).startswith(str(path.parent)):
-            raise PermissionError(13, "Permission denied")
-        return real(name, mode, *rest, **more)  # type: ignore[call-overload]
+    def refuse(name: str | Path, *rest: Any, **more: Any) -> sqlite3.Connection:
+        if Path(name).parent == path.parent:
+            raise sqlite3.OperationalError("unable to open database file")
+        return real(name, *rest, **more)
 
-    monkeypatch.setattr(row_index, "open", refuse, raising=False)
+    monkeypatch.setattr(sqlite3, "connect", refuse)
     assert [row.id for row in Manifest(path)] == [row.id for row in rows(50)]
     assert os.listdir(path.parent) == ["train.jsonl"]
+    write_manifest(path, [*rows(3), *rows(1)])
+    with pytest.raises(ManifestError, match=r"train.jsonl:4: .* stands at .*train.jsonl:1 already"):
+        Manifest(path)
+
+
+def test_an_index_of_the_first_format_is_made_again(path: Path) -> None:
+    write_manifest(path, rows(50))
+    beside = index_path(path)
+    header = np.array([int.from_bytes(b"BLSPIDX1", "little"), path.stat().st_size, 0, 0, 0, 50, 0, 0], "<u8")
+    beside.write_bytes(header.tobytes() + bytes(16 * 50))
+    assert [row.id for row in Manifest(path)] == [row.id for row in rows(50)]
+    assert beside.read_bytes().startswith(b"SQLite format 3")
+
+
+def test_several_processes_open_a_manifest_at_once(path: Path) -> None:
+    write_manifest(path, rows(2000))
+    code = "import sys; from blsp.data.manifest import Manifest; print(len(list(Manifest(sys.argv[1]))))"
+    runs = [subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE) for _ in range(4)]
+    assert [run.communicate()[0].strip() for run in runs] == [b"2000"] * 4
+    assert sorted(os.listdir(path.parent)) == ["train.jsonl", "train.jsonl.idx"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_threads_and_forked_processes_share_an_open_manifest(path: Path) -> None:
+    write_manifest(path, rows(5000))
+    read, expected = Manifest(path), [row.id for row in rows(5000)]
+
+    def check(seed: int) -> bool:
+        drawn = random.Random(seed).sample(range(5000), 300)
+        return [read[number].id for number in drawn] == [expected[number] for number in drawn]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(check, range(4)))
+    fork = multiprocessing.get_context("fork")  # children inherit the open files
+    children = [fork.Process(target=lambda seed=seed: sys.exit(not check(seed))) for seed in range(3)]
+    for child in children:
+        child.start()
+    assert check(9)
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+
+
+def test_an_index_stays_right_when_both_files_are_renamed(path: Path) -> None:
+    write_manifest(path, rows(50))
+    Manifest(path)
+    renamed = path.with_name("other.jsonl")
+    os.replace(path, renamed)
+    os.replace(index_path(path), index_path(renamed))
+    before = index_path(renamed).stat().st_ino
+    assert len(Manifest(renamed)) == 50 and index_path(renamed).stat().st_ino == before
 
 
 def test_a_manifest_outlives_its_replacement(path: Path) -> None:
@@ -194,14 +239,6 @@ def test_the_same_id_spelled_differently(path: Path) -> None:
         Manifest(path)
 
 
-def test_equal_hashes_of_different_ids_are_no_duplicates(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_manifest(path, rows(40))
-    monkeypatch.setattr(
-        row_index, "hash_keys", lambda buffer, starts, ends, key: (starts // 999, starts >= 0)
-    )
-    assert len(Manifest(path)) == 40
-
-
 def test_the_key_of_a_continuation(path: Path) -> None:
     behaviours = [
         {"id": "a", "text": "t", "behaviour": b, "order": o} for b in ("x", "y") for o in ("1", "2")
@@ -227,46 +264,6 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "b", 'i"d']), inner),
     max_leaves=6,
 )
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(
-        st.tuples(
-            JSON_TEXT.filter(bool),
-            st.dictionaries(st.sampled_from(["text", "x", "id2"]), JSON_VALUES),
-            st.booleans(),
-        ),
-        min_size=1,
-        max_size=6,
-    ),
-    st.booleans(),
-    st.sampled_from([(", ", ": "), (",", ":"), (" , ", " : "), (",\t", ":  ")]),
-)
-def test_keys_from_bytes_are_keys_from_json(
-    parts: list[tuple[str, dict[str, object], bool]], ascii_only: bool, separators: tuple[str, str]
-) -> None:
-    """Where `hash_keys` is certain, it says what parsing the row says."""
-    objects = [{"id": name, **more} if first else {**more, "id": name} for name, more, first in parts]
-    lines = [json.dumps(row, ensure_ascii=ascii_only, separators=separators).encode() for row in objects]
-    buffer = np.frombuffer(b"\n".join(lines) + b"\n", dtype=np.uint8)
-    ends = np.flatnonzero(buffer == 10)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    hashes, certain = hash_keys(buffer, starts, ends, ("id",))
-    for i, line in enumerate(lines):
-        if certain[i]:
-            assert hashes[i] == key_of(parse_row(line, ""), ("id",), "")[1]
-
-
-def test_hashes_differ() -> None:
-    names = [f"{kind}{i}" for kind in ("", "common-voice/en/clip-", "a\0", "é") for i in range(20_000)]
-    names += ["x" * i for i in range(1, 200)] + ["\0" * i for i in range(1, 200)]
-    lines = [json.dumps({"id": name}).encode() for name in names if "\0" not in name]
-    buffer = np.frombuffer(b"\n".join(lines) + b"\n", dtype=np.uint8)
-    ends = np.flatnonzero(buffer == 10)
-    hashes, _ = hash_keys(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, ("id",))
-    parsed = [key_of({"id": name}, ("id",), "")[1] for name in names[40_000:41_000] + names[-199:]]
-    assert len(np.unique(hashes[:40_000])) == 40_000 and len(set(parsed)) == 1_199
 
 
 # --- constant memory --------------------------------------------------------------------------------------
@@ -423,21 +420,20 @@ def test_paths_that_are_no_manifests(tmp_path: Path) -> None:
 
 def test_a_line_without_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_index, "LONGEST_LINE", 1 << 20)
-    monkeypatch.setattr(row_index, "BLOCK", 1 << 16)
     path.write_bytes(b'{"id": "' + b"a" * (2 << 20))
     assert "longer than 1 MB" in refused(path, None)
 
 
 def test_a_file_that_grows_while_it_is_indexed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path.write_bytes(GOOD)
-    real = row_index.hash_keys
+    real = row_index._key_digest
 
-    def grow(*arguments: object) -> object:
+    def grow(*arguments: Any) -> bytes:
         with open(path, "ab") as out:
             out.write(b'{"id": "c", "text": "t"}\n')
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments)
 
-    monkeypatch.setattr(row_index, "hash_keys", grow)
+    monkeypatch.setattr(row_index, "_key_digest", grow)
     assert "changed while" in refused(path, None)
 
 
@@ -520,42 +516,3 @@ def test_a_manifest_appears_whole_or_not_at_all(path: Path) -> None:
     with pytest.raises(ManifestError, match=r"train\.jsonl: the row 'x' cannot be written"):
         write_manifest(path, [{"id": "x", "score": float("nan")}])
     assert sorted(os.listdir(path.parent)) == ["train.jsonl", "train.jsonl.idx"]
-
-
-def test_a_log_goes_on_after_a_torn_line(path: Path) -> None:
-    with RowLog(path) as log:
-        log.append({"id": "a"})
-        log.append({"id": "b"})
-    whole = path.read_bytes()
-    for kept in range(len(whole) + 1):
-        path.write_bytes(whole[:kept])
-        with RowLog(path) as log:
-            log.append({"id": "c"})
-        done = [row["id"] for _, row in read_rows(path)]
-        assert done == [*["a", "b"][: whole[:kept].count(b"\n")], "c"]
-    path.write_bytes(GOOD + b"x" * 200_000)
-    RowLog(path).close()
-    assert path.read_bytes() == GOOD
-
-
-def test_a_log_is_readable_after_every_row(path: Path) -> None:
-    with RowLog(path) as log:
-        for i in range(5):
-            log.append({"id": str(i)})
-            assert len(list(read_rows(path))) == i + 1
-
-
-def test_the_list_of_what_was_skipped(tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    with SkippedLog(out) as skipped:
-        assert skipped.count == 0 and not (tmp_path / "out.jsonl.skipped.jsonl").exists()
-        skipped.add("a", "a.wav", "no such file")
-        skipped.add("a", "a.wav", "no such file")
-    with SkippedLog(out) as skipped:
-        skipped.add("a", "a.wav", "no such file")
-        skipped.add("b", "b.wav", "truncated")
-        assert skipped.count == 2 and "b" in skipped and "c" not in skipped
-    assert [row for _, row in read_rows(f"{out}.skipped.jsonl")] == [
-        {"id": "a", "audio": "a.wav", "reason": "no such file"},
-        {"id": "b", "audio": "b.wav", "reason": "truncated"},
-    ]

@@ -1,10 +1,13 @@
-"""What was said, and in which file: audio, manifests and corpora.
+"""Audio, manifests, corpora, and unfinished work: what lies on disk. Nothing here imports torch.
 
-First stop of the flow (corpora → manifest → continuations → ...). Nothing here imports torch, so that
-`blsp prepare` and the command line start at once.
+First stop of the flow: **corpora → manifest** → continuations → speech features → training.
 
-    audio.py     a path, bytes, data-URI or array -> 16 kHz mono float32
-    manifest.py  Utterance, the one record that all steps share; JSONL files of any length
-    row_index.py where each row of a manifest starts, and whether its key is unique
-    corpora/     published corpora -> manifests (`blsp prepare`)
+    audio.py      a path, bytes, data-URI or array -> 16 kHz mono float32
+    manifest.py   `Utterance`, the record that all steps share; JSONL files of any length, read by row number
+    row_index.py  where each row of a manifest starts, and that its key is unique (SQLite)
+    jsonl.py      one JSON object a line, checked
+    files.py      atomic writes, digests
+    jobs.py       unfinished work: locks, logs, headers, part files; how a killed job goes on
+    prepare.py    `blsp prepare`
+    corpora/      published corpora -> utterances
 """

@@ -14,19 +14,19 @@ from __future__ import annotations
 import glob
 import os
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, overload
-
-import numpy as np
 
 from blsp.data.files import write_atomically
 from blsp.data.jobs import SKIPPED_SUFFIX
 from blsp.data.jsonl import ManifestError, dump_row, parse_row, read_rows, show
 from blsp.data.row_index import INDEX_SUFFIX, open_index, refuse_shared_keys
 
-ROWS_READ = 64  # rows fetched at a time when all are read in order
+ROWS_READ = 256  # rows fetched at a time when all are read in order
 CONTINUATION_KEY = ("id", "behaviour", "order")  # what is unique in a continuation file
 
 __all__ = [
@@ -138,52 +138,62 @@ class Manifest(Sequence[Utterance]):
 
     def __init__(self, path: str | os.PathLike[str], key: tuple[str, ...] = ("id",)) -> None:
         self._open(find_manifests(path), key)
+        if len(self._indexes) > 1:
+            refuse_shared_keys(self._indexes)
 
     def _open(self, paths: list[Path], key: tuple[str, ...]) -> None:
         self.paths, self.key = paths, key
         self._indexes = [open_index(file, key) for file in paths]
-        refuse_shared_keys(self._indexes)
-        self._ends = np.cumsum([len(index) for index in self._indexes])
+        self._ends = list(accumulate(len(index) for index in self._indexes))  # row after the last, by file
         self._descriptors = [os.open(file, os.O_RDONLY) for file in paths]
         self._closer = weakref.finalize(self, _close_all, self._descriptors)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     @overload
-    def __getitem__(self, place: int) -> Utterance: ...
+    def __getitem__(self, row: int) -> Utterance: ...
     @overload
-    def __getitem__(self, place: slice) -> list[Utterance]: ...
-    def __getitem__(self, place: int | slice) -> Utterance | list[Utterance]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
-        row = place + len(self) if place < 0 else place
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {place} of a manifest of {len(self)} rows")
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        row += len(self._indexes[number]) - int(self._ends[number])
-        return next(self._read(number, row, row + 1))
+    def __getitem__(self, row: slice) -> list[Utterance]: ...
+    def __getitem__(self, row: int | slice) -> Utterance | list[Utterance]:
+        if isinstance(row, slice):
+            numbers = range(*row.indices(len(self)))
+            if numbers.step == 1 and numbers:
+                return list(self._rows(numbers.start, numbers.stop))
+            return [self[number] for number in numbers]
+        number = row + len(self) if row < 0 else row
+        if not 0 <= number < len(self):
+            raise IndexError(f"row {row} of a manifest of {len(self)} rows")
+        return next(self._rows(number, number + 1))
 
     def __iter__(self) -> Iterator[Utterance]:
-        for number, index in enumerate(self._indexes):
-            for first in range(0, len(index), ROWS_READ):
-                yield from self._read(number, first, min(first + ROWS_READ, len(index)))
+        return self._rows(0, len(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.paths, self.key)
 
-    def _read(self, number: int, first: int, last: int) -> Iterator[Utterance]:
+    def _rows(self, first: int, last: int) -> Iterator[Utterance]:
+        """Rows `first` to `last` (excluded), some at a time."""
+        while first < last:
+            file = bisect_right(self._ends, first)
+            before = self._ends[file] - len(self._indexes[file])  # rows in earlier files
+            until = min(last, self._ends[file], first + ROWS_READ)
+            yield from self._read(file, first - before, until - before)
+            first = until
+
+    def _read(self, file: int, first: int, last: int) -> Iterator[Utterance]:
         """Rows `first` to `last` (excluded) of one of the files."""
-        file, index = self.paths[number], self._indexes[number]
-        starts = index.offsets[first:last].tolist()
-        ends = [*starts[1:], index.span(last - 1)[1]]
-        raw = os.pread(self._descriptors[number], ends[-1] - starts[0], starts[0])
-        for place, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        path, index = self.paths[file], self._indexes[file]
+        starts = index.starts(first, last + 1)
+        if last == len(index):
+            starts.append(index.size)
+        raw = os.pread(self._descriptors[file], starts[-1] - starts[0], starts[0])
+        for row, (start, end) in enumerate(pairwise(starts), start=first):
             try:
-                row = parse_row(raw[start - starts[0] : end - starts[0]], "")
-                utterance = Utterance.from_json(resolve_audio(row, file.parent), "")
+                values = parse_row(raw[start - starts[0] : end - starts[0]], "")
+                utterance = Utterance.from_json(resolve_audio(values, path.parent), "")
             except ManifestError as error:  # the line's number costs a scan: counted only when it is needed
-                raise ManifestError(f"{file}:{index.line_number(first + place)}{error}") from None
+                raise ManifestError(f"{index.where(row)}{error}") from None
             yield utterance
 
 

@@ -33,7 +33,7 @@ from blsp.data.files import digest_of
 from blsp.data.jobs import Job
 from blsp.data.jsonl import read_rows
 from blsp.data.manifest import Utterance
-from blsp.data.row_index import open_index
+from blsp.data.row_index import index_path, open_index
 
 if TYPE_CHECKING:
     from blsp.settings import PrepareSettings
@@ -171,6 +171,7 @@ def _finish(settings: PrepareSettings, job: Job, part: Path, facts: dict[str, An
             f"{settings.root}: no utterance in {settings.split!r}; left out: {left_out or 'nothing'}"
         )
     rows = len(open_index(part, ("id",)))
+    os.replace(index_path(part), index_path(job.out))
     job.finish(part, {"settings": facts, "rows": rows, "skipped": dict(reasons)})
     more = f" ({left_out})" if left_out else ""
     print(f"{settings.out}: {rows:,} rows; {reasons.total():,} left out{more}")
