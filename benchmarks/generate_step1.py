@@ -30,7 +30,7 @@ from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prompt import frame_prompt, transcript_ids
-from blsp.model.checkpoint import load_language_model
+from blsp.model.loading import load_language_model
 
 TEXTS = Path(__file__).parents[1] / "recipes" / "blsp-tiny" / "texts" / "fotaq_en.jsonl.gz"
 ORDER = "instruction-first"

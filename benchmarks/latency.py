@@ -32,7 +32,7 @@ from blsp.data.audio import SAMPLE_RATE, load_audio
 from blsp.evaluation.recogniser import COMPUTE_TYPES, recogniser_of
 from blsp.inference.listener import Listener, Question, load, written
 from blsp.llm.decoding import Decoder
-from blsp.model.adapter import AudioEmbeds
+from blsp.model.adapter_parts import AudioEmbeds
 from blsp.settings import DEFAULT_MODEL
 from blsp.weights.embedded import resolve_weights
 

@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 from blsp.llm.language_model import rows_per_chunk
-from blsp.model.modeling_blsp import ADAPTERS
+from blsp.model.adapter import ADAPTERS
 from blsp.weights.embedded import resolve_weights
 
 ENCODER, LLM = "embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"
@@ -45,7 +45,7 @@ def estimate(
     audio, text = (AutoConfig.from_pretrained(resolve_weights(name)) for name in (audio_model, llm))
     width = text.hidden_size
     with torch.device("meta"):
-        options = {"classes": text.vocab_size} if adapter == "grounded" else {}
+        options = {"classes": text.vocab_size} if ADAPTERS[adapter].reads_out else {}
         module = ADAPTERS[adapter](audio.d_model, width, **options)
     learnt = sum(each.numel() for each in module.parameters())
     head = 0 if text.tie_word_embeddings else text.vocab_size * width
@@ -70,7 +70,7 @@ def measured(positions: tuple[int, ...]) -> list[float]:
     from benchmarks.train_step import FLOAT32, Way, examples, plan_steps, trainable
 
     model, processor = trainable(FLOAT32)
-    sizes = plan_steps(processor, model.model.multi_modal_projector.num_audio_tokens, steps=1)
+    sizes = plan_steps(processor, model.model.multi_modal_projector.strides, steps=1)
     rows = examples(model, processor, sizes[0])
     way = Way(model)
     way.learn([rows[:2]])  # what is made once: prefix, optimiser

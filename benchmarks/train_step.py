@@ -38,6 +38,7 @@ from blsp.distributed import Runtime, keep_freed_memory
 from blsp.llm.instructions import instruction_for
 from blsp.llm.prefix import Prefix, PrefixCache, run_after_prefix
 from blsp.llm.prompt import Order, frame_prompt, transcript_ids
+from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.checkpoint import new_blsp
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
@@ -60,12 +61,13 @@ TOP_K = 20
 MATRIX = 2048
 
 
-def plan_steps(processor: Any, places: Callable[[int], int], steps: int) -> list[list[tuple[int, int]]]:
+def plan_steps(processor: Any, strides: Sequence[int], steps: int) -> list[list[tuple[int, int]]]:
     """(samples of the clip, tokens of the response) of each row of `steps` steps, from short ones to long ones."""
     draw = np.random.default_rng(0)
     clip = draw.integers(2 * SAMPLE_RATE, 4 * SAMPLE_RATE, POPULATION, endpoint=True)
     response = draw.integers(24, 40, POPULATION, endpoint=True)
-    speech = np.array([places(encoder_frames(mel_frames(int(size)))) for size in clip])
+    frames = np.array([encoder_frames(mel_frames(int(size))) for size in clip])
+    speech = num_audio_tokens(frames, strides)
     tail = len(frame_prompt(processor.tokenizer, instruction_for("continue"), ORDER).suffix_ids) - 1
     lengths = speech + tail + response
     plan = DataOrder((DataFile(0, POPULATION),), BATCH, seed=0)
@@ -241,7 +243,7 @@ def trainable(runtime: Runtime) -> tuple[BlspForConditionalGeneration, Any]:
 def measure(rounds: int, steps: int, names: Sequence[str]) -> dict[str, Any]:
     """The ways of these names and the baseline, interleaved, on the same samples."""
     model, processor = trainable(FLOAT32)
-    sizes = plan_steps(processor, model.model.multi_modal_projector.num_audio_tokens, steps)
+    sizes = plan_steps(processor, model.model.multi_modal_projector.strides, steps)
     parts = [examples(model, processor, each) for each in sizes]
     rows = [each for part in parts for each in part]
     every = ways_of(model, processor)

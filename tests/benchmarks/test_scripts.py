@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import memory, scale
 from blsp.distributed import find_runtime
-from blsp.model.checkpoint import load_speech_encoder
+from blsp.model.loading import load_speech_encoder
 
 SCRIPTS = sorted(path.stem for path in Path(scale.__file__).parent.glob("*.py") if path.stem != "__main__")
 

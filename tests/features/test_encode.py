@@ -24,7 +24,7 @@ from blsp.distributed import Runtime
 from blsp.features import encode as encoding
 from blsp.features.cache import FeatureCache
 from blsp.features.encode import Encoding, _batches, _plan, encode, encoder_id, in_order
-from blsp.model.checkpoint import load_speech_encoder
+from blsp.model.loading import load_speech_encoder
 from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
 from blsp.settings import EncodeSettings
 

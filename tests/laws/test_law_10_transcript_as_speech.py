@@ -13,7 +13,7 @@ from blsp.inference.listener import Listener, Question
 from blsp.llm.decoding import Decoding, decode
 from blsp.llm.language_model import embed
 from blsp.llm.prompt import ORDERS, transcript_ids
-from blsp.model.adapter import AudioEmbeds
+from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.grounded import BLANK, read_out
 
 FEW = torch.finfo(torch.float64).min  # the logarithm of a probability of 0

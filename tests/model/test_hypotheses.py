@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.tiny_models import FAMILIES
 
 from blsp.llm.prefix import compute_prefix
-from blsp.model.adapter import Hypothesis
+from blsp.model.adapter_parts import Hypothesis
 from blsp.model.hypotheses import LANGUAGE, LENGTH, log_likelihoods, n_best, weighed
 
 

@@ -15,7 +15,7 @@ from blsp.evaluation.routes import RouteInput, RouteInputFn
 from blsp.inference.listener import Listener
 from blsp.llm.language_model import embed
 from blsp.llm.prompt import transcript_ids
-from blsp.model.adapter import AudioEmbeds
+from blsp.model.adapter_parts import AudioEmbeds
 
 TEXTS = (
     "hello world",

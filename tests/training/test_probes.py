@@ -9,7 +9,7 @@ from support.training_examples import make_examples
 
 from blsp.llm.language_model import embed
 from blsp.llm.prefix import PrefixCache
-from blsp.model.adapter import AdapterOutput
+from blsp.model.adapter_parts import AdapterOutput
 from blsp.training import probes
 from blsp.training.probes import Probe
 

@@ -31,7 +31,7 @@ from blsp.continuation.writer import load_tokenizer, write_top_k
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, write_manifest
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.prompt import text_ids
-from blsp.model.checkpoint import load_language_model
+from blsp.model.loading import load_language_model
 from blsp.weights.digest import tensor_digest
 from blsp.weights.embedded import resolve_weights
 

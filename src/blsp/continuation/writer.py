@@ -52,7 +52,7 @@ from blsp.distributed import Runtime, find_runtime
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
 from blsp.llm.prompt import ORDERS, text_ids
-from blsp.model.checkpoint import load_language_model
+from blsp.model.loading import load_language_model
 from blsp.settings import ContinueSettings, SettingsError
 from blsp.weights.digest import tensor_digest
 from blsp.weights.embedded import resolve_weights

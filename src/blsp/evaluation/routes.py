@@ -28,7 +28,7 @@ from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener, Question
 from blsp.llm.decoding import Request, decode
 from blsp.llm.teacher_forcing import option_scores
-from blsp.model.adapter import AudioEmbeds
+from blsp.model.adapter_parts import AudioEmbeds
 
 RouteInput = str | AudioEmbeds  # what stands in the speech's place: words, or vectors
 RouteInputFn = Callable[[Sequence[Utterance]], list[RouteInput]]

@@ -33,7 +33,7 @@ from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import Runtime, barrier, find_runtime, leave, shard_rows, sum_across
 from blsp.features.cache import FeatureCache, FeaturesError
 from blsp.features.shards import ShardWriter
-from blsp.model.checkpoint import load_speech_encoder
+from blsp.model.loading import load_speech_encoder
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import FEATURES_VERSION, WINDOW_MEL_FRAMES, encode_speech, mel_features

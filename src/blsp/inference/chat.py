@@ -23,7 +23,7 @@ from blsp.data.audio import AudioError, load_audio
 from blsp.inference.conversation import ContextError, Conversation
 from blsp.inference.listener import load
 from blsp.llm.prompt import PromptError
-from blsp.model.adapter import AudioEmbeds
+from blsp.model.adapter_parts import AudioEmbeds
 
 if TYPE_CHECKING:
     from blsp.settings import ChatSettings
@@ -100,7 +100,7 @@ def converse(conversation: Conversation, lines: Iterable[str], say: Callable[[st
 
 
 def answer_line(conversation: Conversation, line: str, say: Callable[[str], None]) -> None:
-    """One turn: hear its recordings, say what a grounded adapter reads in them, stream the answer."""
+    """One turn: hear its recordings, show the adapter's own read-out of them, stream the answer."""
     try:
         parts = [_hear(conversation, part, say) if isinstance(part, Path) else part for part in parse(line)]
         for piece in conversation.ask(*parts):

@@ -29,7 +29,7 @@ from blsp.llm.language_model import embed
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import Speech, render
 from blsp.llm.text_stream import TextStream
-from blsp.model.adapter import AudioEmbeds
+from blsp.model.adapter_parts import AudioEmbeds
 
 Content = str | AudioEmbeds | tuple[int, ...]  # text, a clip, or the ids of an answer that was written
 

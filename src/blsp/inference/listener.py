@@ -29,7 +29,7 @@ from blsp.llm.language_model import embed, stop_ids
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import Order, frame_prompt, transcript_ids
 from blsp.llm.text_stream import TextStream, answer_text
-from blsp.model.adapter import AudioEmbeds
+from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.checkpoint import load_blsp
 from blsp.model.hypotheses import weighed
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
@@ -104,8 +104,9 @@ class Listener:
     ) -> list[str]:
         """What was said in each clip. Recordings of more than 10 s are cut at pauses and heard piece by piece.
 
-        readout: True: the adapter's own tokens, without the LLM (`grounded` only); False: what the LLM repeats;
-        None: of what `grounded` may have heard, that which the LLM finds likeliest; else what the LLM repeats.
+        readout: True: the adapter's own tokens, without the LLM, where it reads out; False: what the LLM repeats;
+        None: of the adapter's likeliest read-outs, the one that the LLM finds likeliest; without any, what the LLM
+        repeats.
         """
         weigh = readout is None and self.reads_out
         pieces = [(i, piece) for i, audio in enumerate(audios) for piece in cut_at_pauses(_samples(audio))]
@@ -122,12 +123,12 @@ class Listener:
     @property
     def reads_out(self) -> bool:
         """Whether the adapter has a transcript of its own."""
-        return self.model.config.adapter == "grounded"
+        return self.model.model.reads_out
 
     def readout(self, heard: Sequence[AudioEmbeds]) -> list[str]:
-        """The adapter's own transcripts (`grounded` only), without the LLM; "" where there was no speech."""
+        """The adapter's own transcripts, where it reads out, without the LLM; "" where there was no speech."""
         if not self.reads_out:
-            raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out: only 'grounded' does")
+            raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out")
         return [self.tokenizer.decode(clip.token_ids or []).strip() if clip.speech else "" for clip in heard]
 
     def rescore(self, heard: Sequence[AudioEmbeds]) -> list[str]:

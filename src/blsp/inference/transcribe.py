@@ -5,7 +5,7 @@ Out: `{"audio", "text"}`, one line of JSON a file, to a file (resumable) or to t
 Try: `blsp transcribe question.wav`
 Flow: inference/ — recordings → **Listener.transcribe_all** → transcripts.
 
-A `grounded` adapter reads its own tokens out, and the LLM chooses among the likeliest sequences (`--readout`: the
+An adapter that reads out writes its own tokens, and the LLM chooses among the likeliest sequences (`--readout`: the
 likeliest, and the LLM is not run); with the other adapters, or when asked, the LLM repeats what it hears. A file that
 cannot be read is named with the reason, on the screen and in `<out>.skipped.jsonl`, and the job goes on. Where no
 speech is heard, the text is "".

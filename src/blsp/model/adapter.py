@@ -1,122 +1,77 @@
-"""The modality adapter: the only thing that is trained.
+"""Modality adapters: the only part that is trained. `ADAPTERS` names them all.
 
-In:  encoder states (B, T, E) at 50 frames/s and their lengths.
+In:  encoder states (B, T, E) at 50 frames/s and their lengths (B,).
 Out: `AdapterOutput`: vectors in the LLM's embedding space (B, S, D), S a function of T alone.
 Try: `build_adapter(config)(states, lengths, table)`
 Flow: encoder states → **vectors** → the LLM.
 
-`conv` is the paper's (§2.2 and its released code): three strided convolutions with GLU, a bottleneck and a
-LayerNorm, 6.25 vectors/s. `stack` joins neighbouring frames and applies a SwiGLU MLP, as most later systems
-do. `grounded` (grounded.py) reads the conv stack out over the LLM's own tokens.
+`conv` is the paper's (§2.2 and its released code). `stack` joins neighbouring frames and applies a SwiGLU
+MLP, as most later systems do. `grounded` (grounded.py) reads the speech out over the LLM's own tokens.
 
-Letters: B batch, T encoder frames, S places, E encoder width, D LLM width, K read-out classes (blank first).
+A new adapter is one class and one entry in `ADAPTERS`: the flag `--adapter`, the processor and checkpoints
+follow. The class is an `nn.Module` with
+
+    __init__(speech_width, text_width, *, embedding_std, …)  options come from `--adapter-options`; an adapter
+                                                             that reads out also gets `classes`
+    strides        how much shorter the sequence gets, stride by stride (each rounds up)
+    reads_out      True: it gives one vector for each token that it reads out, knows clips without speech,
+                   and also has what grounded.py has: `hidden_states`, `logits`, `spell` and `widen`
+    forward(states, lengths, table) -> AdapterOutput         table (K-1, D): embeddings of the read-out
+                                                             vocabulary, None unless it reads out
+
+A module of your own can add one without a change here (docs/extending.md): `ADAPTERS["mine"] = MyAdapter`.
+
+Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width, K read-out classes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from blsp.llm.language_model import valid_mask
-
-
-@dataclass(frozen=True)
-class AdapterOutput:
-    """What an adapter makes of a batch of clips.
-
-    vectors (B, S, D): zero where invalid; the valid ones of a row come first.
-    places (B,): how many placeholders each clip takes: a function of its length alone.
-    valid (B, S): which places hold a vector; at least one a row.
-    speech (B,): False where no speech was found (only `grounded` can tell).
-    log_probs (B, S, K), readout: the CTC posteriors and their best path in LLM token ids; `grounded` only.
-    """
-
-    vectors: Tensor
-    num_audio_tokens: Tensor
-    valid: Tensor
-    speech: Tensor
-    log_probs: Tensor | None = None
-    readout: list[list[int]] | None = None
-
-
-@dataclass(frozen=True)
-class AudioEmbeds:
-    """One clip as the LLM gets it: vectors (n, D) without the invalid places, and what was read out, if anything.
-
-    hypotheses: what else may have been said, best first, in the LLM's tokens, where that was asked for.
-    """
-
-    vectors: Tensor
-    num_audio_tokens: int
-    speech: bool
-    token_ids: list[int] | None = None
-    hypotheses: tuple[Hypothesis, ...] = ()
-
-
-@dataclass(frozen=True)
-class Hypothesis:
-    """A sequence of tokens that may have been said, and its log-probability over all paths of the read-out."""
-
-    tokens: tuple[int, ...]
-    log_prob: float
-
-
-class ConvStack(nn.Module):
-    """Convolutions (kernel 5, padding 2) each followed by a GLU; padding is zeroed between them."""
-
-    def __init__(self, widths: list[int], strides: list[int]) -> None:
-        super().__init__()
-        self.strides = strides
-        self.convs = nn.ModuleList(
-            nn.Conv1d(width, 2 * following, kernel_size=5, stride=stride, padding=2)
-            for width, following, stride in zip(widths, widths[1:], strides, strict=False)
-        )
-
-    def num_audio_tokens(self, frames: int) -> int:
-        for stride in self.strides:
-            frames = -(-frames // stride)
-        return frames
-
-    def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, E), (B,) -> (B, S, D'), (B,)."""
-        hidden = (states * valid_mask(lengths, states.shape[1])[:, :, None]).transpose(1, 2)
-        for conv, stride in zip(self.convs, self.strides, strict=True):
-            lengths = (lengths + stride - 1) // stride
-            hidden = nn.functional.glu(conv(hidden), dim=1)
-            hidden = hidden * valid_mask(lengths, hidden.shape[2])[:, None, :]
-        return hidden.transpose(1, 2), lengths
+from blsp.model.adapter_parts import AdapterOutput, ConvStack, num_audio_tokens, plain_output
+from blsp.model.configuration_blsp import BlspConfig, CheckpointError
+from blsp.model.grounded import GroundedAdapter, token_strings
 
 
 class ConvAdapter(nn.Module):
-    """The paper's adapter: 3 × (Conv1d k5 s2 p2 + GLU), bottleneck with residual, LayerNorm.
+    """The paper's adapter: 3 × (Conv1d k5 s2 p2 + GLU), bottleneck with residual, LayerNorm; 6.25 vectors/s.
 
-    47.5 M parameters for E = 768, D = 4096. `embedding_std` sets the LayerNorm's first gain so that the
+    47,467,520 parameters for E = 768, D = 4096. `embedding_std` sets the LayerNorm's first gain, so that the
     vectors start at the size of the LLM's own embeddings.
     """
+
+    reads_out: ClassVar[bool] = False
 
     def __init__(
         self, speech_width: int, text_width: int, *, bottleneck: int = 512, embedding_std: float = 1.0
     ) -> None:
         super().__init__()
-        self.stack = ConvStack([speech_width, speech_width, speech_width, text_width], [2, 2, 2])
+        self.strides = [2, 2, 2]
+        self.stack = ConvStack([speech_width, speech_width, speech_width, text_width], self.strides)
         self.down = nn.Linear(text_width, bottleneck, bias=False)
         self.up = nn.Linear(bottleneck, text_width, bias=False)
         self.norm = nn.LayerNorm(text_width)
         nn.init.constant_(self.norm.weight, embedding_std)
 
-    def num_audio_tokens(self, frames: int) -> int:
-        return self.stack.num_audio_tokens(frames)
-
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:
-        hidden, lengths = self.stack(states, lengths)
+        hidden, lengths = self.stack(states, lengths)  # (B, S, D)
         hidden = self.norm(hidden + self.up(nn.functional.gelu(self.down(hidden))))
-        return _plain_output(hidden, lengths)
+        return plain_output(hidden, lengths)
 
 
 class StackAdapter(nn.Module):
-    """Joins `frames` neighbouring encoder frames and maps them with RMSNorm + SwiGLU MLP (8 frames: 6.25/s)."""
+    """`frames` neighbouring encoder frames joined, then RMSNorm and a SwiGLU MLP (8 frames: 6.25 vectors/s)."""
+
+    reads_out: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -128,27 +83,102 @@ class StackAdapter(nn.Module):
         embedding_std: float = 1.0,
     ) -> None:
         super().__init__()
-        self.frames = frames
+        self.strides = [frames]
         self.norm_in = nn.RMSNorm(speech_width * frames)
         self.gate_up = nn.Linear(speech_width * frames, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, text_width, bias=False)
         self.norm = nn.RMSNorm(text_width)
         nn.init.constant_(self.norm.weight, embedding_std)
 
-    def num_audio_tokens(self, frames: int) -> int:
-        return -(-frames // self.frames)
-
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:
+        (frames,) = self.strides
         states = states * valid_mask(lengths, states.shape[1])[:, :, None]
-        missing = -states.shape[1] % self.frames
-        stacked = nn.functional.pad(states, (0, 0, 0, missing)).unflatten(1, (-1, self.frames)).flatten(2)
-        gate, up = self.gate_up(self.norm_in(stacked)).chunk(2, dim=-1)
-        hidden = self.norm(self.down(nn.functional.silu(gate) * up))
-        return _plain_output(hidden, (lengths + self.frames - 1) // self.frames)
+        missing = -states.shape[1] % frames  # zeros that fill up the last group of frames
+        stacked = nn.functional.pad(states, (0, 0, 0, missing)).unflatten(1, (-1, frames)).flatten(2)
+        gate, up = self.gate_up(self.norm_in(stacked)).chunk(2, dim=-1)  # (B, S, hidden) each
+        hidden = self.norm(self.down(nn.functional.silu(gate) * up))  # (B, S, D)
+        return plain_output(hidden, num_audio_tokens(lengths, self.strides))
 
 
-def _plain_output(hidden: Tensor, lengths: Tensor) -> AdapterOutput:
-    """Every place of a clip holds a vector, and every clip is taken for speech."""
-    valid = valid_mask(lengths, hidden.shape[1])
-    speech = torch.ones_like(lengths, dtype=torch.bool)
-    return AdapterOutput(hidden * valid[:, :, None], num_audio_tokens=lengths, valid=valid, speech=speech)
+ADAPTERS: dict[str, Any] = {
+    "conv": ConvAdapter,
+    "stack": StackAdapter,
+    "grounded": GroundedAdapter,
+}
+
+
+def adapter_class(name: str) -> Any:
+    """The class of an adapter's name; ValueError where there is none."""
+    if name not in ADAPTERS:
+        raise ValueError(
+            f"adapter {name!r}: must be one of {', '.join(ADAPTERS)}; one of your own "
+            "must be added to blsp.model.adapter.ADAPTERS first: BLSP_PLUGINS names the modules that add some"
+        )
+    return ADAPTERS[name]
+
+
+def build_adapter(config: BlspConfig) -> Any:
+    """The adapter that a configuration names, freshly initialised.
+
+    One that reads out a part of the LLM's vocabulary also holds the token ids of its classes, `vocabulary`
+    (K-1,): they are saved with its weights.
+    """
+    kind = adapter_class(config.adapter)
+    options = dict(config.adapter_options or {})
+    if kind.reads_out:
+        options["classes"] = config.readout_size or config.text_config.vocab_size
+    adapter = kind(config.audio_config.d_model, config.text_config.hidden_size, **options)
+    if kind.reads_out and config.readout_size is not None:
+        set_vocabulary(adapter, config, config.readout_vocabulary or range(config.readout_size))
+    return adapter
+
+
+def set_vocabulary(adapter: Any, config: BlspConfig, ids: Sequence[int]) -> None:
+    """Store the LLM's token id of each row of the read-out table; nothing, where it is the whole vocabulary."""
+    whole = len(ids) == config.text_config.vocab_size
+    device = next(adapter.parameters()).device
+    vocabulary = None if whole else torch.tensor(list(ids), dtype=torch.int32, device=device)
+    adapter.register_buffer("vocabulary", vocabulary)
+    config.readout_size = None if whole else len(ids)
+
+
+def widen_readout(
+    adapter: Any, config: BlspConfig, tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Read out these LLM tokens too."""
+    if config.readout_size is None:
+        return
+    known = adapter.vocabulary.tolist()
+    ids = sorted({*known, *tokens})
+    if len(ids) > len(known):
+        row = {token: index for index, token in enumerate(ids)}
+        adapter.widen([row[token] for token in known], token_strings(tokenizer, ids))
+        set_vocabulary(adapter, config, ids)
+
+
+def load_adapter(folder: str | Path, config: BlspConfig) -> Any:
+    """The trained adapter of a folder, in float32; CheckpointError where tensors are missing or do not fit."""
+    adapter = build_adapter(config)
+    try:
+        adapter.load_state_dict(adapter_state(folder, config), strict=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: its tensors do not fit its config.json: {error}") from error
+    return adapter
+
+
+def adapter_state(folder: str | Path, config: BlspConfig) -> dict[str, Tensor]:
+    """An adapter folder's tensors under the adapter's own names, weights in float32.
+
+    A folder that stores its read-out vocabulary in config.json (before November 2026) gets the tensor here.
+    """
+    stored = load_file(str(cached_file(str(folder), "model.safetensors")))
+    prefix = "model.multi_modal_projector."
+    state = {name.removeprefix(prefix): as_dtype(tensor, torch.float32) for name, tensor in stored.items()}
+    if config.readout_vocabulary is not None:
+        state.setdefault("vocabulary", torch.tensor(config.readout_vocabulary, dtype=torch.int32))
+    return state
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights in `dtype`; whole numbers (token ids, spelling) stay what they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,21 +1,28 @@
-"""The configuration of a BLSP model: which frozen parts, which adapter between them.
+"""Configuration of a BLSP model: its frozen parts and the adapter between them.
 
 In:  the configurations of a Whisper-family encoder and of a decoder-only LLM, and the adapter's name and options.
 Out: `BlspConfig`, which names the frozen parts (and the digests of their tensors) without containing them.
 Try: `BlspConfig.from_pretrained("models/blsp-tiny").text_model_id`
-Flow: model/ — first thing that is read when a checkpoint folder is opened.
+Flow: config.json → **BlspConfig** → modeling_blsp.py, checkpoint.py
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.whisper import WhisperConfig
+from transformers.utils import cached_file
 
 from blsp.llm.instructions import NO_SPEECH_SENTENCE
 
 AUDIO_TOKEN = "<|audio|>"
+
+
+class CheckpointError(ValueError):
+    """A folder that is no usable checkpoint; the message names it and the way out."""
 
 
 class BlspConfig(PretrainedConfig):
@@ -25,11 +32,14 @@ class BlspConfig(PretrainedConfig):
         audio_config, text_config: configurations of the frozen encoder and the frozen LLM (dict or object).
         audio_token_id: id of the placeholder in `input_ids`; outside the LLM's vocabulary, never embedded.
         audio_model_id, text_model_id: where the frozen parts are loaded from (folder, hub id or `embedded:` name).
-        audio_model_sha256, text_model_sha256: tensor digests; an adapter fits these weights and no namesakes.
-        adapter: `conv` (the paper's), `stack` or `grounded`.
-        adapter_options: keyword arguments of that adapter's class in `adapter.py` or `grounded.py`.
-        readout_vocabulary: LLM token ids that `grounded` reads out; None is the whole vocabulary.
-        no_speech_sentence: what is answered when a clip holds no speech.
+        audio_model_sha256, text_model_sha256: tensor digests; the adapter fits these weights and no others.
+        adapter: a name in `adapter.ADAPTERS`; `conv` is the paper's.
+        adapter_options: keyword arguments of that adapter's class.
+        readout_size: number of LLM tokens that the adapter reads out; None: the whole vocabulary. Their ids are
+            a tensor of the adapter, `vocabulary`.
+        readout_vocabulary: the ids themselves, for a fresh adapter. Folders written before November 2026 store
+            them here; they are never written.
+        no_speech_sentence: the answer to a clip without speech.
         full_window: True pads the encoder's input to 30 s as the paper does; False uses true lengths.
         adapter_only: True when the folder holds the adapter's tensors alone; `blsp export` writes False.
     """
@@ -46,6 +56,7 @@ class BlspConfig(PretrainedConfig):
     text_model_sha256: str | None = None
     adapter: str = "conv"
     adapter_options: dict | None = None
+    readout_size: int | None = None
     readout_vocabulary: list[int] | None = None
     no_speech_sentence: str = NO_SPEECH_SENTENCE
     full_window: bool = False
@@ -56,10 +67,16 @@ class BlspConfig(PretrainedConfig):
         self.audio_config = _config(self.audio_config, default=WhisperConfig)
         self.text_config = _config(self.text_config, default=AutoConfig.for_model("llama").__class__)
         self.adapter_options = dict(self.adapter_options or {})
+        if self.readout_vocabulary is not None:
+            self.readout_size = len(self.readout_vocabulary)
         if self.audio_token_id is None:
             self.audio_token_id = self.text_config.vocab_size
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json: everything but the read-out vocabulary, which lies with the weights."""
+        return {name: value for name, value in super().to_dict().items() if name != "readout_vocabulary"}
 
 
 def _config(value: Any, default: type) -> PretrainedConfig:
@@ -69,3 +86,19 @@ def _config(value: Any, default: type) -> PretrainedConfig:
     if isinstance(value, dict):
         return AutoConfig.for_model(**value)
     return value
+
+
+def config_file(folder: Any) -> Path:
+    """The config.json of a folder or hub id; CheckpointError where there is none."""
+    path = cached_file(str(folder), "config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        raise CheckpointError(
+            f"{folder}: no config.json there; give a folder written by `blsp train` or `blsp export`"
+        )
+    return Path(path)
+
+
+def is_adapter_folder(folder: Any) -> bool:
+    """True for a checkpoint that holds the adapter alone."""
+    config = json.loads(config_file(folder).read_text())
+    return config.get("model_type") == "blsp" and config.get("adapter_only", False)

@@ -25,9 +25,7 @@ from transformers import PreTrainedModel
 
 from blsp.llm.language_model import embed, log_probabilities, stop_ids
 from blsp.llm.prefix import Prefix, run_after_prefix
-from blsp.model.adapter import AdapterOutput, Hypothesis
-from blsp.model.configuration_blsp import BlspConfig
-from blsp.model.grounded import BLANK
+from blsp.model.adapter_parts import BLANK, AdapterOutput, Hypothesis
 
 # both chosen on fotaq's development part
 LANGUAGE = 0.4  # weight of the LLM's log-likelihood beside the read-out's
@@ -78,15 +76,19 @@ def _log_add(a: float, b: float) -> float:
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
 
-def hypotheses_of(config: BlspConfig, output: AdapterOutput, row: int, beam: int) -> tuple[Hypothesis, ...]:
-    """The `beam` likeliest sequences of one clip of a batch, in the LLM's token ids; none where nothing is read out."""
+def hypotheses_of(
+    output: AdapterOutput, row: int, beam: int, vocabulary: Sequence[int] | None
+) -> tuple[Hypothesis, ...]:
+    """The `beam` likeliest transcripts of one clip of a batch; none where nothing is read out.
+
+    vocabulary: the LLM's token ids of the read-out table's rows; None where they are the rows' numbers.
+    """
     if not beam or output.log_probs is None:
         return ()
-    found = n_best(output.log_probs[row, : int(output.num_audio_tokens[row])], beam)
-    vocabulary = config.readout_vocabulary
+    hypotheses = n_best(output.log_probs[row, : int(output.num_audio_tokens[row])], beam)
     if vocabulary is None:
-        return tuple(found)
-    return tuple(replace(each, tokens=tuple(vocabulary[i] for i in each.tokens)) for each in found)
+        return tuple(hypotheses)
+    return tuple(replace(h, tokens=tuple(vocabulary[i] for i in h.tokens)) for h in hypotheses)
 
 
 def weighed(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:

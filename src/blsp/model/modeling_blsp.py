@@ -1,16 +1,22 @@
-"""The model: a frozen Whisper encoder, the adapter, and a frozen LLM, under Hugging Face's conventions.
+"""The model: a frozen Whisper encoder, the adapter and a frozen LLM, under Hugging Face's conventions.
 
-In:  `input_ids` with a placeholder for every vector of speech, and the speech's log-mel features and mask.
+In:  `input_ids` with a placeholder for every audio token, and the speech's log-mel features and mask.
 Out: the LLM's outputs; `generate` works as for any transformers model.
 Try: `BlspForConditionalGeneration.from_pretrained("models/blsp-tiny")`
 Flow: processor → **audio_tower → multi_modal_projector → language_model** → text.
 
 A checkpoint folder holds the adapter alone; `from_pretrained` loads the frozen parts that its configuration
-names and checks their digests (checkpoint.py). Placeholders are replaced in the embeddings; places of a
-`grounded` adapter that hold no vector are masked, and positions count only what is attended.
+names and checks their digests (checkpoint.py). In the LLM's input the placeholders are replaced by the
+adapter's vectors. Where an adapter gives fewer vectors than there are placeholders, the rest is masked, and
+positions count only what is attended:
 
-Letters: B batch, M mel bins, Tm mel frames, T encoder frames, S places, N vectors of all clips, L sequence,
-E encoder width, D LLM width, V vocabulary.
+    input_ids      say   <|audio|> <|audio|> <|audio|> <|audio|>  again
+    embeddings     say   vector    vector    0         0          again
+    mask           1     1         1         0         0          1
+    position_ids   0     1         2         2         2          3
+
+Shapes: B batch, M mel bins, Tm mel frames, T encoder frames, S audio tokens, N audio tokens of all clips,
+L sequence, E encoder width, D LLM width, V vocabulary, K read-out classes.
 """
 
 from __future__ import annotations
@@ -36,35 +42,29 @@ from blsp.llm.language_model import (
     scale_logits,
     valid_mask,
 )
-from blsp.model.adapter import AdapterOutput, AudioEmbeds, ConvAdapter, StackAdapter
-from blsp.model.configuration_blsp import BlspConfig
-from blsp.model.grounded import GroundedAdapter
+from blsp.model.adapter import build_adapter
+from blsp.model.adapter_parts import AdapterOutput, AudioEmbeds, CachedValue
+from blsp.model.configuration_blsp import BlspConfig, is_adapter_folder
 from blsp.model.hypotheses import hypotheses_of
-from blsp.model.packing import pack, unpack
+from blsp.model.loading import check_loaded, load_adapter_folder
 from blsp.model.speech_encoder import encode_speech
-
-ADAPTERS: dict[str, type[nn.Module]] = {
-    "conv": ConvAdapter,
-    "stack": StackAdapter,
-    "grounded": GroundedAdapter,
-}
 
 
 @dataclass
 class BlspAudioOutput(BaseModelOutputWithPooling):
-    """`pooler_output` (N, D): the vectors of all places of all clips; `valid` (N,): which places hold one."""
+    """`pooler_output` (N, D): one row for each audio token of all clips; `valid` (N,): which rows are vectors."""
 
     valid: Tensor | None = None
     adapter: AdapterOutput | None = None
 
     @property
     def complete(self) -> bool:
-        """Whether every place holds a vector."""
+        """Whether every audio token has a vector."""
         return self.valid is None or bool(self.valid.all())
 
 
 class BlspPreTrainedModel(PreTrainedModel):
-    """What transformers wants to know of both classes."""
+    """What both classes tell transformers."""
 
     config_class = BlspConfig
     base_model_prefix = "model"
@@ -76,7 +76,7 @@ class BlspPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ("past_key_values",)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The parts initialise themselves: the adapter in its constructor, the frozen ones from files."""
+        """Nothing to do: the adapter is initialised in its constructor, the frozen parts come from files."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -84,19 +84,17 @@ class BlspPreTrainedModel(PreTrainedModel):
 
         Raises CheckpointError rather than leave a tensor at its random first value.
         """
-        from blsp.model.checkpoint import is_adapter_folder, load_adapter_folder, refuse_missing
-
-        informed = kwargs.pop("output_loading_info", False)
-        found: dict[str, Any] = {"missing_keys": set()}
+        with_info = kwargs.pop("output_loading_info", False)
         if is_adapter_folder(pretrained_model_name_or_path):
-            whole = load_adapter_folder(pretrained_model_name_or_path, **kwargs)
+            whole = load_adapter_folder(BlspForConditionalGeneration, pretrained_model_name_or_path, **kwargs)
             model: Any = whole.model if issubclass(cls, BlspModel) else whole
+            info: dict[str, Any] = {"missing_keys": set()}
         else:
-            model, found = super().from_pretrained(
+            model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
-            refuse_missing(pretrained_model_name_or_path, found["missing_keys"])
-        return (model, found) if informed else model
+            check_loaded(pretrained_model_name_or_path, model, info["missing_keys"])
+        return (model, info) if with_info else model
 
 
 class BlspModel(BlspPreTrainedModel):
@@ -112,7 +110,7 @@ class BlspModel(BlspPreTrainedModel):
         self.audio_tower = WhisperEncoder(config.audio_config)
         self.multi_modal_projector = build_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._readout: tuple[Any, Tensor] | None = None
+        self._table, self._ids = CachedValue(), CachedValue()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -121,37 +119,41 @@ class BlspModel(BlspPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def readout_table(self) -> Tensor | None:
-        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None where nothing is read out.
+    @property
+    def reads_out(self) -> bool:
+        """Whether the adapter has a transcript of its own."""
+        return self.multi_modal_projector.reads_out
 
-        Gathered once, and again when the embeddings have changed or moved.
-        """
-        if self.config.adapter != "grounded":
+    @property
+    def readout_vocabulary(self) -> list[int] | None:
+        """The LLM's token ids that are read out, in the order of the table's rows; None: the whole vocabulary."""
+        vocabulary = getattr(self.multi_modal_projector, "vocabulary", None)
+        return None if vocabulary is None else self._ids.get(Tensor.tolist, vocabulary)
+
+    def readout_ids(self) -> Sequence[int]:
+        """The same, with the whole vocabulary written out."""
+        return self.readout_vocabulary or range(self.config.text_config.vocab_size)
+
+    def readout_table(self) -> Tensor | None:
+        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None where nothing is read out."""
+        if not self.reads_out:
             return None
-        table = self.get_input_embeddings()
-        if self.config.readout_vocabulary is None and type(table) is nn.Embedding:
-            return table.weight
-        weight = table.weight
-        state = (
-            weight.data_ptr(),
-            weight._version,
-            weight.dtype,
-            weight.device,
-            self.config.readout_vocabulary,
+        embedding = self.get_input_embeddings()
+        vocabulary = getattr(self.multi_modal_projector, "vocabulary", None)
+        if vocabulary is not None:
+            return self._table.get(lambda _, ids: embedding(ids.long()), embedding.weight, vocabulary)
+        if type(embedding) is nn.Embedding:
+            return embedding.weight
+        every = range(self.config.text_config.vocab_size)  # Gemma 3 multiplies its embeddings by a factor
+        return self._table.get(
+            lambda weight: embedding(torch.tensor(every, device=weight.device)), embedding.weight
         )
-        if self._readout is None or self._readout[0] != state:
-            ids = self.config.readout_vocabulary or range(self.config.text_config.vocab_size)
-            rows = table(torch.tensor(list(ids), device=weight.device))
-            if weight.requires_grad:
-                return rows
-            self._readout = (state, rows)
-        return self._readout[1]
 
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
-        """The adapter on encoder states (B, T, E) with lengths (B,); readouts in the LLM's ids."""
+        """The adapter's output for encoder states (B, T, E) with lengths (B,); its read-out in the LLM's ids."""
         weight = next(self.multi_modal_projector.parameters())
         output = self.multi_modal_projector(states.to(weight.dtype), lengths, self.readout_table())
-        vocabulary = self.config.readout_vocabulary
+        vocabulary = self.readout_vocabulary
         if output.readout is not None and vocabulary is not None:
             output.readout[:] = [[vocabulary[i] for i in path] for path in output.readout]
         return output
@@ -169,57 +171,57 @@ class BlspModel(BlspPreTrainedModel):
                 input_features_mask.bool(),
                 full_window=self.config.full_window,
             )
-        heard = self.listen(states, lengths)
-        inside = valid_mask(heard.num_audio_tokens, heard.vectors.shape[1])
+        output = self.listen(states, lengths)
+        inside = valid_mask(output.num_audio_tokens, output.vectors.shape[1])  # (B, S)
         return BlspAudioOutput(
             last_hidden_state=states,
-            pooler_output=heard.vectors[inside],
-            valid=heard.valid[inside],
-            adapter=heard,
+            pooler_output=output.vectors[inside],
+            valid=output.valid[inside],
+            adapter=output,
         )
 
     def splice(
         self, input_ids: Tensor, audio: BlspAudioOutput | None, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (B, L, D) with the vectors in their places; mask (B, past + L) less invalid places."""
-        places = input_ids == self.config.audio_token_id
-        embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        """Embeddings (B, L, D) with the vectors instead of the placeholders, and the mask (B, past + L)."""
+        is_audio = input_ids == self.config.audio_token_id  # (B, L)
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         if audio is None or audio.pooler_output is None or audio.valid is None:
-            if bool(places.any()):
+            if bool(is_audio.any()):
                 raise ValueError(
-                    f"{int(places.sum())} audio placeholders in input_ids, but no input_features"
+                    f"{int(is_audio.sum())} audio placeholders in input_ids, but no input_features"
                 )
             return embeds, attention_mask
-        if int(places.sum()) != len(audio.pooler_output):
+        if int(is_audio.sum()) != len(audio.pooler_output):
             raise ValueError(
-                f"{int(places.sum())} audio placeholders in input_ids, but {len(audio.pooler_output)} "
+                f"{int(is_audio.sum())} audio placeholders in input_ids, but {len(audio.pooler_output)} "
                 "vectors of speech: build both with the same BlspProcessor"
             )
-        embeds = embeds.masked_scatter(places[:, :, None], audio.pooler_output.to(embeds.dtype))
+        embeds = embeds.masked_scatter(is_audio[:, :, None], audio.pooler_output.to(embeds.dtype))
         if audio.complete:
             return embeds, attention_mask
+        # the last L columns of the mask are the input's: switch off the placeholders without a vector
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
-        here = mask[:, -input_ids.shape[1] :]
-        here[places] = here[places] * audio.valid.to(mask.dtype)
+        columns = mask[:, -input_ids.shape[1] :]
+        columns[is_audio] = columns[is_audio] * audio.valid.to(mask.dtype)
         return embeds, mask
 
     def forward(
         self,
         input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         input_features: Tensor | None = None,
         input_features_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """See `BlspForConditionalGeneration.forward`."""
+        """See `BlspForConditionalGeneration.forward`; what is not named here goes to the LLM as it is."""
+        kwargs["past_key_values"] = past_key_values
         if inputs_embeds is not None:
-            return self._decode(
-                inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, **kwargs
-            )
+            kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+            return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         if input_ids is None:
             raise ValueError("give input_ids, or inputs_embeds")
         audio = None
@@ -232,39 +234,36 @@ class BlspModel(BlspPreTrainedModel):
         if mask is not None and mask.ndim == 2 and position_ids is None:
             position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         if mask is None or position_ids is None or audio is None or audio.complete:
-            return self._decode(embeds, mask, position_ids, past_key_values, use_cache, **kwargs)
+            kwargs |= {"attention_mask": mask, "position_ids": position_ids}
+            return self.language_model(inputs_embeds=embeds, **kwargs)
         embeds, mask, order = pack(embeds, mask)
-        position_ids = position_ids.gather(1, order)
-        outputs = self._decode(embeds, mask, position_ids, past_key_values, use_cache, **kwargs)
-        return unpack(outputs, order)
-
-    def _decode(
-        self,
-        embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        past_key_values: Cache | None,
-        use_cache: bool | None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        return self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        kwargs |= {"attention_mask": mask, "position_ids": position_ids.gather(1, order)}
+        return unpack(self.language_model(inputs_embeds=embeds, **kwargs), order)
 
 
-def build_adapter(config: BlspConfig) -> nn.Module:
-    """The adapter that a configuration names, freshly initialised."""
-    if config.adapter not in ADAPTERS:
-        raise ValueError(f"adapter {config.adapter!r}: must be one of {', '.join(ADAPTERS)}")
-    options = dict(config.adapter_options or {})
-    if config.adapter == "grounded":
-        options["classes"] = len(config.readout_vocabulary or range(config.text_config.vocab_size))
-    return ADAPTERS[config.adapter](config.audio_config.d_model, config.text_config.hidden_size, **options)
+def pack(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked columns moved to the front: embeds (B, L, D), mask (B, past + L), and `order` (B, L).
+
+    A sliding window counts columns, not positions: masked columns amid the sequence would shorten its reach.
+
+        columns   say  vector  0  0  again   →   0  0  say  vector  again
+        mask      1    1       0  0  1       →   0  0  1    1       1
+        order                                    2  3  0    1       4
+    """
+    width = embeds.shape[1]
+    past, columns = mask[:, : mask.shape[1] - width], mask[:, -width:].long()
+    order = columns.argsort(dim=1, stable=True)
+    packed = torch.cat([past, columns.gather(1, order).to(mask.dtype)], dim=1)
+    return embeds.gather(1, order[:, :, None].expand_as(embeds)), packed, order
+
+
+def unpack(outputs: BaseModelOutputWithPast, order: Tensor) -> BaseModelOutputWithPast:
+    """Hidden states (B, L, D) in the order of the input again; key/values stay packed."""
+    back = order.argsort(dim=1)[:, :, None]
+    outputs.last_hidden_state = outputs.last_hidden_state.gather(1, back.expand_as(outputs.last_hidden_state))
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(h.gather(1, back.expand_as(h)) for h in outputs.hidden_states)
+    return outputs
 
 
 class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
@@ -317,9 +316,9 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         return scale_logits(self.config.text_config, self.lm_head(hidden))
 
     def listen(self, features: Sequence[Tensor], beam: int = 0) -> list[AudioEmbeds]:
-        """What the LLM gets of each clip, from encoder states (T, E) a clip: invalid places taken out.
+        """The valid vectors of each clip, from its encoder states (T, E).
 
-        beam: how many hypotheses of what was said to keep (`grounded` only).
+        beam: how many possible transcripts to return with them, where the adapter reads out.
         """
         device = self.get_input_embeddings().weight.device
         lengths = torch.tensor([len(states) for states in features], device=device)
@@ -332,7 +331,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
                 int(output.num_audio_tokens[row]),
                 bool(output.speech[row]),
                 readout[row],
-                hypotheses_of(self.config, output, row, beam),
+                hypotheses_of(output, row, beam, self.model.readout_vocabulary),
             )
             for row in range(len(features))
         ]
@@ -353,9 +352,9 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """One pass.
 
-        input_ids (B, L): text, with `config.audio_token_id` in each place of speech.
+        input_ids (B, L): text, with `config.audio_token_id` for each audio token.
         input_features (clips, M, Tm), input_features_mask (clips, Tm): all clips of the batch, in order.
-        labels (B, L): -100 where nothing is learnt (never at speech).
+        labels (B, L): -100 where nothing is learnt; always -100 for audio tokens.
         logits_to_keep: 0 for all positions, n for the last n, or an index tensor.
         """
         outputs = self.model(
@@ -391,7 +390,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """transformers' `generate`; speech is heard once, before the first token."""
+        """transformers' `generate`; the speech is encoded once, before the first token."""
         features = kwargs.pop("input_features", None)
         features_mask = kwargs.pop("input_features_mask", None)
         input_ids = kwargs.pop("input_ids", inputs)

@@ -41,7 +41,7 @@ from blsp.inference.listener import BEAM, Listener
 from blsp.llm.decoding import Decoder, Decoding, Event, Request
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import PromptError
-from blsp.model.adapter import AudioEmbeds
+from blsp.model.adapter_parts import AudioEmbeds
 from blsp.serving.api import ApiError
 from blsp.serving.metrics import Metrics
 

@@ -71,10 +71,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Targets:
-    """What of a row is learnt: the loss, whether the adapter is `grounded`, and whether it has a CTC term."""
+    """What of a row is learnt: the loss, whether the adapter reads out, and whether there is a CTC term."""
 
     loss: Literal["ctc", "ce", "kl"]
-    grounded: bool
+    reads_out: bool
     ctc: bool
 
 
@@ -198,9 +198,9 @@ class ExampleReader:
         return replace(blank, mel=mel[0].numpy(), mel_frames=mel_frames(len(audio)), seconds=seconds)
 
     def _answer(self, row: Utterance) -> list[int]:
-        """The response's ids; `grounded` answers no-speech clips by rule and needs no lesson in it."""
+        """The response's ids; an adapter that reads out finds clips without speech by itself."""
         if row.no_speech:
-            return NO_RESPONSE if self.taught.grounded else self._no_speech_ids
+            return NO_RESPONSE if self.taught.reads_out else self._no_speech_ids
         response = self._response(row)
         return NO_RESPONSE if isinstance(response, str) else response
 
@@ -268,6 +268,6 @@ def lengths_for(reader: ExampleReader, rows: NDArray[np.void]) -> NDArray[np.int
     frames = rows["frames"].astype(np.int64)
     if reader.taught.loss == "ctc":
         return frames
-    if reader.taught.grounded:
+    if reader.taught.reads_out:
         return np.where(rows["no_speech"], frames // 8, rows["transcript"]) + rows["tail"]
     return reader.num_audio_tokens(frames) + rows["tail"]

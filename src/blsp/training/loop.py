@@ -36,7 +36,7 @@ from blsp.training.optimiser import (
     time_to_save,
 )
 from blsp.training.reporting import model_card, picture, progress_bar, report, say
-from blsp.training.run import Run, prepare, step_examples
+from blsp.training.run import Run, check_adapter, prepare, step_examples
 from blsp.training.run_state import (
     StopSignal,
     add_to_window,
@@ -59,6 +59,8 @@ def train(settings: TrainSettings) -> None:
     runtime = find_runtime(settings.device, settings.dtype)
     if runtime.device.type == "cpu":
         keep_freed_memory()
+    for stage in settings.stages or (settings,):
+        check_adapter(stage)
     with deterministic(), StopSignal() as leaving:
         for stage in settings.stages or (settings,):
             if is_finished(stage):

@@ -8,7 +8,7 @@ Flow: training/loop.py every so many steps -> **probes.py** -> metrics.jsonl, cu
 `kl` is the mean over response tokens of KL(text || speech), temperature 1, whole vocabulary, nats; it
 predicts downstream accuracy (SALAD, 2510.13632). `kl_shuffled` is the same with every clip exchanged for
 another one: an adapter that merely became harmless does well there too, one that listens does badly. `wer` is
-the word error rate of a `grounded` adapter's own read-out.
+the word error rate of the adapter's own read-out, where it has one.
 
 Letters: N response positions, D LLM width.
 """
@@ -64,7 +64,7 @@ def measure(
         if others := shuffled(probe.answered):
             found["kl_shuffled"], _ = divergence(probe, others, prefixes, positions)
     spoken = {example.id: example for example in probe.examples if not example.no_speech}
-    if spoken and prefixes.llm.config.adapter == "grounded":
+    if spoken and prefixes.llm.model.reads_out:
         found["wer"] = readout_wer(list(spoken.values()), prefixes, tokenizer, positions)
     adapter.train(learning)
     return {f"{probe.part}_{name}": round(value, 6) for name, value in found.items()}

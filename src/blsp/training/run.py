@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import transcript_ids
 from blsp.model.checkpoint import load_mean, new_blsp
-from blsp.model.grounded import token_strings, widen_readout
+from blsp.model.adapter import ADAPTERS, adapter_class, widen_readout
+from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import SettingsError, TrainSettings
@@ -73,6 +75,19 @@ class Run:
     def parameters(self) -> list[torch.nn.Parameter]:
         """What is trained: the adapter."""
         return list(self.model.model.multi_modal_projector.parameters())
+
+
+def check_adapter(settings: TrainSettings) -> None:
+    """Raise SettingsError where the adapter is unknown or cannot learn by the loss."""
+    try:
+        reads_out = adapter_class(settings.adapter).reads_out
+    except ValueError as error:
+        raise SettingsError(f"--adapter {settings.adapter}: {error}") from error
+    if settings.loss == "ctc" and not reads_out:
+        able = ", ".join(name for name, kind in ADAPTERS.items() if kind.reads_out)
+        raise SettingsError(
+            f"--loss ctc: needs an adapter that reads out ({able}); {settings.adapter!r} does not"
+        )
 
 
 def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
@@ -127,8 +142,8 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
 
 
 def objective_of(settings: TrainSettings, stored: bool) -> Objective:
-    """ctc alone has weight 1; under ce and kl a grounded adapter keeps `--ctc-weight` of it."""
-    weight = settings.ctc_weight if settings.adapter == "grounded" else 0.0
+    """ctc alone has weight 1; under ce and kl an adapter that reads out keeps `--ctc-weight` of it."""
+    weight = settings.ctc_weight if adapter_class(settings.adapter).reads_out else 0.0
     weight = 1.0 if settings.loss == "ctc" else weight
     return Objective(settings.loss, settings.temperature, stored, weight, settings.negatives)
 
@@ -137,20 +152,19 @@ def reader_of(
     settings: TrainSettings, model: BlspForConditionalGeneration, processor: BlspProcessor
 ) -> ExampleReader:
     """How rows become examples for this model and this loss."""
-    grounded = settings.adapter == "grounded"
+    reads_out = model.model.reads_out
     taught = Targets(
-        settings.loss, grounded, grounded and (settings.loss == "ctc" or settings.ctc_weight > 0)
+        settings.loss, reads_out, reads_out and (settings.loss == "ctc" or settings.ctc_weight > 0)
     )
-    vocabulary = model.config.readout_vocabulary or range(model.config.text_config.vocab_size)
-    adapter: Any = model.model.multi_modal_projector
+    strides = model.model.multi_modal_projector.strides
     return ExampleReader(
         taught=taught,
         tokenizer=processor.tokenizer,
         extractor=processor.feature_extractor,
-        num_audio_tokens=adapter.num_audio_tokens,
+        num_audio_tokens=partial(num_audio_tokens, strides=strides),
         end=end_token(model, processor.tokenizer),
         no_speech_sentence=model.config.no_speech_sentence,
-        classes={token: 1 + index for index, token in enumerate(vocabulary)} if taught.ctc else {},
+        classes={token: 1 + index for index, token in enumerate(model.model.readout_ids())} if taught.ctc else {},
         augmentation=settings.augment,
         full_window=settings.pad_to_30s,
         max_seconds=settings.max_seconds,
@@ -239,9 +253,8 @@ def open_model(
         runtime = replace(runtime, device=torch.device("cpu"))
     options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
     if not settings.init_from:
-        vocabulary = (
-            _readout_vocabulary(settings, runtime, sources) if settings.adapter == "grounded" else None
-        )
+        reads_out = adapter_class(settings.adapter).reads_out
+        vocabulary = _readout_vocabulary(settings, runtime, sources) if reads_out else None
         model, processor = new_blsp(
             settings.audio_model,
             settings.llm,
@@ -256,12 +269,11 @@ def open_model(
     else:
         model, processor = load_mean(settings.init_from, runtime)
         _check_start(settings, model, options)
-        if model.config.readout_vocabulary is not None:
+        if model.config.readout_size is not None:
             tokens = _readout_vocabulary(settings, runtime, sources)
+            every = range(model.config.text_config.vocab_size)
             widen_readout(
-                model.model,
-                tokens or range(model.config.text_config.vocab_size),
-                lambda ids: token_strings(processor.tokenizer, ids),
+                model.model.multi_modal_projector, model.config, tokens or every, processor.tokenizer
             )
     if settings.shard_llm:
         shard_language_model(model.model.language_model, whole)

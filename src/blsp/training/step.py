@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from blsp.distributed import Runtime
 from blsp.llm.language_model import embed, rows_per_chunk, valid_mask
 from blsp.llm.prefix import PrefixCache, run_after_prefix
-from blsp.model.adapter import AdapterOutput
-from blsp.model.grounded import BLANK, GroundedAdapter
+from blsp.model.adapter_parts import BLANK, AdapterOutput
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech
 from blsp.training.examples import Example
@@ -244,11 +243,10 @@ def _grounding_term(
 ) -> Tensor:
     """Sum of -log p(transcript), without vectors for the LLM."""
     adapter = model.model.multi_modal_projector
-    if not isinstance(adapter, GroundedAdapter):
-        raise TypeError(f"{model.config.adapter}: only the grounded adapter has a read-out for ctc")
     table = model.model.readout_table()
-    assert table is not None  # a grounded adapter has one
-    hidden, places = adapter.frames(states.to(next(adapter.parameters()).dtype), lengths)
+    if table is None:
+        raise TypeError(f"{model.config.adapter}: ctc needs an adapter that reads out")
+    hidden, places = adapter.hidden_states(states.to(next(adapter.parameters()).dtype), lengths)
     targets: Sequence[Sequence[int]] = [example.readout or () for example in examples]
     if 0 < negatives < len(table) - len(set().union(*targets)):
         log_probs, targets = shortlist(adapter, hidden, table, targets, negatives)
@@ -276,7 +274,7 @@ def _alignment_term(log_probs: Tensor, places: Tensor, targets: Sequence[Sequenc
 
 
 def shortlist(
-    adapter: GroundedAdapter,
+    adapter: Any,
     hidden: Tensor,
     table: Tensor,
     targets: Sequence[Sequence[int]],
