@@ -16,6 +16,7 @@ from blsp.inference.listener import Listener
 from blsp.llm.decoding import Decoding, Request, decode
 from blsp.llm.language_model import embed
 from blsp.model.adapter import ConvAdapter, StackAdapter
+from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.grounded import GroundedAdapter
 from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
@@ -26,14 +27,14 @@ SHORTEST, LONGEST = 1600, 480_000  # samples: 0.1 s and 30 s
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_every_length_has_its_places(pair_of, adapter: str) -> None:
-    """Exhaustive over encoder frames: the processor, `places` and the module itself count alike."""
+    """Exhaustive over encoder frames: the processor, the strides and the module itself count alike."""
     model, processor = pair_of(adapter)
     frames = range(encoder_frames(mel_frames(SHORTEST)), encoder_frames(mel_frames(LONGEST)) + 1)
     projector = model.model.multi_modal_projector
     lengths = torch.tensor(list(frames))
     counted = _places_of_the_module(projector, lengths)
     for length, places in zip(frames, counted.tolist(), strict=True):
-        assert projector.num_audio_tokens(length) == places
+        assert num_audio_tokens(length, projector.strides) == places
         assert (
             processor.num_audio_tokens(320 * length)
             == processor.num_audio_tokens(320 * (length - 1) + 1)

@@ -23,7 +23,7 @@ from transformers import (
 import blsp
 from blsp import cli
 from blsp.distributed import find_runtime
-from blsp.model import checkpoint
+from blsp.model import loading
 from blsp.model.checkpoint import CheckpointError, export_merged, load_blsp, new_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, BlspModel
@@ -165,6 +165,41 @@ def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
         load_blsp(tmp_path, F32)
 
 
+def _as_written_before(folder: Path) -> None:
+    """Store the read-out vocabulary as folders of before November 2026 do: in config.json alone."""
+    tensors = load_file(folder / "model.safetensors")
+    vocabulary = tensors.pop("model.multi_modal_projector.vocabulary")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("readout_size") == len(vocabulary)
+    (folder / "config.json").write_text(json.dumps(config | {"readout_vocabulary": vocabulary.tolist()}))
+
+
+def test_the_read_out_vocabulary_is_a_tensor(saved) -> None:
+    model, _, folder = saved("grounded")
+    stored = load_file(folder / "model.safetensors")["model.multi_modal_projector.vocabulary"]
+    assert stored.dtype == torch.int32 and stored.tolist() == model.model.readout_vocabulary
+    config = (folder / "config.json").read_text()
+    assert "readout_vocabulary" not in config and len(config.splitlines()) < 200
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_old_folder_with_its_read_out_vocabulary_in_the_configuration_loads(
+    saved, tmp_path: Path, merged: bool
+) -> None:
+    model, processor, folder = saved("grounded")
+    if merged:
+        folder = tmp_path / "merged"
+        export_merged(model, processor, folder)
+    _as_written_before(folder)
+    for loaded in (load_blsp(folder, F32)[0], BlspForConditionalGeneration.from_pretrained(folder)):
+        assert loaded.model.readout_vocabulary == model.model.readout_vocabulary
+        assert loaded.config.readout_vocabulary is None
+        assert torch.equal(_answer(loaded, processor), _answer(model, processor))
+    save_adapter(loaded, processor, tmp_path / "again")
+    assert "model.multi_modal_projector.vocabulary" in load_file(tmp_path / "again" / "model.safetensors")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_merged_export_is_the_same_model(saved, tmp_path: Path, family: str) -> None:
     model, processor, _ = saved("grounded", family)
@@ -259,7 +294,7 @@ def test_the_frozen_parts_are_named_as_they_were_asked_for(
 ) -> None:
     tiny_blsp(tiny_models_folder)  # makes the parts
     folders = {f"embedded:{part}": str(tiny_models_folder / part) for part in ("whisper", "llama")}
-    monkeypatch.setattr(checkpoint, "resolve_weights", folders.__getitem__)
+    monkeypatch.setattr(loading, "resolve_weights", folders.__getitem__)
     save_adapter(*new_blsp("embedded:whisper", "embedded:llama", F32), tmp_path / "adapter")
     config = (tmp_path / "adapter" / "config.json").read_text()
     assert json.loads(config)["audio_config"]["_name_or_path"] == "embedded:whisper"

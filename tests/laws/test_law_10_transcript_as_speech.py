@@ -13,8 +13,8 @@ from blsp.inference.listener import Listener, Question
 from blsp.llm.decoding import Decoding, decode
 from blsp.llm.language_model import embed
 from blsp.llm.prompt import ORDERS, transcript_ids
-from blsp.model.adapter_parts import AudioEmbeds
-from blsp.model.grounded import BLANK, read_out
+from blsp.model.adapter_parts import BLANK, AudioEmbeds
+from blsp.model.grounded import read_out
 
 FEW = torch.finfo(torch.float64).min  # the logarithm of a probability of 0
 
@@ -53,7 +53,7 @@ def test_transcript_embeddings_as_speech_have_no_divergence(pair_of, family: str
     listener = Listener(model, processor)
     text = "what is the capital of france"
     ids = transcript_ids(processor.tokenizer, text)
-    classes = [model.config.readout_vocabulary.index(token) + 1 for token in ids]
+    classes = [model.model.readout_vocabulary.index(token) + 1 for token in ids]
     spread = [c for token in classes for c in (BLANK, token, token)]
     table = model.model.readout_table().double()
     output = read_out(_one_hot(spread, len(table) + 1)[None], torch.tensor([len(spread)]), table)

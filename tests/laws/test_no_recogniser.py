@@ -29,7 +29,7 @@ for name in ("WhisperDecoder", "WhisperModel", "WhisperForConditionalGeneration"
 import blsp
 listener = blsp.load(sys.argv[1])
 answers = [listener.answer(sys.argv[2], "Please repeat:"), "".join(listener.stream(sys.argv[2]))]
-if listener.model.config.adapter == "grounded":
+if listener.reads_out:
     listener.transcribe(sys.argv[2])
 modules = {type(each).__name__ for each in listener.model.modules()}
 modules |= {type(each).__name__ for each in gc.get_objects() if isinstance(each, torch.nn.Module)}

@@ -7,8 +7,9 @@ import torch
 from support.tiny_models import tiny_blsp, tiny_tokenizer
 
 from blsp.distributed import Runtime
+from blsp.model.adapter import widen_readout
 from blsp.model.checkpoint import load_blsp, save_adapter
-from blsp.model.grounded import GROUPS, Spelling, letter_groups, token_strings, widen_readout
+from blsp.model.grounded import GROUPS, Spelling, letter_groups, token_strings
 
 
 def groups_of(token: str) -> set[int]:
@@ -94,7 +95,8 @@ def test_a_wider_read_out_is_spelled_anew(tmp_path) -> None:
         readout_vocabulary=list(range(10, 40)),
     )
     first = model.model.multi_modal_projector.spelling.groups
-    widen_readout(model.model, [5, 50], lambda ids: token_strings(processor.tokenizer, ids))
+    widen_readout(model.model.multi_modal_projector, model.config, [5, 50], processor.tokenizer)
+    assert model.model.readout_vocabulary == [5, *range(10, 40), 50]
     wider = model.model.multi_modal_projector.spelling.groups
     assert len(wider) == 32
     assert torch.equal(wider[1:-1], first)

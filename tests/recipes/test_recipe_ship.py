@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from ship import write_weights
 from support.tiny_models import tiny_blsp
 
@@ -52,8 +53,9 @@ def test_an_old_adapter_gets_the_names_of_its_parts(run: Path, tmp_path: Path) -
 
 def test_adapters_that_read_out_other_tokens_have_no_mean(run: Path, tmp_path: Path) -> None:
     adapters = [run / "stages" / name / "adapter" for name in ("first", "second")]
-    config = json.loads((adapters[1] / "config.json").read_text())
-    config["readout_vocabulary"].reverse()
-    (adapters[1] / "config.json").write_text(json.dumps(config))
+    tensors = load_file(adapters[1] / "model.safetensors")
+    name = "model.multi_modal_projector.vocabulary"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, adapters[1] / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="has no mean with"):
         write_weights(run, tmp_path / "out", adapters)

@@ -16,7 +16,7 @@ from blsp.llm.prompt import frame_prompt, text_ids, transcript_ids
 from blsp.training.dataset import ROW, DataError, Table, choose_teacher, id_hash, open_sources, open_table
 from blsp.training.examples import Example, ExampleReader, Targets, lengths_for
 
-CE, CTC = Targets("ce", grounded=False, ctc=False), Targets("ctc", grounded=True, ctc=True)
+CE, CTC = Targets("ce", reads_out=False, ctc=False), Targets("ctc", reads_out=True, ctc=True)
 
 
 def _reader(taught: Targets = CE) -> ExampleReader:
@@ -129,9 +129,9 @@ def test_no_speech_rows_take_a_prompt_of_the_others_and_the_set_sentence(tmp_pat
         ),
     )
     _rewrite(path, lambda _, row: row)
-    for taught, expected in ((CE, "nothing"), (replace(CE, grounded=True), "")):
+    for taught, expected in ((CE, "nothing"), (replace(CE, reads_out=True), "")):
         reader = _reader(taught)
-        table, sources = _table(path, reader, tmp_path / str(taught.grounded))
+        table, sources = _table(path, reader, tmp_path / str(taught.reads_out))
         silent = [place for place in table.rows if place["no_speech"]]
         assert len(silent) == 3
         for place in silent:
@@ -191,6 +191,6 @@ def test_lengths_are_those_of_the_sequence_that_is_run(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         lengths_for(reader, table.rows), -(-table.rows["frames"] // 4) + table.rows["tail"]
     )
-    grounded = lengths_for(replace(reader, taught=replace(CE, grounded=True)), table.rows)
-    np.testing.assert_array_equal(grounded, table.rows["transcript"] + table.rows["tail"])
+    lengths = lengths_for(replace(reader, taught=replace(CE, reads_out=True)), table.rows)
+    np.testing.assert_array_equal(lengths, table.rows["transcript"] + table.rows["tail"])
     assert ROW.itemsize <= 40  # bytes a row on disk

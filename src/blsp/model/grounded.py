@@ -98,7 +98,7 @@ class GroundedAdapter(nn.Module):
 
     def posteriors(self, states: Tensor, lengths: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """CTC log-probabilities (B, S, K), blank first, and lengths (B,) in frames of the stack."""
-        hidden, lengths = self.frames(states, lengths)
+        hidden, lengths = self.hidden_states(states, lengths)
         return self.logits(hidden, table).log_softmax(dim=-1), lengths
 
     def hidden_states(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

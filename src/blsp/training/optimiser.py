@@ -50,7 +50,10 @@ def begin_or_resume(run: Run) -> State:
         return state
     stored = load_checkpoint(newest)
     check_environment(stored.environment, environment_here(run), newest, run.settings.resume_inexact)
-    run.model.model.multi_modal_projector.load_state_dict(stored.adapter)
+    adapter = run.model.model.multi_modal_projector
+    # older checkpoints have no read-out vocabulary; the one of vocabulary.json is in the adapter already
+    vocabulary = {name: tensor for name, tensor in adapter.named_buffers() if name == "vocabulary"}
+    adapter.load_state_dict({**vocabulary, **stored.adapter})
     state.optimiser.load_state_dict(stored.optimiser)
     state.average = {name: tensor.to(run.runtime.device) for name, tensor in stored.average.items()}
     state.progress = stored.progress

@@ -31,9 +31,9 @@ from blsp.llm.instructions import NO_SPEECH_SENTENCE
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import transcript_ids
-from blsp.model.checkpoint import load_mean, new_blsp
 from blsp.model.adapter import ADAPTERS, adapter_class, widen_readout
 from blsp.model.adapter_parts import num_audio_tokens
+from blsp.model.checkpoint import load_mean, new_blsp
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import SettingsError, TrainSettings
@@ -164,7 +164,9 @@ def reader_of(
         num_audio_tokens=partial(num_audio_tokens, strides=strides),
         end=end_token(model, processor.tokenizer),
         no_speech_sentence=model.config.no_speech_sentence,
-        classes={token: 1 + index for index, token in enumerate(model.model.readout_ids())} if taught.ctc else {},
+        classes={token: 1 + index for index, token in enumerate(model.model.readout_ids())}
+        if taught.ctc
+        else {},
         augmentation=settings.augment,
         full_window=settings.pad_to_30s,
         max_seconds=settings.max_seconds,

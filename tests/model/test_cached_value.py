@@ -1,11 +1,12 @@
-"""What is kept is worked out again when, and only when, what it is of has changed."""
+"""A cached value is computed again when, and only when, a tensor it comes from has changed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from blsp.model.grounded import GroundedAdapter, Kept
+from blsp.model.adapter_parts import CachedValue
+from blsp.model.grounded import GroundedAdapter
 
 
 def test_worked_out_once_and_again_after_a_change() -> None:
@@ -15,17 +16,17 @@ def test_worked_out_once_and_again_after_a_change() -> None:
         calls.append(source)
         return 2 * source
 
-    kept, source = Kept(), torch.ones(3)
-    assert torch.equal(kept.of(doubled, source), kept.of(doubled, source)) and len(calls) == 1
+    cached, source = CachedValue(), torch.ones(3)
+    assert torch.equal(cached.get(doubled, source), cached.get(doubled, source)) and len(calls) == 1
     source += 1
-    assert kept.of(doubled, source).tolist() == [4, 4, 4]
-    assert kept.of(doubled, torch.zeros(3)).tolist() == [0, 0, 0] and len(calls) == 3
+    assert cached.get(doubled, source).tolist() == [4, 4, 4]
+    assert cached.get(doubled, torch.zeros(3)).tolist() == [0, 0, 0] and len(calls) == 3
 
 
 def test_nothing_that_is_learnt_is_kept() -> None:
-    kept, source = Kept(), nn.Parameter(torch.ones(3))
-    assert kept.of(torch.exp, source).requires_grad
-    assert kept.of(torch.exp, source) is not kept.of(torch.exp, source)
+    cached, source = CachedValue(), nn.Parameter(torch.ones(3))
+    assert cached.get(torch.exp, source).requires_grad
+    assert cached.get(torch.exp, source) is not cached.get(torch.exp, source)
 
 
 @torch.no_grad()
