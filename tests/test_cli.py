@@ -145,9 +145,7 @@ def test_a_wrong_command_line_exits_with_2_and_says_why(
     assert answer.err or not arguments
 
 
-@pytest.mark.parametrize(
-    "error", [FileNotFoundError("no such file: x.wav"), SettingsError("bad"), ValueError("two\nlines")]
-)
+@pytest.mark.parametrize("error", [FileNotFoundError("no such file: x.wav"), ValueError("two\nlines")])
 def test_an_expected_error_is_one_line_and_exits_with_1(
     error: Exception, does: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +156,20 @@ def test_an_expected_error_is_one_line_and_exits_with_1(
     assert cli.main(["chat"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["blsp: error: " + str(error).replace("\n", " ")]
+
+
+def test_flags_that_do_not_fit_each_other_exit_with_2(
+    does: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    flags = ["--data", "x.jsonl", "--out", str(tmp_path), "--audio-model", "A", "--llm", "L"]
+    assert cli.main(["train", *flags, "--adapter", "conv", "--loss", "ctc"]) == 2
+    assert "--loss ctc: needs an adapter that reads out (grounded)" in capsys.readouterr().err
+
+    def refuse(_: Any) -> None:
+        raise SettingsError("bad")
+
+    does("chat", refuse)
+    assert cli.main(["chat"]) == 2
 
 
 def test_an_unexpected_error_shows_where_it_arose(does: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,10 +142,14 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 
 def run(command: Command, settings: Any) -> int:
     """Call the command's function; an expected error becomes one line, another also shows where it arose."""
+    from blsp import settings as settings_module
+
     try:
         code = getattr(import_module(command.module), command.function)(settings)
     except BrokenPipeError:
         raise
+    except settings_module.SettingsError as error:  # flags that fit neither each other nor the weights
+        return _wrong(str(error))
     except Exception as error:
         return _failed(error)
     return DONE if code is None else code

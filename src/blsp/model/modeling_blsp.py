@@ -368,13 +368,8 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = (
-            slice(-logits_to_keep, None)
-            if isinstance(logits_to_keep, int) and logits_to_keep
-            else logits_to_keep
-        )
-        hidden = outputs.last_hidden_state
-        logits = self.compute_logits(hidden if isinstance(kept, int) else hidden[:, kept])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.compute_logits(outputs.last_hidden_state[:, kept])  # (B, kept, V)
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -146,7 +146,7 @@ class GenerateSettings:
 class TranscribeSettings:
     """Write down the words of recordings: one line of JSON, {"audio", "text"}, per file, in the order given.
 
-    No recogniser is loaded. A grounded adapter reads out its own tokens, and the LLM chooses the most natural
+    No recogniser is loaded. An adapter that reads out has tokens of its own, and the LLM chooses the most natural
     of the best sequences; --readout leaves the LLM out. With the other adapters the LLM repeats the speech.
 
         $ blsp transcribe meeting.wav question.mp3 --out transcripts.jsonl
@@ -163,9 +163,9 @@ class TranscribeSettings:
     """recordings: wav, flac, ogg, opus or mp3, any sample rate"""
     model: Model = DEFAULT_MODEL
     readout: bool = False
-    """the tokens of a grounded adapter, without the LLM"""
+    """the tokens that the adapter reads out, without the LLM"""
     repeat: bool = False
-    """the LLM repeats the speech, with a grounded adapter too"""
+    """the LLM repeats the speech, even where the adapter reads out"""
     out: Path | None = None
     """write to this file instead of the screen"""
     max_new_tokens: int = 256

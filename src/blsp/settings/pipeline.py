@@ -30,7 +30,7 @@ from blsp.settings.shared import (
 )
 
 Corpus = Annotated[str, Choices("blsp.data.prepare", "READERS")]
-Adapter = Annotated[str, Choices("blsp.model.modeling_blsp", "ADAPTERS")]
+Adapter = Annotated[str, Choices("blsp.model.adapter", "ADAPTERS")]
 Loss = Literal["ctc", "ce", "kl"]
 
 
@@ -222,7 +222,7 @@ class EncodeSettings:
 class TrainSettings:
     r"""Step 2: train the adapter until the LLM answers speech as it answers the transcript.
 
-    Encoder and LLM stay frozen. `ctc` trains the read-out of a `grounded` adapter on a plain manifest, without
+    Encoder and LLM stay frozen. `ctc` trains the read-out of an adapter on a plain manifest, without
     the LLM; `ce` is the paper's loss on the continuations; `kl` matches the whole next-token distribution of
     the text route. With --config, a list `stages:` runs several stages one after another; each inherits the
     top level and starts from the adapter of the one before. The same command resumes a killed run, to the
@@ -252,7 +252,7 @@ class TrainSettings:
     llm: str
     """the LLM that will learn to listen; it must be the one that wrote the continuations"""
     adapter: Adapter
-    """conv (paper), stack (frames stacked into an MLP), grounded (CTC over the tokens of the LLM)"""
+    """the part that is trained; conv is the paper's, and docs/training.md describes each"""
     loss: Loss
     """ctc (grounding), ce (paper), kl (the teacher's distribution)"""
     data_weights: tuple[float, ...] = ()
@@ -260,8 +260,8 @@ class TrainSettings:
     adapter_options: tuple[str, ...] = ()
     """NAME=VALUE of the chosen adapter, see docs/training.md"""
     readout: Literal["data", "full"] = "data"
-    """tokens that a fresh grounded adapter can read out: those of the transcripts, or the whole vocabulary of the
-    LLM"""
+    """tokens that a fresh adapter can read out, if it reads out: those of the transcripts, or the whole
+    vocabulary of the LLM"""
     init_from: tuple[str, ...] = ()
     """start from the weights of this adapter instead of fresh ones; from the mean of several"""
     cache: Path | None = None
@@ -290,7 +290,7 @@ class TrainSettings:
     """for kl: run the text route beside the speech route, or read the stored --top-k; auto: stored where it
     exists"""
     ctc_weight: float = 0.3
-    """weight of the grounding loss that a grounded adapter keeps under ce and kl"""
+    """weight of the ctc loss beside ce and kl, for an adapter that reads out"""
     negatives: int = 0
     """for ctc: read-out tokens drawn per batch, in place of all that its transcripts do not hold; 0: all of
     them"""
@@ -340,10 +340,6 @@ class TrainSettings:
         if self.data_weights and len(self.data_weights) != len(self.data):
             raise SettingsError(
                 f"--data-weights: {len(self.data_weights)} weights for {len(self.data)} data files"
-            )
-        if self.loss == "ctc" and self.adapter != "grounded":
-            raise SettingsError(
-                f"--loss ctc grounds the `grounded` adapter; {self.adapter!r} has no read-out to ground"
             )
         if self.cache and set(self.augment) - {"mask"}:
             raise SettingsError(

@@ -82,7 +82,7 @@ def check_adapter(settings: TrainSettings) -> None:
     try:
         reads_out = adapter_class(settings.adapter).reads_out
     except ValueError as error:
-        raise SettingsError(f"--adapter {settings.adapter}: {error}") from error
+        raise SettingsError(f"--adapter: {error}") from error
     if settings.loss == "ctc" and not reads_out:
         able = ", ".join(name for name, kind in ADAPTERS.items() if kind.reads_out)
         raise SettingsError(
