@@ -22,7 +22,7 @@ ROWS = [
     {"continuation", "training", "inference"},
     {"evaluation", "serving"},
 ]
-DOORS = {"__init__", "__main__", "cli", "plugins", "tour", "tour_page"}
+DOORS = {"__init__", "__main__", "cli", "plugins", "tour"}
 TORCH_FREE = {"__init__", "__main__", "cli", "plugins", "settings", "data"}
 TORCH = {"torch", "transformers", "accelerate", "torchaudio"}
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))

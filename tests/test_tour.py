@@ -1,4 +1,4 @@
-"""The tour's own logic, without its models: a finished stop is shown again, a changed one is walked again."""
+"""The steps of the tour, without its models: a finished one is shown again, a changed one runs again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 
 from blsp.settings import SettingsError, TourSettings
-from blsp.tour import Stop, TourError, plan, run_command, tour, visit
-from blsp.tour_page import divergence_lines, learnt_rows, read_manifest
+from blsp.tour import (
+    Stop,
+    TourError,
+    divergence_text,
+    plan,
+    read_manifest,
+    run_command,
+    tour,
+    training_rows,
+    visit,
+)
 
 SPEECH = Path(__file__).parents[1] / "examples" / "speech"
 
@@ -46,16 +55,16 @@ def test_every_command_of_the_tour_parses() -> None:
             parse(name, flags)
 
 
-def test_rows_kept_back_are_not_shown_as_learnt() -> None:
+def test_rows_kept_back_are_not_shown_as_trained_on() -> None:
     rows = read_manifest(SPEECH / "train.jsonl")
-    learnt = learnt_rows(SPEECH / "train.jsonl", 24)
-    assert len(learnt) == len(rows) - 24
-    assert all(Path(row["audio"]).exists() for row in learnt)
+    trained = training_rows(SPEECH / "train.jsonl", 24)
+    assert len(trained) == len(rows) - 24
+    assert all(Path(row["audio"]).exists() for row in trained)
 
 
 def test_divergence_is_told_from_first_to_last_probe(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     rows = [{"train_kl": 2.0, "held_out_kl": 3.0}, {"loss": 1.0}, {"train_kl": 0.5, "held_out_kl": 2.5}]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    told = divergence_lines(metrics)
+    told = divergence_text(metrics)
     assert "2.000 →   0.500" in told and "3.000 →   2.500" in told

@@ -1,12 +1,12 @@
-"""The whole way on real speech, in minutes: every stop is a command that a user could type.
+"""Tour of the whole method on real speech, in minutes: every step is a command that a user could type.
 
-In:  the recordings of `examples/speech/` and the embedded default models; nothing is fetched.
-Out: a folder with everything that was made on the way, and at each stop what went in and what came out.
+In:  the recordings of `examples/speech/` and the embedded default models; nothing is downloaded.
+Out: a folder with everything that was made, and for each step its input and its output, printed.
 Try: `blsp tour`
 Flow: corpora → manifest → continuations (step 1) → speech features → alignment training (step 2) → checkpoint
-      → inference → evaluation: this file walks it from end to end, through `cli.py` as a user would.
+      → inference → evaluation: **tour.py** runs them through cli.py, as a user would.
 
-A stop that was finished with the same commands is shown again, not repeated.
+A step that was finished with the same commands is shown again, not repeated. Bad results are shown too.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from blsp.data.files import digest_of
+from blsp.data.jobs import RecordLog
 from blsp.settings import DEFAULT_MODEL, SettingsError, TourSettings
-from blsp.tour_page import (
-    compare_page,
-    divergence_lines,
-    learnt_rows,
-    question_page,
-    read_clips,
-    read_manifest,
-)
 from blsp.weights.shipped import is_shipped
+
+if TYPE_CHECKING:
+    from blsp.inference.listener import Listener
 
 LLM = "embedded:smollm2-135m-instruct"
 ENCODER = "embedded:whisper-tiny.en"
 TOP_K = "32"
 HELD_OUT = 24  # training recordings kept back for the probes
+SHOWN = 5  # clips shown of each set
+Rows = list[dict[str, Any]]
 
 
 class TourError(RuntimeError):
-    """A stop that failed; the message names the command."""
+    """A step that failed; the message names the command."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """One station: why it is there, the commands it runs, and what there is to see afterwards."""
+    """One step of the tour: its reason, how long it takes, its commands, and what there is to see afterwards."""
 
     name: str
-    why: str
-    minutes: str
+    reason: str
+    duration: str
     commands: tuple[tuple[str, ...], ...]
     look: Callable[[], str]
 
 
 def tour(settings: TourSettings) -> None:
-    """`blsp tour`: walk every stop, resuming where an earlier walk ended."""
+    """`blsp tour`: run every step, or show it again where an earlier tour has finished it."""
     if not (settings.speech / "train.jsonl").exists():
         raise SettingsError(
             f"--speech {settings.speech}: no train.jsonl there; run the tour in a checkout of the repository, "
@@ -58,46 +58,43 @@ def tour(settings: TourSettings) -> None:
         )
     stops = plan(settings)
     began = time.monotonic()
-    way = [["--speech", str(settings.speech)]]
+    commands = [["--speech", str(settings.speech)]]
     for number, stop in enumerate(stops, 1):
-        print(f"\n━━ {number} of {len(stops)} · {stop.name} ━━ ({stop.minutes})\n{stop.why}\n")
-        way += map(list, stop.commands)
-        print(visit(stop, settings.out / "stops", way))
+        print(f"\n━━ {number} of {len(stops)} · {stop.name} ━━ ({stop.duration})\n{stop.reason}\n")
+        commands += map(list, stop.commands)
+        print(visit(stop, settings.out / "stops", commands))
     print(f"\nThe tour took {time.monotonic() - began:.0f} s. Everything it made: {settings.out}/")
     print("Ask it something yourself:  blsp chat --model " + str(settings.out / "train" / "adapter"))
 
 
-def visit(stop: Stop, folder: Path, way: list[list[str]]) -> str:
-    """Run a stop's commands and remember what there was to see; a stop done before is only shown.
+def visit(stop: Stop, folder: Path, commands: list[list[str]]) -> str:
+    """Run a step and record what there is to see; a step with a record is only shown.
 
-    way: all commands up to and with this stop's: where one is another, what they led to is looked at anew.
+    commands: those of all steps up to this one. Where one of them has changed, the record does not count.
     """
-    record = folder / f"{stop.name.replace(' ', '-')}.json"
-    if record.exists() and (done := json.loads(record.read_text(encoding="utf-8"))).get("way") == way:
-        return "(done on an earlier walk)\n" + done["seen"]
-    for command in stop.commands:
-        run_command(command)
-    seen = stop.look()
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = record.with_suffix(".writing")
-    fresh.write_text(json.dumps({"way": way, "seen": seen}, ensure_ascii=False, indent=1), encoding="utf-8")
-    fresh.replace(record)
+    with RecordLog(folder / f"{stop.name.replace(' ', '-')}.jsonl", digest_of(commands)) as log:
+        if stop.name in log.rows:
+            return "(done by an earlier tour)\n" + log.rows[stop.name]["seen"]
+        for command in stop.commands:
+            run_command(command)
+        seen = stop.look()
+        log.append({"id": stop.name, "seen": seen})
     return seen
 
 
 def run_command(command: Sequence[str]) -> None:
-    """Type a command: show it, run it in this process, stop the tour when it fails."""
+    """Print a command and run it in this process; raises TourError when it fails."""
     from blsp.cli import main
 
     print("  $ blsp " + " ".join(command), flush=True)
     if code := main(list(command)):
         raise TourError(
-            f"`blsp {' '.join(command)}` ended with exit code {code}; mend that and run the tour again"
+            f"`blsp {' '.join(command)}` ended with exit code {code}; solve that and run the tour again"
         )
 
 
 def plan(settings: TourSettings) -> list[Stop]:
-    """The stops, for a fresh adapter or for the shipped one."""
+    """The steps, for a fresh adapter or for the shipped one."""
     speech, out = settings.speech, settings.out
     shipped = is_shipped(DEFAULT_MODEL) and not settings.cold
     start = DEFAULT_MODEL if shipped else None
@@ -107,15 +104,15 @@ def plan(settings: TourSettings) -> list[Stop]:
     return [
         Stop(
             "the manifest",
-            "Real recordings of voice actors, with what they say: one JSON line per utterance.",
+            "Real recordings of voice actors, with their words: one JSON line per utterance.",
             "seconds",
             (),
-            lambda: _show_manifests(speech),
+            lambda: _manifests_text(speech),
         ),
         Stop(
             "the continuations",
-            "Step 1: the frozen LLM reads each transcript and writes on. What it does now, reading,\n"
-            "it shall do later, hearing. The teacher's likeliest 32 tokens are kept for every step.",
+            "Step 1: the frozen LLM reads each transcript and continues it. What it does after reading,\n"
+            "it should later do after listening. The 32 most probable tokens of each step are stored too.",
             "about a minute",
             (
                 (
@@ -124,11 +121,11 @@ def plan(settings: TourSettings) -> list[Stop]:
                     "--top-k", TOP_K, "--max-new-tokens", "40", *device,
                 ),
             ),
-            lambda: _show_rows(continued, ("text", "instruction", "continuation"), 2),
+            lambda: _rows_text(continued, ("text", "instruction", "continuation"), 2),
         ),
         Stop(
             "the speech features",
-            "The frozen encoder hears every clip once, on its true length; training reads the result.",
+            "The frozen encoder runs once over every clip, on its true length; training reads the result.",
             "seconds",
             (
                 (
@@ -140,8 +137,8 @@ def plan(settings: TourSettings) -> list[Stop]:
         ),
         Stop(
             "the training",
-            "Step 2: only the adapter learns. First to read the speech out over the LLM's own tokens,\n"
-            "then to make the LLM's next-token distribution the same as on reading.",
+            "Step 2: only the adapter is trained. First it learns to read speech out as tokens of the LLM,\n"
+            "then the LLM's next-token distribution is matched to the one it has for the transcript.",
             "five to eight minutes" if start is None else "two to four minutes",
             (
                 (
@@ -151,37 +148,128 @@ def plan(settings: TourSettings) -> list[Stop]:
                     *(("--init-from", start) if start else ()), *device,
                 ),
             ),
-            lambda: divergence_lines(run / "metrics.jsonl") + f"\nthe curves: {run / 'curves.png'}",
+            lambda: divergence_text(run / "metrics.jsonl") + f"\nthe curves: {run / 'curves.png'}",
         ),
         Stop(
-            "what it hears",
-            "Five recordings it has learnt from, five of the same actors it has never heard, and five of\n"
-            "a telephone voice: the transcript, what the adapter reads out, and how the LLM goes on.",
+            "what it understands",
+            "Five recordings from its training, five of the same actors that it has never heard, and five of\n"
+            "a telephone voice: the transcript, the adapter's read-out, and the LLM's continuation.",
             "a minute",
             (),
-            lambda: compare_page(
+            lambda: comparison_text(
                 adapter,
                 start,
                 {
-                    "learnt from": learnt_rows(speech / "train.jsonl", HELD_OUT),
-                    "never heard": read_clips(speech / "heldout.jsonl"),
-                    "another voice": read_clips(speech / "asterisk.jsonl"),
+                    "training": training_rows(speech / "train.jsonl", HELD_OUT),
+                    "held out": read_clips(speech / "heldout.jsonl"),
+                    "other voice": read_clips(speech / "asterisk.jsonl"),
                 },
                 settings.device,
             ),
         ),
         Stop(
             "spoken questions",
-            "It has met neither these questions nor these voices, and no answer that it learnt from is a\n"
-            "person's: all are the LLM's own. The same question as text and as speech:",
+            "Neither these questions nor these voices were in its training, and all the answers that it\n"
+            "learned from were written by the LLM. The same question as text and as speech:",
             "seconds",
             (),
-            lambda: question_page(start or adapter, speech / "questions.jsonl", settings.device),
+            lambda: questions_text(start or adapter, speech / "questions.jsonl", settings.device),
         ),
     ]  # fmt: skip
 
 
-def _show_manifests(speech: Path) -> str:
+# --- what there is to see ---------------------------------------------------------------------------------
+
+
+def read_manifest(path: Path) -> Rows:
+    """All rows of a small manifest, as they are in the file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_clips(manifest: Path) -> Rows:
+    """The rows of a manifest with `audio` as a path from the current folder."""
+    return [row | {"audio": str(manifest.parent / row["audio"])} for row in read_manifest(manifest)]
+
+
+def training_rows(manifest: Path, held_out: int) -> Rows:
+    """The rows that were trained on: all but those that `--held-out` keeps for its probes."""
+    from blsp.training.dataset import id_hash
+
+    rows = read_clips(manifest)
+    kept_back = sorted(id_hash(row["id"]) for row in rows)[:held_out]
+    return [row for row in rows if id_hash(row["id"]) not in kept_back]
+
+
+def divergence_text(metrics: str | Path) -> str:
+    """Divergence between listening and reading at the first and the last probe; that of exchanged clips too."""
+    probes = [row for row in read_manifest(Path(metrics)) if "train_kl" in row or "train_wer" in row]
+    lines = ["divergence of speech from text, nats per token (0: the LLM treats speech as it treats text)"]
+    labels = {
+        "train_kl": "training clips",
+        "train_kl_shuffled": "  the same, clips exchanged",
+        "held_out_kl": "clips held out",
+        "held_out_kl_shuffled": "  the same, clips exchanged",
+        "train_wer": "word error rate of the read-out, training",
+        "held_out_wer": "word error rate of the read-out, held out",
+    }
+    for key, label in labels.items():
+        values = [row[key] for row in probes if key in row]
+        if values:
+            lines.append(f"  {label:<42} {values[0]:7.3f} → {values[-1]:7.3f}")
+    return "\n".join(lines)
+
+
+def comparison_text(adapter: str, before: str | None, clips: dict[str, Rows], device: str) -> str:
+    """Five clips of each set, as transcript, read-out and answers; word error rates of the whole sets below."""
+    from blsp.inference.listener import Question, load
+    from blsp.llm.instructions import instruction_for
+
+    listener = load(adapter, device=device)
+    instruction = instruction_for("continue")
+    lines: list[str] = []
+    for label, rows in clips.items():
+        shown = rows[:SHOWN]
+        audio = [row["audio"] for row in shown]
+        readouts = listener.readout(listener.embed_audio(audio))
+        from_text = listener.generate([Question(text=row["text"], instruction=instruction) for row in shown])
+        from_speech = listener.generate([Question(audio=clip, instruction=instruction) for clip in audio])
+        for row, readout, text_answer, speech_answer in zip(
+            shown, readouts, from_text, from_speech, strict=True
+        ):
+            lines += [
+                f"[{label}] {row['id']}",
+                f"   transcript: {row['text']}",
+                f"     read-out: {readout or '(nothing)'}",
+                f"    from text: {_short(text_answer)}",
+                f"  from speech: {_short(speech_answer)}",
+            ]
+    listeners = {"before": load(before, device=device), "after": listener} if before else {"now": listener}
+    for label, rows in clips.items():
+        for when, measured in listeners.items():
+            rate = _error_rate(measured, rows)
+            lines.append(f"word error rate of the read-out, {label} ({len(rows)} clips), {when}: {rate:.3f}")
+    return "\n".join(lines)
+
+
+def questions_text(adapter: str, manifest: Path, device: str) -> str:
+    """Questions with their answers on both routes."""
+    from blsp.inference.listener import Question, load
+
+    listener = load(adapter, device=device)
+    rows = read_clips(manifest)
+    from_text = listener.generate([Question(text=row["text"]) for row in rows])
+    from_speech = listener.generate([Question(audio=row["audio"]) for row in rows])
+    lines = []
+    for row, text_answer, speech_answer in zip(rows, from_text, from_speech, strict=True):
+        lines += [
+            row["text"],
+            f"    from text: {_short(text_answer)}",
+            f"  from speech: {_short(speech_answer)}",
+        ]
+    return "\n".join(lines)
+
+
+def _manifests_text(speech: Path) -> str:
     lines = []
     for name in ("train.jsonl", "heldout.jsonl", "asterisk.jsonl", "questions.jsonl"):
         rows = read_manifest(speech / name)
@@ -192,7 +280,7 @@ def _show_manifests(speech: Path) -> str:
     return "\n".join([*lines, example])
 
 
-def _show_rows(path: Path, fields: Sequence[str], count: int) -> str:
+def _rows_text(path: Path, fields: Sequence[str], count: int) -> str:
     rows = read_manifest(path)
     lines = [f"{path}: {len(rows)} rows"]
     for row in rows[:count]:
@@ -200,5 +288,19 @@ def _show_rows(path: Path, fields: Sequence[str], count: int) -> str:
     return "\n".join(lines)
 
 
+def _error_rate(listener: Listener, rows: Rows) -> float:
+    import jiwer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    normalise = EnglishTextNormalizer()
+    readouts = listener.readout(listener.embed_audio([row["audio"] for row in rows]))
+    return float(jiwer.wer([normalise(row["text"]) for row in rows], [normalise(text) for text in readouts]))
+
+
 def _megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def _short(text: str, width: int = 150) -> str:
+    line = " ".join(text.split())
+    return (line if len(line) <= width else line[: width - 1] + "…") or "(empty)"

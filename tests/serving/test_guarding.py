@@ -211,7 +211,7 @@ def test_a_deadline_ends_a_request(server_with, monkeypatch) -> None:
 
 def test_a_deadline_holds_while_the_model_is_held_up(server_with, listener, monkeypatch) -> None:
     with server_with(deadline=0.5) as server:
-        monkeypatch.setattr(listener, "hear", lambda *args, **named: time.sleep(4) or [])
+        monkeypatch.setattr(listener, "embed_audio", lambda *args, **named: time.sleep(4) or [])
         began = time.monotonic()
         assert chat(server, {"messages": [user(spoken())]}).status_code == 504
         assert time.monotonic() - began < 3.5
@@ -354,7 +354,7 @@ def test_a_failing_model_is_reported_and_the_next_request_answered(server: Runni
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr(server.listener, "hear", fail)
+        broken.setattr(server.listener, "embed_audio", fail)
         answer = chat(server, {"messages": [user(spoken())]})
         assert answer.status_code == 500 and answer.json()["error"]["code"] == "internal_error"
     assert chat(server, {"messages": [user("hello")]}).status_code == 200
@@ -379,7 +379,7 @@ def test_a_request_that_breaks_the_layout_takes_no_other_with_it(server: Running
 
 def test_the_recogniser_keeps_no_crowd_and_no_deadline_waits(server: Running, monkeypatch) -> None:
     asked = SharedRecogniser(None, server.listener)
-    monkeypatch.setattr(asked, "_hear", lambda clip, language: time.sleep(0.3) or "heard")
+    monkeypatch.setattr(asked, "_transcribe", lambda clip, language: time.sleep(0.3) or "heard")
     clip = np.zeros(16_000, dtype=np.float32)
 
     async def crowd() -> list[object]:

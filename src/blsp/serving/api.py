@@ -1,8 +1,9 @@
-"""Requests as clients of the OpenAI API send them, and errors as they expect them.
+"""Requests, answers and errors in the form of OpenAI's API.
 
-In:  JSON of /v1/chat/completions; whatever goes wrong. Out: `ChatRequest`; the error object.
+In:  JSON of /v1/chat/completions; texts; refusals. Out: `ChatRequest`; answers, whole or as server-sent events;
+     error objects.
 Try: `ChatRequest.model_validate({"model": "blsp-tiny", "messages": [{"role": "user", "content": "Hi"}]})`
-Flow: serving/ — app.py reads requests with it; every refusal leaves through `ApiError`.
+Flow: app.py → **api.py**. Every refusal is an `ApiError`.
 
 Unknown fields are ignored, as OpenAI-compatible servers do; fields that would change the answer and are not supported
 (`n` above 1, tools, logprobs, penalties, spoken answers …) are refused by name.
@@ -19,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 
 class ApiError(Exception):
-    """A refusal: HTTP status and OpenAI's error object."""
+    """A refusal: an HTTP status and OpenAI's error object."""
 
     def __init__(
         self,
@@ -44,11 +45,11 @@ class ApiError(Exception):
 
 
 def _sendable(text: str) -> str:
-    """What a client sent may come back in a message; half a character cannot be sent."""
+    """The text without lone surrogates, which cannot be encoded: messages may repeat what a client sent."""
     return text.encode(errors="replace").decode()
 
 
-def _whole(text: str) -> str:
+def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -56,7 +57,7 @@ def _whole(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
+Text = Annotated[str, AfterValidator(_encodable)]
 
 
 class InputAudio(BaseModel):
@@ -93,9 +94,9 @@ class Message(BaseModel):
     content: Text | list[Part]
 
     @model_validator(mode="after")
-    def _speech_is_the_users(self) -> Message:
-        written = isinstance(self.content, str) or all(isinstance(part, TextPart) for part in self.content)
-        if self.role != "user" and not written:
+    def _only_users_speak(self) -> Message:
+        text_only = isinstance(self.content, str) or all(isinstance(part, TextPart) for part in self.content)
+        if self.role != "user" and not text_only:
             raise ValueError(f"audio in a message of role {self.role!r}: only the user speaks")
         return self
 
@@ -104,7 +105,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-HARMLESS: dict[str, Any] = {  # fields that are not offered, and the value that asks for nothing
+NEUTRAL: dict[str, Any] = {  # fields that are not supported, and their value that asks for nothing
     "n": 1,
     "logprobs": False,
     "top_logprobs": 0,
@@ -131,7 +132,7 @@ class ChatRequest(BaseModel):
     stop: Text | list[Text] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # what would change the answer and is not offered: any value but these is refused
+    # not supported, and would change the answer: any other value than in NEUTRAL is refused
     n: Any = None
     logprobs: Any = None
     top_logprobs: Any = None
@@ -145,13 +146,13 @@ class ChatRequest(BaseModel):
     presence_penalty: Any = None
 
     @model_validator(mode="after")
-    def _only_what_is_there(self) -> ChatRequest:
-        for name, harmless in HARMLESS.items():
-            if (asked := getattr(self, name)) and asked != harmless:
+    def _only_supported_fields(self) -> ChatRequest:
+        for name, neutral in NEUTRAL.items():
+            if (value := getattr(self, name)) and value != neutral:
                 raise ValueError(f"{name}: not supported by this server; leave it out")
         if self.messages[-1].role != "user":
             raise ValueError("messages: the last one must be the user's")
-        if len(self.stops) > 4 or any(not 0 < len(each) <= 100 for each in self.stops):
+        if len(self.stops) > 4 or any(not 0 < len(stop) <= 100 for stop in self.stops):
             raise ValueError("stop: at most four strings of 1 to 100 characters")
         return self
 
@@ -172,7 +173,7 @@ def completion(head: dict[str, Any], text: str, finish: str, usage: dict[str, An
 
 
 def delta(content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-    """What one chunk of a streamed answer adds."""
+    """The part of one chunk of a streamed answer that is new."""
     return {"choices": [{"index": 0, "delta": content, "finish_reason": finish, "logprobs": None}]}
 
 
@@ -182,19 +183,19 @@ def transcript(text: str, response_format: str) -> Response:
 
 async def transcript_events(pieces: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
     """OpenAI's events of a transcript that grows; an error ends it."""
-    said = ""
+    text = ""
     try:
         async for piece in pieces:
-            added = f" {piece}" if said else piece
-            said += added
+            added = f" {piece}" if text else piece
+            text += added
             yield {"type": "transcript.text.delta", "delta": added}
-        yield {"type": "transcript.text.done", "text": said}
+        yield {"type": "transcript.text.done", "text": text}
     except ApiError as error:
         yield error.body()
 
 
 def events(chunks: AsyncIterator[dict[str, Any] | str]) -> Response:
-    """Server-sent events, one a chunk."""
+    """Server-sent events, one per chunk."""
 
     async def lines() -> AsyncIterator[str]:
         async for chunk in chunks:

@@ -1,11 +1,11 @@
-"""The application: OpenAI's routes and the page, around a loaded model.
+"""Application: OpenAI's routes and the page, around a loaded model.
 
 In:  settings; HTTP. Out: answers, whole or as server-sent events.
 Try: `create_app(listener, ServeSettings())`
-Flow: serving/ — process.py -> guard.py -> **app** -> sound.py -> exchange.py -> scheduler.py -> replies.py.
+Flow: server.py → middleware.py → **app.py** → audio_input.py → exchange.py → scheduler.py
 
 Conventions (roles, parts, chunks, usage, error objects) are OpenAI's, so that its client libraries work unchanged.
-Nothing of what is said or answered is logged unless --log-content asks for it.
+Questions and answers are not logged, unless --log-content is given.
 """
 
 from __future__ import annotations
@@ -34,12 +34,11 @@ from starlette.exceptions import HTTPException
 from blsp.inference.listener import Listener, cut_at_pauses
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import instruction_for
-from blsp.serving import api as replies
-from blsp.serving import audio_input as sound
+from blsp.serving import api, audio_input
 from blsp.serving.api import ApiError, AudioPart, ChatRequest, TextPart
 from blsp.serving.exchange import Exchange
 from blsp.serving.metrics import Metrics
-from blsp.serving.middleware import Guard, is_local
+from blsp.serving.middleware import RequestGuard, is_local
 from blsp.serving.recogniser import SharedRecogniser
 from blsp.serving.scheduler import Limits, Scheduler
 
@@ -48,19 +47,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("blsp.serving")
 WEB = Path(__file__).parent / "web"
-RECOGNISER = "recogniser"  # the second name that /v1/audio/transcriptions knows: the cascade's first half
+RECOGNISER = "recogniser"  # a model name of /v1/audio/transcriptions: the recogniser of the comparison
 POLICY = (
     "default-src 'self'; style-src 'self'; script-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'self'; object-src 'none'"
 )
-ROUTES = {  # as they are counted; whatever else is asked for is "other"
+ROUTES = {  # their names in the metrics; all others are "other"
     "/v1/chat/completions": "chat",
     "/v1/audio/transcriptions": "transcriptions",
     "/v1/audio/translations": "translations",
     "/v1/models": "models",
 }
 T = TypeVar("T")
-LEFT = 499  # the status that is counted when the client has gone
+CLIENT_LEFT = 499  # the status in the metrics when the client closed the connection
 
 
 def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
@@ -68,10 +67,10 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     service = Service(listener, settings)
     app = FastAPI(title="BLSP", description=__doc__, lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(
-        Guard,
+        RequestGuard,
         api_key=settings.key,
-        most_bytes=int(settings.max_upload_mb * 1e6),
-        patience=settings.deadline,
+        max_bytes=int(settings.max_upload_mb * 1e6),
+        deadline=settings.deadline,
         local=is_local(settings.host) and not settings.key and not settings.insecure,
     )
     if settings.cors_origin:
@@ -96,7 +95,7 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
 
 
 class Page(StaticFiles):
-    """The page's files, which may load nothing from elsewhere."""
+    """The files of the page, with a policy that lets it load nothing from other hosts."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -105,7 +104,7 @@ class Page(StaticFiles):
 
 
 class Service:
-    """What the routes share: the scheduler, the limits, the recogniser of the page's comparison."""
+    """The routes, with their shared scheduler, limits, metrics and recogniser."""
 
     def __init__(self, listener: Listener, settings: ServeSettings) -> None:
         self.listener, self.settings = listener, settings
@@ -128,9 +127,9 @@ class Service:
         await run_in_threadpool(self.scheduler.stop)
 
     async def _warm_up(self) -> None:
-        """One spoken and one written question, so that the first user does not wait for what is done once.
+        """Answer one spoken and one written question, so that work done once does not delay the first user.
 
-        A deadline is for users: however short it is, the server gets ready.
+        It has no deadline: the server gets ready however short --deadline is.
         """
         try:
             noise = np.random.default_rng(0).normal(scale=0.01, size=16_000).astype(np.float32)
@@ -151,21 +150,21 @@ class Service:
     # --- routes -------------------------------------------------------------------------------------------
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
-        """An answer to a conversation of text and speech; with `stream`, piece by piece."""
+        """Answer a conversation of text and speech; with `stream`, piece by piece."""
         began = time.monotonic()
-        self.scheduler.check_room()  # before its clips are decoded
+        self.scheduler.check_room()  # before any clip is decoded
         end = began + self.settings.deadline
-        messages = await run_in_threadpool(self._decoded, body, end)
+        messages = await run_in_threadpool(self._decode_messages, body, end)
         seconds = end - time.monotonic()
         exchange = self._ask(messages, self._decoding(body), stops=body.stops, seconds=seconds)
-        await self._while_there(request, exchange.started(), exchange)
+        await self._while_connected(request, exchange.started(), exchange)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return replies.events(self._chunks(exchange, head, usage, began))
-        text = await self._while_there(request, _gather(exchange), exchange)
-        self._note("chat", 200, began, exchange, text)
-        return replies.completion(head, text, exchange.finish, exchange.usage)
+            return api.events(self._chunks(exchange, head, usage, began))
+        text = await self._while_connected(request, _gather(exchange), exchange)
+        self._log("chat", 200, began, exchange, text)
+        return api.completion(head, text, exchange.finish, exchange.usage)
 
     async def transcriptions(
         self,
@@ -178,18 +177,20 @@ class Service:
         temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
         stream: Annotated[bool, Form()] = False,
     ) -> Response:
-        """What was said: the adapter's read-out where it has one, else the LLM's repetition. `language` and
-        `prompt` are accepted and not used. model=recogniser: the cascade's recogniser instead."""
+        """Transcribe: the adapter's read-out where it has one, else the LLM's repetition. `language` and `prompt`
+        are accepted and not used. model=recogniser: the recogniser of the comparison instead."""
         began = time.monotonic()
         clip = await self._uploaded(file, response_format)
         if model == RECOGNISER:
             pieces = self._recognised(request, clip, language or "en")
         else:
-            pieces = self._piecewise(request, clip, "repeat", temperature, readout=self.listener.reads_out)
+            pieces = self._ask_in_pieces(
+                request, clip, "repeat", temperature, readout=self.listener.reads_out
+            )
         pieces = self._counted("transcriptions", began, pieces)
         if stream:
-            return replies.events(replies.transcript_events(pieces))
-        return replies.transcript(" ".join([piece async for piece in pieces]), response_format)
+            return api.events(api.transcript_events(pieces))
+        return api.transcript(" ".join([piece async for piece in pieces]), response_format)
 
     async def translations(
         self,
@@ -200,25 +201,25 @@ class Service:
         response_format: Annotated[str, Form()] = "json",
         temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
     ) -> Response:
-        """What was said, in English, by the LLM."""
+        """Translate speech into English, by the LLM."""
         began = time.monotonic()
         clip = await self._uploaded(file, response_format)
-        pieces = self._piecewise(request, clip, "translate:en", temperature, readout=False)
+        pieces = self._ask_in_pieces(request, clip, "translate:en", temperature, readout=False)
         pieces = self._counted("translations", began, pieces)
-        return replies.transcript(" ".join([piece async for piece in pieces]), response_format)
+        return api.transcript(" ".join([piece async for piece in pieces]), response_format)
 
     async def models(self) -> dict[str, Any]:
-        """The model, and the recogniser that transcriptions also know."""
+        """The model, and the recogniser for transcriptions where there is one."""
         names = [self.name] + ([RECOGNISER] if self.recogniser.available else [])
-        each = [
+        data = [
             {"id": name, "object": "model", "created": self.created, "owned_by": "blsp"} for name in names
         ]
-        return {"object": "list", "data": each}
+        return {"object": "list", "data": data}
 
     async def health(self) -> Response:
-        """200 once the warm-up is over and while the model's thread lives."""
-        lives = self.scheduler.alive and not self.failed
-        status = "failed" if not lives else "ok" if self.ready else "starting"
+        """200 after the warm-up, while the thread of the model runs."""
+        running = self.scheduler.alive and not self.failed
+        status = "failed" if not running else "ok" if self.ready else "starting"
         return JSONResponse(
             {"status": status, "model": self.name}, status_code=200 if status == "ok" else 503
         )
@@ -230,12 +231,12 @@ class Service:
 
     # --- from requests to the scheduler -------------------------------------------------------------------
 
-    def _decoded(self, body: ChatRequest, end: float) -> list[dict[str, Any]]:
-        """Messages with their clips decoded, in order; all clips together within --max-audio-seconds.
+    def _decode_messages(self, body: ChatRequest, end: float) -> list[dict[str, Any]]:
+        """Messages with their clips decoded, in order; all clips together at most --max-audio-seconds.
 
-        end: the monotonic time until which they may be fetched.
+        end: the monotonic time at which fetching must end.
         """
-        left = self.settings.max_audio_seconds
+        seconds_left = self.settings.max_audio_seconds
         messages = []
         for message in body.messages:
             content = message.content
@@ -244,8 +245,8 @@ class Service:
                 if isinstance(part, TextPart):
                     parts.append(part.text)
                     continue
-                clip = sound.decode(self._bytes(part, end), max(left, 0.1))
-                left -= len(clip) / 16_000
+                clip = audio_input.decode(self._bytes(part, end), max(seconds_left, 0.1))
+                seconds_left -= len(clip) / 16_000
                 parts.append(clip)
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "parts": parts})
@@ -255,20 +256,20 @@ class Service:
 
     def _bytes(self, part: Any, end: float) -> bytes:
         if isinstance(part, AudioPart):
-            return sound.from_base64(part.input_audio.data)
-        most = int(self.settings.max_upload_mb * 1e6)
-        return sound.from_url(
+            return audio_input.from_base64(part.input_audio.data)
+        max_bytes = int(self.settings.max_upload_mb * 1e6)
+        return audio_input.from_url(
             part.audio_url.url,
             allow_remote=self.settings.allow_remote_audio,
-            most_bytes=most,
+            most_bytes=max_bytes,
             seconds=end - time.monotonic(),
         )
 
     def _decoding(self, body: ChatRequest) -> Decoding:
-        most = self.settings.max_new_tokens
+        limit = self.settings.max_new_tokens
         return replace(
             self.listener.decoding,
-            max_new_tokens=min(body.new_tokens or most, most),
+            max_new_tokens=min(body.new_tokens or limit, limit),
             temperature=body.temperature or 0.0,
             top_p=body.top_p or 1.0,
             seed=body.seed if body.seed is not None else secrets.randbits(32),
@@ -282,48 +283,48 @@ class Service:
         if response_format not in ("json", "text"):
             raise ApiError(
                 400,
-                f"response_format: {response_format!r} is not offered (no time stamps are made); json or text",
+                f"response_format: {response_format!r} is not supported (there are no time stamps); json or text",
                 param="response_format",
             )
         self.scheduler.check_room()
         data = await file.read()
-        return await run_in_threadpool(sound.decode, data, self.settings.max_audio_seconds)
+        return await run_in_threadpool(audio_input.decode, data, self.settings.max_audio_seconds)
 
-    async def _piecewise(
+    async def _ask_in_pieces(
         self, request: Request, clip: np.ndarray, behaviour: str, temperature: float, *, readout: bool
     ) -> AsyncIterator[str]:
-        """A recording is cut at pauses into pieces that the encoder hears whole, asked one after another."""
+        """The recording, cut at pauses into pieces that fit into the encoder, asked one after another."""
         decoding = replace(
             self.listener.decoding,
             max_new_tokens=min(256, self.settings.max_new_tokens),
             temperature=temperature,
         )
-        silence = self.listener.model.config.no_speech_sentence
+        no_speech = self.listener.model.config.no_speech_sentence
         end = time.monotonic() + self.settings.deadline  # of the whole recording
         for piece in cut_at_pauses(clip):
             parts: list[Any] = [piece] if readout else [instruction_for(behaviour) + "\n", piece]
             messages = [{"role": "user", "parts": parts}]
             exchange = self._ask(messages, decoding, readout=readout, seconds=end - time.monotonic())
-            await self._while_there(request, exchange.started(), exchange)
-            text = (await self._while_there(request, _gather(exchange), exchange)).strip()
-            if text and text != silence:
+            await self._while_connected(request, exchange.started(), exchange)
+            text = (await self._while_connected(request, _gather(exchange), exchange)).strip()
+            if text and text != no_speech:
                 yield text
 
     async def _recognised(self, request: Request, clip: np.ndarray, language: str) -> AsyncIterator[str]:
         work = self.recogniser.transcribe(clip, language, self.settings.deadline)
-        yield await self._while_there(request, work)
+        yield await self._while_connected(request, work)
 
     async def _counted(self, route: str, began: float, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-        said: list[str] = []
+        texts: list[str] = []
         async for piece in pieces:
-            said.append(piece)
+            texts.append(piece)
             yield piece
-        self._note(route, 200, began, None, " ".join(said))
+        self._log(route, 200, began, None, " ".join(texts))
 
-    async def _while_there(
+    async def _while_connected(
         self, request: Request, work: Coroutine[Any, Any, T], exchange: Exchange | None = None
     ) -> T:
-        """`work`'s result; when the client leaves first, it and the job are let go."""
+        """The result of `work`; when the client leaves first, the work and its job are cancelled."""
         task = asyncio.ensure_future(work)
         try:
             while True:
@@ -331,7 +332,7 @@ class Service:
                 if done:
                     return task.result()
                 if await request.is_disconnected():
-                    raise ApiError(LEFT, "the client has left")
+                    raise ApiError(CLIENT_LEFT, "the client has left")
         finally:
             if not task.done():
                 task.cancel()
@@ -343,14 +344,14 @@ class Service:
     ) -> AsyncIterator[dict[str, Any] | str]:
         """OpenAI's chunks: role, content, finish_reason, usage, [DONE]; an error inside ends the stream."""
         head = {**head, "object": "chat.completion.chunk"} | ({"usage": None} if usage else {})
-        said: list[str] = []
-        status = LEFT
+        texts: list[str] = []
+        status = CLIENT_LEFT
         try:
-            yield head | replies.delta({"role": "assistant", "content": ""})
+            yield head | api.delta({"role": "assistant", "content": ""})
             async for piece in exchange.pieces():
-                said.append(piece)
-                yield head | replies.delta({"content": piece})
-            yield head | replies.delta({}, exchange.finish)
+                texts.append(piece)
+                yield head | api.delta({"content": piece})
+            yield head | api.delta({}, exchange.finish)
             if usage:
                 yield head | {"choices": [], "usage": exchange.usage}
             status = 200
@@ -360,11 +361,11 @@ class Service:
             yield error.body()
         finally:
             exchange.cancel()
-            self._note("chat", status, began, exchange, "".join(said))
+            self._log("chat", status, began, exchange, "".join(texts))
 
-    # --- what is told and counted -------------------------------------------------------------------------
+    # --- logs, counts and refusals -------------------------------------------------------------------------
 
-    def _note(self, route: str, status: int, began: float, exchange: Exchange | None, text: str) -> None:
+    def _log(self, route: str, status: int, began: float, exchange: Exchange | None, text: str) -> None:
         self.metrics.requests.labels(route, str(status)).inc()
         cost = f", {exchange.usage['prompt_tokens']} + {exchange.tokens} tokens" if exchange else ""
         content = f": {text!r}" if self.settings.log_content else ""
@@ -378,7 +379,7 @@ class Service:
 
     async def refuse_form(self, request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"] if place not in ("body", "query"))
+        where = ".".join(str(name) for name in first["loc"] if name not in ("body", "query"))
         message = str(first["msg"]).removeprefix("Value error, ")
         refusal = ApiError(400, f"{where}: {message}" if where else message, param=where or None)
         return await self.refuse(request, refusal)

@@ -1,9 +1,9 @@
-"""What a request brings as audio -> 16 kHz samples, or a refusal that says why.
+"""Audio of a request → 16 kHz samples, or a refusal with the reason.
 
 In:  base64 of a file, a data-URI, an uploaded file's bytes, an https:// URL where that is allowed. Never a path.
 Out: (N,) float32 samples, at most `--max-audio-seconds`.
 Try: `decode(base64.b64decode(part.input_audio.data), longest=600)`
-Flow: serving/ — app.py, before anything is queued; runs in a thread of its own, never in the model's.
+Flow: app.py → **audio_input.py** → exchange.py; in a thread of its own, never in the thread of the model
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 from blsp.data.audio import AudioError, load_audio
 from blsp.serving.api import ApiError
 
-FETCH_SECONDS = 20.0  # a file, in all
-PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # without what carries an IPv4 address inside
+FETCH_SECONDS = 20.0  # for a whole file
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # addresses with an IPv4 address inside are checked apart
 
 
 def decode(data: bytes, longest: float) -> np.ndarray:
-    """The samples of a file's bytes; decoding ends at `longest` seconds whatever the header says."""
+    """The samples (N,) of a file; decoding ends at `longest` seconds, whatever the header says."""
     try:
         return load_audio(data, longest=longest)
     except AudioError as error:
@@ -34,7 +34,7 @@ def decode(data: bytes, longest: float) -> np.ndarray:
 
 
 def from_base64(text: str) -> bytes:
-    """The bytes of `input_audio.data`; a data-URI is taken too."""
+    """The bytes of `input_audio.data`; a data-URI is accepted too."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
@@ -46,9 +46,9 @@ def from_base64(text: str) -> bytes:
 
 
 def from_url(url: str, *, allow_remote: bool, most_bytes: int, seconds: float = FETCH_SECONDS) -> bytes:
-    """The bytes behind `audio_url.url`: a data-URI, or a public https:// address where the server may fetch.
+    """The bytes of `audio_url.url`: a data-URI, or a public http(s) address where --allow-remote-audio is set.
 
-    seconds: what is left of the request's deadline.
+    seconds: the time left until the request's deadline.
     """
     if url.startswith("data:"):
         head, _, data = url.partition(",")
@@ -77,7 +77,7 @@ def from_url(url: str, *, allow_remote: bool, most_bytes: int, seconds: float = 
 
 
 def _fetch(url: str, host: str, port: int, most_bytes: int, seconds: float) -> bytes:
-    """GET without redirects from a public address, which is looked up once and then connected to by number."""
+    """GET without redirects. The name is resolved once, and the connection goes to that public address."""
     import httpx
 
     address = public_address(host, port)
@@ -116,23 +116,23 @@ async def _read(url: Any, host: str, headers: dict[str, str], most_bytes: int) -
 def public_address(host: str, port: int) -> str:
     """One address of `host`; refused if any of its addresses is not on the public internet."""
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        resolved = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
         raise ApiError(
             400, f"audio_url: {host} is not known", param="audio_url", code="fetch_failed"
         ) from error
-    addresses = [ipaddress.ip_address(str(each).partition("%")[0]) for each in found]
-    if not addresses or not all(_is_public(each) for each in addresses):
+    addresses = [ipaddress.ip_address(str(name).partition("%")[0]) for name in resolved]
+    if not addresses or not all(map(_is_public, addresses)):
         raise ApiError(
             400, f"audio_url: {host} is not a public address", param="audio_url", code="private_address"
         )
-    return str(min(addresses, key=lambda each: each.version))
+    return str(min(addresses, key=lambda address: address.version))
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Reachable on the internet, and not a private IPv4 address in IPv6 clothes (NAT64, 6to4, Teredo, mapped)."""
+    """On the public internet, and not a private IPv4 address inside an IPv6 one (NAT64, 6to4, Teredo, mapped)."""
     if isinstance(address, ipaddress.IPv6Address):
-        carries = address.ipv4_mapped or address.sixtofour or address.teredo
-        if address not in PUBLIC_IPV6 or carries:
+        contains_ipv4 = address.ipv4_mapped or address.sixtofour or address.teredo
+        if address not in PUBLIC_IPV6 or contains_ipv4:
             return False
     return address.is_global and not address.is_multicast

@@ -1,8 +1,8 @@
-"""One answer on the event loop's side: submit a job, follow its reports, let it go when nobody waits.
+"""One request on the event loop's side: its job, the reports of the scheduler, the text of the answer.
 
-In:  messages with decoded clips, how to decode. Out: pieces of text and, at the end, why it ended and what it cost.
+In:  messages with decoded clips, how to decode. Out: pieces of text, then the finish reason and the usage.
 Try: `async for piece in exchange.pieces(): ...`
-Flow: serving/ — app.py -> **exchange** -> scheduler.py and back.
+Flow: app.py → **exchange.py** → scheduler.py and back
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from blsp.llm.text_stream import TextStream
 from blsp.serving.api import ApiError
 from blsp.serving.scheduler import Begun, Done, Failed, Job, Report, Scheduler, Token
 
-GRACE = 1.0  # seconds beyond the deadline that the scheduler has to say so itself
+GRACE = 1.0  # seconds after the deadline in which the scheduler may report it itself
 
 
 class Exchange:
-    """A job that was submitted; `pieces` may be iterated once."""
+    """A submitted job; `pieces` may be iterated once."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Exchange:
         """Submits; raises ApiError (429) where the queue is full."""
         loop = asyncio.get_running_loop()
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
-        self._answer = Answer(scheduler.listener.tokenizer, stops)
+        self._text = StopStringFilter(scheduler.listener.tokenizer, stops)
         self.begun = Begun(0, 0)
         self.tokens = 0
         self.finish = ""
@@ -53,7 +53,7 @@ class Exchange:
         scheduler.submit(self._job)
 
     async def started(self) -> None:
-        """Until the prompt is accepted, so that a refusal can still be an HTTP status."""
+        """Wait until the prompt is accepted, so that a refusal can still be an HTTP status."""
         report = await self._report()
         if isinstance(report, Begun):
             self.begun = report
@@ -63,7 +63,7 @@ class Exchange:
             raise AssertionError(f"a job began with {report}")
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The answer's text; sets `finish`. Leaving early cancels the job."""
+        """The text of the answer; sets `finish`. Ending the iteration early cancels the job."""
         try:
             while not self.finish:
                 for piece in self._take(await self._report()):
@@ -72,7 +72,7 @@ class Exchange:
             self._job.cancel()
 
     async def _report(self) -> Report:
-        """The next one. The scheduler looks at deadlines between two steps; where it is held up in one, this does."""
+        """The next report. The scheduler checks deadlines between two steps; this checks them during a long step."""
         left = self._job.deadline + GRACE - time.monotonic()
         try:
             return await asyncio.wait_for(self._reports.get(), None if math.isinf(left) else max(0.0, left))
@@ -85,13 +85,13 @@ class Exchange:
             raise report.error
         if isinstance(report, Token):
             self.tokens += 1
-            text = self._answer.push(report.token)
-            if self._answer.stopped:
+            text = self._text.push(report.token)
+            if self._text.stopped:
                 self.finish = "stop"
             return [text] if text else []
         if isinstance(report, Done):
-            said = report.sentence if report.sentence is not None else report.text
-            text = self._answer.close() if said is None else said
+            fixed = report.sentence if report.sentence is not None else report.text
+            text = self._text.close() if fixed is None else fixed
             self.finish = report.finish
             return [text] if text else []
         return []
@@ -114,8 +114,12 @@ def _hand_over(loop: asyncio.AbstractEventLoop, reports: asyncio.Queue[Report], 
         loop.call_soon_threadsafe(reports.put_nowait, report)
 
 
-class Answer:
-    """Text of one answer as it grows; `stopped` once a stop string was met, which is not part of it."""
+class StopStringFilter:
+    """The growing text of one answer, cut before the first stop string; `stopped` once one was found.
+
+    An end that may still become a stop string is held back. Example with the stop string "END": after "the EN"
+    it returns "the " and holds "EN"; after "D" it has stopped, after "T" it returns "ENT".
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self._stream = TextStream(tokenizer)
@@ -130,19 +134,19 @@ class Answer:
         return self._release(self._stream.close(), final=True)
 
     def _release(self, piece: str, *, final: bool) -> str:
-        """What of the held text and `piece` cannot become part of a stop string any more."""
+        """The part of the held text and `piece` that cannot be the beginning of a stop string."""
         if self.stopped:
             return ""
         text = self._held + piece
-        places = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if places:
+        starts = [start for stop in self._stops if (start := text.find(stop)) >= 0]
+        if starts:
             self.stopped, self._held = True, ""
-            return text[: min(places)]
-        kept = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
+            return text[: min(starts)]
+        overlap = 0 if final else max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - overlap :]
+        return text[: len(text) - overlap]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` that begins `stop`."""
+    """The length of the longest end of `text` that `stop` begins with."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

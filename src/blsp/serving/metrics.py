@@ -1,8 +1,8 @@
-"""What the server counts, for Prometheus (GET /metrics).
+"""Counters and histograms of the server, for Prometheus (GET /metrics).
 
-In:  requests, tokens, seconds. Out: text in Prometheus' exposition format, by its own client library.
+In:  requests, tokens, seconds. Out: text in the format of Prometheus, by its own client library.
 Try: `curl localhost:8000/metrics`
-Flow: serving/ — app.py counts requests, scheduler.py what the model does.
+Flow: app.py (requests), scheduler.py (work of the model) → **metrics.py** → GET /metrics
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """One registry a server, so that several can live in one process."""
+    """One registry per server, so that several servers can run in one process."""
 
     def __init__(self) -> None:
         self.registry = here = CollectorRegistry()

@@ -1,8 +1,11 @@
-"""What is checked before a route runs: the key, the host, how much a client may send and how long it may take.
+"""Checks before a route runs: host name, API key, size and arrival time of the request.
 
-In:  ASGI messages. Out: the same, or a refusal in OpenAI's form before anything was read or decoded.
-Try: `app.add_middleware(Guard, api_key="…", most_bytes=25_000_000, patience=120.0)`
-Flow: serving/ — a request -> **guard** -> app.py.
+In:  ASGI messages. Out: the same, or a refusal in OpenAI's form, before anything is decoded.
+Try: `app.add_middleware(RequestGuard, api_key="…", max_bytes=25_000_000, deadline=120.0)`
+Flow: a request → **middleware.py** → app.py
+
+Starlette's TrustedHostMiddleware and FastAPI's HTTPBearer are not used, because they keep less: the first cuts
+IPv6 addresses at their first colon, the second runs after the whole body has been read.
 """
 
 from __future__ import annotations
@@ -12,21 +15,20 @@ import hmac
 import json
 import re
 import time
-from typing import Any
 
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blsp.serving.api import ApiError
 
 LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
-DISCARDED = 8  # times the largest request are read of a refused one
-DISCARDING = 5.0  # seconds
-PORT = re.compile(rb":\d*$")
-HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-store"),
-]
+DISCARDED = 8  # of a refused request, this many times the size limit is read on
+DISCARD_SECONDS = 5.0
+PROTECTIVE = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-store",
+}
 
 
 def is_local(host: str) -> bool:
@@ -34,112 +36,128 @@ def is_local(host: str) -> bool:
     return host.lower() in LOCAL
 
 
-class Guard:
-    """Refuses wrong keys (401), bodies over `most_bytes` (413), declared or not, and bodies that have not come after
-    `patience` seconds (408); adds protective headers.
+class RequestGuard:
+    """Refuses foreign host names (403), wrong keys (401), bodies over `max_bytes` (413), declared or not, and
+    bodies that have not arrived after `deadline` seconds (408); adds protective headers.
 
-    The page itself and /health are open: they hold nothing, and the page asks for the key. local: a server for this
-    machine alone answers under this machine's names only (403), so that no web site reaches it under a name of its
-    own (DNS rebinding).
+    The page itself and /health are open: they hold nothing, and the page asks for the key. local: a server for
+    this machine alone answers only to this machine's names, so that no web site reaches it under a name of
+    its own (DNS rebinding).
     """
 
     def __init__(
-        self, app: ASGIApp, api_key: str | None, most_bytes: int, patience: float, local: bool = False
+        self, app: ASGIApp, api_key: str | None, max_bytes: int, deadline: float, local: bool = False
     ) -> None:
-        self.app, self.most_bytes, self.patience, self.local = app, most_bytes, patience, local
+        self.app, self.max_bytes, self.deadline, self.local = app, max_bytes, deadline, local
         self._key = api_key.encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        if refusal := self._refusal(scope, headers):
-            if b"expect" not in headers:
-                await self._discard(receive)
+        headers = Headers(scope=scope)
+        if refusal := self._head_refusal(scope, headers):
+            if "expect" not in headers:  # such a client sends its body only when it is asked to
+                await _discard(receive, self.max_bytes)
             await _refuse(send, refusal)
             return
-        received = 0
-        whole = begun = False
-        refused: ApiError | None = None
-        end = time.monotonic() + self.patience
-
-        async def limited() -> Message:
-            nonlocal received, whole, refused
-            if whole:
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
-            except TimeoutError:
-                refused = ApiError(408, f"the request did not arrive within {self.patience:g} s")
-                return {"type": "http.disconnect"}
-            received += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if received > self.most_bytes:
-                refused = self._too_large()
-            return {"type": "http.disconnect"} if refused else message
-
-        async def protected(message: Message) -> None:
-            nonlocal begun
-            if refused and not begun:
-                return  # whatever the route makes of half a body: the refusal below is the answer
-            if message["type"] == "http.response.start":
-                begun = True
-                message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
-            await send(message)
-
+        body = LimitedBody(receive, send, self.max_bytes, self.deadline)
         try:
-            await self.app(scope, limited, protected)
+            await self.app(scope, body.receive, body.send)
         finally:
-            if refused and not begun:
-                if refused.status == 413:
-                    await self._discard(receive)
-                await _refuse(send, refused)
+            await body.answer_refusal()
 
-    async def _discard(self, receive: Receive) -> None:
-        """Read on for a while without keeping anything: a connection that is closed over unread bytes is reset, and the
-        client would not see the refusal."""
-        unread = DISCARDED * self.most_bytes
-        try:
-            async with asyncio.timeout(DISCARDING):
-                while unread > 0:
-                    message = await receive()
-                    unread -= len(message.get("body", b""))
-                    if not message.get("more_body", False):
-                        return
-        except TimeoutError:
-            return
-
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
-        host = PORT.sub(b"", headers.get(b"host", b"localhost")).decode("latin-1")
-        if self.local and not is_local(host):
+    def _head_refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        """What is wrong with the request's path and headers."""
+        if self.local and not is_local(re.sub(r":\d*$", "", headers.get("host", "localhost"))):
             return ApiError(
                 403, "this server answers to this machine alone; start it with a key, or with --insecure"
             )
-        guarded = scope["path"].startswith("/v1/") or scope["path"] in ("/metrics", "/openapi.json")
-        if self._key is not None and guarded and scope["method"] != "OPTIONS":
-            given = headers.get(b"authorization", b"")
-            given = given[7:].strip() if given[:7].lower() == b"bearer " else b""
-            if not hmac.compare_digest(given, self._key):
+        protected = scope["path"].startswith("/v1/") or scope["path"] in ("/metrics", "/openapi.json")
+        if self._key is not None and protected and scope["method"] != "OPTIONS":
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+            if not hmac.compare_digest(token, self._key):
                 return ApiError(
                     401, "a valid API key is needed: Authorization: Bearer …", code="invalid_api_key"
                 )
-        declared = headers.get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self.most_bytes:
-            return self._too_large()
+        declared = headers.get("content-length", "0")
+        if not (declared.isascii() and declared.isdigit()) or int(declared) > self.max_bytes:
+            return _too_large(self.max_bytes)
         return None
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"the request is larger than {self.most_bytes:,} bytes", code="too_large")
+
+class LimitedBody:
+    """One request's messages, counted and timed until the body is complete; `refusal` once it breaks a limit."""
+
+    def __init__(self, receive: Receive, send: Send, max_bytes: int, seconds: float) -> None:
+        self._receive, self._send, self._max_bytes, self._seconds = receive, send, max_bytes, seconds
+        self._end = time.monotonic() + seconds
+        self._received = 0
+        self._complete = self._answered = False
+        self.refusal: ApiError | None = None
+
+    async def receive(self) -> Message:
+        """The next message for the route; after a refusal it looks as if the client had left."""
+        if self._complete:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
+        except TimeoutError:
+            self.refusal = ApiError(408, f"the request did not arrive within {self._seconds:g} s")
+            return {"type": "http.disconnect"}
+        self._received += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._received > self._max_bytes:
+            self.refusal = _too_large(self._max_bytes)
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Pass the route's answer on, with protective headers; drop what it says about half a body."""
+        if self.refusal and not self._answered:
+            return
+        if message["type"] == "http.response.start":
+            self._answered = True
+            MutableHeaders(scope=message).update(PROTECTIVE)
+        await self._send(message)
+
+    async def answer_refusal(self) -> None:
+        """Send the refusal, where there is one and the route has not begun to answer."""
+        if self.refusal is None or self._answered:
+            return
+        if self.refusal.status == 413:
+            await _discard(self._receive, self._max_bytes)
+        await _refuse(self._send, self.refusal)
+
+
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the request is larger than {max_bytes:,} bytes", code="too_large")
+
+
+async def _discard(receive: Receive, max_bytes: int) -> None:
+    """Read on for a while without keeping anything: a connection that is closed over unread bytes is reset, and
+    the client would not see the refusal."""
+    unread = DISCARDED * max_bytes
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while unread > 0:
+                message = await receive()
+                unread -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
 
 
 async def _refuse(send: Send, error: ApiError) -> None:
     body = json.dumps(error.body()).encode()
-    headers: list[Any] = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-        *HEADERS,
-    ]
+    fields = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **PROTECTIVE,
+    }
+    headers = [(name.encode(), value.encode()) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

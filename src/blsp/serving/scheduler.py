@@ -1,15 +1,19 @@
-"""One thread that asks the model: requests join and leave the one decode loop between steps.
+"""Scheduler of the model: one thread in which requests join and leave the batch between two steps.
 
 In:  `Job`s (a conversation, how to decode, a deadline, where to report) from any thread.
-Out: reports: `AudioEmbeds` counts, tokens, the end, or what went wrong.
+Out: reports: `Begun`, tokens, the end, or the error.
 Try: `scheduler = Scheduler(listener, limits); scheduler.start(); scheduler.submit(job)`
-Flow: serving/ — app.py submits; **scheduler** hears the clips, lays conversations out (inference/conversation.py),
-      seats them in the decoder (llm/decoding.py) and reports each token.
+Flow: app.py, exchange.py → **scheduler.py** → inference/conversation.py, llm/decoding.py
 
-First come, first served. The queue is bounded, in requests and in seconds of speech: past it `submit` refuses with 429.
-Between two steps at most `JOINING` requests (or `HEARD_AT_ONCE` seconds) are heard and prefilled, so that those being
-written are not held up by a crowd. A job that is cancelled or past its deadline leaves at the next step. Key/values of
-finished conversations are kept (`Memory`, least recently used out), so the next turn runs only what is new.
+Jobs are served in the order of arrival. The queue is bounded, in requests and in seconds of speech; beyond that
+`submit` refuses with 429. Between two steps at most `MAX_JOINING` requests (or `MAX_JOINING_SECONDS` of speech)
+are encoded and prefilled, so that a crowd does not hold up the answers in progress. A job that is cancelled or
+past its deadline leaves at the next step. The key/values of finished conversations are kept (`Memory`, least
+recently used out), so the next turn runs only its new part.
+
+One turn of the thread:
+
+    remove cancelled and late jobs → encode and prefill new jobs → one token for every running job
 """
 
 from __future__ import annotations
@@ -46,19 +50,19 @@ from blsp.serving.api import ApiError
 from blsp.serving.metrics import Metrics
 
 log = logging.getLogger("blsp.serving")
-JOINING = 4  # requests heard and prefilled between two steps
-HEARD_AT_ONCE = 60.0  # seconds of speech among them; a longer recording joins alone
-WEIGHED = 4  # how much longer a second of speech takes whose hypotheses the LLM weighs
-TIDIED_EVERY = 64  # answers: then memory that lies free in pieces goes back to the system
-KEPT_POSITIONS = 512  # for each conversation that is kept: a few long ones do not fill the memory
-SPEECH_A_SEAT = 30.0  # seconds: the queue's speech is bounded by this for each request that may wait
+MAX_JOINING = 4  # requests encoded and prefilled between two steps
+MAX_JOINING_SECONDS = 60.0  # of speech among them; a longer recording joins alone
+RESCORING_COST = 4  # a second of speech takes this many times longer when the LLM scores its hypotheses
+FREE_MEMORY_EVERY = 64  # answers between two returns of unused memory to the system
+KEPT_POSITIONS = 512  # per kept conversation, on average: a few long ones do not fill the memory
+QUEUED_SECONDS = 30.0  # of speech per request that may wait: the limit of the whole queue
 
 Part = str | np.ndarray
 
 
 @dataclass(frozen=True)
 class Begun:
-    """The prompt was laid out: how many positions it has, and how many of them are speech."""
+    """The prompt is accepted. prompt: its positions; speech: how many of them are speech."""
 
     prompt: int
     speech: int
@@ -71,7 +75,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Done:
-    """finish: "stop" or "length". sentence: the set sentence, where no speech was heard. text: a read-out."""
+    """finish: "stop" or "length". sentence: the no-speech sentence, where no speech was found. text: a read-out."""
 
     finish: str = "stop"
     sentence: str | None = None
@@ -88,8 +92,8 @@ Report = Begun | Token | Done | Failed
 
 @dataclass(eq=False)
 class Job:
-    """One answer to write. messages: `{"role", "parts"}`, parts text and clips in their order; the last is the
-    question. With `readout`, the clips of the last message are written down as `Listener.transcribe` does."""
+    """One answer to generate. messages: `{"role", "parts"}`, parts are texts and clips (N,) in order; the last
+    message is the question. With `readout`, its clips are transcribed as `Listener.transcribe` does."""
 
     messages: Sequence[dict[str, Any]]
     decoding: Decoding
@@ -104,23 +108,25 @@ class Job:
 
     @cached_property
     def seconds(self) -> float:
-        """Of speech that must be heard."""
+        """Seconds of speech to encode."""
         return sum(map(len, _clips(self))) / SAMPLE_RATE
 
     def cancel(self) -> None:
-        """Nobody waits any more; the scheduler lets it go at the next step."""
+        """Ask the scheduler to remove the job at the next step."""
         self.cancelled = True
 
 
 @dataclass(frozen=True)
 class Limits:
+    """Requests generated together, requests that may wait, conversations whose key/values are kept."""
+
     batch: int = 16
     queue: int = 64
     kept: int = 32
 
 
 class Scheduler:
-    """The model's only thread."""
+    """The only thread that runs the model."""
 
     def __init__(self, listener: Listener, limits: Limits, metrics: Metrics | None = None) -> None:
         self.listener, self.limits, self.metrics = listener, limits, metrics or Metrics()
@@ -139,7 +145,7 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Queue `job`, or raise ApiError (429, 503)."""
+        """Add `job` to the queue, or raise ApiError (429, 503)."""
         with self._changed:
             self.check_room(job.seconds)
             self._waiting.append(job)
@@ -147,52 +153,52 @@ class Scheduler:
             self._changed.notify()
 
     def check_room(self, seconds: float = 0.0) -> None:
-        """Raise ApiError where a request with so much speech may not wait. Alone in the queue, it always may."""
+        """Raise ApiError where the queue has no room for this much speech; an empty queue takes any amount."""
         with self._changed:
             if self._stopping:
                 raise ApiError(503, "the server is shutting down", code="shutting_down")
             if any(job.cancelled for job in self._waiting):
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
             waiting = sum(job.seconds for job in self._waiting)
-            too_long = waiting > 0 and waiting + seconds > SPEECH_A_SEAT * self.limits.queue
+            too_long = waiting > 0 and waiting + seconds > QUEUED_SECONDS * self.limits.queue
             if len(self._waiting) < self.limits.queue and not too_long:
                 return
-            again = self._wait_seconds()
+            retry_after = self._wait_seconds()
         raise ApiError(
             429,
-            f"too many requests are waiting; try again in {again} s",
+            f"too many requests are waiting; try again in {retry_after} s",
             code="queue_full",
-            retry_after=again,
+            retry_after=retry_after,
         )
 
-    def stop(self, patience: float = 30.0) -> None:
-        """Take nothing new, finish what was taken, and end the thread."""
+    def stop(self, seconds: float = 30.0) -> None:
+        """Accept no new jobs, finish the accepted ones, and end the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         if self._thread.is_alive():
-            self._thread.join(patience)
+            self._thread.join(seconds)
 
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
 
     def _wait_seconds(self) -> int:
-        """About two seconds of work a batch of waiting jobs."""
+        """A guess: two seconds of work per batch of waiting jobs."""
         return max(1, 2 * len(self._waiting) // self.limits.batch)
 
-    # --- the model's thread -------------------------------------------------------------------------------
+    # --- in the thread of the model -------------------------------------------------------------------------------
 
     def _work(self) -> None:
         while self._wait():
             try:
                 self._turn()
-            except Exception as error:  # what was being written is lost; a fresh decoder takes the next
+            except Exception as error:  # the running answers are lost; a fresh decoder serves the next jobs
                 self._give_up(error, list(self._running.values()))
                 self._decoder = Decoder(self.listener.model)
 
     def _wait(self) -> bool:
-        """Until there is something to do; False at the end."""
+        """Wait until there is work; False when the server stops and all work is done."""
         with self._changed:
             while not self._waiting and not self._running:
                 if self._stopping:
@@ -201,20 +207,20 @@ class Scheduler:
         return True
 
     def _turn(self) -> None:
-        """Let go, let in, write one token for every row."""
-        self._let_go()
+        """Remove jobs, add jobs, generate one token for every running job."""
+        self._remove_late()
         if joining := self._next():
             self._dispatch(self._decoder.join(self._requests(joining)))
         if len(self._decoder):
             self.metrics.steps.inc()
             self._dispatch(self._decoder.step())
         self.metrics.running.set(len(self._running))
-        if self._ended >= TIDIED_EVERY:
+        if self._ended >= FREE_MEMORY_EVERY:
             self._ended = 0
             give_back_freed_memory()
 
-    def _let_go(self) -> None:
-        """Of those that nobody waits for, or that have waited too long, in the queue or in a seat."""
+    def _remove_late(self) -> None:
+        """Remove cancelled jobs and those past their deadline, from the queue and from the batch."""
         now = time.monotonic()
         with self._changed:
             late = [job for job in self._waiting if now > job.deadline]
@@ -226,14 +232,14 @@ class Scheduler:
             self._end(job, None if job.cancelled else _late())
 
     def _next(self) -> list[Job]:
-        """The oldest waiting jobs that there are seats for."""
-        free = min(self.limits.batch - len(self._running), JOINING)
+        """The oldest waiting jobs, as many as may join now."""
+        free = min(self.limits.batch - len(self._running), MAX_JOINING)
         taken: list[Job] = []
         seconds = 0.0
         with self._changed:
             while self._waiting and len(taken) < free:
-                seconds += self._waiting[0].seconds * (WEIGHED if self._waiting[0].readout else 1)
-                if taken and seconds > HEARD_AT_ONCE:
+                seconds += self._waiting[0].seconds * (RESCORING_COST if self._waiting[0].readout else 1)
+                if taken and seconds > MAX_JOINING_SECONDS:
                     break
                 taken.append(self._waiting.popleft())
             self.metrics.waiting.set(len(self._waiting))
@@ -241,49 +247,51 @@ class Scheduler:
         return taken
 
     def _requests(self, jobs: list[Job]) -> list[Request]:
-        """What the decoder shall write. Jobs that end here (no speech, a read-out, too long) are reported."""
+        """Requests for the decoder. Jobs that end here (no speech, a read-out, too long) are reported."""
         requests = []
-        heard = self._heard([job for job in jobs if job.readout], beam=BEAM)
-        for job, messages in heard + self._heard([job for job in jobs if not job.readout]):
+        encoded = self._encode([job for job in jobs if job.readout], beam=BEAM)
+        for job, messages in encoded + self._encode([job for job in jobs if not job.readout]):
             try:
-                request = self._read(job, messages) if job.readout else self._request(job, messages)
-            except Exception as error:  # a defect of one request is told to that one
+                request = self._read_out(job, messages) if job.readout else self._request(job, messages)
+            except Exception as error:  # an error in one request is reported to that one only
                 self._give_up(error, [job])
                 continue
             if request is not None:
                 requests.append(request)
         return _sharing_prefixes(requests, {job.key: job.laid for job in jobs})
 
-    def _heard(self, jobs: list[Job], beam: int = 0) -> list[tuple[Job, list[dict[str, Any]]]]:
-        """Jobs with their messages, whose clips were heard in one go; if that fails, in one go each."""
+    def _encode(self, jobs: list[Job], beam: int = 0) -> list[tuple[Job, list[dict[str, Any]]]]:
+        """Jobs with their messages, the clips encoded in one batch; if that fails, job by job."""
         clips = [clip for job in jobs for clip in _clips(job)]
         try:
-            heard = iter(self.listener.embed_audio(clips, beam=beam) if clips else ())
+            embeds = iter(self.listener.embed_audio(clips, beam=beam) if clips else ())
         except Exception as error:
             if len(jobs) == 1:
                 self._give_up(error, jobs)
                 return []
-            return [each for job in jobs for each in self._heard([job], beam)]
+            return [pair for job in jobs for pair in self._encode([job], beam)]
         self.metrics.speech.inc(sum(map(len, clips)) / SAMPLE_RATE)
         return [
             (
                 job,
                 [
-                    message | {"parts": [next(heard) if _sounds(part) else part for part in message["parts"]]}
+                    message
+                    | {"parts": [next(embeds) if _is_clip(part) else part for part in message["parts"]]}
                     for message in job.messages
                 ],
             )
             for job in jobs
         ]
 
-    def _read(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
-        """Ends the job with what was read out; there is nothing to decode."""
-        heard = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
-        job.report(Begun(0, sum(len(clip.vectors) for clip in heard)))
-        self._end(job, Done(text=" ".join(filter(None, self.listener.rescore(heard)))))
+    def _read_out(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
+        """End the job with the read-out; there is nothing to decode."""
+        clips = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
+        job.report(Begun(0, sum(len(clip.vectors) for clip in clips)))
+        self._end(job, Done(text=" ".join(filter(None, self.listener.rescore(clips)))))
         return None
 
     def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
+        """What the decoder gets, with the key/values that are kept; None where the job ended here."""
         clips = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
         if clips and not any(clip.speech for clip in clips):
             job.report(Begun(0, 0))
@@ -312,7 +320,7 @@ class Scheduler:
                 self.metrics.tokens.inc()
                 job.report(Token(event.token))
             if event.finish:
-                assert job.laid is not None  # it was laid out before it joined
+                assert job.laid is not None  # the conversation was laid out before the job joined
                 remember(self._memory, job.laid, job.ids, event)
                 self._end(job, Done(event.finish))
 
@@ -324,7 +332,7 @@ class Scheduler:
             job.report(Failed(last) if isinstance(last, ApiError) else last)
 
     def _give_up(self, error: Exception, jobs: Sequence[Job]) -> None:
-        """A defect must not silence the server: those concerned are told, others go on."""
+        """Report an error to the jobs concerned; the other jobs continue."""
         log.error("the model failed", exc_info=error)
         refusal = ApiError(500, f"the model failed ({type(error).__name__})", code="internal_error")
         for job in jobs:
@@ -332,10 +340,10 @@ class Scheduler:
 
 
 def _clips(job: Job) -> list[np.ndarray]:
-    return [part for message in job.messages for part in message["parts"] if _sounds(part)]
+    return [part for message in job.messages for part in message["parts"] if _is_clip(part)]
 
 
-def _sounds(part: Any) -> bool:
+def _is_clip(part: Any) -> bool:
     return isinstance(part, np.ndarray)
 
 
@@ -344,7 +352,7 @@ def _late() -> ApiError:
 
 
 def _as_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as conversation.py lays it out; clips without speech are left out."""
+    """A message in the form of conversation.py; clips without speech are left out."""
     parts = [part for part in message["parts"] if isinstance(part, str) or part.speech]
     if message["role"] == "user":
         return user_turn(parts)
@@ -352,7 +360,7 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sharing_prefixes(requests: list[Request], laid: dict[int, LaidOut | None]) -> list[Request]:
-    """Requests that begin alike share one prefix object, so that the decoder prefills them together."""
+    """The requests; those with equal prefixes share one object, so that the decoder prefills them together."""
     shared: dict[tuple[Hashable, ...], Prefix] = {}
     result = []
     for request in requests:

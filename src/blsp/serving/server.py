@@ -1,8 +1,8 @@
-"""The server process: `blsp serve` from its flags to its exit code.
+"""Server process: `blsp serve` from its flags to its exit code.
 
-In:  settings. Out: a running server; 0 after SIGTERM or Ctrl-C, once what was taken has been answered.
+In:  settings. Out: a running server; 0 after SIGTERM or Ctrl-C, when all accepted requests are answered.
 Try: `blsp serve`, then http://127.0.0.1:8000
-Flow: cli.py -> **process** -> app.py (the routes) -> scheduler.py (the model's thread).
+Flow: cli.py → **server.py** → app.py (the routes) → scheduler.py (the thread of the model)
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def serve(settings: ServeSettings) -> None:
-    """Load the model and serve until SIGTERM or Ctrl-C; requests that were taken are finished first."""
+    """Load the model and serve until SIGTERM or Ctrl-C; accepted requests are finished first."""
     check_exposure(settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("blsp").setLevel(logging.INFO)  # others would name URLs and parts of requests
+    logging.getLogger("blsp").setLevel(logging.INFO)  # other loggers would print URLs and parts of requests
     address = reserve(settings.host, settings.port)
     listener = load(settings.model, device=settings.device, dtype=settings.dtype)
     config = uvicorn.Config(
@@ -43,40 +43,40 @@ def serve(settings: ServeSettings) -> None:
 
 
 def check_exposure(settings: ServeSettings) -> None:
-    """Beyond this machine only with a key, or when told so twice."""
+    """Exit where others could connect without a key, unless --insecure allows it."""
     if not is_local(settings.host) and not settings.key and not settings.insecure:
         raise SystemExit(
-            f"--host {settings.host} lets others in: set $BLSP_API_KEY (or --api-key), or say --insecure"
+            f"--host {settings.host} is open to other machines: set $BLSP_API_KEY (or --api-key), or give --insecure"
         )
 
 
 def reserve(host: str, port: int) -> socket.socket:
-    """The address to listen on, taken before anything is loaded. Who connects is let in once the server listens."""
+    """A socket bound to the address, before anything is loaded; it listens once the server has started."""
     try:
-        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        taken = socket.socket(family, socket.SOCK_STREAM)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(place)
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
     except OSError as error:
         raise SystemExit(
-            f"{host}:{port} cannot be listened on ({error.strerror}): name another --host or --port (0: any free one)"
+            f"cannot listen on {host}:{port} ({error.strerror}): name another --host or --port (0: any free one)"
         ) from error
-    return taken
+    return bound
 
 
 class Server(uvicorn.Server):
-    """Says where it listens, and ends with exit code 0 after SIGTERM."""
+    """A uvicorn server that prints its address, and ends with exit code 0 after SIGTERM."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for server in self.servers:
-            for each in server.sockets:
-                host, port = each.getsockname()[:2]
+            for listening in server.sockets:
+                host, port = listening.getsockname()[:2]
                 print(f"listening on http://{host}:{port}", flush=True)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Without uvicorn's raising of the signal once more at the end, which would be the exit code."""
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, self.handle_exit)
+        """As in uvicorn, but without raising the signal again at the end, which would become the exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.handle_exit)
         yield
