@@ -149,7 +149,7 @@ def test_a_cut_of_real_speech(name: str) -> None:
 def test_a_cut_may_pass_the_end_by_a_rounding_only() -> None:
     clip = tone(SAMPLE_RATE)
     assert len(load_audio(clip, sampling_rate=SAMPLE_RATE, start=2.5, duration=0.55)) == 8_000
-    with pytest.raises(AudioError, match=r"ends at 3\.500 s, but the recording at 3\.000 s"):
+    with pytest.raises(AudioError, match=r"ends at 3\.500 s, the recording at 3\.000 s"):
         load_audio(clip, sampling_rate=SAMPLE_RATE, start=2.5, duration=1.0)
     with pytest.raises(AudioError, match="past its end"):
         load_audio(clip, sampling_rate=SAMPLE_RATE, start=3.0)
@@ -372,7 +372,7 @@ def test_an_array_needs_a_sensible_rate() -> None:
     with pytest.raises(AudioError, match="needs its sampling_rate"):
         load_audio(tone(8_000))
     for rate in (0, -16_000, 10, 10**9):
-        with pytest.raises(AudioError, match=f"sampling rate is {rate} Hz"):
+        with pytest.raises(AudioError, match=f"sampling rate {rate} Hz"):
             load_audio(tone(8_000), sampling_rate=rate)
 
 

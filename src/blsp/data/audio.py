@@ -1,58 +1,61 @@
-"""Audio in: a path, bytes, a data-URI or an array -> 16 kHz mono float32.
+"""Audio from a path, bytes, a data-URI or an array as 16 kHz mono float32.
 
-    >>> audio = load_audio("clip.opus", start=1.5, duration=2.0)     # (32000,) float32
-    >>> probe_audio("clip.opus").seconds                             # header only, nothing decoded
-    >>> is_silent(audio)
+In:  wav, flac, ogg/vorbis, opus or mp3 at any rate (also aiff, au, caf, w64, rf64, NIST sphere); or an array.
+Out: samples (N,) float32; an `AudioError` that names the source where it is not usable speech audio.
+Try: `load_audio("clip.opus", start=1.5, duration=2.0)`, `probe_audio("clip.opus").seconds`
+Flow: data/ — every step that needs samples gets them here.
 
-Reads wav, flac, ogg/vorbis, opus and mp3 (`audio_file.py`), resamples through soxr. Files are read from
-`start` on, in blocks, so a cut out of a ten-hour recording costs a cut, and a header that promises a
-terabyte costs nothing. A cut is sample-accurate: it equals the same slice of the whole clip. Whatever
-cannot be speech (no samples, NaN, truncated, not audio) is an `AudioError` that names the source. First in
-the flow: every step that hears gets its samples here.
+Files are decoded in blocks, from `start` on: a piece of a ten-hour recording costs as much as the piece. A
+piece is exact: it equals the same slice of the whole clip. Three things are done here because libsndfile does
+not: it plays files that are cut short without an error, it believes any length in a header, and it seeks in
+mp3, vorbis and opus without the frames that the next ones depend on.
 
-Letters: N samples, C channels.
+Shapes: N samples at 16 kHz, n samples of a block at the file's rate, C channels.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import os
-from collections.abc import Iterable
+import struct
+import urllib.parse
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
-from blsp.data.audio_file import (
-    UNKNOWN_LENGTH,
-    AudioError,
-    AudioSource,
-    SoundStream,
-    check_rate,
-    describe_source,
-    go_to,
-    mix_channels,
-    open_audio,
-    read_blocks,
-)
+from blsp.data.files import write_atomically
 
 SAMPLE_RATE = 16_000  # samples per second, everywhere after this file
 LONGEST_SECONDS = 24 * 3600.0  # a longer clip must be cut with start and duration
-FARTHEST = 1e9  # seconds: no recording is that long
-END_SLACK = 0.1  # seconds: published segment times overshoot the file's end by a rounding
-MARGIN = SAMPLE_RATE // 10  # 16 kHz samples decoded around a cut for the resampler's filter
+FARTHEST_SECONDS = 1e9  # no recording is that long
+END_SLACK = 0.1  # seconds: published segment times pass the file's end by a rounding
+MARGIN = SAMPLE_RATE // 10  # 16 kHz samples decoded around a piece for the resampler's filter
+LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # samples per second that a recording may have
+BLOCK = 1 << 20  # samples decoded at a time, over all channels
+MOST_FRAMES_PER_BYTE = 8192  # FLAC's densest frame: 65,535 samples in some 10 bytes
+UNKNOWN_LENGTH = 1 << 62  # libsndfile reports about 2**63 frames when a stream does not say
+STREAMED_WAV = 0x7FFF0000  # data lengths from here on are what programs write into a pipe
+OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page (RFC 3533)
+RUN_UP = 1.0  # seconds decoded before a position in mp3, vorbis and opus
+LAST_OGG_PAGE = 40.0  # seconds that an ogg file's last page may hold; a seek into it is off by its padding
+CONTAINERS = frozenset(
+    ["WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF", "NIST"]
+)
 
-__all__ = [
-    "SAMPLE_RATE",
-    "AudioError",
-    "AudioInfo",
-    "load_audio",
-    "probe_audio",
-    "is_silent",
-    "write_wav",
-]
+FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview
+AudioSource = FileSource | np.ndarray
+
+
+class AudioError(ValueError):
+    """The source is not usable speech audio; the message names the source, the reason and the way out."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,17 @@ def load_audio(
 
     `source`: a path, the bytes of a file, a `data:audio/...;base64,` URI, or an array, which needs its
     `sampling_rate`; an array's shorter axis is its channels, integers are scaled by their type. Digital
-    silence is fine here (see `is_silent`); more than `longest` seconds are not (so a decompression bomb
-    ends early).
+    silence is no error (see `is_silent`); more than `longest` seconds are, and are not decoded.
     """
-    name = describe_source(source)
-    _check_cut(name, start, duration)
+    name = _describe(source)
+    if not 0 <= start <= FARTHEST_SECONDS:
+        raise AudioError(f"{name}: start is {start!r:.40} seconds; it must be 0 or more")
+    if duration is not None and not 0 < duration <= FARTHEST_SECONDS:
+        raise AudioError(f"{name}: duration is {duration!r:.40} seconds; it must be more than 0")
     if isinstance(source, np.ndarray):
         audio = _cut_array(source, name, start, duration, sampling_rate, longest)
     else:
-        with open_audio(source, name) as stream:
+        with _open_file(source, name) as stream:
             audio = _cut_stream(stream, name, start, duration, longest)
     if not len(audio):
         raise AudioError(f"{name}: no sample lies between {start} s and {start + (duration or 0.0)} s")
@@ -96,11 +101,11 @@ def load_audio(
 
 def probe_audio(source: str | os.PathLike[str] | bytes) -> AudioInfo:
     """What the header says; decodes only a stream whose header does not tell its length."""
-    name = describe_source(source)
-    with open_audio(source, name) as stream:
+    name = _describe(source)
+    with _open_file(source, name) as stream:
         frames = stream.frames
         if frames >= UNKNOWN_LENGTH:
-            frames = sum(len(block) for block in read_blocks(stream, name))
+            frames = sum(len(block) for block in _read_blocks(stream, name))
         if not frames:
             raise AudioError(f"{name}: the recording is empty (no samples)")
         return AudioInfo(frames / stream.samplerate, stream.samplerate, stream.channels, stream.format)
@@ -115,70 +120,15 @@ def is_silent(audio: np.ndarray, threshold_db: float = -60.0) -> bool:
         return True
     stretch = min(SAMPLE_RATE // 50, len(audio))
     squares = np.square(audio - audio.mean(dtype=np.float64), dtype=np.float64)
-    energies = np.add.reduceat(squares, np.arange(0, len(audio), stretch))
+    energies = np.add.reduceat(squares, np.arange(0, len(audio), stretch))  # one sum for each stretch
     return bool(energies.max() / stretch < 10.0 ** (threshold_db / 10))
 
 
 def write_wav(path: str | os.PathLike[str], audio: np.ndarray, rate: int = SAMPLE_RATE) -> None:
     """Write `audio` (N,), float in [-1, 1], as 16-bit PCM, clipped beyond. The file appears whole."""
-    target = Path(path)
     samples = np.clip(np.round(np.asarray(audio, dtype=np.float64) * 32768), -32768, 32767).astype(np.int16)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
+    with write_atomically(path) as partial:
         soundfile.write(partial, samples, rate, subtype="PCM_16", format="WAV")
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _cut_stream(
-    stream: SoundStream, name: str, start: float, duration: float | None, longest: float
-) -> np.ndarray:
-    """Decode the cut with a margin, resample it, and trim the margin off at 16 kHz."""
-    rate, total = stream.samplerate, stream.frames
-    if total < UNKNOWN_LENGTH:
-        _check_place(name, total / rate, start, duration, longest)
-    cut = _plan_cut(rate, start, duration)
-    go_to(stream, cut.first, name)
-    audio, frames = _resample(read_blocks(stream, name, cut.frames), rate, name, longest)
-    end = cut.first + frames
-    if total >= UNKNOWN_LENGTH:
-        _check_place(name, end / rate, start, duration, longest)
-    elif end < min(total, cut.first + cut.frames):
-        promised = f"its header promises {total / rate:.3f} s"
-        raise AudioError(f"{name}: truncated, {promised} but it ends at {end / rate:.3f} s; make it again")
-    return np.ascontiguousarray(audio[cut.skip : cut.skip_and_keep])
-
-
-def _cut_array(
-    array: np.ndarray, name: str, start: float, duration: float | None, rate: int | None, longest: float
-) -> np.ndarray:
-    if rate is None:
-        raise AudioError(f"{name}: an array needs its sampling_rate, in samples per second")
-    check_rate(rate, name)
-    mono = mix_channels(_scale_array(array, name))  # (N,)
-    if not len(mono):
-        raise AudioError(f"{name}: the recording is empty (no samples)")
-    _check_place(name, len(mono) / rate, start, duration, longest)
-    cut = _plan_cut(rate, start, duration)
-    piece = mono[cut.first : int(min(len(mono), cut.first + cut.frames))]
-    audio, _ = _resample([piece], rate, name, longest)
-    return np.array(audio[cut.skip : cut.skip_and_keep], dtype=np.float32)  # never a view of the caller's
-
-
-def _scale_array(array: np.ndarray, name: str) -> np.ndarray:
-    """Any numeric array of one or two axes -> (N, C) float32 in [-1, 1]."""
-    if array.ndim not in (1, 2) or array.dtype.kind not in "fiu":
-        raise AudioError(f"{name}: an audio array has one or two axes of integer or float samples")
-    frames = array[:, None] if array.ndim == 1 else array if array.shape[0] >= array.shape[1] else array.T
-    if not frames.size:
-        raise AudioError(f"{name}: the recording is empty (no samples)")
-    if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what overflows becomes inf, which load_audio refuses
-            return frames.astype(np.float32)
-    half = float(2 ** (8 * array.dtype.itemsize - 1))
-    centre = half if array.dtype.kind == "u" else 0.0
-    return ((frames.astype(np.float64) - centre) / half).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -188,12 +138,15 @@ class _Cut:
     first: int
     frames: float  # infinite: to the end
     skip: int = 0
-    skip_and_keep: int | None = None
+    keep_to: int | None = None
 
 
 def _plan_cut(rate: int, start: float, duration: float | None) -> _Cut:
-    """The first frame falls on a 16 kHz sample (44.1 kHz: every 441 frames are 160 samples), a margin
-    before the cut, so that the resampler meets what it would meet in the whole clip."""
+    """Frames that begin a margin before the piece, so that the resampler sees what it sees in the whole clip.
+
+    The first frame falls on a 16 kHz sample: at 44.1 kHz every 441 frames are 160 samples, so it is a
+    multiple of 441.
+    """
     begin = round(start * SAMPLE_RATE)
     keep = math.inf if duration is None else round((start + duration) * SAMPLE_RATE) - begin
     if rate == SAMPLE_RATE:
@@ -207,35 +160,237 @@ def _plan_cut(rate: int, start: float, duration: float | None) -> _Cut:
     return _Cut(periods * (rate // shared), frames, skip, skip + int(keep))
 
 
+def _cut_stream(
+    stream: _Stream, name: str, start: float, duration: float | None, longest: float
+) -> np.ndarray:
+    """Decode the piece with a margin, resample it, and trim the margin off at 16 kHz."""
+    rate, total = stream.samplerate, stream.frames
+    if total < UNKNOWN_LENGTH:
+        _check_inside(name, total / rate, start, duration, longest)
+    cut = _plan_cut(rate, start, duration)
+    _go_to(stream, cut.first, name)
+    audio, frames = _resample(_read_blocks(stream, name, cut.frames), rate, name, longest)
+    end = cut.first + frames
+    if total >= UNKNOWN_LENGTH:
+        _check_inside(name, end / rate, start, duration, longest)
+    elif end < min(total, cut.first + cut.frames):
+        promised = f"its header promises {total / rate:.3f} s"
+        raise AudioError(f"{name}: truncated, {promised} but it ends at {end / rate:.3f} s; make it again")
+    return np.ascontiguousarray(audio[cut.skip : cut.keep_to])
+
+
+def _cut_array(
+    array: np.ndarray, name: str, start: float, duration: float | None, rate: int | None, longest: float
+) -> np.ndarray:
+    if rate is None:
+        raise AudioError(f"{name}: an array needs its sampling_rate, in samples per second")
+    _check_rate(rate, name)
+    mono = _mix_channels(_scale_array(array, name))  # (n,)
+    _check_inside(name, len(mono) / rate, start, duration, longest)
+    cut = _plan_cut(rate, start, duration)
+    piece = mono[cut.first : int(min(len(mono), cut.first + cut.frames))]
+    audio, _ = _resample([piece], rate, name, longest)
+    return np.array(audio[cut.skip : cut.keep_to], dtype=np.float32)  # never a view of the caller's
+
+
+def _scale_array(array: np.ndarray, name: str) -> np.ndarray:
+    """Any numeric array of one or two axes -> (n, C) float32 in [-1, 1]."""
+    if array.ndim not in (1, 2) or array.dtype.kind not in "fiu":
+        raise AudioError(f"{name}: an audio array has one or two axes of integer or float samples")
+    frames = array[:, None] if array.ndim == 1 else array if array.shape[0] >= array.shape[1] else array.T
+    if not frames.size:
+        raise AudioError(f"{name}: the recording is empty (no samples)")
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what overflows becomes inf, which load_audio refuses
+            return frames.astype(np.float32)
+    half = float(2 ** (8 * array.dtype.itemsize - 1))
+    centre = half if array.dtype.kind == "u" else 0.0
+    return ((frames.astype(np.float64) - centre) / half).astype(np.float32)
+
+
+def _mix_channels(block: np.ndarray) -> np.ndarray:
+    """(n, C) -> (n,), the mean of the channels."""
+    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+
+
 def _resample(blocks: Iterable[np.ndarray], rate: int, name: str, longest: float) -> tuple[np.ndarray, int]:
     """All blocks at 16 kHz as one array (N,) float32, and how many source frames there were."""
     stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32") if rate != SAMPLE_RATE else None
-    pieces: list[np.ndarray] = []
+    pieces = [np.zeros(0, dtype=np.float32)]
     frames = 0
     for block in blocks:
         frames += len(block)
-        if frames / rate > longest + 2.0:  # 2 s: more than the margins of a cut and a header's rounding
+        if frames / rate > longest + 2.0:  # 2 s: more than the margins of a piece and a header's rounding
             raise AudioError(f"{name}: more than {longest:.0f} s of audio; cut it with start and duration")
         pieces.append(stream.resample_chunk(block) if stream else block)
     if stream:
         pieces.append(stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-    return (np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)), frames
+    return np.concatenate(pieces), frames
 
 
-def _check_cut(name: str, start: float, duration: float | None) -> None:
-    if not 0 <= start <= FARTHEST:
-        raise AudioError(f"{name}: start is {start!r:.40} seconds; it must be 0 or more")
-    if duration is not None and not 0 < duration <= FARTHEST:
-        raise AudioError(f"{name}: duration is {duration!r:.40} seconds; it must be more than 0")
-
-
-def _check_place(name: str, seconds: float, start: float, duration: float | None, longest: float) -> None:
-    """Whether the cut lies in a recording of `seconds`, and is not too long."""
+def _check_inside(name: str, seconds: float, start: float, duration: float | None, longest: float) -> None:
+    """Refuse a piece that does not lie in a recording of `seconds`, or is too long."""
     if start >= seconds:
         raise AudioError(f"{name}: start {start} s lies past its end at {seconds:.3f} s")
     if duration is not None and start + duration > seconds + END_SLACK:
-        end = start + duration
-        raise AudioError(f"{name}: the cut ends at {end:.3f} s, but the recording at {seconds:.3f} s")
-    wanted = seconds - start if duration is None else duration
-    if wanted > longest:
-        raise AudioError(f"{name}: {wanted:.0f} s of audio; at most {longest:.0f} s are taken, so cut it")
+        raise AudioError(
+            f"{name}: the cut ends at {start + duration:.3f} s, the recording at {seconds:.3f} s"
+        )
+    length = seconds - start if duration is None else duration
+    if length > longest:
+        raise AudioError(f"{name}: {length:.0f} s of audio; at most {longest:.0f} s are taken, so cut it")
+
+
+class _Stream(soundfile.SoundFile):
+    """A file that is only read forward. soundfile seeks after each read of a "seekable" file, which breaks
+    mp3 and streamed FLAC."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _describe(source: AudioSource) -> str:
+    """How a message names the source."""
+    if isinstance(source, np.ndarray):
+        return f"audio array {source.shape} {source.dtype}"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"audio of {len(source)} bytes"
+    if not isinstance(source, (str, os.PathLike)):
+        raise AudioError(f"audio is a path, bytes, a data URI or an array, not {type(source).__name__}")
+    if (text := os.fspath(source)).startswith("data:"):
+        return f"{text[:32]}… (data URI)"
+    return f"…{text[-200:]}" if len(text) > 300 else text or "audio path ''"
+
+
+def _open_file(source: FileSource, name: str) -> _Stream:
+    """The decoder of a path, a file's bytes or a data-URI, after its header was checked against its size."""
+    if isinstance(source, str) and source.startswith("data:"):
+        source = _decode_data_uri(source, name)
+    remedy = "wav, flac, ogg, opus and mp3 are read, other formats must be converted first"
+    with _naming(f"{name}: cannot be read as audio (REASON); {remedy}"):
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            size = len(source)
+            _check_complete(io.BytesIO(source), size, name)
+            stream = _Stream(io.BytesIO(source))
+        else:
+            size = _file_size(Path(source), name)
+            with open(source, "rb") as file:
+                _check_complete(file, size, name)
+            stream = _Stream(os.fspath(source))
+        _check_header(stream, size, name)
+    return stream
+
+
+def _read_blocks(stream: _Stream, name: str, frames: float = math.inf) -> Iterator[np.ndarray]:
+    """At most `frames` further frames as mono float32 blocks (n,); stops early where the file does."""
+    step = max(1, BLOCK // stream.channels)
+    while frames > 0:
+        with _naming(f"{name}: damaged or truncated (REASON); make the file again"):
+            block = stream.read(int(min(step, frames)), dtype="float32", always_2d=True)  # (n, C)
+        if not len(block):
+            return
+        frames -= len(block)
+        yield _mix_channels(block)
+
+
+def _go_to(stream: _Stream, frame: int, name: str) -> None:
+    """Make `frame` the next one to be read: seek to a frame before it, and decode from there."""
+    run_up = 0
+    if stream.format in ("MP3", "MPEG", "OGG"):
+        run_up = round(RUN_UP * stream.samplerate)
+        if stream.format == "OGG":
+            run_up = max(run_up, frame - stream.frames + round(LAST_OGG_PAGE * stream.samplerate))
+    run_up = min(frame, run_up)
+    if frame > run_up:
+        with _naming(f"{name}: truncated? cannot go to {frame / stream.samplerate:.3f} s (REASON)"):
+            stream.seek(frame - run_up)
+    for _ in _read_blocks(stream, name, run_up):
+        pass
+
+
+@contextmanager
+def _naming(message: str) -> Iterator[None]:
+    """Raise a library's error as an AudioError with `message`; REASON becomes what the library says."""
+    try:
+        yield
+    except AudioError:
+        raise
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else getattr(error, "error_string", error)
+        raise AudioError(message.replace("REASON", str(reason).strip().rstrip("."))) from error
+
+
+def _decode_data_uri(uri: str, name: str) -> bytes:
+    head, comma, payload = uri.partition(",")
+    if not comma:
+        raise AudioError(f"{name}: the comma is missing; a data URI reads data:audio/wav;base64,<data>")
+    if not head.endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(payload)
+    with _naming(f"{name}: what follows the comma is not base64 (REASON)"):
+        return base64.b64decode("".join(payload.split()), validate=True)
+
+
+def _file_size(path: Path, name: str) -> int:
+    if not path.is_file():
+        raise AudioError(
+            f"{name}: {'is a folder or device, not a file' if path.exists() else 'no such file'}"
+        )
+    if not (size := path.stat().st_size):
+        raise AudioError(f"{name}: the file is empty (0 bytes)")
+    return size
+
+
+def _check_rate(rate: int, name: str) -> None:
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise AudioError(f"{name}: sampling rate {rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} Hz are read")
+
+
+def _check_header(stream: _Stream, size: int, name: str) -> None:
+    if stream.format not in CONTAINERS:
+        raise AudioError(f"{name}: {stream.format} files are not read; convert it to wav or flac")
+    _check_rate(stream.samplerate, name)
+    if stream.frames <= 0:
+        raise AudioError(f"{name}: the recording is empty (no samples)")
+    if UNKNOWN_LENGTH > stream.frames > size * MOST_FRAMES_PER_BYTE:
+        raise AudioError(f"{name}: damaged, its header promises {stream.frames} samples in {size} bytes")
+
+
+def _check_complete(file: BinaryIO, size: int, name: str) -> None:
+    """Refuse a file that ends before its own container says so."""
+    head = file.read(12)
+    missing = 0
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+        missing = _missing_wav_bytes(file, size)
+    elif head[:4] == b"FORM" and len(head) == 12:
+        missing = struct.unpack(">I", head[4:8])[0] + 8 - size
+    elif head[:4] == b"OggS":
+        missing = _missing_ogg_bytes(file, size)
+    if missing > 0:
+        raise AudioError(f"{name}: truncated, {missing} bytes are missing at its end; fetch or make it again")
+
+
+def _missing_wav_bytes(file: BinaryIO, size: int) -> int:
+    """Bytes by which the data chunk passes the file's end."""
+    chunk = 12  # after RIFF, length, WAVE
+    while chunk + 8 <= size:
+        file.seek(chunk)
+        tag, length = struct.unpack("<4sI", file.read(8))
+        if tag == b"data":
+            return 0 if length >= STREAMED_WAV else chunk + 8 + length - size
+        chunk += 8 + length + length % 2  # chunks begin at even bytes
+    return chunk - size
+
+
+def _missing_ogg_bytes(file: BinaryIO, size: int) -> int:
+    """Bytes by which the last page passes the file's end (RFC 3533: 27 bytes, segment table, segments)."""
+    file.seek(max(0, size - OGG_PAGE))
+    tail = file.read()
+    page = tail.rfind(b"OggS")
+    if page < 0:
+        return 0  # something else follows the last page
+    end = page + 27
+    if len(tail) >= end:
+        end += tail[end - 1]  # the header's last byte: how many segments the table lists
+        if len(tail) >= end:
+            end += sum(tail[page + 27 : end])  # the table: the segments' lengths
+    return end - len(tail)
