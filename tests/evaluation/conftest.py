@@ -1,4 +1,4 @@
-"""A tiny random model on the bench, with a few made-up recordings and every kind of task."""
+"""A tiny random model to evaluate, a few made-up recordings, and every kind of task."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def listener(tiny_models_folder: Path) -> Listener:
 
 
 @pytest.fixture
-def bench(listener: Listener, tmp_path: Path) -> Callable[..., Evaluation]:
-    """A bench in a fresh folder, without the cascade."""
+def evaluation_of(listener: Listener, tmp_path: Path) -> Callable[..., Evaluation]:
+    """Makes an `Evaluation` in a fresh folder, without the cascade."""
 
     def build(**changes: Any) -> Evaluation:
         options = {

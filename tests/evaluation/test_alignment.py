@@ -11,7 +11,7 @@ import torch
 from support.speech_copies import shuffled, transcripts_as_speech
 from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 
-from blsp.evaluation.alignment import Compared, by_position, summarise
+from blsp.evaluation.alignment import Comparison, by_position, summarise
 from blsp.evaluation.answers import Answer
 from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.layers import linear_cka, project
@@ -29,7 +29,7 @@ def test_states_along_an_answer_equal_one_plain_pass(
     answers = [Answer("", finish, (5, 6, 7, 8)), Answer("", finish, (9,))]
     texts = ["how many days", "hello world what is the capital of france"]
     requests = [
-        listener.request(i, Question(text=text, instruction="RouteInputFn:"), None, listener.decoding)
+        listener.request(i, Question(text=text, instruction="Say:"), None, listener.decoding)
         for i, text in enumerate(texts)
     ]
     batched = answer_states(listener.model, requests, answers)
@@ -51,30 +51,32 @@ def test_states_along_an_answer_equal_one_plain_pass(
 
 def test_divergence_is_the_textbooks(listener: Listener) -> None:
     text, speech = torch.randn(2, 5, 32, dtype=torch.float64)
-    found, agreed = divergence(listener.model, text, speech)
+    kl, agreed = divergence(listener.model, text, speech)
     teacher = torch.distributions.Categorical(logits=listener.model.compute_logits(text))
     student = torch.distributions.Categorical(logits=listener.model.compute_logits(speech))
-    assert found == pytest.approx(torch.distributions.kl_divergence(teacher, student).tolist())
+    assert kl == pytest.approx(torch.distributions.kl_divergence(teacher, student).tolist())
     assert agreed == (teacher.probs.argmax(-1) == student.probs.argmax(-1)).tolist()
     assert divergence(listener.model, text, text) == ([0.0] * 5, [True] * 5)
 
 
 def test_figures_are_means_over_tokens_not_over_clips() -> None:
-    clips = [Compared((1.0, 1.0, 1.0), (True, True, False), 6.0), Compared((5.0,), (False,), 2.0)]
-    found = summarise(clips, samples=100, seed=0)
-    assert (found["kl"], found["top1_agreement"], found["kl_shuffled"]) == (2.0, 0.5, 2.0)
-    assert (found["n"], found["tokens"]) == (2, 4)
-    assert found["kl_ci"] == [1.0, 5.0]
+    clips = [Comparison((1.0, 1.0, 1.0), (True, True, False), 6.0), Comparison((5.0,), (False,), 2.0)]
+    figures = summarise(clips, samples=100, seed=0)
+    assert (figures["kl"], figures["top1_agreement"], figures["kl_shuffled"]) == (2.0, 0.5, 2.0)
+    assert (figures["n"], figures["tokens"]) == (2, 4)
+    assert figures["kl_ci"] == [1.0, 5.0]
     assert by_position(clips) == {"kl": [3.0, 1.0, 1.0], "top1_agreement": [0.5, 1.0, 0.0], "n": [2, 1, 1]}
 
 
 def test_instructions_that_are_ignored_are_seen(
-    bench: Callable[..., Evaluation], suite: Suite, listener: Listener
+    evaluation_of: Callable[..., Evaluation], suite: Suite, listener: Listener
 ) -> None:
-    """Perfect ears keep every clip beside its transcript; the wrong clip's ears do not."""
+    """Perfect speech vectors lie beside their own transcript; those of another clip do not."""
     only = Suite("alignment", (), suite.alignment)
-    right = judge(bench(hear=transcripts_as_speech(listener)), only).to_json()["alignment"]
-    wrong = judge(bench(hear=shuffled(transcripts_as_speech(listener))), only).to_json()["alignment"]
+    right = judge(evaluation_of(speech=transcripts_as_speech(listener)), only).to_json()["alignment"]
+    wrong = judge(evaluation_of(speech=shuffled(transcripts_as_speech(listener))), only).to_json()[
+        "alignment"
+    ]
     assert right["retrieval"] == 1.0 and wrong["retrieval"] < 0.5
     assert np.mean(wrong["layers"]["cosine"][1:]) < np.mean(right["layers"]["cosine"][1:])
 

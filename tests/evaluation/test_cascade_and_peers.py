@@ -39,22 +39,24 @@ def chat(suite: Suite) -> Suite:
 
 
 def test_the_cascade_is_the_text_route_on_the_recognisers_words(
-    bench: Callable[..., Evaluation], chat: Suite
+    evaluation_of: Callable[..., Evaluation], chat: Suite
 ) -> None:
-    asr, talk = judge(bench(routes=("text", "cascade"), recogniser=Parrot()), chat).tasks
+    asr, talk = judge(evaluation_of(routes=("text", "cascade"), recogniser=Parrot()), chat).tasks
     text, cascade = talk.answers["text"], talk.answers["cascade"]
     assert all(cascade[name] == text[name] for name in text if name not in ("en/0", "en/1"))
-    assert cascade["en/0"].text != text["en/0"].text and cascade["en/0"].heard == "misheard"
+    assert cascade["en/0"].text != text["en/0"].text and cascade["en/0"].transcript == "misheard"
     assert cascade["en/1"].finish == NO_SPEECH  # nothing was written: there is nothing to ask about
     assert asr.scores["recogniser"].figures["wer"].point() > 0
 
 
-def test_a_language_that_nobody_hears_is_not_available(bench: Callable[..., Evaluation], chat: Suite) -> None:
+def test_a_language_that_nobody_hears_is_not_available(
+    evaluation_of: Callable[..., Evaluation], chat: Suite
+) -> None:
     french = Suite("fr", tuple(replace(task, language="fr") for task in chat.tasks))
-    results = judge(bench(routes=("text", "cascade", "speech"), recogniser=Parrot()), french)
-    found = results.to_json()["tasks"]["chat"]
-    assert found["text"]["n"] == 7 and found["speech"]["n"] == found["cascade"]["n"] == 0
-    assert "English only" in found["speech"]["unavailable"]
+    results = judge(evaluation_of(routes=("text", "cascade", "speech"), recogniser=Parrot()), french)
+    tasks = results.to_json()["tasks"]["chat"]
+    assert tasks["text"]["n"] == 7 and tasks["speech"]["n"] == tasks["cascade"]["n"] == 0
+    assert "English only" in tasks["speech"]["unavailable"]
 
 
 def test_the_default_recogniser_is_the_models_own_whisper() -> None:
@@ -156,17 +158,17 @@ def server() -> Iterator[Callable[[str], tuple[str, list[dict[str, Any]]]]]:
         return f"http://127.0.0.1:{running[-1].server_port}/v1", handler.requests
 
     yield start
-    for each in running:
-        each.shutdown()
-        each.server_close()
+    for running_server in running:
+        running_server.shutdown()
+        running_server.server_close()
 
 
 def test_a_peer_hears_the_clip_and_gets_a_column(
-    bench: Callable[..., Evaluation], suite: Suite, server: Any
+    evaluation_of: Callable[..., Evaluation], suite: Suite, server: Any
 ) -> None:
     url, requests = server("A turn on the days.")
     only = Suite("peer", tuple(task for task in suite.tasks if task.name in ("slu", "chat", "no-speech")))
-    results = judge(bench(routes=("text",), peers=(Endpoint("org/big-ears", url),)), only)
+    results = judge(evaluation_of(routes=("text",), peers=(Endpoint("org/big-ears", url),)), only)
     slu, chat = (results.to_json()["tasks"][name]["big-ears"] for name in ("slu", "chat"))
     assert "accuracy" not in slu and slu["accuracy_generated"] == pytest.approx(1 / 7)
     assert chat["n"] == 7 and "chrf" in chat
@@ -178,16 +180,18 @@ def test_a_peer_hears_the_clip_and_gets_a_column(
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(audio["input_audio"]["data"])))
     assert rate == 16_000 and len(samples) > 3000
     count = len(requests)
-    judge(bench(routes=("text",), peers=(Endpoint("org/big-ears", url),)), only)
+    judge(evaluation_of(routes=("text",), peers=(Endpoint("org/big-ears", url),)), only)
     assert len(requests) == count  # answers are kept
 
 
-def test_a_judge_rates_open_answers_only(bench: Callable[..., Evaluation], suite: Suite, server: Any) -> None:
+def test_a_judge_rates_open_answers_only(
+    evaluation_of: Callable[..., Evaluation], suite: Suite, server: Any
+) -> None:
     url, requests = server("I would say 7 of 10.")
     only = Suite("rated", tuple(task for task in suite.tasks if task.name in ("sqa", "chat")))
-    results = judge(bench(rater=Endpoint("", url)), only)
-    found = results.to_json()["tasks"]
-    assert found["chat"]["speech"]["judge"] == 7.0 and "judge" not in found["sqa"]["speech"]
+    results = judge(evaluation_of(rater=Endpoint("", url)), only)
+    tasks = results.to_json()["tasks"]
+    assert tasks["chat"]["speech"]["judge"] == 7.0 and "judge" not in tasks["sqa"]["speech"]
     assert len(requests) == 2 * 7 and "model" not in requests[0]
     assert "Rating:" in requests[0]["messages"][0]["content"]
 
@@ -211,5 +215,5 @@ def test_an_answer_survives_its_log(tmp_path: Path) -> None:
     answer = Answer("hi", "stop", (1, 2), (-0.1234567890123456789, -2.0), "hey")
     with answer_log(tmp_path / "a.jsonl", "x") as log:
         log.write({"q": answer})
-    assert answer_log(tmp_path / "a.jsonl", "x").known == {"q": answer}
-    assert answer_log(tmp_path / "a.jsonl", "y").known == {}
+    assert answer_log(tmp_path / "a.jsonl", "x").records == {"q": answer}
+    assert answer_log(tmp_path / "a.jsonl", "y").records == {}

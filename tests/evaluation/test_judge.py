@@ -19,29 +19,29 @@ from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
-from blsp.evaluation.routes import hear_speech
+from blsp.evaluation.routes import speech_input
 from blsp.evaluation.scoring import score_transcripts
 from blsp.evaluation.tasks import Suite, Task, TaskError
 from blsp.inference.listener import Listener
 
-BenchMaker = Callable[..., Evaluation]
+MakeEvaluation = Callable[..., Evaluation]
 
 
 def figures(results: Results, *path: str) -> Any:
-    found: Any = results.to_json()
+    value: Any = results.to_json()
     for name in path:
-        found = found[name]
-    return found
+        value = value[name]
+    return value
 
 
 @pytest.fixture
 def silent_tasks(suite: Suite) -> Suite:
-    """The suite without the no-speech task, for ears that always hear words."""
+    """The suite without the no-speech task, for a route input that always holds words."""
     return Suite(suite.name, tuple(task for task in suite.tasks if task.kind != "no-speech"), suite.alignment)
 
 
-def test_the_contracts_files(bench: BenchMaker, suite: Suite, tmp_path: Path) -> None:
-    results = judge(bench(), suite)
+def test_the_contracts_files(evaluation_of: MakeEvaluation, suite: Suite, tmp_path: Path) -> None:
+    results = judge(evaluation_of(), suite)
     screen = write_report(results, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(found["tasks"]) == {task.name for task in suite.tasks}
@@ -71,29 +71,31 @@ def test_the_contracts_files(bench: BenchMaker, suite: Suite, tmp_path: Path) ->
 
 
 def test_an_adapter_that_reads_out_is_judged_as_a_transcriber_too(
-    bench: BenchMaker, suite: Suite, tiny_models_folder: Path
+    evaluation_of: MakeEvaluation, suite: Suite, tiny_models_folder: Path
 ) -> None:
     reader = Listener(*tiny_blsp(tiny_models_folder, adapter="grounded"))
     task = suite.tasks[0]
-    results = judge(bench(listener=reader), Suite("recognition", (task,), None))
+    results = judge(evaluation_of(listener=reader), Suite("recognition", (task,), None))
     rows = sorted(task.rows(), key=lambda row: row.id)
     written = reader.transcribe_all([load_clip(row) for row in rows])
     expected = score_transcripts(task, rows, written).figures["wer"].point()
     assert figures(results, "tasks", "asr", "transcript", "wer") == pytest.approx(expected)
-    report = write_report(results, bench().folder) and (bench().folder / "report.md").read_text()
-    assert "**transcript**" in report and "`blsp transcribe`, where the model helps" in report
+    report = (
+        write_report(results, evaluation_of().folder) and (evaluation_of().folder / "report.md").read_text()
+    )
+    assert "**transcript**" in report and "`blsp transcribe`, with the model's help" in report
 
 
-def test_two_runs_are_equal_to_the_digit(bench: BenchMaker, suite: Suite, tmp_path: Path) -> None:
-    first, second = (judge(bench(folder=tmp_path / name), suite) for name in "ab")
+def test_two_runs_are_equal_to_the_digit(evaluation_of: MakeEvaluation, suite: Suite, tmp_path: Path) -> None:
+    first, second = (judge(evaluation_of(folder=tmp_path / name), suite) for name in "ab")
     for part in ("tasks", "gaps", "alignment", "signatures"):
         assert json.dumps(figures(first, part)) == json.dumps(figures(second, part))
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(
-    bench: BenchMaker, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluation_of: MakeEvaluation, suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = judge(bench(folder=tmp_path / "whole", batch_size=1), suite)
+    whole = judge(evaluation_of(folder=tmp_path / "whole", batch_size=1), suite)
     calls = 0
 
     def dies(*args: Any, **kwargs: Any) -> Any:
@@ -108,34 +110,34 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
     real = routes.decode
     monkeypatch.setattr(routes, "decode", dies)
     with pytest.raises(KeyboardInterrupt):
-        judge(bench(folder=tmp_path / "torn", batch_size=1), suite)
+        judge(evaluation_of(folder=tmp_path / "torn", batch_size=1), suite)
     log = max((tmp_path / "torn" / "log").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     with log.open("ab") as file:
         file.write(b'{"id": "torn')
     monkeypatch.setattr(routes, "decode", real)
-    again = judge(bench(folder=tmp_path / "torn", batch_size=1), suite)
+    again = judge(evaluation_of(folder=tmp_path / "torn", batch_size=1), suite)
     for part in ("tasks", "gaps", "alignment"):
         assert json.dumps(figures(again, part)) == json.dumps(figures(whole, part))
 
 
 def test_answers_of_another_model_are_not_reused(
-    bench: BenchMaker, suite: Suite, capsys: pytest.CaptureFixture[str], listener: Listener
+    evaluation_of: MakeEvaluation, suite: Suite, capsys: pytest.CaptureFixture[str], listener: Listener
 ) -> None:
-    results = judge(bench(), suite)
+    results = judge(evaluation_of(), suite)
     other = copy.deepcopy(listener)
     with torch.no_grad():
         for parameter in other.model.model.multi_modal_projector.parameters():
             parameter.mul_(-1.5)
-    changed = judge(bench(listener=other), suite)
+    changed = judge(evaluation_of(listener=other), suite)
     assert "done again" in capsys.readouterr().out
     assert figures(changed, "alignment", "kl") != figures(results, "alignment", "kl")
     assert figures(changed, "tasks", "chat", "text") == figures(results, "tasks", "chat", "text")
 
 
 def test_transcripts_as_speech_give_divergence_zero_and_the_text_routes_scores(
-    bench: BenchMaker, silent_tasks: Suite, listener: Listener
+    evaluation_of: MakeEvaluation, silent_tasks: Suite, listener: Listener
 ) -> None:
-    results = judge(bench(hear=transcripts_as_speech(listener)), silent_tasks)
+    results = judge(evaluation_of(speech=transcripts_as_speech(listener)), silent_tasks)
     for task, routes in figures(results, "tasks").items():
         assert routes["speech"] == routes["text"], task
     alignment = figures(results, "alignment")
@@ -148,17 +150,19 @@ def test_transcripts_as_speech_give_divergence_zero_and_the_text_routes_scores(
     assert figures(results, "tasks", "continuation", "speech", "agreement") == 1.0
 
 
-@pytest.mark.parametrize("ears", ["zeroed", "shuffled"])
-def test_the_judge_can_fail(bench: BenchMaker, silent_tasks: Suite, listener: Listener, ears: str) -> None:
+@pytest.mark.parametrize("vectors", ["zeroed", "shuffled"])
+def test_the_judge_can_fail(
+    evaluation_of: MakeEvaluation, silent_tasks: Suite, listener: Listener, vectors: str
+) -> None:
     """A model that hears nothing, or the wrong clip, is far from the text route wherever the judge looks."""
-    if ears == "zeroed":
+    if vectors == "zeroed":
         deaf = copy.deepcopy(listener)
         with torch.no_grad():
             for parameter in deaf.model.model.multi_modal_projector.parameters():
                 parameter.zero_()
-        results = judge(bench(listener=deaf), silent_tasks)
+        results = judge(evaluation_of(listener=deaf), silent_tasks)
     else:
-        results = judge(bench(hear=shuffled(transcripts_as_speech(listener))), silent_tasks)
+        results = judge(evaluation_of(speech=shuffled(transcripts_as_speech(listener))), silent_tasks)
     alignment = figures(results, "alignment")
     assert alignment["kl"] > 0.05 and alignment["top1_agreement"] < 0.9
     assert alignment["kl"] > 0.5 * alignment["kl_shuffled"]  # no better than another clip's speech
@@ -169,12 +173,12 @@ def test_the_judge_can_fail(bench: BenchMaker, silent_tasks: Suite, listener: Li
 
 
 def test_the_text_route_is_the_plain_llm(
-    bench: BenchMaker, suite: Suite, listener: Listener, tiny_llm: Callable[[str], str]
+    evaluation_of: MakeEvaluation, suite: Suite, listener: Listener, tiny_llm: Callable[[str], str]
 ) -> None:
     """The same words through transformers' own template and `generate`, without a line of ours."""
     plain = AutoModelForCausalLM.from_pretrained(tiny_llm("llama"), dtype=torch.float64)
     task = next(task for task in suite.tasks if task.name == "chat")
-    results = judge(bench(routes=("text",)), Suite("one", (task,)))
+    results = judge(evaluation_of(routes=("text",)), Suite("one", (task,)))
     answers = results.tasks[0].answers["text"]
     for row in task.rows():
         turn = [{"role": "user", "content": f" {row.text}\nTalk."}]
@@ -185,8 +189,8 @@ def test_the_text_route_is_the_plain_llm(
         assert listener.tokenizer.decode(written, skip_special_tokens=True).strip() == answers[row.id].text
 
 
-def test_silence_is_answered_with_the_set_sentence(bench: BenchMaker, suite: Suite) -> None:
-    results = judge(bench(), suite)
+def test_silence_is_answered_with_the_set_sentence(evaluation_of: MakeEvaluation, suite: Suite) -> None:
+    results = judge(evaluation_of(), suite)
     found = figures(results, "tasks", "no-speech", "speech")
     assert (
         found["accuracy"] == 1.0
@@ -195,52 +199,62 @@ def test_silence_is_answered_with_the_set_sentence(bench: BenchMaker, suite: Sui
     )
 
 
-def test_the_set_sentence_counts_when_the_llm_says_it(bench: BenchMaker, suite: Suite, monkeypatch) -> None:
+def test_the_set_sentence_counts_when_the_llm_says_it(
+    evaluation_of: MakeEvaluation, suite: Suite, monkeypatch
+) -> None:
     only = Suite("one", tuple(task for task in suite.tasks if task.name == "chat"))
-    judged = bench(routes=("speech",))
+    judged = evaluation_of(routes=("speech",))
     answers = judge(judged, only).tasks[0].answers["speech"]
     name, answer = next((name, answer) for name, answer in answers.items() if answer.text)
     monkeypatch.setattr(judged.listener.model.config, "no_speech_sentence", answer.text)
-    again = judge(bench(routes=("speech",), folder=judged.folder / "again"), only).tasks[0].answers["speech"]
+    again = (
+        judge(evaluation_of(routes=("speech",), folder=judged.folder / "again"), only)
+        .tasks[0]
+        .answers["speech"]
+    )
     assert (
         answer.finish != "no-speech" and again[name].finish == "no-speech" and again[name].ids == answer.ids
     )
 
 
 def test_a_missing_recording_is_named_before_anything_is_asked(
-    bench: BenchMaker, suite: Suite, tmp_path: Path
+    evaluation_of: MakeEvaluation, suite: Suite, tmp_path: Path
 ) -> None:
     row = {"id": "gone", "audio": str(tmp_path / "gone.wav"), "text": "hello"}
     write_manifest(tmp_path / "m.jsonl", [row])
     task = Task("t", "chat", str(tmp_path / "m.jsonl"))
     with pytest.raises(TaskError, match=r"row 'gone': .*gone\.wav: no such recording"):
-        judge(bench(), Suite("one", (*suite.tasks, task)))
+        judge(evaluation_of(), Suite("one", (*suite.tasks, task)))
     assert not (tmp_path / "results").exists()
-    assert judge(bench(routes=("text",)), Suite("one", (task,))).tasks[0].answers["text"]
+    assert judge(evaluation_of(routes=("text",)), Suite("one", (task,))).tasks[0].answers["text"]
 
 
-def test_limit_asks_the_first_questions_only(bench: BenchMaker, suite: Suite) -> None:
-    results = judge(bench(limit=2), suite)
+def test_limit_asks_the_first_questions_only(evaluation_of: MakeEvaluation, suite: Suite) -> None:
+    results = judge(evaluation_of(limit=2), suite)
     assert figures(results, "tasks", "asr", "text", "n") == 2
     assert figures(results, "alignment", "n") == 2
 
 
-def test_normalised_transcripts_are_the_papers_variant(bench: BenchMaker, suite: Suite, corpus: Path) -> None:
+def test_normalised_transcripts_are_the_papers_variant(
+    evaluation_of: MakeEvaluation, suite: Suite, corpus: Path
+) -> None:
     task = next(task for task in suite.tasks if task.name == "continuation")
     row = task.rows()[1]
-    assert bench(normalise="whisper").read([row])[row.id] == "how many days are in a week"
-    assert bench().read([row])[row.id] == row.text
+    assert evaluation_of(normalise="whisper").transcripts([row])[row.id] == "how many days are in a week"
+    assert evaluation_of().transcripts([row])[row.id] == row.text
 
 
 def test_clips_of_the_batch_before_are_not_heard_again(
-    bench: BenchMaker, suite: Suite, monkeypatch: pytest.MonkeyPatch
+    evaluation_of: MakeEvaluation, suite: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listener, rows = bench().listener, suite.tasks[0].rows()
+    listener, rows = evaluation_of().listener, suite.tasks[0].rows()
     batches: list[int] = []
-    hear = listener.embed_audio
-    monkeypatch.setattr(listener, "hear", lambda clips: batches.append(len(clips)) or hear(clips))
-    say = hear_speech(listener)
-    first, again, fewer = say(rows), say(rows), say(rows[:2])
+    embed_audio = listener.embed_audio
+    monkeypatch.setattr(
+        listener, "embed_audio", lambda clips: batches.append(len(clips)) or embed_audio(clips)
+    )
+    route_input = speech_input(listener)
+    first, again, fewer = route_input(rows), route_input(rows), route_input(rows[:2])
     assert batches == [len(rows), 2]
     assert all(one is other for one, other in zip(first, again, strict=True))
     assert len(fewer) == 2

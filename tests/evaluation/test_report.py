@@ -14,9 +14,9 @@ from blsp.data.manifest import Utterance
 from blsp.evaluation.confidence import mean_figure
 from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.report import write_report
-from blsp.evaluation.results import Results, TaskResult, evidence
+from blsp.evaluation.results import Results, TaskResult
 from blsp.evaluation.scoring import Score
-from blsp.evaluation.summary import change, findings, shown, table, with_interval
+from blsp.evaluation.summary import change, shown, summarise, table, with_interval
 from blsp.evaluation.tasks import Suite, Task
 
 
@@ -51,7 +51,7 @@ def test_a_task_is_evidence_only_where_the_text_route_can_do_it(
     score = Score()
     score.add(result.metric, result.rows, mean_figure(np.array([value])), [value])
     result.scores["text"] = score
-    assert (evidence(result) is None) == is_evidence
+    assert (result.lacks_evidence() is None) == is_evidence
 
 
 def scored(kind: str, name: str = "", **values: float) -> TaskResult:
@@ -72,17 +72,17 @@ def test_the_findings_are_sentences_about_evidence_only() -> None:
         scored("slu", text=0.3, speech=0.9),
         scored("no-speech", speech=0.0),
     ]
-    repeated, read_out, questions, silence = findings(results, results.to_json()).splitlines()
+    repeated, read_out, questions, silence = summarise(results, results.to_json()).splitlines()
     assert "own read-out gets 25.0 % of the words wrong, the cascade's recogniser 7.0 %" in repeated
-    assert "repeat what it hears, 30.0 %, what it reads, 5.0 %." in repeated
+    assert "repeat the speech, 30.0 %, asked to repeat the text, 5.0 %." in repeated
     assert read_out.endswith(
         "own read-out gets 25.0 % of the words wrong."
     )  # the LLM cannot repeat: not said
     assert questions == (
-        "- **my-sqa**: right on hearing in 50.0 % of 1 cases (on reading 80.0 %, through the cascade 75.0 %). "
+        "- **my-sqa**: right on speech in 50.0 % of 1 cases (on text 80.0 %, through the cascade 75.0 %). "
         "Guessing gives 25.0 %."
     )
-    assert "heard words in 1" in silence
+    assert "it took 1 for speech" in silence
     assert results.to_json()["no_evidence"] == {
         "too-hard": "a WER of 1.40 as text",
         "my-slu": "0.30 as text, below twice chance, 0.50",
@@ -90,29 +90,29 @@ def test_the_findings_are_sentences_about_evidence_only() -> None:
 
 
 def test_a_report_explains_its_columns_and_compares_nothing_with_itself(
-    bench: Callable[..., Evaluation], suite: Suite, tmp_path: Path
+    evaluation_of: Callable[..., Evaluation], suite: Suite, tmp_path: Path
 ) -> None:
-    write_report(judge(bench(), suite), tmp_path)
+    write_report(judge(evaluation_of(), suite), tmp_path)
     report = (tmp_path / "report.md").read_text()
-    assert "- **behaviour**: on hearing" in report and "**readout**" not in report  # conv reads nothing out
+    assert "- **behaviour**: on speech" in report and "**readout**" not in report  # conv reads nothing out
     glance = next(line for line in report.splitlines() if line.startswith("| continuation"))
     assert "chrF to text" in glance and "(itself)" in glance
 
 
 @pytest.mark.parametrize("routes", [("text",), ("speech",), ("cascade",)])
 def test_any_route_alone_makes_a_report(
-    bench: Callable[..., Evaluation], suite: Suite, tmp_path: Path, routes: tuple[str, ...]
+    evaluation_of: Callable[..., Evaluation], suite: Suite, tmp_path: Path, routes: tuple[str, ...]
 ) -> None:
-    screen = write_report(judge(bench(routes=routes, recogniser=Parrot()), suite), tmp_path)
+    screen = write_report(judge(evaluation_of(routes=routes, recogniser=Parrot()), suite), tmp_path)
     report = (tmp_path / "report.md").read_text()
     assert f" {routes[0]} " in screen and all(f"### {task.name}" in report for task in suite.tasks)
     assert ("alignment" in json.loads((tmp_path / "results.json").read_text())) and "nan" not in report
 
 
 def test_divergence_against_scores_over_checkpoints(
-    bench: Callable[..., Evaluation], suite: Suite, tmp_path: Path
+    evaluation_of: Callable[..., Evaluation], suite: Suite, tmp_path: Path
 ) -> None:
-    results = judge(bench(), suite)
+    results = judge(evaluation_of(), suite)
     write_report(results, tmp_path / "step-100")
     write_report(results, tmp_path / "step-200", compare=(tmp_path / "step-100",))
     report = (tmp_path / "step-200" / "report.md").read_text()
@@ -120,9 +120,11 @@ def test_divergence_against_scores_over_checkpoints(
     assert (tmp_path / "step-200" / "divergence_against_scores.png").stat().st_size > 5000
 
 
-def test_a_report_is_the_same_twice(bench: Callable[..., Evaluation], suite: Suite, tmp_path: Path) -> None:
+def test_a_report_is_the_same_twice(
+    evaluation_of: Callable[..., Evaluation], suite: Suite, tmp_path: Path
+) -> None:
     for name in ("a", "b"):
-        write_report(judge(bench(), suite), tmp_path / name)
+        write_report(judge(evaluation_of(), suite), tmp_path / name)
     for file in (
         "samples.jsonl",
         "scores.png",

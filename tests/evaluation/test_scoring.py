@@ -18,9 +18,11 @@ from blsp.evaluation.tasks import Task
 def scored(
     kind: str, rows: list[Utterance], answers: list[Answer], texts: list[str] | None = None, **task: str
 ) -> Score:
-    known = None if texts is None else {row.id: Answer(text) for row, text in zip(rows, texts, strict=True)}
-    given_answers = {row.id: answer for row, answer in zip(rows, answers, strict=True)}
-    return score(Task("t", kind, "m.jsonl", **task), rows, given_answers, known)  # type: ignore[arg-type]
+    text_answers = (
+        None if texts is None else {row.id: Answer(text) for row, text in zip(rows, texts, strict=True)}
+    )
+    by_id = {row.id: answer for row, answer in zip(rows, answers, strict=True)}
+    return score(Task("t", kind, "m.jsonl", **task), rows, by_id, text_answers)  # type: ignore[arg-type]
 
 
 def row(text: str = "hi", **fields: object) -> Utterance:
@@ -29,17 +31,17 @@ def row(text: str = "hi", **fields: object) -> Utterance:
 
 def test_word_errors_are_summed_over_the_corpus_after_whispers_normaliser() -> None:
     rows = [row("I've got twenty-one dollars."), row("Press the pound key")]
-    found = scored("asr", rows, [Answer("i have got $21", "stop"), Answer("press a key", "stop")])
-    assert found.figures["wer"].point() == pytest.approx(2 / 8)  # (0 of 4) and (2 of 4)
-    assert found.rows[rows[1].id]["wer"] == pytest.approx(2 / 4)
-    assert found.figures["cer"].point() > 0
+    result = scored("asr", rows, [Answer("i have got $21", "stop"), Answer("press a key", "stop")])
+    assert result.figures["wer"].point() == pytest.approx(2 / 8)  # (0 of 4) and (2 of 4)
+    assert result.rows[rows[1].id]["wer"] == pytest.approx(2 / 4)
+    assert result.figures["cer"].point() > 0
 
 
 def test_an_empty_reference_counts_insertions_and_a_silent_transcript_deletions() -> None:
     rows = [row("..."), row("one two three")]
-    found = score_transcripts(Task("t", "asr", "m"), rows, ["made up words", ""])
-    assert found.figures["wer"].point() == pytest.approx((3 + 3) / 3)
-    assert found.counts == {"empty": 1}
+    result = score_transcripts(Task("t", "asr", "m"), rows, ["made up words", ""])
+    assert result.figures["wer"].point() == pytest.approx((3 + 3) / 3)
+    assert result.counts == {"empty": 1}
 
 
 def test_translation_is_sacrebleus_corpus_score() -> None:
@@ -48,11 +50,11 @@ def test_translation_is_sacrebleus_corpus_score() -> None:
         for i, text in enumerate(["le chat est là", "un chien dort ici", "bonjour à tous"])
     ]
     texts = ["le chat est ici", "un chien dort", "bonjour à tous"]
-    found = scored("st", rows, [Answer(text, "stop") for text in texts], answer_language="fr")
-    references = [[each.reference for each in rows]]
-    assert found.figures["bleu"].point() == pytest.approx(corpus_bleu(texts, references).score)
-    assert found.figures["chrf"].point() == pytest.approx(corpus_chrf(texts, references).score)
-    assert "tok:13a" in found.signatures["bleu"] and "nc:6" in found.signatures["chrf"]
+    result = scored("st", rows, [Answer(text, "stop") for text in texts], answer_language="fr")
+    references = [[row.reference for row in rows]]
+    assert result.figures["bleu"].point() == pytest.approx(corpus_bleu(texts, references).score)
+    assert result.figures["chrf"].point() == pytest.approx(corpus_chrf(texts, references).score)
+    assert "tok:13a" in result.signatures["bleu"] and "nc:6" in result.signatures["chrf"]
 
 
 def test_choices_go_to_the_likeliest_option_and_to_the_first_that_is_named() -> None:
@@ -64,11 +66,11 @@ def test_choices_go_to_the_likeliest_option_and_to_the_first_that_is_named() -> 
         Answer("Turning on that fan.", "stop", option_scores=(-1.0, -0.5, -3.0)),
         Answer("I could not hear any speech.", NO_SPEECH),
     ]
-    found = scored("slu", rows, answers)
-    assert found.figures["accuracy"].point() == 0.5
-    named = [found.rows[each.id]["accuracy_generated"] for each in rows]
+    result = scored("slu", rows, answers)
+    assert result.figures["accuracy"].point() == 0.5
+    named = [result.rows[row.id]["accuracy_generated"] for row in rows]
     assert named == [1, 0, 1, 0]  # the third by likeness
-    assert found.counts["no_speech"] == 1
+    assert result.counts["no_speech"] == 1
 
 
 def test_a_peer_without_likelihoods_has_no_likelihood_accuracy() -> None:
@@ -78,26 +80,26 @@ def test_a_peer_without_likelihoods_has_no_likelihood_accuracy() -> None:
 
 def test_short_answers_accept_every_spelling() -> None:
     rows = [row(str(i), reference="seven", extra={"references": ["a week's worth"]}) for i in range(3)]
-    found = scored(
+    result = scored(
         "sqa",
         rows,
         [Answer("7.", "stop"), Answer("There are seven days.", "stop"), Answer("Seventy.", "stop")],
     )
-    assert [found.figures[name].point() for name in ("em", "accuracy")] == pytest.approx([1 / 3, 2 / 3])
-    assert found.figures["f1"].point() == pytest.approx((1 + 2 / 5 + 0) / 3)
+    assert [result.figures[name].point() for name in ("em", "accuracy")] == pytest.approx([1 / 3, 2 / 3])
+    assert result.figures["f1"].point() == pytest.approx((1 + 2 / 5 + 0) / 3)
 
 
 def test_open_answers_are_compared_with_the_text_routes() -> None:
     rows = [row("a"), row("b")]
-    found = scored(
+    result = scored(
         "chat",
         rows,
         [Answer("one answer", "stop"), Answer("other", "length")],
         ["one answer", "another answer"],
     )
-    assert found.figures["agreement"].point() == 0.5
-    assert found.figures["words"].point() == 1.5
-    assert found.counts["cut"] == 1
+    assert result.figures["agreement"].point() == 0.5
+    assert result.figures["words"].point() == 1.5
+    assert result.counts["cut"] == 1
     assert "chrf" not in scored("chat", rows, [Answer("x"), Answer("y")]).figures
 
 
@@ -115,6 +117,8 @@ def test_open_answers_are_compared_with_the_text_routes() -> None:
         ("The house is in the garden and it is for you.", "fr", {"wrong_language"}),
         ("Пожалуйста, введите номер", "en", {"wrong_language"}),
         ("Paris.", "de", set()),
+        ("Bonjour à tous et bienvenue", "en", {"wrong_language"}),
+        ("กรุณากดหมายเลขที่ต้องการ", "th", set()),
     ],
 )
 def test_faults(answer: str, language: str, expected: set[str]) -> None:
@@ -131,6 +135,12 @@ def test_what_the_speaker_said_is_no_fault_when_it_is_repeated() -> None:
     rows = [row("I'm sorry, I can't help you.")]
     assert scored("asr", rows, [Answer("I'm sorry, I can't help you.", "stop")]).counts["refusals"] == 0
     assert scored("chat", rows, [Answer("I'm sorry, I can't help you.", "stop")]).counts["refusals"] == 1
+
+
+def test_an_interval_holds_the_middle_95_percent() -> None:
+    """1,001 draws of one utterance each, whose figures are 0, 1, …, 1000: 2.5 % lie below 25 and 2.5 % above 975."""
+    figure = Figure(np.stack([np.arange(1001.0), np.ones(1001)], axis=1), ratio)
+    assert interval(figure, np.arange(1001)[:, None]) == pytest.approx((25, 975))
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=30))

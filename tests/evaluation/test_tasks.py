@@ -26,8 +26,8 @@ def test_the_same_prompts_are_drawn_in_every_language(corpus: Path) -> None:
         content = {"name": language, "kind": "asr", "manifest": f"{file}.jsonl", "samples": 4}
         (corpus / f"{language}.yaml").write_text(yaml.safe_dump(content))
     drawn = [
-        [row.id[3:] for row in load_suite(str(corpus / f"{each}.yaml"), corpus).tasks[0].rows()]
-        for each in ("en", "fr")
+        [row.id[3:] for row in load_suite(str(corpus / f"{language}.yaml"), corpus).tasks[0].rows()]
+        for language in ("en", "fr")
     ]
     assert drawn[0] == drawn[1] and len(drawn[0]) == 4
 

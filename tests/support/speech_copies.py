@@ -1,7 +1,7 @@
-"""Ears for the judge to judge: perfect ones, and ones that hear another clip; a recogniser that repeats.
+"""Inputs of the speech route for tests of the judge: perfect ones, and those of another clip; a fixed recogniser.
 
-In:  a loaded model. Out: what `Evaluation(hear=...)` takes in the place of the model's own ears.
-Try: `Evaluation(listener, folder, hear=shuffled(transcripts_as_speech(listener)))`
+In:  a loaded model. Out: what `Evaluation(speech=...)` takes instead of the model's own speech vectors.
+Try: `Evaluation(listener, folder, speech=shuffled(transcripts_as_speech(listener)))`
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ TEXTS = (
 
 
 def transcripts_as_speech(listener: Listener) -> RouteInputFn:
-    """Perfect ears: the speech's vectors are the transcript's own embeddings."""
+    """A perfect adapter: the speech vectors are the transcript's own embeddings."""
 
-    def hear(rows: Sequence[Utterance]) -> list[RouteInput]:
-        return [_as_heard(listener, row.text) for row in rows]
+    def speech(rows: Sequence[Utterance]) -> list[RouteInput]:
+        return [_as_audio_embeds(listener, row.text) for row in rows]
 
-    return hear
+    return speech
 
 
-def shuffled(hear: RouteInputFn) -> RouteInputFn:
-    """Ears that hear another clip: each row gets that of another text."""
+def shuffled(speech: RouteInputFn) -> RouteInputFn:
+    """Each row gets the input of another text."""
 
-    def wrong(rows: Sequence[Utterance]) -> list[RouteInput]:
+    def other_speech(rows: Sequence[Utterance]) -> list[RouteInput]:
         others = [replace(row, text=TEXTS[(TEXTS.index(row.text) + 3) % len(TEXTS)]) for row in rows]
-        return hear(others)
+        return speech(others)
 
-    return wrong
+    return other_speech
 
 
 class Parrot:
@@ -59,6 +59,6 @@ class Parrot:
         return [{"en/0": "misheard", "en/1": ""}.get(row.id, row.text) for row in rows]
 
 
-def _as_heard(listener: Listener, text: str) -> AudioEmbeds:
+def _as_audio_embeds(listener: Listener, text: str) -> AudioEmbeds:
     vectors = embed(listener.model, transcript_ids(listener.tokenizer, text)).detach()
     return AudioEmbeds(vectors, num_audio_tokens=len(vectors), speech=True)

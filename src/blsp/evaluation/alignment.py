@@ -1,16 +1,16 @@
-"""How far the LLM that listens is from the LLM that reads: divergence along the text route's own answers.
+"""The alignment analysis: how far the LLM's behaviour on speech is from its behaviour on text.
 
-In:  a loaded model and an `AlignmentPlan`: speech with transcripts, and instructions.
-Out: `Alignment`: the figures of results.json and what the pictures are drawn from.
+In:  a loaded model, an `AlignmentPlan` (speech with transcripts, and instructions) and the two routes.
+Out: `Alignment`: the figures of results.json, and what the pictures are drawn from.
 Try: `blsp evaluate --suite tiny --out results/tiny`, then results.json, "alignment"
-Flow: evaluation/ — routes.py → **alignment** (layers.py looks inside) → pictures.py, report.py.
+Flow: evaluation/ — routes.py → **alignment** (layers.py looks inside the LLM) → pictures.py, report.py.
 
-`kl` is the mean over the tokens of the text route's greedy answer, its end included, of KL(text || speech),
-temperature 1, whole vocabulary, in nats. Both routes splice into the same prefix and suffix ids. Two marks to
-read it by: `kl_shuffled` is the same with every clip exchanged for another (an adapter that only became
-harmless does as well there), and 0 is what the transcript's own embeddings give.
+`kl` is the mean over the tokens of the text route's greedy answer, its end included, of KL(text || speech), at
+temperature 1, over the whole vocabulary, in nats. Both routes splice into the same prefix and suffix ids. Two marks
+help to read it: 0 is what the transcript's own embeddings give; `kl_shuffled` is the figure with every clip exchanged
+for another one, which is all that an adapter reaches that does not listen.
 
-Letters: N answer tokens.
+Shapes: N answer tokens, D LLM width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, Answers, Log, answer_log
 from blsp.evaluation.confidence import Figure, draws, interval, ratio
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
-from blsp.evaluation.routes import RouteInput, RouteInputFn, ask, plan, read_text, request, route_fingerprint
+from blsp.evaluation.routes import (
+    RouteInput,
+    RouteInputFn,
+    ask,
+    plan_batches,
+    request,
+    route_fingerprint,
+    text_input,
+)
 from blsp.evaluation.tasks import AlignmentPlan, Task
 from blsp.inference.listener import Listener
 from blsp.llm.teacher_forcing import answer_states, divergence
@@ -36,7 +44,20 @@ ROWS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
-class Compared:
+class Routes:
+    """The two routes that are compared, each with a digest of the model that decides its answers.
+
+    text: rows -> transcripts by id. speech: rows -> what stands in the speech's place.
+    """
+
+    text: Callable[[Sequence[Utterance]], dict[str, str]]
+    speech: RouteInputFn
+    text_id: str
+    speech_id: str
+
+
+@dataclass(frozen=True)
+class Comparison:
     """One clip under one instruction: divergence and agreement at each token of the text route's answer.
 
     shuffled: the divergence with another clip in its place, summed over the tokens.
@@ -49,60 +70,63 @@ class Compared:
 
 @dataclass
 class Alignment:
-    """figures: for results.json. compared: behaviour -> clip -> what was found, for the pictures."""
+    """comparisons: instruction -> clip -> what was measured. The first instruction is the headline."""
 
-    figures: dict[str, Any] = field(default_factory=dict)
-    compared: dict[str, dict[str, Compared]] = field(default_factory=dict)
+    comparisons: dict[str, dict[str, Comparison]] = field(default_factory=dict)
     layers: LayerAnalysis | None = None
+
+    @property
+    def headline(self) -> list[Comparison]:
+        """The comparisons under the first instruction."""
+        return list(next(iter(self.comparisons.values())).values())
+
+    def figures(self, samples: int, seed: int) -> dict[str, Any]:
+        """The object "alignment" of results.json; `samples` and `seed` are the bootstrap's."""
+        behaviours = {
+            behaviour: summarise(list(clips.values()), samples, seed)
+            for behaviour, clips in self.comparisons.items()
+        }
+        first = next(iter(behaviours))
+        return {
+            "behaviour": first,
+            **behaviours[first],
+            **(self.layers.figures() if self.layers else {}),
+            "by_position": by_position(self.headline),
+            "behaviours": behaviours,
+        }
 
 
 def measure(
     listener: Listener,
-    wanted: AlignmentPlan,
-    *,
-    read: Callable[[Sequence[Utterance]], dict[str, str]],
-    hear: RouteInputFn,
-    reader: str,
-    hearer: str,
+    plan: AlignmentPlan,
+    routes: Routes,
     folder: Path,
     batch_size: int,
-    samples: int,
-    seed: int,
-    done: Callable[[int], Any] = lambda count: None,
+    progress: Callable[[int], Any] = lambda count: None,
 ) -> Alignment:
-    """All of the alignment analysis.
-
-    read: rows -> the transcripts of the text route. reader, hearer: digests of what reads and what hears.
-    folder: where logs are kept. samples, seed: of the bootstrap. done: told of finished clips.
-    """
-    result = Alignment()
-    texts: dict[str, Answers] = {}
-    for behaviour in wanted.behaviours:
-        task = wanted.task(behaviour)
+    """The whole analysis. folder: of the logs. progress: called with the number of clips just finished."""
+    alignment = Alignment()
+    answers: dict[str, Answers] = {}
+    tasks = {behaviour: plan.task(behaviour) for behaviour in plan.behaviours}
+    for behaviour, task in tasks.items():
         rows = task.rows()
-        transcripts = read(rows)
+        transcripts = routes.text(rows)
         route = f"text {sorted(transcripts.items())}"
-        mark = route_fingerprint(reader, task, rows, route, batch_size)
-        with answer_log(folder / f"{task.name}.text.jsonl", mark) as log:
-            texts[behaviour] = ask(listener, task, rows, read_text(transcripts), log, batch_size)
-        mark = route_fingerprint(hearer, task, rows, route, batch_size)
-        with Log(folder / f"{task.name}.jsonl", mark, _read, _show) as kept:
-            result.compared[behaviour] = compare(
-                listener, task, rows, transcripts, hear, texts[behaviour], kept, batch_size, done
-            )
-        figures = summarise(list(result.compared[behaviour].values()), samples, seed)
-        result.figures.setdefault("behaviours", {})[behaviour] = figures
-    first = wanted.behaviours[0]
-    tasks = {behaviour: wanted.task(behaviour) for behaviour in wanted.behaviours}
-    result.layers = analyse_layers(listener, tasks, read, hear, texts, wanted.layer_samples)
-    result.figures = {
-        "behaviour": first,
-        **result.figures["behaviours"][first],
-        **result.layers.figures(),
-        "by_position": by_position(list(result.compared[first].values())),
-        "behaviours": result.figures["behaviours"],
-    }
-    return result
+        mark = route_fingerprint(routes.text_id, task, rows, route, batch_size)
+        with answer_log(folder / f"{task.name}.text.jsonl", mark) as text_log:
+            answers[behaviour] = ask(listener, task, rows, text_input(transcripts), text_log, batch_size)
+        mark = route_fingerprint(routes.speech_id, task, rows, route, batch_size)
+        with Log(folder / f"{task.name}.jsonl", mark, _from_row, _to_row) as log:
+            for batch in plan_batches(rows, batch_size):
+                if not all(row.id in log.records for row in batch):
+                    speech = routes.speech(batch)
+                    log.write(compare(listener, task, batch, transcripts, speech, answers[behaviour]))
+                progress(len(batch))
+            alignment.comparisons[behaviour] = {row.id: log.records[row.id] for row in rows}
+    alignment.layers = analyse_layers(
+        listener, tasks, routes.text, routes.speech, answers, plan.layer_samples
+    )
+    return alignment
 
 
 def compare(
@@ -110,54 +134,37 @@ def compare(
     task: Task,
     rows: Sequence[Utterance],
     transcripts: dict[str, str],
-    hear: RouteInputFn,
+    speech: Sequence[RouteInput],
     answers: Answers,
-    log: Log[Compared],
-    batch_size: int,
-    done: Callable[[int], Any] = lambda count: None,
-) -> dict[str, Compared]:
-    """Each clip's divergence along the text route's answer."""
-    for chunk in plan(rows, batch_size):
-        if not all(row.id in log.known for row in chunk):
-            log.write(_compare(listener, task, chunk, transcripts, hear(chunk), answers))
-        done(len(chunk))
-    return {row.id: log.known[row.id] for row in rows}
-
-
-def _compare(
-    listener: Listener,
-    task: Task,
-    rows: Sequence[Utterance],
-    transcripts: dict[str, str],
-    heard: Sequence[RouteInput],
-    answers: Answers,
-) -> dict[str, Compared]:
-    found = {}
-    exchanged = [*heard[1:], *heard[:1]]
-    for at in _slices(rows):
-        batch, given = rows[at], [answers[row.id] for row in rows[at]]
-        said = ([transcripts[row.id] for row in batch], heard[at], exchanged[at])
-        text, speech, other = (_states(listener, task, batch, each, given) for each in said)
-        for row, states, hearing, wrong in zip(batch, text, speech, other, strict=True):
-            kl, agreed = divergence(listener.model, states, hearing)
-            shuffled, _ = divergence(listener.model, states, wrong)
-            found[row.id] = Compared(tuple(kl), tuple(agreed), float(sum(shuffled)))
-    return found
+) -> dict[str, Comparison]:
+    """Each clip's divergence along the text route's answer, with its own speech and with the next clip's."""
+    comparisons = {}
+    exchanged = [*speech[1:], *speech[:1]]
+    for part in _slices(rows):
+        batch, targets = rows[part], [answers[row.id] for row in rows[part]]
+        inputs = ([transcripts[row.id] for row in batch], speech[part], exchanged[part])
+        states = (_states(listener, task, batch, route_input, targets) for route_input in inputs)
+        for row, from_text, from_speech, from_other in zip(batch, *states, strict=True):  # each (N, D)
+            kl, agreed = divergence(listener.model, from_text, from_speech)
+            shuffled, _ = divergence(listener.model, from_text, from_other)
+            comparisons[row.id] = Comparison(tuple(kl), tuple(agreed), float(sum(shuffled)))
+    return comparisons
 
 
 def _states(
     listener: Listener,
     task: Task,
     rows: Sequence[Utterance],
-    said: Sequence[RouteInput],
+    inputs: Sequence[RouteInput],
     answers: Sequence[Answer],
 ) -> list[Tensor]:
-    requests = [request(listener, task, row, words) for row, words in zip(rows, said, strict=True)]
+    """For each row the last hidden states (N, D) from which the answer's tokens are predicted."""
+    requests = [request(listener, task, row, item) for row, item in zip(rows, inputs, strict=True)]
     return answer_states(listener.model, requests, answers)
 
 
 def _slices(rows: Sequence[Utterance]) -> Iterator[slice]:
-    """At most `ROWS_AT_A_TIME` rows of one instruction (`plan` has put equal ones side by side)."""
+    """At most `ROWS_AT_A_TIME` rows of one instruction (`plan_batches` puts equal instructions side by side)."""
     start = 0
     for end in range(1, len(rows) + 1):
         full = end - start == ROWS_AT_A_TIME
@@ -166,37 +173,37 @@ def _slices(rows: Sequence[Utterance]) -> Iterator[slice]:
             start = end
 
 
-def summarise(compared: Sequence[Compared], samples: int, seed: int) -> dict[str, Any]:
-    """Token means with their intervals (clips are resampled): kl, kl_shuffled, top1_agreement."""
-    tokens = np.array([len(each.kl) for each in compared], dtype=float)
+def summarise(comparisons: Sequence[Comparison], samples: int, seed: int) -> dict[str, Any]:
+    """Means over tokens with their intervals (clips are resampled): kl, kl_shuffled, top1_agreement."""
+    tokens = np.array([len(clip.kl) for clip in comparisons], dtype=float)
     sums = {
-        "kl": [sum(each.kl) for each in compared],
-        "top1_agreement": [sum(each.agreed) for each in compared],
-        "kl_shuffled": [each.shuffled for each in compared],
+        "kl": [sum(clip.kl) for clip in comparisons],
+        "top1_agreement": [sum(clip.agreed) for clip in comparisons],
+        "kl_shuffled": [clip.shuffled for clip in comparisons],
     }
-    rows = draws(len(compared), samples, seed)
+    rows = draws(len(comparisons), samples, seed)
     figures: dict[str, Any] = {}
     for name, values in sums.items():
         figure = Figure(np.stack([np.array(values, dtype=float), tokens], axis=1), ratio)
         figures |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows))}
-    return figures | {"n": len(compared), "tokens": int(tokens.sum())}
+    return figures | {"n": len(comparisons), "tokens": int(tokens.sum())}
 
 
-def by_position(compared: Sequence[Compared]) -> dict[str, list[float]]:
+def by_position(comparisons: Sequence[Comparison]) -> dict[str, list[float]]:
     """Mean divergence and agreement at the answer's first, second, … token, and how many answers are that long."""
-    longest = max(len(each.kl) for each in compared)
-    found: dict[str, list[float]] = {"kl": [], "top1_agreement": [], "n": []}
-    for place in range(longest):
-        there = [each for each in compared if len(each.kl) > place]
-        found["kl"].append(float(np.mean([each.kl[place] for each in there])))
-        found["top1_agreement"].append(float(np.mean([each.agreed[place] for each in there])))
-        found["n"].append(len(there))
-    return found
+    longest = max(len(clip.kl) for clip in comparisons)
+    means: dict[str, list[float]] = {"kl": [], "top1_agreement": [], "n": []}
+    for position in range(longest):
+        long_enough = [clip for clip in comparisons if len(clip.kl) > position]
+        means["kl"].append(float(np.mean([clip.kl[position] for clip in long_enough])))
+        means["top1_agreement"].append(float(np.mean([clip.agreed[position] for clip in long_enough])))
+        means["n"].append(len(long_enough))
+    return means
 
 
-def _read(row: dict[str, Any]) -> Compared:
-    return Compared(tuple(row["kl"]), tuple(row["agreed"]), row["shuffled"])
+def _from_row(row: dict[str, Any]) -> Comparison:
+    return Comparison(tuple(row["kl"]), tuple(row["agreed"]), row["shuffled"])
 
 
-def _show(compared: Compared) -> dict[str, Any]:
-    return {"kl": list(compared.kl), "agreed": list(compared.agreed), "shuffled": compared.shuffled}
+def _to_row(comparison: Comparison) -> dict[str, Any]:
+    return {"kl": list(comparison.kl), "agreed": list(comparison.agreed), "shuffled": comparison.shuffled}

@@ -1,11 +1,11 @@
-"""Answers as they are kept: one line a question, in a log that a killed run goes on with.
+"""The logs of answers: one line a question, so that a killed run continues.
 
-In:  batches of answers. Out: `OUT/log/TASK.ROUTE.jsonl`, whose first line says exactly what was asked of whom.
-Try: `answer_log(Path("log/sqa.speech.jsonl"), fingerprint).known`
+In:  batches of answers. Out: `OUT/log/TASK.ROUTE.jsonl`; its first line is a digest of what was asked of which model.
+Try: `answer_log(Path("log/sqa.speech.jsonl"), fingerprint).records`
 Flow: evaluation/ — routes.py writes and reads them; scoring.py and report.py get `Answer`s.
 
-A log whose fingerprint (model, task, rows, batch plan, versions) is another one is begun afresh, so that
-results never mix two models or two wordings.
+A log with another fingerprint (model, task, rows, batch plan, versions) is started again, so that results never mix
+two models or two wordings.
 """
 
 from __future__ import annotations
@@ -13,76 +13,79 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from blsp.data.jobs import RowLog
 from blsp.data.jsonl import read_rows
 
-Kept = TypeVar("Kept")
-NO_SPEECH = "no-speech"  # Answer.finish where the set sentence is the answer, or nothing was there to answer
+Record = TypeVar("Record")
+NO_SPEECH = (
+    "no-speech"  # Answer.finish where the set sentence is the answer, or where there was nothing to answer
+)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one route made of one question.
+    """What one route answered to one question.
 
-    finish: stop | length | no-speech | "" (nothing was generated). ids: the tokens, without the end.
-    option_scores: mean log-likelihood a token of each option. heard: what the recogniser or the read-out wrote.
+    finish: stop | length | no-speech | "" (nothing was generated). ids: the tokens, without the end of sequence.
+    option_scores: mean log-likelihood a token of each option. transcript: what the recogniser or the read-out wrote
+    (in files this field is called `heard`).
     """
 
     text: str
     finish: str = ""
     ids: tuple[int, ...] = ()
     option_scores: tuple[float, ...] | None = None
-    heard: str | None = None
+    transcript: str | None = None
 
 
 Answers = dict[str, Answer]  # by the row's id
 
 
-class Log(Generic[Kept]):
-    """Records by name; `known` are those of earlier runs with the same fingerprint."""
+class Log(Generic[Record]):
+    """Records by id; `records` begins with those of earlier runs that had the same fingerprint."""
 
     def __init__(
         self,
         path: Path,
         fingerprint: str,
-        read: Callable[[dict[str, Any]], Kept],
-        show: Callable[[Kept], dict[str, Any]],
+        from_row: Callable[[dict[str, Any]], Record],
+        to_row: Callable[[Record], dict[str, Any]],
     ) -> None:
-        self.path, self._read, self._show = path, read, show
+        self.path, self._from_row, self._to_row = path, from_row, to_row
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.known: dict[str, Kept] = self._earlier(fingerprint)
+        self.records: dict[str, Record] = self._earlier(fingerprint)
         self._log = RowLog(path)
         if path.stat().st_size == 0:
             self._log.append({"fingerprint": fingerprint})
 
-    def write(self, records: dict[str, Kept]) -> None:
-        """Keep a finished batch."""
+    def write(self, records: dict[str, Record]) -> None:
+        """Store a finished batch."""
         for name, record in records.items():
-            self._log.append({"id": name, **self._show(record)})
-        self.known.update(records)
+            self._log.append({"id": name, **self._to_row(record)})
+        self.records.update(records)
 
     def close(self) -> None:
         self._log.close()
 
-    def __enter__(self) -> Log[Kept]:
+    def __enter__(self) -> Log[Record]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _earlier(self, fingerprint: str) -> dict[str, Kept]:
+    def _earlier(self, fingerprint: str) -> dict[str, Record]:
         if not self.path.exists():
             return {}
-        RowLog(self.path).close()  # cuts a torn last line
+        RowLog(self.path).close()  # removes an incomplete last line
         rows = [row for _, row in read_rows(self.path)]
         if rows and rows[0].get("fingerprint") == fingerprint:
-            return {row["id"]: self._read(row) for row in rows[1:]}
+            return {row["id"]: self._from_row(row) for row in rows[1:]}
         if len(rows) > 1:
-            print(f"{self.path}: of another model, task or version; done again")
+            print(f"{self.path}: made by another model, task or version; done again")
         self.path.unlink()
         return {}
 
@@ -92,24 +95,31 @@ AnswerLog = Log[Answer]
 
 def answer_log(path: Path, fingerprint: str) -> AnswerLog:
     """One route's answers to one task."""
-    return Log(path, fingerprint, _answer, _shown)
+    return Log(path, fingerprint, _from_row, _to_row)
 
 
 def fingerprint(**parts: Any) -> str:
-    """A digest of whatever decides the answers."""
+    """A digest of everything that decides the answers."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _answer(row: dict[str, Any]) -> Answer:
+def _from_row(row: dict[str, Any]) -> Answer:
     scores: Sequence[float] | None = row.get("option_scores")
     return Answer(
         text=row["text"],
         finish=row.get("finish", ""),
         ids=tuple(row.get("ids", ())),
         option_scores=None if scores is None else tuple(scores),
-        heard=row.get("heard"),
+        transcript=row.get("heard"),
     )
 
 
-def _shown(answer: Answer) -> dict[str, Any]:
-    return {key: value for key, value in asdict(answer).items() if value not in (None, ())}
+def _to_row(answer: Answer) -> dict[str, Any]:
+    row = {
+        "text": answer.text,
+        "finish": answer.finish,
+        "ids": list(answer.ids),
+        "option_scores": answer.option_scores and list(answer.option_scores),
+        "heard": answer.transcript,
+    }
+    return {name: value for name, value in row.items() if value not in (None, [], ())}

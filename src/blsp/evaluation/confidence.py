@@ -1,14 +1,14 @@
-"""How sure a figure is: percentile bootstrap over utterances, also for corpus metrics and for ratios of two routes.
+"""Confidence intervals: percentile bootstrap over utterances, for corpus metrics and for ratios of two routes, too.
 
-In:  statistics of each utterance (N, K) and the figure they make once summed: WER is errors over words, BLEU a
-     function of n-gram counts. Out: the figure and its 95 % interval.
+In:  statistics of each utterance (N, K) and the figure that their sums give: WER is errors over words, BLEU a function
+     of n-gram counts. Out: the figure and its 95 % interval.
 Try: `interval(Figure(np.array([[1., 4.], [0., 5.]]), lambda total: total[0] / total[1]), draws(2, 1000, seed=0))`
-Flow: evaluation/ — under scoring.py.
+Flow: evaluation/ — used by scoring.py, alignment.py and results.py.
 
-The draws depend on N and the seed alone, so two routes that answered the same questions are resampled
-together and the interval of their ratio is a paired one (Koehn 2004; Efron & Tibshirani 1993, ch. 13).
+The draws depend on N and the seed alone. Two routes that answered the same questions are therefore resampled together,
+and the interval of their ratio is a paired one (Koehn 2004; Efron & Tibshirani 1993, ch. 13).
 
-Letters: N utterances, K sums a figure needs, S bootstrap samples.
+Shapes: N utterances, K sums that a figure needs, S bootstrap samples.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Figure:
-    """A corpus figure: `value` of the sums over utterances of `statistics` (N, K); nan where it is undefined."""
+    """A corpus figure: `value` of the sums over utterances of `statistics` (N, K); nan where it is undefined.
+
+    WER, for example: a row of `statistics` is (errors, words) of one utterance, and `value` divides the sums.
+    """
 
     statistics: Array
     value: Callable[[Array], float]
@@ -40,8 +43,8 @@ class Figure:
 
 def mean_figure(values: Array) -> Figure:
     """The mean of one number an utterance; those that are nan are left out."""
-    known = np.isfinite(values)
-    return Figure(np.stack([np.where(known, values, 0.0), known], axis=1).astype(float), ratio)
+    finite = np.isfinite(values)
+    return Figure(np.stack([np.where(finite, values, 0.0), finite], axis=1).astype(float), ratio)
 
 
 def ratio(total: Array) -> float:
@@ -61,11 +64,10 @@ def interval(figure: Figure, rows: NDArray[np.int64]) -> tuple[float, float]:
 
 def relative_gap(figure: Figure, other: Figure, rows: NDArray[np.int64]) -> tuple[float, tuple[float, float]]:
     """How much larger than `other` the figure is, in percent (negative: smaller), and the interval."""
-    return _percent(figure.point(), other.point()), _middle(
-        np.array(
-            [_percent(*pair) for pair in zip(figure.resampled(rows), other.resampled(rows), strict=True)]
-        )
-    )
+    # Both figures are taken on the same draws, so that what is hard for both routes cancels.
+    pairs = zip(figure.resampled(rows), other.resampled(rows), strict=True)
+    percents = np.array([_percent(*pair) for pair in pairs])
+    return _percent(figure.point(), other.point()), _middle(percents)
 
 
 def _percent(value: float, other: float) -> float:
@@ -73,8 +75,9 @@ def _percent(value: float, other: float) -> float:
 
 
 def _middle(values: Array) -> tuple[float, float]:
-    known = values[np.isfinite(values)]
-    if not len(known):
+    """The quantiles between which `CONFIDENCE` of the finite values lie."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         return float("nan"), float("nan")
-    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    low, high = np.quantile(finite, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -1,12 +1,12 @@
-"""Others on the same questions, over HTTP: a peer that takes speech as one more column, a judge of open answers.
+"""Other models behind an OpenAI-compatible URL: peers that take speech, and a judge of open answers.
 
-In:  rows and an OpenAI-compatible URL. Out: a peer's answers; a judge's marks from 1 to 10.
+In:  rows and a URL. Out: a peer's answers, as one more column; a judge's marks from 1 to 10.
 Try: `blsp evaluate --suite tiny --task sqa --peer ultravox@http://localhost:8000/v1 --out results/x`
-Flow: evaluation/ — beside routes.py (peers answer what the routes answer) and after it (the judge reads answers).
+Flow: evaluation/ — beside routes.py (peers answer the same questions) and after it (the judge reads the answers).
 
-Requests go through step 1's engine: many in flight, patient with 429 and server errors. A peer gets the
-instruction as text and the clip as `input_audio`; it chooses among options by writing one, since no endpoint
-tells the likelihood of given answers.
+Requests go through the engine of step 1, which keeps many in flight and repeats those that a full or broken server
+refused. A peer gets the instruction as text and the clip as `input_audio`. It chooses among options by writing one,
+since no endpoint tells how likely a given answer is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from blsp.llm.decoding import Decoding
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 ROWS_AT_A_TIME = 32
-OURS = ("text", "cascade", "speech", "transcript", "recogniser", "readout")  # columns that are taken
+OWN_COLUMNS = ("text", "cascade", "speech", "transcript", "recogniser", "readout")
 JUDGE = """\
 Rate how well an assistant answered a spoken question, from 1 (useless) to 10 (excellent): is the answer \
 relevant to the question, correct and helpful? Write the number alone.
@@ -46,7 +46,7 @@ Rating:"""
 
 
 class PeerError(ValueError):
-    """A peer or judge that cannot be meant; the message shows how to write one."""
+    """An invalid name of a peer or judge; the message shows a valid one."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def parse_endpoint(text: str) -> Endpoint:
 def parse_peers(texts: Sequence[str]) -> tuple[Endpoint, ...]:
     """The peers of an evaluation; each needs a column of its own."""
     peers = tuple(map(parse_endpoint, texts))
-    names = [*OURS, *(peer.name for peer in peers)]
+    names = [*OWN_COLUMNS, *(peer.name for peer in peers)]
     for peer in peers:
         if names.count(peer.name) > 1:
             raise PeerError(
@@ -87,21 +87,23 @@ def ask_peer(
     task: Task,
     rows: Sequence[Utterance],
     log: AnswerLog,
-    done: Callable[[int], Any] = lambda count: None,
+    progress: Callable[[int], Any] = lambda count: None,
 ) -> Answers:
-    """The peer's answers to the task, as far as they are not in the log."""
+    """The peer's answers to the task; those in the log are not asked for again."""
     by_number = dict(enumerate(rows))
-    engine = _engine(endpoint, task.max_new_tokens, lambda prompt: _spoken(by_number[prompt.key], prompt))
-    waiting = [number for number, row in by_number.items() if row.id not in log.known]
-    done(len(rows) - len(waiting))
+    engine = _engine(
+        endpoint, task.max_new_tokens, lambda prompt: _speech_turn(by_number[prompt.key], prompt)
+    )
+    waiting = [number for number, row in by_number.items() if row.id not in log.records]
+    progress(len(rows) - len(waiting))
     for start in range(0, len(waiting), ROWS_AT_A_TIME):
         numbers = waiting[start : start + ROWS_AT_A_TIME]
         prompts = [Prompt(n, by_number[n].instruction or "", task.order, by_number[n].text) for n in numbers]
         for written in engine.write([[prompt] for prompt in prompts]):
-            for each in written:
-                log.write({by_number[each.key].id: Answer(each.text.strip(), each.finish)})
-        done(len(numbers))
-    return {row.id: log.known[row.id] for row in rows}
+            for reply in written:
+                log.write({by_number[reply.key].id: Answer(reply.text.strip(), reply.finish)})
+        progress(len(numbers))
+    return {row.id: log.records[row.id] for row in rows}
 
 
 def rate(endpoint: Endpoint, rows: Sequence[Utterance], answers: Answers, log: AnswerLog) -> dict[str, float]:
@@ -112,18 +114,18 @@ def rate(endpoint: Endpoint, rows: Sequence[Utterance], answers: Answers, log: A
         number: JUDGE.format(question=row.text, answer=answers[row.id].text)
         for number, row in by_number.items()
     }
-    waiting = [number for number, row in by_number.items() if row.id not in log.known]
+    waiting = [number for number, row in by_number.items() if row.id not in log.records]
     prompts = [[Prompt(number, "", "instruction-first", texts[number])] for number in waiting]
     for written in engine.write(prompts):
-        for each in written:
-            log.write({by_number[each.key].id: Answer(each.text.strip(), each.finish)})
-    return {row.id: read_mark(log.known[row.id].text) for row in rows}
+        for reply in written:
+            log.write({by_number[reply.key].id: Answer(reply.text.strip(), reply.finish)})
+    return {row.id: read_mark(log.records[row.id].text) for row in rows}
 
 
 def read_mark(text: str) -> float:
-    """The first number from 1 to 10 in the judge's reply."""
-    found = re.search(r"\b(10|[1-9])\b", text)
-    return float(found[0]) if found else float("nan")
+    """The first number from 1 to 10 in the judge's reply; nan where there is none."""
+    number = re.search(r"\b(10|[1-9])\b", text)
+    return float(number[0]) if number else float("nan")
 
 
 def _engine(endpoint: Endpoint, max_new_tokens: int, content: Callable[[Prompt], Any]) -> Any:
@@ -141,7 +143,7 @@ def _engine(endpoint: Endpoint, max_new_tokens: int, content: Callable[[Prompt],
     )
 
 
-def _spoken(row: Utterance, prompt: Prompt) -> list[dict[str, Any]]:
+def _speech_turn(row: Utterance, prompt: Prompt) -> list[dict[str, Any]]:
     """The user's turn: instruction and clip, in the task's order."""
     clip: dict[str, Any] = {
         "type": "input_audio",

@@ -1,12 +1,12 @@
-"""The cascade's first half: a real recogniser, fast and greedy.
+"""The recogniser of the cascade: a speech recogniser that writes the transcript which the LLM then reads.
 
 In:  clips and their languages; the name of a recogniser. Out: transcripts, kept in a log.
 Try: `Recogniser("embedded:whisper-tiny.en:ct2", "int8").transcribe(rows, log)`
-Flow: evaluation/ — recogniser → the same LLM with the same prompt (routes.py). Never on the speech route.
+Flow: evaluation/ — recogniser → the same LLM with the same prompt (routes.py). The speech route never uses it.
 
-faster-whisper (CTranslate2): beam 1, no timestamps, no conditioning on earlier text, all cores (as many
-clips side by side, one core each: more speech a second than all cores on one clip). A folder in
-transformers' format is run by transformers' own pipeline.
+faster-whisper (CTranslate2) with beam 1, without timestamps, and without conditioning on earlier text. On a CPU it
+runs as many clips side by side as there are cores, one core each, which is faster than all cores on one clip. A
+folder in transformers' format is run by transformers' own pipeline.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from blsp.evaluation.answers import Answer, AnswerLog
 from blsp.weights.embedded import PREFIX, resolve_weights
 
 COMPUTE_TYPES = ("int8", "float32")
-CLIPS_AT_A_TIME = 32  # transcripts written to the log together
+CLIPS_AT_A_TIME = 32  # transcripts that are logged together
 WINDOW_SECONDS = 30
 
-Hear = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcript
+Transcribe = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcript
 
 
 def recogniser_of(audio_model_id: str) -> str:
-    """The recogniser whose encoder is the model's own: the fairest cascade."""
+    """The recogniser with the model's own speech encoder, which makes the fairest cascade."""
     return f"{audio_model_id}:ct2" if audio_model_id.startswith(PREFIX) else audio_model_id
 
 
@@ -54,28 +54,28 @@ class Recogniser:
         self.name, self.compute = name, compute
         folder = resolve_weights(name)
         faster = Path(folder, "model.bin").is_file() or not ("/" in folder or Path(folder).is_dir())
-        self._hear, self.multilingual = (_faster if faster else _transformers)(folder, compute, device)
+        self._transcribe, self.multilingual = (_faster if faster else _transformers)(folder, compute, device)
         self.workers = (os.cpu_count() or 1) if faster and device == "cpu" else 1
 
     def supports_language(self, language: str) -> bool:
         return self.multilingual or language == "en"
 
     def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
-        """Transcripts in the order of the rows; clips that the log has are not heard again."""
-        waiting = list({_clip_key(row): row for row in rows if _clip_key(row) not in log.known}.items())
+        """Transcripts in the order of the rows; clips that are in the log are not transcribed again."""
+        waiting = list({_clip_key(row): row for row in rows if _clip_key(row) not in log.records}.items())
         with ThreadPoolExecutor(self.workers) as pool:
             for start in range(0, len(waiting), CLIPS_AT_A_TIME):
                 batch = waiting[start : start + CLIPS_AT_A_TIME]
-                texts = list(pool.map(self._transcribe, [row for _, row in batch]))
+                texts = list(pool.map(self._transcribe_row, [row for _, row in batch]))
                 log.write({key: Answer(text) for (key, _), text in zip(batch, texts, strict=True)})
-        return [log.known[_clip_key(row)].text for row in rows]
+        return [log.records[_clip_key(row)].text for row in rows]
 
     def transcribe_clip(self, clip: np.ndarray, language: str) -> str:
-        """What is said in 16 kHz samples (N,)."""
-        return self._hear(clip, language)
+        """The transcript of 16 kHz samples (N,)."""
+        return self._transcribe(clip, language)
 
-    def _transcribe(self, row: Utterance) -> str:
-        return self._hear(load_clip(row), row.language or "en")
+    def _transcribe_row(self, row: Utterance) -> str:
+        return self._transcribe(load_clip(row), row.language or "en")
 
 
 def load_clip(row: Utterance) -> np.ndarray:
@@ -84,7 +84,7 @@ def load_clip(row: Utterance) -> np.ndarray:
 
 
 def file_size(audio: str) -> int:
-    """Bytes; 0 where there is no file. A clip that was made anew under its old name is not taken for the old one."""
+    """Bytes of a file, 0 where there is none: another recording under an old name has another size."""
     return os.path.getsize(audio) if audio and os.path.exists(audio) else 0
 
 
@@ -93,7 +93,7 @@ def _clip_key(row: Utterance) -> str:
     return f"{row.audio}#{part}@{row.language or 'en'} {file_size(row.audio)} B"
 
 
-def _faster(folder: str, compute: str, device: str) -> tuple[Hear, bool]:
+def _faster(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:
     try:
         from faster_whisper import WhisperModel
     except ImportError as error:
@@ -105,7 +105,7 @@ def _faster(folder: str, compute: str, device: str) -> tuple[Hear, bool]:
     def load(kind: str) -> Any:
         return WhisperModel(folder, device=device, compute_type=kind, cpu_threads=1, num_workers=cores)
 
-    def write(model: Any, clip: np.ndarray, language: str) -> str:
+    def transcribe(model: Any, clip: np.ndarray, language: str) -> str:
         segments, _ = model.transcribe(
             clip,
             language=language,
@@ -117,43 +117,44 @@ def _faster(folder: str, compute: str, device: str) -> tuple[Hear, bool]:
         return " ".join(segment.text.strip() for segment in segments).strip()
 
     threads = torch.get_num_threads()
-    model = load(_faster_type(load, write) if compute == "auto" else compute)
-    torch.set_num_threads(threads)  # CTranslate2 leaves its own number to the thread that loads it: the LLM's
-    return lambda clip, language: write(model, clip, language), bool(model.model.is_multilingual)
+    model = load(_faster_type(load, transcribe) if compute == "auto" else compute)
+    torch.set_num_threads(
+        threads
+    )  # CTranslate2 changes the number of the thread that loads it, which runs the LLM
+    return lambda clip, language: transcribe(model, clip, language), bool(model.model.is_multilingual)
 
 
-def _faster_type(load: Callable[[str], Any], write: Callable[[Any, np.ndarray, str], str]) -> str:
-    """The quicker of the types on ten seconds of noise."""
+def _faster_type(load: Callable[[str], Any], transcribe: Callable[[Any, np.ndarray, str], str]) -> str:
+    """The faster of the compute types, on ten seconds of noise."""
     clip = np.random.default_rng(0).standard_normal(10 * SAMPLE_RATE).astype(np.float32) * 0.05
-    taken = {}
+    seconds = {}
     for kind in COMPUTE_TYPES:
         model = load(kind)
-        write(model, clip, "en")
-        began = time.perf_counter()
-        write(model, clip, "en")
-        taken[kind] = time.perf_counter() - began
-    return min(taken, key=lambda kind: taken[kind])
+        transcribe(model, clip, "en")  # the warm-up
+        start = time.perf_counter()
+        transcribe(model, clip, "en")
+        seconds[kind] = time.perf_counter() - start
+    return min(seconds, key=lambda kind: seconds[kind])
 
 
-def _transformers(folder: str, compute: str, device: str) -> tuple[Hear, bool]:
+def _transformers(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:
     from transformers import pipeline
 
     recognise = pipeline("automatic-speech-recognition", model=folder, device=device)
-    if (
-        len(recognise.tokenizer) < recognise.model.config.vocab_size // 2
-    ):  # transformers makes an empty one up
+    # A folder without a tokenizer gets an almost empty one from transformers, which writes nothing.
+    if len(recognise.tokenizer) < recognise.model.config.vocab_size // 2:
         raise RecogniserError(f"{folder}: holds no tokenizer, so it cannot write; name another with --asr")
     is_whisper = recognise.model.config.model_type == "whisper"
     multilingual = is_whisper and bool(getattr(recognise.model.generation_config, "is_multilingual", False))
 
     def transcribe_clip(clip: np.ndarray, language: str) -> str:
-        sound = {"raw": clip, "sampling_rate": SAMPLE_RATE}
+        audio = {"raw": clip, "sampling_rate": SAMPLE_RATE}
         if not is_whisper:
-            return str(recognise(sound, chunk_length_s=WINDOW_SECONDS)["text"]).strip()
+            return str(recognise(audio, chunk_length_s=WINDOW_SECONDS)["text"]).strip()
         options: dict[str, Any] = {"num_beams": 1}
         if multilingual:
             options |= {"language": language, "task": "transcribe"}
-        windows = len(clip) > WINDOW_SECONDS * SAMPLE_RATE  # Whisper goes on from its own timestamps
-        return str(recognise(sound, return_timestamps=windows, generate_kwargs=options)["text"]).strip()
+        windows = len(clip) > WINDOW_SECONDS * SAMPLE_RATE  # Whisper finds the next window by its timestamps
+        return str(recognise(audio, return_timestamps=windows, generate_kwargs=options)["text"]).strip()
 
     return transcribe_clip, multilingual

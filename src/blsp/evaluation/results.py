@@ -1,12 +1,12 @@
-"""All that an evaluation found, and results.json and samples.jsonl as the contract wants them.
+"""The results of an evaluation, and the files results.json and samples.jsonl.
 
 In:  tasks with their answers and scores, the alignment analysis. Out: two files.
 Try: `write_results(results, Path("results/tiny"))`
-Flow: evaluation/ — judge.py fills it, **results** writes the numbers, report.py the page.
+Flow: evaluation/ — judge.py → **results** (the numbers) → report.py (the page).
 
 results.json: {"suite", "tasks": {task: {route: {metric, metric_ci, "n", faults}}}, "gaps", "alignment",
-"signatures", "environment"}. "tasks" and "alignment" are the same to the digit in every run; "environment"
-holds what differs.
+"signatures", "environment"}. "tasks" and "alignment" are the same to the last digit in every run; "environment" holds
+what differs between runs.
 """
 
 from __future__ import annotations
@@ -33,32 +33,50 @@ from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener
 
 COMPARED = (("speech", "text"), ("speech", "cascade"), ("cascade", "text"))
-TWICE_CHANCE, ENOUGH = 2.0, 0.5
-TRANSCRIPTS = ("recogniser", "readout", "transcript")  # what was written down, without an answer
-ENOUGH_BLEU = 5.0
+TWICE_CHANCE, ENOUGH, ENOUGH_BLEU = 2.0, 0.5, 5.0  # what the text route must reach: see `lacks_evidence`
+TRANSCRIPTS = ("recogniser", "readout", "transcript")  # columns of transcripts, without an answer
 
 
 @dataclass
 class TaskResult:
-    """One task: answers and scores by route; why a route is missing; what the recogniser and the
-    listener (`blsp transcribe`) wrote."""
+    """One task: answers and scores by route.
+
+    unavailable: route -> why it is missing. recogniser_transcripts: by the cascade's recogniser; model_transcripts: by
+    `blsp transcribe`.
+    """
 
     task: Task
     rows: list[Utterance]
     answers: dict[str, Answers] = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
-    recognised: dict[str, str] = field(default_factory=dict)
-    transcribed: dict[str, str] = field(default_factory=dict)
+    recogniser_transcripts: dict[str, str] = field(default_factory=dict)
+    model_transcripts: dict[str, str] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
+        """The metric that the report shows first."""
         return MAIN_METRIC[self.task.kind]
+
+    def lacks_evidence(self) -> str | None:
+        """Why the task shows nothing about listening: the LLM cannot do it on text either. None where it can."""
+        text = self.scores.get("text")
+        if text is None or self.metric not in text.figures or self.task.kind in ("chat", "continuation"):
+            return None
+        value, chance = text.figures[self.metric].point(), self.task.chance
+        if self.metric == "wer":
+            return None if value <= ENOUGH else f"a WER of {value:.2f} as text"
+        if self.metric == "bleu":
+            return None if value >= ENOUGH_BLEU else f"{value:.1f} BLEU as text"
+        if value >= ENOUGH or (chance and value >= TWICE_CHANCE * chance):
+            return None
+        bar = f"twice chance, {TWICE_CHANCE * chance:.2f}" if chance else f"{ENOUGH}"
+        return f"{value:.2f} as text, below {bar}"
 
 
 @dataclass
 class Results:
-    """A finished evaluation."""
+    """A finished evaluation. bootstrap, seed: number of samples behind each interval, and what draws them."""
 
     suite: str
     bootstrap: int
@@ -68,72 +86,57 @@ class Results:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """The content of results.json, undefined figures as nan."""
+        doubts = {result.task.name: result.lacks_evidence() for result in self.tasks}
         return {
             "suite": self.suite,
-            "tasks": {each.task.name: self._task(each) for each in self.tasks},
-            "gaps": {each.task.name: self._gaps(each) for each in self.tasks},
-            "no_evidence": {
-                each.task.name: why for each in self.tasks if (why := evidence(each)) is not None
-            },
-            "alignment": self.alignment.figures if self.alignment else {},
+            "tasks": {result.task.name: self._scores(result) for result in self.tasks},
+            "gaps": {result.task.name: self._gaps(result) for result in self.tasks},
+            "no_evidence": {name: reason for name, reason in doubts.items() if reason is not None},
+            "alignment": self.alignment.figures(self.bootstrap, self.seed) if self.alignment else {},
             "signatures": {
-                each.task.name: next(iter(each.scores.values())).signatures
-                for each in self.tasks
-                if each.scores and next(iter(each.scores.values())).signatures
+                result.task.name: next(iter(result.scores.values())).signatures
+                for result in self.tasks
+                if result.scores and next(iter(result.scores.values())).signatures
             },
             "environment": self.environment,
         }
 
-    def _task(self, result: TaskResult) -> dict[str, Any]:
+    def _scores(self, result: TaskResult) -> dict[str, Any]:
+        """By route: every metric with its interval, the number of questions, and counts of faults."""
         rows = draws(len(result.rows), self.bootstrap, self.seed)
-        found: dict[str, Any] = {}
+        routes: dict[str, Any] = {}
         for route, score in result.scores.items():
-            found[route] = {}
+            routes[route] = {}
             for name, figure in score.figures.items():
-                found[route] |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows))}
-            found[route] |= {"n": len(result.rows), **score.counts}
-        return found | {route: {"n": 0, "unavailable": why} for route, why in result.unavailable.items()}
+                routes[route] |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows))}
+            routes[route] |= {"n": len(result.rows), **score.counts}
+        return routes | {route: {"n": 0, "unavailable": why} for route, why in result.unavailable.items()}
 
     def _gaps(self, result: TaskResult) -> dict[str, Any]:
         """By metric: how much larger one route's figure is than another's, in percent."""
         rows = draws(len(result.rows), self.bootstrap, self.seed)
-        found: dict[str, Any] = {}
+        gaps: dict[str, Any] = {}
         for route, other in COMPARED:
             if route not in result.scores or other not in result.scores:
                 continue
             for name, figure in result.scores[route].figures.items():
-                against = result.scores[other].figures.get(name)
-                if against is not None and name != "agreement":
-                    percent, around = relative_gap(figure, against, rows)
-                    found.setdefault(name, {})[f"{route}_vs_{other}"] = percent
-                    found[name][f"{route}_vs_{other}_ci"] = list(around)
-        return found
-
-
-def evidence(result: TaskResult) -> str | None:
-    """Why the task says nothing about listening: the LLM cannot do it on reading either. None where it does say."""
-    score = result.scores.get("text")
-    if score is None or result.metric not in score.figures or result.task.kind in ("chat", "continuation"):
-        return None
-    value, chance = score.figures[result.metric].point(), result.task.chance
-    if result.metric == "wer":
-        return None if value <= ENOUGH else f"a WER of {value:.2f} as text"
-    if result.metric == "bleu":
-        return None if value >= ENOUGH_BLEU else f"{value:.1f} BLEU as text"
-    if value >= ENOUGH or (chance and value >= TWICE_CHANCE * chance):
-        return None
-    bar = f"twice chance, {TWICE_CHANCE * chance:.2f}" if chance else f"{ENOUGH}"
-    return f"{value:.2f} as text, below {bar}"
+                other_figure = result.scores[other].figures.get(name)
+                if other_figure is not None and name != "agreement":
+                    percent, bounds = relative_gap(figure, other_figure, rows)
+                    gaps.setdefault(name, {})[f"{route}_vs_{other}"] = percent
+                    gaps[name][f"{route}_vs_{other}_ci"] = list(bounds)
+        return gaps
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """results.json and samples.jsonl, each whole or not at all."""
+    """Write results.json and samples.jsonl, each as a whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_plain(results.to_json()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     partial = folder / f".results.json.{os.getpid()}.partial"
     partial.write_text(text, encoding="utf-8")
     partial.replace(folder / "results.json")
-    write_manifest(folder / "samples.jsonl", (sample for each in results.tasks for sample in _samples(each)))
+    write_manifest(folder / "samples.jsonl", (sample for task in results.tasks for sample in _samples(task)))
 
 
 def _samples(result: TaskResult) -> list[dict[str, Any]]:
@@ -148,15 +151,14 @@ def _samples(result: TaskResult) -> list[dict[str, Any]]:
         }
         for route, answers in result.answers.items():
             answer = answers[row.id]
-            shown: dict[str, Any] = {
+            fields = {
                 "text": answer.text,
                 "finish": answer.finish or None,
-                "heard": answer.heard,
+                "heard": answer.transcript,
+                "option_scores": None if answer.option_scores is None else list(answer.option_scores),
+                **result.scores[route].rows.get(row.id, {}),
             }
-            if answer.option_scores is not None:
-                shown["option_scores"] = list(answer.option_scores)
-            shown |= result.scores[route].rows.get(row.id, {})
-            sample["answers"][route] = {name: value for name, value in shown.items() if value is not None}
+            sample["answers"][route] = {name: value for name, value in fields.items() if value is not None}
         for route in TRANSCRIPTS:
             if route in result.scores:
                 sample["answers"][route] = result.scores[route].rows.get(row.id, {})
@@ -165,11 +167,11 @@ def _samples(result: TaskResult) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no nan: an undefined figure is null."""
+    """The same value with null for nan, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -188,7 +190,7 @@ PACKAGES = (
 
 
 def describe(listener: Listener) -> dict[str, Any]:
-    """Machine, versions, and what the model is made of."""
+    """The environment of a run: machine, versions, and the parts of the model."""
     config = listener.model.config
     return {
         "blsp": blsp.__version__,
@@ -198,7 +200,7 @@ def describe(listener: Listener) -> dict[str, Any]:
         "device": str(listener.model.lm_head.weight.device),
         "dtype": str(listener.model.lm_head.weight.dtype).removeprefix("torch."),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": {name: number for name in PACKAGES if (number := _version(name))},
         "adapter": config.adapter,
         "audio_model": config.audio_model_id,
         "audio_model_sha256": config.audio_model_sha256,
@@ -209,7 +211,7 @@ def describe(listener: Listener) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """Processor and cores, or the accelerator."""
+    """The processor and its number of cores, or the accelerator."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()

@@ -1,13 +1,15 @@
-"""The same question by three routes: as text, through a cascade, as speech.
+"""The three routes of a question: as text, through a cascade, as speech.
 
-In:  a loaded model, a task and its rows. Out: answers, one a row, in a log that a killed run goes on with.
-Try: `ask(listener, task, rows, read_text(rows), log, batch_size=32)`
+In:  a loaded model, a task and its rows. Out: one answer a row, kept in a log so that a killed run continues.
+Try: `ask(listener, task, rows, text_input(transcripts), log, batch_size=32)`
 Flow: evaluation/ — tasks.py → **routes** → scoring.py.
 
-Every route puts something into the same place between the same ids (`Listener.request`): the transcript, the
-recogniser's transcript, or the speech's vectors. What follows is one code path: one decode loop, one scoring
-of options. The batch plan is fixed from all rows before the first is asked, and finished plans are skipped
-whole, so that a resumed run has the very numbers of an uninterrupted one.
+A route decides one thing only: what stands between the same prefix ids and the same suffix ids of the prompt
+(`Listener.request`). It is the transcript, the recogniser's transcript, or the speech vectors. All that follows is
+shared: one decode loop, one scoring of options.
+
+Batches are planned from all rows before the first one is asked, and a finished batch is skipped as a whole. A
+resumed run therefore gives exactly the numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,40 +28,39 @@ from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers, finge
 from blsp.evaluation.recogniser import file_size, load_clip
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener, Question
-from blsp.llm.decoding import Request, decode
+from blsp.llm.decoding import Request, Result, decode
 from blsp.llm.teacher_forcing import option_scores
 from blsp.model.adapter_parts import AudioEmbeds
 
-RouteInput = str | AudioEmbeds  # what stands in the speech's place: words, or vectors
+RouteInput = str | AudioEmbeds  # what stands in the speech's place in the prompt: words, or vectors
 RouteInputFn = Callable[[Sequence[Utterance]], list[RouteInput]]
-BATCHES_AT_A_TIME = 2  # planned (and kept) together: rows that end make room for others within the plan
-OPTIONS_AT_A_TIME = 128  # options scored side by side
+BATCHES_AT_A_TIME = 2  # planned and logged together: a row that ends early makes room for the next one
+OPTIONS_AT_A_TIME = 128  # answer options scored in one pass
 
 
-def read_text(transcripts: dict[str, str]) -> RouteInputFn:
-    """The text route, and the cascade: words by the row's id."""
+def text_input(transcripts: dict[str, str]) -> RouteInputFn:
+    """The input of the text route and of the cascade: words by the row's id."""
     return lambda rows: [transcripts[row.id] for row in rows]
 
 
-def hear_speech(listener: Listener) -> RouteInputFn:
-    """The speech route: what the adapter makes of each clip. The clips of the batch before are not heard again."""
-    clips: list[tuple[str, float | None, float | None]] = []
-    heard: list[RouteInput] = []
+def speech_input(listener: Listener) -> RouteInputFn:
+    """The input of the speech route: the adapter's vectors. The last batch is kept and not encoded again."""
+    last_clips: list[tuple[str, float | None, float | None]] = []
+    last_inputs: list[RouteInput] = []
 
-    def say(rows: Sequence[Utterance]) -> list[RouteInput]:
-        wanted = [(row.audio, row.start, row.duration) for row in rows]
-        if (
-            wanted != clips
-        ):  # whole batches alone are kept: a clip's last digits depend on the others beside it
-            heard[:] = listener.embed_audio([load_clip(row) for row in rows])
-            clips[:] = wanted
-        return list(heard)
+    def route_input(rows: Sequence[Utterance]) -> list[RouteInput]:
+        clips = [(row.audio, row.start, row.duration) for row in rows]
+        # Only an equal batch is reused: the last digits of a clip depend on the clips beside it.
+        if clips != last_clips:
+            last_inputs[:] = listener.embed_audio([load_clip(row) for row in rows])
+            last_clips[:] = clips
+        return list(last_inputs)
 
-    return say
+    return route_input
 
 
 def supports_language(listener: Listener, language: str) -> bool:
-    """False for a language that the speech encoder was never taught (Whisper's English-only models)."""
+    """False for a language that the speech encoder was not trained on (Whisper's English-only models)."""
     return language == "en" or listener.model.config.audio_config.vocab_size >= 51865
 
 
@@ -67,32 +68,32 @@ def ask(
     listener: Listener,
     task: Task,
     rows: Sequence[Utterance],
-    say: RouteInputFn,
+    route_input: RouteInputFn,
     log: AnswerLog,
     batch_size: int,
-    done: Callable[[int], Any] = lambda count: None,
+    progress: Callable[[int], Any] = lambda count: None,
 ) -> Answers:
-    """Every row's answer; `done` is told of rows as they are finished."""
-    for chunk in plan(rows, batch_size):
-        if not all(row.id in log.known for row in chunk):
-            log.write(_answer(listener, task, chunk, say(chunk), batch_size))
-        done(len(chunk))
-    return {row.id: log.known[row.id] for row in rows}
+    """Every row's answer. `progress` is called with the number of rows finished since the last call."""
+    for batch in plan_batches(rows, batch_size):
+        if not all(row.id in log.records for row in batch):
+            log.write(_answer(listener, task, batch, route_input(batch), batch_size))
+        progress(len(batch))
+    return {row.id: log.records[row.id] for row in rows}
 
 
-def write_down(
+def transcribe_rows(
     listener: Listener, rows: Sequence[Utterance], log: AnswerLog, batch_size: int
 ) -> dict[str, str]:
-    """What `blsp transcribe` writes of each row's clip, by the row's id."""
-    for chunk in plan(rows, batch_size):
-        if not all(row.id in log.known for row in chunk):
-            texts = listener.transcribe_all([load_clip(row) for row in chunk])
-            log.write({row.id: Answer(text) for row, text in zip(chunk, texts, strict=True)})
-    return {row.id: log.known[row.id].text for row in rows}
+    """What `blsp transcribe` writes for each row's clip, by the row's id."""
+    for batch in plan_batches(rows, batch_size):
+        if not all(row.id in log.records for row in batch):
+            texts = listener.transcribe_all([load_clip(row) for row in batch])
+            log.write({row.id: Answer(text) for row, text in zip(batch, texts, strict=True)})
+    return {row.id: log.records[row.id].text for row in rows}
 
 
-def plan(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Utterance]]:
-    """Rows of like length together: the order, and so the batches, depend on the questions alone."""
+def plan_batches(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Utterance]]:
+    """Rows of like length together; the order, and so the batches, depend on the questions alone."""
     ordered = sorted(rows, key=lambda row: (row.instruction or "", len(row.text), row.id))
     for start in range(0, len(ordered), BATCHES_AT_A_TIME * batch_size):
         yield ordered[start : start + BATCHES_AT_A_TIME * batch_size]
@@ -100,75 +101,90 @@ def plan(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Utterance]
 
 @torch.no_grad()
 def _answer(
-    listener: Listener, task: Task, rows: Sequence[Utterance], said: Sequence[RouteInput], batch_size: int
+    listener: Listener, task: Task, rows: Sequence[Utterance], inputs: Sequence[RouteInput], batch_size: int
 ) -> Answers:
-    answers, requests = {}, []
-    for row, words in zip(rows, said, strict=True):
-        heard = _heard(listener, words)
-        if nothing_said(words):
-            answers[row.id] = Answer(listener.model.config.no_speech_sentence, NO_SPEECH, heard=heard)
-        else:
-            requests.append(request(listener, task, row, words))
-            answers[row.id] = Answer("", heard=heard)
-    if task.generate or any(row.options is None for row in rows):
-        hearing = {row.id for row, words in zip(rows, said, strict=True) if isinstance(words, AudioEmbeds)}
-        for key, result in decode(listener.model, requests, batch_size).items():
-            name, text = str(key), listener.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
-            silent = name in hearing and text == listener.model.config.no_speech_sentence
-            finish = (
-                NO_SPEECH if silent else result.finish
-            )  # adapters without a read-out say so through the LLM
-            answers[name] = replace(answers[name], text=text, finish=finish, ids=tuple(result.ids))
-    options = {row.id: row.options for row in rows if row.options is not None}
-    choosing = [each for each in requests if each.key in options]
-    asked = [options[str(each.key)] or () for each in choosing]
-    for each, scores in zip(
-        choosing,
-        option_scores(listener.model, listener.tokenizer, choosing, asked, OPTIONS_AT_A_TIME),
-        strict=True,
-    ):
-        answers[str(each.key)] = replace(answers[str(each.key)], option_scores=tuple(scores))
-    return answers
+    """The answers of one batch: written by the decode loop, and chosen among the options where a row has some."""
+    requests = {
+        row.id: request(listener, task, row, route_input)
+        for row, route_input in zip(rows, inputs, strict=True)
+        if not is_empty(route_input)
+    }
+    generate = task.generate or any(row.options is None for row in rows)
+    results = decode(listener.model, list(requests.values()), batch_size) if generate else {}
+    scores = _score_options(listener, rows, requests)
+    return {
+        row.id: _as_answer(listener, route_input, results.get(row.id), scores.get(row.id))
+        for row, route_input in zip(rows, inputs, strict=True)
+    }
 
 
-def request(listener: Listener, task: Task, row: Utterance, said: RouteInput) -> Request:
+def _score_options(
+    listener: Listener, rows: Sequence[Utterance], requests: dict[str, Request]
+) -> dict[str, list[float]]:
+    """By row id: the mean log-likelihood a token of each option, where the row has options and an input."""
+    options = {row.id: row.options for row in rows if row.options is not None and row.id in requests}
+    chosen = [requests[name] for name in options]
+    scores = option_scores(
+        listener.model, listener.tokenizer, chosen, list(options.values()), OPTIONS_AT_A_TIME
+    )
+    return dict(zip(options, scores, strict=True))
+
+
+def _as_answer(
+    listener: Listener, route_input: RouteInput, result: Result | None, scores: Sequence[float] | None
+) -> Answer:
+    """An `Answer` from what the decode loop and the scoring of options gave for one row."""
+    transcript = _transcript(listener, route_input)
+    sentence = listener.model.config.no_speech_sentence
+    if is_empty(route_input):
+        return Answer(sentence, NO_SPEECH, transcript=transcript)
+    option_scores = None if scores is None else tuple(scores)
+    if result is None:
+        return Answer("", option_scores=option_scores, transcript=transcript)
+    text = listener.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
+    # An adapter without a read-out cannot tell silence from speech; the LLM then writes the set sentence itself.
+    silent = isinstance(route_input, AudioEmbeds) and text == sentence
+    return Answer(text, NO_SPEECH if silent else result.finish, tuple(result.ids), option_scores, transcript)
+
+
+def request(listener: Listener, task: Task, row: Utterance, route_input: RouteInput) -> Request:
     """The row's question with words or vectors in the speech's place."""
-    words, heard = (said, None) if isinstance(said, str) else (None, said)
-    question = Question(text=words, instruction=row.instruction or "", order=task.order)
+    text, audio_embeds = (route_input, None) if isinstance(route_input, str) else (None, route_input)
+    question = Question(text=text, instruction=row.instruction or "", order=task.order)
     decoding = replace(listener.decoding, max_new_tokens=task.max_new_tokens)
-    return listener.request(row.id, question, heard, decoding)
+    return listener.request(row.id, question, audio_embeds, decoding)
 
 
-def nothing_said(said: RouteInput) -> bool:
-    """No speech was heard, or the recogniser wrote nothing: there is nothing to ask the LLM about."""
-    return not said.strip() if isinstance(said, str) else not said.speech
+def is_empty(route_input: RouteInput) -> bool:
+    """True where no speech was found, or where the recogniser wrote nothing: the LLM is not asked."""
+    return not route_input.strip() if isinstance(route_input, str) else not route_input.speech
 
 
-def _heard(listener: Listener, said: RouteInput) -> str | None:
-    """What the route understood, where it can be written down; None for adapters that read nothing out."""
-    if isinstance(said, str):
-        return said
-    return None if said.token_ids is None else listener.readout([said])[0]
+def _transcript(listener: Listener, route_input: RouteInput) -> str | None:
+    """What the route understood, as text; None for adapters without a read-out."""
+    if isinstance(route_input, str):
+        return route_input
+    return None if route_input.token_ids is None else listener.readout([route_input])[0]
 
 
 # --- what decides an answer ---------------------------------------------------------------------------------
 
 
-def reader_fingerprint(listener: Listener) -> str:
-    """The LLM alone: text route and cascade do not change with the adapter, and are not asked again."""
+def text_fingerprint(listener: Listener) -> str:
+    """The LLM alone: text route and cascade do not depend on the adapter, so they are not asked again for a new one."""
     config = listener.model.config
     return f"{config.text_model_id} {config.text_model_sha256} {listener.model.lm_head.weight.dtype}"
 
 
-def listener_fingerprint(listener: Listener) -> str:
-    """Everything that hears: a digest of the adapter's tensors beside the frozen parts it names."""
+def speech_fingerprint(listener: Listener) -> str:
+    """The LLM, the speech encoder, and a digest of the adapter's tensors."""
     digest = hashlib.sha256(
         f"{listener.model.config.audio_model_sha256} {listener.model.config.full_window}".encode()
     )
     for name, tensor in sorted(listener.model.adapter_state().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{reader_fingerprint(listener)} {digest.hexdigest()}"
+    return f"{text_fingerprint(listener)} {digest.hexdigest()}"
 
 
 def route_fingerprint(model: str, task: Task, rows: Sequence[Utterance], route: str, batch_size: int) -> str:

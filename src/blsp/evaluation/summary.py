@@ -1,8 +1,8 @@
-"""What was found, in sentences: the report's first lines, for a reader who will not study a table.
+"""The summary in sentences at the top of the report, and how figures and tables are written in it.
 
-In:  `Results` and their JSON. Out: Markdown bullets; nothing is said about a task that is no evidence.
-Try: `print(findings(results, results.to_json()))`
-Flow: evaluation/ — results.py → **findings** → report.py.
+In:  `Results` and their JSON. Out: Markdown: bullets, cells, tables.
+Try: `print(summarise(results, results.to_json()))`
+Flow: evaluation/ — results.py → **summary** → report.py. The model cards use the tables, too.
 """
 
 from __future__ import annotations
@@ -12,75 +12,76 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from blsp.evaluation.results import Results, TaskResult, evidence
+from blsp.evaluation.results import Results, TaskResult
 
 Scores = dict[str, dict[str, Any]]  # route -> metric -> value
 
 
-def findings(results: Results, found: dict[str, Any]) -> str:
-    """One bullet a task that the LLM can do on reading (or that is done without it), and one about its behaviour."""
+def summarise(results: Results, figures: dict[str, Any]) -> str:
+    """One bullet for each task that the LLM can do on text or that does not need it, and one for the divergence."""
     lines = []
-    for each in results.tasks:
-        scores: Scores = found["tasks"][each.task.name]
-        if scores.get("speech", {}).get("n") and (evidence(each) is None or "readout" in scores):
-            lines.append(f"- **{each.task.name}**: {SENTENCES[each.task.kind](each, scores)}")
-    if found["alignment"]:
-        lines.append(f"- **behaviour**: {_behaviour(found['alignment'])}")
+    for result in results.tasks:
+        scores: Scores = figures["tasks"][result.task.name]
+        counts = result.lacks_evidence() is None or "readout" in scores
+        if scores.get("speech", {}).get("n") and counts:
+            lines.append(f"- **{result.task.name}**: {SENTENCES[result.task.kind](result, scores)}")
+    if figures["alignment"]:
+        lines.append(f"- **behaviour**: {_behaviour(figures['alignment'])}")
     return "\n".join(lines)
 
 
 def _recognition(result: TaskResult, scores: Scores) -> str:
-    """Words wrong, by the read-out, by a recogniser made for it, and by the LLM that repeats, if it can."""
+    """Word errors of the read-out, of `blsp transcribe`, of a recogniser, and of the LLM where it can repeat."""
     parts = []
     if "readout" in scores:
         parts.append(
             f"the adapter's own read-out gets {_figure(scores, 'readout', 'wer')} of the words wrong"
         )
     if "transcript" in scores:
-        parts.append(f"`blsp transcribe`, where the model helps, {_figure(scores, 'transcript', 'wer')}")
+        parts.append(f"`blsp transcribe`, with the model's help, {_figure(scores, 'transcript', 'wer')}")
     if "recogniser" in scores:
         parts.append(f"the cascade's recogniser {_figure(scores, 'recogniser', 'wer')}")
-    if evidence(result) is None:
-        parts.append(f"the model, asked to repeat what it hears, {_figure(scores, 'speech', 'wer')}")
-        parts += [f"what it reads, {_figure(scores, 'text', 'wer')}"] if "text" in scores else []
+    if result.lacks_evidence() is None:
+        parts.append(f"the model, asked to repeat the speech, {_figure(scores, 'speech', 'wer')}")
+        parts += [f"asked to repeat the text, {_figure(scores, 'text', 'wer')}"] if "text" in scores else []
     return f"over {len(result.rows)} utterances {', '.join(parts)}."
 
 
 def _understanding(result: TaskResult, scores: Scores) -> str:
     chance = f" Guessing gives {shown('accuracy', result.task.chance)}." if result.task.chance else ""
     share = _figure(scores, "speech", "accuracy")
-    return f"right on hearing in {share} of {len(result.rows)} cases{_others(scores, 'accuracy')}.{chance}"
+    return f"right on speech in {share} of {len(result.rows)} cases{_others(scores, 'accuracy')}.{chance}"
 
 
 def _translation(result: TaskResult, scores: Scores) -> str:
     value = _figure(scores, "speech", "bleu")
-    return f"{value} BLEU on hearing, over {len(result.rows)} sentences{_others(scores, 'bleu')}."
+    return f"{value} BLEU on speech, over {len(result.rows)} sentences{_others(scores, 'bleu')}."
 
 
 def _open(result: TaskResult, scores: Scores) -> str:
     same = shown("agreement", scores["speech"].get("agreement"))
     through = scores.get("cascade", {}).get("agreement")
     cascade = f" (through the cascade, {shown('agreement', through)})" if through is not None else ""
-    return f"answered word for word as on reading in {same} of {len(result.rows)} cases{cascade}."
+    return f"the same answer, word for word, as on text in {same} of {len(result.rows)} cases{cascade}."
 
 
 def _no_speech(result: TaskResult, scores: Scores) -> str:
     invented = len(result.rows) - scores["speech"]["no_speech"]
-    return f"of {len(result.rows)} clips in which nobody speaks to it, it heard words in {invented}."
+    return f"of {len(result.rows)} clips without speech for it, it took {invented} for speech."
 
 
 def _behaviour(figures: dict[str, Any]) -> str:
     agreement = shown("agreement", figures["top1_agreement"])
     return (
-        f"on hearing, its next-token distribution is {figures['kl']:.2f} nats away from the one on reading "
+        f"on speech, its next-token distribution is {figures['kl']:.2f} nats away from the one on text "
         f"({figures['kl_shuffled']:.2f} when it is given another clip), and the likeliest next token is the same "
-        f"in {agreement} of the places."
+        f"at {agreement} of the answer's tokens."
     )
 
 
 def _others(scores: Scores, metric: str) -> str:
-    """(on reading 80.5 %, through the cascade 79.0 %)."""
-    words = {"text": "on reading", "cascade": "through the cascade"}
+    """The other routes in brackets: (on text 80.5 %, through the cascade 79.0 %)."""
+    words = {"text": "on text", "cascade": "through the cascade"}
     parts = [
         f"{words[route]} {_figure(scores, route, metric)}"
         for route in words
@@ -121,23 +122,23 @@ UNKNOWN = "n/a"
 
 
 def shown(metric: str, value: float | None) -> str:
-    """0.0312 WER -> 3.1 %; 14.12 BLEU -> 14.1."""
+    """A figure in its unit: 0.0312 WER -> 3.1 %; 14.12 BLEU -> 14.1."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
     return f"{100 * value:.1f} %" if metric in PERCENT else f"{value:.1f}"
 
 
-def with_interval(metric: str, value: float | None, around: Sequence[float] | None) -> str:
-    """3.1 % [2.0–4.4]."""
+def with_interval(metric: str, value: float | None, bounds: Sequence[float] | None) -> str:
+    """A figure with its interval: 3.1 % [2.0–4.4]."""
     text = shown(metric, value)
-    if around is None or text == UNKNOWN or not all(map(math.isfinite, around)):
+    if bounds is None or text == UNKNOWN or not all(map(math.isfinite, bounds)):
         return text
-    low, high = (shown(metric, bound).removesuffix(" %") for bound in around)
+    low, high = (shown(metric, bound).removesuffix(" %") for bound in bounds)
     return f"{text} [{low}–{high}]"
 
 
 def change(percent: float | None) -> str:
-    """−12 %, or 3.4 × where a share of a hundred says little."""
+    """A relative change: −12 %, or as a multiple from +200 % on: 3.4 ×."""
     if percent is None or not math.isfinite(percent):
         return UNKNOWN
     if percent >= 200:
@@ -150,7 +151,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[_escaped(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *(_width(row[column]) for row in cells)) for column in range(len(header))]
     lines = [
-        "| " + " | ".join(_padded(c, w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells
+        "| " + " | ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
@@ -161,6 +163,7 @@ def _escaped(cell: str) -> str:
 
 
 def _width(text: str) -> int:
+    """Columns that a text takes on the screen: East Asian characters take two, combining marks none."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 

@@ -1,12 +1,12 @@
-"""What is asked: tasks and suites, read from YAML; the rows of a task, read from its manifest.
+"""Tasks and suites, read from YAML, and the rows of a task, read from its manifest.
 
-In:  the name of a suite that comes with the package (`tiny`), or a YAML file of one's own.
-Out: `Suite`: tasks in order, and what the alignment analysis looks at.
+In:  the name of a suite of the package (`tiny`), or a YAML file of your own.
+Out: `Suite`: tasks in order, and what the alignment analysis is measured on.
 Try: `load_suite("tiny", Path("~/.cache/blsp/corpus").expanduser()).tasks[0].rows()`
 Flow: evaluation/ — **tasks** → routes → scoring → report.
 
-A task is data: adding one is ten lines of YAML (docs/evaluation.md). The kinds of task differ in how an
-answer is scored, nothing else:
+A task is data: adding one takes ten lines of YAML (docs/evaluation.md). Kinds of task differ in how an answer is
+scored, and in nothing else:
 
     asr           the LLM repeats what was said                     WER, CER
     st            it translates                                     BLEU, chrF
@@ -37,7 +37,7 @@ SUITES = resources.files("blsp.evaluation") / "suites"
 
 
 class TaskError(ValueError):
-    """A task or suite that cannot be meant; the message names the file, the task and the way out."""
+    """An invalid task or suite; the message names the file, the task and the way out."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Task:
     name: str
     kind: str
     manifest: str
-    """JSONL of utterances; in a suite of the package relative to --data, in a YAML file to its folder"""
+    """JSONL of utterances, relative to --data in a suite of the package, to the file's folder in a YAML file"""
     note: str = ""
     """one sentence for the report: whose speech, what is asked"""
     instruction: str = ""
@@ -79,19 +79,21 @@ class Task:
         """The questions, each with its instruction (and reference) filled in."""
         rows = [row for row in Manifest(self._path(self.manifest)) if len(row.text.split()) >= self.min_words]
         if self.references is not None:
-            known = {_short(row.id): row.text for row in Manifest(self._path(self.references))}
-            rows = [replace(row, reference=known[_short(row.id)]) for row in rows if _short(row.id) in known]
-        rows = _drawn(rows, self.samples)
+            texts = {_prompt_name(row.id): row.text for row in Manifest(self._path(self.references))}
+            pairs = [(row, texts.get(_prompt_name(row.id))) for row in rows]
+            rows = [replace(row, reference=text) for row, text in pairs if text is not None]
+        rows = _draw(rows, self.samples)
         if not rows:
             raise TaskError(f"task {self.name!r}: {self._path(self.manifest)} has no row that it could ask")
-        return [self._asked(row) for row in rows]
+        return [self._with_question(row) for row in rows]
 
     @property
     def wording(self) -> str:
         """The instruction, in words."""
         return instruction_for(self.behaviour) if self.behaviour else self.instruction
 
-    def _asked(self, row: Utterance) -> Utterance:
+    def _with_question(self, row: Utterance) -> Utterance:
+        """The row with its instruction and options; raise `TaskError` where it cannot be scored."""
         if self.kind == "st" and row.reference is None:
             raise TaskError(f"task {self.name!r}: row {row.id!r} has no reference to score against")
         if self.kind in ("slu", "sqa") and row.options is None and row.reference is None:
@@ -113,7 +115,7 @@ class Task:
 
 @dataclass(frozen=True)
 class AlignmentPlan:
-    """On which speech, and under which instructions, the two routes' behaviour is compared."""
+    """The speech and the instructions on which the behaviour of the routes is compared."""
 
     manifest: str
     behaviours: tuple[str, ...] = ("continue", "repeat", "answer")
@@ -151,13 +153,13 @@ def load_suite(name: str, data: Path) -> Suite:
         )
     source = SUITES / f"{name}.yaml"
     if not source.is_file():
-        known = ", ".join(sorted(file.name.removesuffix(".yaml") for file in SUITES.iterdir()))
-        raise TaskError(f"--suite {name}: there are {known}; or name a YAML file")
+        names = ", ".join(sorted(file.name.removesuffix(".yaml") for file in SUITES.iterdir()))
+        raise TaskError(f"--suite {name}: there are {names}; or name a YAML file")
     return _suite(name, _mapping(source.read_text(encoding="utf-8"), name), name, data)
 
 
 def select(suite: str | None, names: Sequence[str], data: Path) -> Suite:
-    """What `--suite` and `--task` name: a whole suite, some tasks of it, or tasks of YAML files."""
+    """The tasks that `--suite` and `--task` name: a whole suite, some tasks of it, or tasks of YAML files."""
     if not names:
         assert suite is not None
         return load_suite(suite, data)
@@ -179,12 +181,12 @@ def select(suite: str | None, names: Sequence[str], data: Path) -> Suite:
 
 def check_manifests(suite: Suite) -> None:
     """Raise `TaskError` for the first manifest that is not there, before anything heavy is loaded."""
-    wanted = [
+    manifests = [
         (task.folder, name) for task in suite.tasks for name in (task.manifest, task.references) if name
     ]
     if suite.alignment is not None:
-        wanted.append((suite.alignment.folder, suite.alignment.manifest))
-    for folder, name in wanted:
+        manifests.append((suite.alignment.folder, suite.alignment.manifest))
+    for folder, name in manifests:
         path = folder / Path(name).expanduser()
         if not path.is_file():
             raise TaskError(
@@ -194,9 +196,9 @@ def check_manifests(suite: Suite) -> None:
 
 
 def check_recordings(rows: Mapping[str, Sequence[Utterance]]) -> None:
-    """Raise `TaskError` for the first recording that is not there, before hours of answers; rows by task."""
-    for task, asked in rows.items():
-        for row in asked:
+    """Raise `TaskError` for the first recording that is not there, before hours of work. rows: by task."""
+    for task, questions in rows.items():
+        for row in questions:
             if not Path(row.audio).is_file():
                 raise TaskError(
                     f"task {task!r}: row {row.id!r}: {row.audio or 'no audio'}: no such recording"
@@ -237,12 +239,12 @@ def _task(mapping: Any, where: str, folder: Path) -> Task:
 
 def _checked(kind: type, mapping: Any, where: str) -> dict[str, Any]:
     """The mapping, if its keys are fields of `kind` and the needed ones are there."""
-    known = {f.name for f in fields(kind)} - {"folder"}
-    needed = {"name", "kind", "manifest"} & known
+    names = {f.name for f in fields(kind)} - {"folder"}
+    needed = {"name", "kind", "manifest"} & names
     if not isinstance(mapping, dict) or not needed <= set(mapping):
         raise TaskError(f"{where}: needs {', '.join(sorted(needed))}")
-    if unknown := set(mapping) - known:
-        raise TaskError(f"{where}: unknown {sorted(unknown)[0]!r}; it knows {', '.join(sorted(known))}")
+    if unknown := set(mapping) - names:
+        raise TaskError(f"{where}: unknown {sorted(unknown)[0]!r}; known are {', '.join(sorted(names))}")
     return dict(mapping)
 
 
@@ -256,15 +258,15 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
     return content
 
 
-def _short(identifier: str) -> str:
-    """asterisk_en/agent-pass -> agent-pass: the prompt, whatever the language."""
+def _prompt_name(identifier: str) -> str:
+    """The prompt's name, whatever the language: asterisk_en/agent-pass -> agent-pass."""
     return identifier.partition("/")[2] or identifier
 
 
-def _drawn(rows: list[Utterance], samples: int | None) -> list[Utterance]:
-    """`samples` of the rows in their order: those whose names hash lowest."""
+def _draw(rows: list[Utterance], samples: int | None) -> list[Utterance]:
+    """`samples` of the rows in their order: those whose names have the lowest hashes."""
     if samples is None or len(rows) <= samples:
         return rows
-    drawn = sorted(rows, key=lambda row: hashlib.sha256(_short(row.id).encode()).digest())[:samples]
-    kept = {row.id for row in drawn}
-    return [row for row in rows if row.id in kept]
+    drawn = sorted(rows, key=lambda row: hashlib.sha256(_prompt_name(row.id).encode()).digest())[:samples]
+    drawn_ids = {row.id for row in drawn}
+    return [row for row in rows if row.id in drawn_ids]
