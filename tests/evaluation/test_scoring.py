@@ -11,7 +11,7 @@ from sacrebleu import corpus_bleu, corpus_chrf
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer
 from blsp.evaluation.confidence import Figure, draws, interval, mean_figure, ratio, relative_gap
-from blsp.evaluation.scoring import Score, faults, guess_language, loops, score, score_transcripts
+from blsp.evaluation.scoring import Score, faults, is_in_other_language, loops, score, score_transcripts
 from blsp.evaluation.tasks import Task
 
 
@@ -128,7 +128,7 @@ def test_faults(answer: str, language: str, expected: set[str]) -> None:
 def test_a_long_loop_of_sentences_is_found_and_an_ordinary_list_is_not() -> None:
     assert loops("The number you have dialed is not in service today, sorry. " * 8)
     assert not loops("one two three four five six seven eight nine ten eleven twelve thirteen")
-    assert guess_language("42") is None
+    assert not is_in_other_language("42", "en")
 
 
 def test_what_the_speaker_said_is_no_fault_when_it_is_repeated() -> None:

@@ -10,15 +10,12 @@ two models or two wordings.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from blsp.data.jobs import RowLog
-from blsp.data.jsonl import read_rows
+from blsp.data.jobs import RecordLog
 
 Record = TypeVar("Record")
 NO_SPEECH = (
@@ -55,39 +52,20 @@ class Log(Generic[Record]):
         from_row: Callable[[dict[str, Any]], Record],
         to_row: Callable[[Record], dict[str, Any]],
     ) -> None:
-        self.path, self._from_row, self._to_row = path, from_row, to_row
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.records: dict[str, Record] = self._earlier(fingerprint)
-        self._log = RowLog(path)
-        if path.stat().st_size == 0:
-            self._log.append({"fingerprint": fingerprint})
+        self._to_row = to_row
+        self._log = RecordLog(path, fingerprint)
+        self.records: dict[str, Record] = {name: from_row(row) for name, row in self._log.rows.items()}
 
     def write(self, records: dict[str, Record]) -> None:
         """Store a finished batch."""
-        for name, record in records.items():
-            self._log.append({"id": name, **self._to_row(record)})
+        self._log.append(*({"id": name, **self._to_row(record)} for name, record in records.items()))
         self.records.update(records)
-
-    def close(self) -> None:
-        self._log.close()
 
     def __enter__(self) -> Log[Record]:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _earlier(self, fingerprint: str) -> dict[str, Record]:
-        if not self.path.exists():
-            return {}
-        RowLog(self.path).close()  # removes an incomplete last line
-        rows = [row for _, row in read_rows(self.path)]
-        if rows and rows[0].get("fingerprint") == fingerprint:
-            return {row["id"]: self._from_row(row) for row in rows[1:]}
-        if len(rows) > 1:
-            print(f"{self.path}: made by another model, task or version; done again")
-        self.path.unlink()
-        return {}
+        self._log.close()
 
 
 AnswerLog = Log[Answer]
@@ -98,13 +76,8 @@ def answer_log(path: Path, fingerprint: str) -> AnswerLog:
     return Log(path, fingerprint, _from_row, _to_row)
 
 
-def fingerprint(**parts: Any) -> str:
-    """A digest of everything that decides the answers."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _from_row(row: dict[str, Any]) -> Answer:
-    scores: Sequence[float] | None = row.get("option_scores")
+    scores = row.get("option_scores")
     return Answer(
         text=row["text"],
         finish=row.get("finish", ""),
@@ -115,11 +88,11 @@ def _from_row(row: dict[str, Any]) -> Answer:
 
 
 def _to_row(answer: Answer) -> dict[str, Any]:
-    row = {
+    fields = {
         "text": answer.text,
         "finish": answer.finish,
-        "ids": list(answer.ids),
-        "option_scores": answer.option_scores and list(answer.option_scores),
+        "ids": answer.ids,
+        "option_scores": answer.option_scores,
         "heard": answer.transcript,
     }
-    return {name: value for name, value in row.items() if value not in (None, [], ())}
+    return {name: value for name, value in fields.items() if value not in (None, ())}

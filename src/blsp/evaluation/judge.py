@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
 from blsp.evaluation.alignment import Alignment, Routes, measure
-from blsp.evaluation.answers import AnswerLog, Answers, answer_log, fingerprint
+from blsp.evaluation.answers import AnswerLog, Answers, answer_log
 from blsp.evaluation.confidence import mean_figure
 from blsp.evaluation.endpoints import Endpoint, ask_peer, parse_endpoint, parse_peers, rate
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
@@ -211,7 +212,7 @@ def _cascade(evaluation: Evaluation, result: TaskResult) -> None:
         result.unavailable["cascade"] = ENGLISH_RECOGNISER
         evaluation.bar.update(len(rows))
         return
-    mark = fingerprint(name=recogniser.name, compute=recogniser.compute)
+    mark = digest_of({"name": recogniser.name, "compute": recogniser.compute})
     with answer_log(evaluation.folder / "log" / "recogniser.jsonl", mark) as log:
         texts = recogniser.transcribe(rows, log)
     recognised = result.recogniser_transcripts = dict(zip([row.id for row in rows], texts, strict=True))

@@ -10,7 +10,6 @@ A route has the same colour and mark in every picture: text black circles, casca
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from blsp.data.files import write_atomically
 from blsp.evaluation.alignment import Alignment, Comparison
 from blsp.evaluation.layers import LayerAnalysis
 
@@ -258,6 +258,5 @@ def _save(figure: Figure, picture: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(axis.get_title(), loc="left", fontsize=11, fontweight="bold")
         axis.set_title("", loc="center")
-    partial = picture.with_name(f".{picture.name}.{os.getpid()}.partial")
-    figure.savefig(partial, format="png", metadata={"Software": None})
-    os.replace(partial, picture)
+    with write_atomically(picture) as partial:
+        figure.savefig(partial, format="png", metadata={"Software": None})

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from blsp.data.files import write_text
 from blsp.evaluation import pictures
 from blsp.evaluation.answers import Answer
 from blsp.evaluation.results import TRANSCRIPTS, Results, TaskResult, write_results
@@ -89,7 +90,7 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
         _measured(results),
     ]
     text = "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    write_text(folder / "report.md", text)
     return f"{_glance(results, figures)}\n\n{_alignment_line(figures)}report: {folder / 'report.md'}"
 
 

@@ -11,7 +11,6 @@ what differs between runs.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 
 import blsp
+from blsp.data.files import write_json
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.evaluation.alignment import Alignment
 from blsp.evaluation.answers import Answers
@@ -132,10 +132,7 @@ class Results:
 def write_results(results: Results, folder: Path) -> None:
     """Write results.json and samples.jsonl, each as a whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_plain(results.to_json()), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    partial = folder / f".results.json.{os.getpid()}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / "results.json")
+    write_json(folder / "results.json", _plain(results.to_json()))
     write_manifest(folder / "samples.jsonl", (sample for task in results.tasks for sample in _samples(task)))
 
 

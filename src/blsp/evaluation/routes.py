@@ -23,8 +23,9 @@ import torch
 import transformers
 
 import blsp
+from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
-from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers, fingerprint
+from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers
 from blsp.evaluation.recogniser import file_size, load_clip
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener, Question
@@ -189,12 +190,14 @@ def speech_fingerprint(listener: Listener) -> str:
 
 def route_fingerprint(model: str, task: Task, rows: Sequence[Utterance], route: str, batch_size: int) -> str:
     """A digest of everything that decides a route's answers to a task."""
-    return fingerprint(
-        model=model,
-        task=repr(replace(task, note="", name="")),
-        rows=[(row.to_json(), file_size(row.audio)) for row in rows],
-        route=route,
-        batch_size=batch_size,
-        versions=(blsp.__version__, torch.__version__, transformers.__version__),
-        threads=torch.get_num_threads(),
+    return digest_of(
+        {
+            "model": model,
+            "task": repr(replace(task, note="", name="")),
+            "rows": [(row.to_json(), file_size(row.audio)) for row in rows],
+            "route": route,
+            "batch_size": batch_size,
+            "versions": (blsp.__version__, torch.__version__, transformers.__version__),
+            "threads": torch.get_num_threads(),
+        }
     )

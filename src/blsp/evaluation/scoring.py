@@ -299,7 +299,7 @@ LOOP_TIMES = 4  # a phrase that comes so often in a row is a loop
 LOOP_WORDS = 8  # the longest phrase that is looked for
 LOOP_BYTES, COMPRESSION = 60, 2.4  # Whisper's own sign of a loop (Radford et al. 2022, §4.5)
 LANGUAGE_WORDS = 3  # fewer words in Latin letters do not tell a language: names, numbers, "OK"
-LANGUAGE_PROBABILITY = 0.9
+OTHER_LANGUAGE = 1e-3  # the probability of the expected language below which an answer is in another one
 NO_LANGUAGE = "zxx"  # py3langid's class for numbers, code and other texts in no language
 
 
@@ -325,7 +325,7 @@ def faults(answer: str, language: str) -> set[str]:
     checks = {
         "refusals": REFUSAL.search(answer[:REFUSAL_WITHIN].replace("’", "'")) is not None,
         "loops": loops(answer),
-        "wrong_language": guess_language(answer) not in (None, language),
+        "wrong_language": is_in_other_language(answer, language),
     }
     return {name for name, is_fault in checks.items() if is_fault}
 
@@ -344,13 +344,16 @@ def loops(answer: str) -> bool:
     return len(raw) >= LOOP_BYTES and len(raw) / len(zlib.compress(raw)) > COMPRESSION
 
 
-def guess_language(text: str) -> str | None:
-    """The language of a text (ISO 639-1); None where it is too short to tell, or no language."""
-    words = re.findall(r"[^\W\d_]+", text)
-    if not words or (len(words) < LANGUAGE_WORDS and max(map(max, words)) < "\u0370"):  # Latin letters only
-        return None
-    language, probability = _language_identifier().classify(text)
-    return language if probability >= LANGUAGE_PROBABILITY and language != NO_LANGUAGE else None
+def is_in_other_language(text: str, language: str) -> bool:
+    """True where a text is surely not in `language` (ISO 639-1); False where it is too short to tell."""
+    words = re.findall(r"[^\W\d_]{2,}", text)
+    latin = all(letter < "\u0370" for word in words for letter in word)
+    if not words or (latin and len(words) < LANGUAGE_WORDS):
+        return False
+    probabilities = dict(_language_identifier().rank(text))  # most probable first
+    if next(iter(probabilities)) == NO_LANGUAGE:
+        return False
+    return probabilities.get(language, 1.0) < OTHER_LANGUAGE
 
 
 @cache
