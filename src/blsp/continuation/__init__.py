@@ -1,9 +1,9 @@
-"""Step 1: the LLM continues every transcript (`blsp continue`).
+"""Step 1, `blsp continue`: the LLM continues every transcript.
 
-writer.py         the command, one process or many
-requests.py       what each row is asked
-work.py           prompts, equal prompts, batches and answers, resumable
-engines.py        generation in this process
-openai_engine.py  generation behind an OpenAI-compatible URL
+writer.py         the command, for one process or many, and its --score-only
+requests.py       what each row is asked: behaviours, orders, mixtures
+work.py           the plan of batches, and the answers so far; a killed job goes on
+engines.py        the LLM in this process
+openai_engine.py  an LLM behind an OpenAI-compatible URL
 topk.py           the stored top-k of the teacher's distribution
 """

@@ -1,39 +1,64 @@
-"""From rows to jobs: what each row is asked, how long its prompt is, and which rows are left out.
+"""What each row is asked: one planned prompt for each output row.
 
-In:  a manifest (to be continued) or a continuations file (to be scored), and a tokenizer.
-Out: one `PlannedPrompt` an output row, in input order; rows that cannot be asked go to the skip list with a reason.
-Try: `list(continuation_jobs(Manifest("in.jsonl"), tokenizer, asking, SkippedLog("out.jsonl")))`
-Flow: continuation/ — feeds the plan.
+In:  a manifest (to be continued) or a continuations file (to be scored), and the LLM's tokenizer.
+Out: one `PlannedPrompt` for each output row, in input order; a row without words, or whose prompt is too long,
+     goes to the skip list with the reason.
+Try: `list(plan_continuations(Manifest("in.jsonl"), tokenizer, policy, SkippedLog("out.jsonl")))`
+Flow: manifest → **requests.py** → work.py (equal prompts, batches) → engines.py
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from blsp.continuation.plan import PlannedPrompt, PromptSpec, prompt_digest
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import Utterance
 from blsp.llm.instructions import instruction_for
 from blsp.llm.prompt import Order, frame_prompt, transcript_ids
 
 _TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")  # <SIL>, <MUSIC>, [noise]
+TEMPLATE_LENGTHS = 1024  # instructions whose length is remembered; rows may bring one each
 
 
 class RowError(ValueError):
-    """A row of a continuations file that cannot be scored; the message names it and what is missing."""
+    """A row of a continuations file that cannot be scored; the message names the row and what is missing."""
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """What the LLM is asked to do with a transcript."""
+
+    behaviour: str
+    instruction: str
+    order: Order
+
+
+@dataclass(frozen=True)
+class PlannedPrompt:
+    """The prompt of one output row.
+
+    row: the input row's number. digest: 16 bytes, the same for equal prompts; None for a row without speech,
+    which is answered by rule and not by the LLM.
+    """
+
+    row: int
+    spec: PromptSpec
+    tokens: int
+    digest: bytes | None
 
 
 @dataclass(frozen=True)
 class PromptPolicy:
-    """What the rows are asked. instruction overrides the behaviours' texts; a row's own overrides both."""
+    """Which prompts a row gets. `instruction` replaces the behaviours' texts; a row's own replaces both."""
 
     behaviours: Mixture
     orders: Mixture
@@ -42,23 +67,101 @@ class PromptPolicy:
     max_prompt_tokens: int = 192  # the paper drops prompts of this many tokens or more
     seed: int = 0
 
-    def asks(self, row: Utterance) -> list[PromptSpec]:
-        """Each behaviour and order that falls to `row`."""
-        behaviours = self.behaviours.chosen(self.seed, row.id, "behaviour")
-        orders = self.orders.chosen(self.seed, row.id, "order")
-        override = row.instruction or self.instruction
+    def specs_for(self, row: Utterance) -> list[PromptSpec]:
+        """Each behaviour that the row gets, in each order that it gets."""
+        behaviours = self.behaviours.draw(self.seed, row.id, "behaviour")
+        orders = self.orders.draw(self.seed, row.id, "order")
+        instruction = row.instruction or self.instruction
         return [
-            PromptSpec(behaviour, override or instruction_for(behaviour), cast(Order, order))
+            PromptSpec(behaviour, instruction or instruction_for(behaviour), cast(Order, order))
             for behaviour in behaviours
             for order in orders
         ]
 
 
+def plan_continuations(
+    rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, policy: PromptPolicy, skipped: SkippedLog
+) -> Iterator[PlannedPrompt]:
+    """The prompts of step 1; a prompt that is left out is noted in `skipped`."""
+    lengths = PromptLengths(tokenizer)
+    for number, row in enumerate(rows):
+        if row.no_speech:
+            for spec in policy.specs_for(row):
+                yield PlannedPrompt(number, spec, lengths.count(spec, ""), None)
+            continue
+        text = read_text(row, policy.normalise)
+        if reason := no_words(row.text) or no_words(text):
+            skipped.add(row.id, row.audio, reason)
+            continue
+        for spec in policy.specs_for(row):
+            tokens = lengths.count(spec, text)
+            if tokens >= policy.max_prompt_tokens:
+                limit = f"below {policy.max_prompt_tokens} are continued (--max-prompt-tokens)"
+                skipped.add(row.id, row.audio, f"the {spec.behaviour} prompt has {tokens} tokens; {limit}")
+                continue
+            yield PlannedPrompt(number, spec, tokens, prompt_digest(spec.instruction, spec.order, text))
+
+
+def plan_scoring(
+    rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, path: str
+) -> Iterator[PlannedPrompt]:
+    """The prompts of `--score-only`. They are equal where prompt, continuation and its end are equal."""
+    lengths = PromptLengths(tokenizer)
+    for number, row in enumerate(rows):
+        spec = spec_of_finished(row, path)
+        if row.no_speech:
+            yield PlannedPrompt(number, spec, lengths.count(spec, ""), None)
+            continue
+        ids, finish = row.extra["continuation_ids"], row.extra["finish"]
+        digest = prompt_digest(spec.instruction, spec.order, row.text, str(ids), finish)
+        yield PlannedPrompt(number, spec, lengths.count(spec, row.text) + len(ids), digest)
+
+
+def spec_of_finished(row: Utterance, path: str) -> PromptSpec:
+    """What a row of a continuations file was asked."""
+    missing = [name for name in ("behaviour", "order", "finish", "continuation_ids") if name not in row.extra]
+    if missing or row.instruction is None:
+        names = ", ".join(missing) or "instruction"
+        raise RowError(f"{path}: row {row.id!r} has no {names}; it is not a finished row of blsp continue")
+    return PromptSpec(row.extra["behaviour"], row.instruction, cast(Order, row.extra["order"]))
+
+
+def prompt_digest(*fields: str) -> bytes:
+    """16 bytes that name a prompt: instruction, order, transcript, and whatever else makes it different."""
+    return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
+
+
+class PromptLengths:
+    """Prompt lengths in tokens; the part around the transcript is counted once for each instruction."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._template_length = lru_cache(TEMPLATE_LENGTHS)(self._count_template)
+
+    def count(self, spec: PromptSpec, text: str) -> int:
+        """Tokens of the whole prompt with this transcript."""
+        transcript = len(transcript_ids(self._tokenizer, text)) if text else 0
+        return self._template_length(spec.instruction, spec.order) + transcript
+
+    def _count_template(self, instruction: str, order: Order) -> int:
+        template = frame_prompt(self._tokenizer, instruction, order)
+        return len(template.prefix_ids) + len(template.suffix_ids)
+
+
+# --- transcripts ------------------------------------------------------------------------------------------
+
+
 def read_text(row: Utterance, normalise: str) -> str:
-    """The transcript as the LLM reads it: as given, or through Whisper's normaliser, as the paper has it."""
+    """The transcript as the LLM reads it: as given, or through Whisper's normaliser, as in the paper."""
     if normalise == "none":
         return row.text.strip()
     return _normaliser(row.language in (None, "en"))(row.text).strip()
+
+
+def row_as_read(row: Utterance, normalise: str) -> dict[str, Any]:
+    """The manifest's row; `text` is what the LLM read, `text_as_given` what it was made from."""
+    values, text = row.to_json(), read_text(row, normalise)
+    return values | {"text": text, "text_as_given": row.text} if normalise != "none" else values
 
 
 @lru_cache(maxsize=2)
@@ -69,8 +172,8 @@ def _normaliser(english: bool):  # type: ignore[no-untyped-def]  # the package h
     return EnglishTextNormalizer() if english else BasicTextNormalizer()
 
 
-def nothing_to_read(text: str) -> str | None:
-    """Why a transcript cannot be continued, or None: it is empty, or holds tags and punctuation only."""
+def no_words(text: str) -> str | None:
+    """Why a transcript cannot be continued (it is empty, or has tags and punctuation alone); None if it can."""
     if not text.strip():
         return "the transcript is empty"
     if not any(character.isalnum() for character in _TAG.sub(" ", text)):
@@ -78,69 +181,7 @@ def nothing_to_read(text: str) -> str | None:
     return None
 
 
-class Lengths:
-    """Prompt lengths in tokens: the frame's once an instruction, the transcript's each time."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._frames: dict[tuple[str, Order], int] = {}
-
-    def of(self, ask: PromptSpec, text: str) -> int:
-        name = (ask.instruction, ask.order)
-        if name not in self._frames:
-            frame = frame_prompt(self._tokenizer, ask.instruction, ask.order)
-            self._frames[name] = len(frame.prefix_ids) + len(frame.suffix_ids)
-        return self._frames[name] + (len(transcript_ids(self._tokenizer, text)) if text else 0)
-
-
-def continuation_jobs(
-    rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, asking: PromptPolicy, skipped: SkippedLog
-) -> Iterator[PlannedPrompt]:
-    """The jobs of step 1; what is dropped is noted in `skipped`."""
-    lengths = Lengths(tokenizer)
-    for number, row in enumerate(rows):
-        if row.no_speech:
-            for ask in asking.asks(row):
-                yield PlannedPrompt(number, ask, lengths.of(ask, ""), None)
-            continue
-        text = read_text(row, asking.normalise)
-        reason = nothing_to_read(row.text) or nothing_to_read(text)
-        if reason:
-            skipped.add(row.id, row.audio, reason)
-            continue
-        for ask in asking.asks(row):
-            tokens = lengths.of(ask, text)
-            if tokens >= asking.max_prompt_tokens:
-                limit = f"below {asking.max_prompt_tokens} are continued (--max-prompt-tokens)"
-                skipped.add(row.id, row.audio, f"the {ask.behaviour} prompt has {tokens} tokens; {limit}")
-                continue
-            yield PlannedPrompt(number, ask, tokens, prompt_digest(ask.instruction, ask.order, text))
-
-
-def scoring_jobs(
-    rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, where: str
-) -> Iterator[PlannedPrompt]:
-    """The jobs of `--score-only`: equal are rows with equal prompt, continuation and end."""
-    lengths = Lengths(tokenizer)
-    for number, row in enumerate(rows):
-        ask = ask_of(row, where)
-        if row.no_speech:
-            yield PlannedPrompt(number, ask, lengths.of(ask, ""), None)
-            continue
-        ids, finish = row.extra["continuation_ids"], row.extra["finish"]
-        tokens = lengths.of(ask, row.text) + len(ids)
-        yield PlannedPrompt(
-            number, ask, tokens, prompt_digest(ask.instruction, ask.order, row.text, str(ids), finish)
-        )
-
-
-def ask_of(row: Utterance, where: str) -> PromptSpec:
-    """What a finished row was asked."""
-    missing = [name for name in ("behaviour", "order", "finish", "continuation_ids") if name not in row.extra]
-    if missing or row.instruction is None:
-        what = ", ".join(missing) or "instruction"
-        raise RowError(f"{where}: row {row.id!r} has no {what}; it is not a finished row of step 1")
-    return PromptSpec(row.extra["behaviour"], row.instruction, cast(Order, row.extra["order"]))
+# --- mixtures of behaviours and orders --------------------------------------------------------------------
 
 
 class MixtureError(ValueError):
@@ -149,27 +190,30 @@ class MixtureError(ValueError):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Names, and the share of the rows that each one gets; shares None: each name for every row."""
+    """Names, and the share of the rows that each one gets. shares None: every row gets every name."""
 
     names: tuple[str, ...]
     shares: tuple[float, ...] | None
 
-    def chosen(self, seed: int, id: str, salt: str) -> tuple[str, ...]:
-        """The names for row `id`; `salt` keeps two mixtures over the same rows independent."""
+    def draw(self, seed: int, id: str, purpose: str) -> tuple[str, ...]:
+        """The names for the row `id`. `purpose` makes two mixtures over the same rows independent.
+
+        With shares (0.7, 0.1, 0.2), a number below 0.7 draws the first name, below 0.8 the second, else the third.
+        """
         if self.shares is None:
             return self.names
-        digest = hashlib.blake2b(f"{seed}\0{salt}\0{id}".encode(), digest_size=8).digest()
-        lot = int.from_bytes(digest, "little") / 2**64
+        digest = hashlib.blake2b(f"{seed}\0{purpose}\0{id}".encode(), digest_size=8).digest()
+        left = int.from_bytes(digest, "little") / 2**64  # a uniform number in [0, 1)
         for name, share in zip(self.names, self.shares, strict=True):
-            lot -= share
-            if lot < 0:
+            left -= share
+            if left < 0:
                 return (name,)
-        return (self.names[-1],)
+        return (self.names[-1],)  # the shares' sum may be a rounding error below 1
 
 
 def parse_mixture(text: str) -> Mixture:
     """Read `name:weight,name:weight` or `name,name`; a name may hold a colon of its own (`translate:de`)."""
-    entries = [_entry(part.strip()) for part in text.split(",") if part.strip()]
+    entries = [_parse_entry(entry.strip()) for entry in text.split(",") if entry.strip()]
     names = tuple(name for name, _ in entries)
     weights = [weight for _, weight in entries if weight is not None]
     if not names or len(set(names)) != len(names):
@@ -181,14 +225,14 @@ def parse_mixture(text: str) -> Mixture:
     return Mixture(names, tuple(weight / sum(weights) for weight in weights) if weights else None)
 
 
-def _entry(part: str) -> tuple[str, float | None]:
-    name, colon, last = part.rpartition(":")
+def _parse_entry(entry: str) -> tuple[str, float | None]:
+    name, colon, last = entry.rpartition(":")
     try:
         weight = float(last) if colon else None
     except ValueError:
-        return part, None
+        return entry, None
     if weight is None:
-        return part, None
+        return entry, None
     if not math.isfinite(weight) or weight <= 0:
-        raise MixtureError(f"{part!r}: a weight must be a number above 0")
+        raise MixtureError(f"{entry!r}: a weight must be a number above 0")
     return name, weight

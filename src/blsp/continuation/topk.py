@@ -1,9 +1,9 @@
-"""The teacher's top-k log-probabilities of every step of every continuation, on disk.
+"""Stored top-k of the teacher: the K most probable tokens at every step of every continuation, on disk.
 
 In:  the folder beside a continuations file: `out.jsonl` -> `out.jsonl.topk/`.
 Out: for a row number, the K most probable tokens of each step and their log-probabilities.
 Try: `ids, logp = TopKStore(topk_folder("out.jsonl")).get(0)`
-Flow: continuation/ — written by step 1 (`--top-k`, `--score-only`); with it the `kl` loss runs no teacher.
+Flow: writer.py (`--top-k`, `--score-only`) → **topk.py** → training: with it the `kl` loss runs no teacher.
 
     ids.u32     (steps, K) token ids, most probable first
     logp.f16    (steps, K) natural logarithms, at meta.json's temperature; the tail has 1 - sum(exp(logp))
@@ -11,7 +11,9 @@ Flow: continuation/ — written by step 1 (`--top-k`, `--score-only`); with it t
     meta.json   k, temperature, rows, steps, the LLM's digest; whether steps were generated or teacher-forced
 
 Steps are the continuation's tokens and, where it stopped by itself, the end-of-sequence step. Rows with equal
-prompts share their steps. A no-speech row has none: its sentence is a rule, not what the LLM would say.
+prompts share their steps. A no-speech row has none: a rule gives its sentence, not the LLM.
+
+Shapes: N steps of one row, K top-k.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ def topk_folder(out: str | os.PathLike[str]) -> Path:
 
 
 class TopKStore:
-    """Random access to the steps of each row; nothing is read before it is asked for."""
+    """The steps of any row; the files are mapped, and read where a row is asked for."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -62,7 +64,7 @@ class TopKStore:
         return self._ids[first : first + steps], self._logp[first : first + steps]
 
     def require_temperature(self, temperature: float) -> None:
-        """Refuse a temperature that the log-probabilities were not taken at: they cannot be re-tempered."""
+        """Raise TopKError unless the log-probabilities were taken at this temperature; it cannot be changed later."""
         if temperature != self.temperature:
             raise TopKError(
                 f"{self.folder}: holds the teacher at temperature {self.temperature:g}, not {temperature:g}; "
@@ -71,58 +73,42 @@ class TopKStore:
             )
 
 
-class TopKWriter:
-    """Writes a folder under a temporary name; `finish` renames it, so a half-written one is never seen."""
+def write_top_k(
+    target: Path,
+    partial: Path,
+    firsts: Iterable[int | None],
+    rows: int,
+    read_steps: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    meta: dict[str, Any],
+) -> None:
+    """Write the folder under the name `partial`, then rename it to `target`.
 
-    def __init__(self, target: Path, rows: int, k: int) -> None:
-        self.target, self._k, self.steps = target, k, 0
-        self._folder = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
-        self._index = np.lib.format.open_memmap(self._folder / "index.npy", "w+", np.int64, (rows, 2))
-        self._ids = open(self._folder / "ids.u32", "wb")  # noqa: SIM115 (lives as long as the writer)
-        self._logp = open(self._folder / "logp.f16", "wb")  # noqa: SIM115
-
-    def add(self, ids: np.ndarray, logp: np.ndarray) -> int:
-        """Append steps, (n, K) each; returns the number of the first."""
-        first = self.steps
-        self._ids.write(ids.astype("<u4").tobytes())
-        self._logp.write(logp.astype("<f2").tobytes())
-        self.steps += len(ids)
-        return first
-
-    def point(self, row: int, first: int, steps: int) -> None:
-        """Row number `row` has `steps` steps from `first` on."""
-        self._index[row] = (first, steps)
-
-    def repeat(self, row: int, earlier: int) -> None:
-        """Row number `row` shares the steps of row number `earlier`."""
-        self._index[row] = self._index[earlier]
-
-    def finish(self, meta: dict[str, Any]) -> None:
-        self._close()
-        full = meta | {"k": self._k, "rows": len(self._index), "steps": self.steps}
-        (self._folder / "meta.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
-        self._index.flush()
-        shutil.rmtree(self.target, ignore_errors=True)
-        self._folder.rename(self.target)
-
-    def _close(self) -> None:
-        self._ids.close()
-        self._logp.close()
-
-    def __enter__(self) -> TopKWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        self._close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+    firsts: for each row the number of the first row with an equal prompt, or None where it has no steps.
+    read_steps: ids (N, K) and logp (N, K) of such a first row. meta: `k`, and what else meta.json holds.
+    """
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+    partial.mkdir()
+    index = np.lib.format.open_memmap(partial / "index.npy", "w+", np.int64, (rows, 2))
+    total = 0
+    with open(partial / "ids.u32", "wb") as ids_file, open(partial / "logp.f16", "wb") as logp_file:
+        for row, first in enumerate(firsts):
+            if first == row:
+                ids, logp = read_steps(row)
+                ids_file.write(ids.astype("<u4").tobytes())
+                logp_file.write(logp.astype("<f2").tobytes())
+                index[row] = (total, len(ids))
+                total += len(ids)
+            elif first is not None:
+                index[row] = index[first]
+    index.flush()
+    text = json.dumps(meta | {"rows": rows, "steps": total}, indent=2)
+    (partial / "meta.json").write_text(text + "\n", encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
 
 
 def _open_matrix(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> np.ndarray:
-    size, wanted = path.stat().st_size, shape[0] * shape[1] * dtype.itemsize
-    if size != wanted:
-        raise ValueError(f"{path.name} has {size} bytes where {wanted} are announced")
+    size, expected = path.stat().st_size, shape[0] * shape[1] * dtype.itemsize
+    if size != expected:
+        raise ValueError(f"{path.name} has {size} bytes, but meta.json announces {expected}")
     return np.memmap(path, dtype, "r", shape=shape) if size else np.empty(shape, dtype)

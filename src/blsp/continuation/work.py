@@ -1,97 +1,366 @@
-"""Planned batches, computed by any number of ranks, killed at any moment, gone on with.
+"""The work of step 1: all prompts, which of them are equal, which batch computes what, and the answers so far.
 
-In:  a plan, an engine, a folder for what is unfinished.
-Out: part files that together answer every prompt of the plan.
-Try: see `writer.py` and `scoring.py`, its two users.
-Flow: continuation/ — the part that step 1 and `--score-only` share.
+In:  planned prompts in the order of the output rows; an engine; the folder of unfinished work.
+Out: every different prompt answered once, by any number of ranks, in batches that never change.
+Try: `plan = write_plan(Path("plan.sqlite"), prompts, batch_size=64); plan.batch(0)`
+Flow: requests.py → **work.py** (plan, batches, answer logs) → writer.py, which merges the answers into rows.
 
-Ranks meet through files alone: a wait of hours is longer than a collective's time-out. If a rank dies,
-torchrun ends the others; started again, with any number of ranks, the job goes on.
+    plan.sqlite          prompts   number  row  spec  tokens  digest  first     one for each output row
+                         queue     position  number                             one for each different prompt
+                         specs     number  behaviour  instruction  prompt_order
+    part-00003.jsonl     the answers of rank 3, in whole batches: `left` counts the answers of the batch that follow
+    part-00003.ids.u32   their top-k token ids, and
+    part-00003.logp.f16  log-probabilities; written before the line of the answer
+
+`first` is the number of the first equal prompt; it is NULL where a rule answers and not the LLM. The queue is sorted by
+what is asked (a batch shares its prefix), then longest first (a batch holds like lengths, and a batch that does
+not fit into memory shows at once). Batch b is positions b·B + 1 to (b + 1)·B, whatever was computed before. Rows
+are on disk and not in memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from blsp.continuation.engines import Engine, Prompt
-from blsp.continuation.parts import AnswerLog, done_keys
-from blsp.continuation.plan import PlannedPrompt, PromptPlan, write_plan
-from blsp.continuation.provenance import text_digest
+from blsp.continuation.engines import Engine, Prompt, Top, Written
+from blsp.continuation.requests import PlannedPrompt, PromptSpec
+from blsp.data.files import digest_of, write_atomically, write_json
+from blsp.data.jobs import WAIT, Parts
 from blsp.distributed import Runtime
 
-WAIT = 0.5  # seconds between two looks for what another rank writes
+TABLES = """
+PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;  -- a file that is not finished is thrown away
+CREATE TABLE specs (number INTEGER PRIMARY KEY, behaviour, instruction, prompt_order,
+                    UNIQUE (behaviour, instruction, prompt_order));
+CREATE TABLE given (number INTEGER PRIMARY KEY, row, spec, tokens, digest);
+CREATE TABLE prompts (number INTEGER PRIMARY KEY, row, spec, tokens, digest, first);
+CREATE TABLE queue (position INTEGER PRIMARY KEY, number);
+CREATE TABLE facts (batch_size, sha256);
+"""
+FIND_EQUAL = """
+INSERT INTO prompts SELECT number, row, spec, tokens, digest,
+    CASE WHEN digest IS NOT NULL THEN MIN(number) OVER (PARTITION BY digest) END
+    FROM given ORDER BY number
+"""
+FILL_QUEUE = """
+INSERT INTO queue (number) SELECT number FROM prompts WHERE first = number ORDER BY spec, tokens DESC, number
+"""
+PROMPT = "prompts.row, behaviour, instruction, prompt_order, tokens, digest"
+SPEC = "JOIN specs ON specs.number = prompts.spec"
+# What the header's digest of the plan is taken over, for each prompt. `first` -1: no prompt for the LLM.
+RECORD = np.dtype([("row", "<i8"), ("spec", "<i4"), ("tokens", "<i4"), ("digest", "S16"), ("first", "<i8")])
+RECORDS_AT_ONCE = 1 << 16
+
+
+# --- the plan ---------------------------------------------------------------------------------------------
+
+
+class PromptPlan:
+    """A finished plan, read from its file. `len(plan)` is the number of output rows."""
+
+    def __init__(self, path: Path) -> None:
+        # immutable: many ranks read the file, on any file system, and nobody locks it or writes to it
+        self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+        self.batch_size, self.sha256 = self._one("SELECT batch_size, sha256 FROM facts")
+        self._rows = self._one("SELECT COALESCE(MAX(number) + 1, 0) FROM prompts")[0]
+        self.prompts = self._one("SELECT COALESCE(MAX(position), 0) FROM queue")[0]  # different ones
+
+    def __len__(self) -> int:
+        return self._rows
+
+    @property
+    def batches(self) -> int:
+        return -(-self.prompts // self.batch_size)
+
+    def batch(self, number: int) -> list[tuple[int, PlannedPrompt]]:
+        """The prompts of batch `number`, with their own numbers; each one stands for all that equal it."""
+        begin = number * self.batch_size
+        records = self._database.execute(
+            f"SELECT prompts.number, {PROMPT} FROM queue JOIN prompts ON prompts.number = queue.number {SPEC} "
+            "WHERE position > ? AND position <= ? ORDER BY position",
+            (begin, begin + self.batch_size),
+        )
+        return [(record[0], _planned(record[1:])) for record in records]
+
+    def rows(self) -> Iterator[tuple[PlannedPrompt, int | None]]:
+        """For each output row its prompt, and the number of the first equal one (None: not for the LLM)."""
+        records = self._database.execute(
+            f"SELECT first, {PROMPT} FROM prompts {SPEC} ORDER BY prompts.number"
+        )
+        for record in records:
+            yield _planned(record[1:]), record[0]
+
+    def firsts(self) -> Iterator[int | None]:
+        """For each output row the number of the first prompt that is equal to its own."""
+        for (first,) in self._database.execute("SELECT first FROM prompts ORDER BY number"):
+            yield first
+
+    def missing_batches(self, done: np.ndarray, mine: range) -> list[int]:
+        """Those of my batches whose answers are not recorded. A batch is recorded whole, so its first tells."""
+        heads = self._database.execute(
+            "SELECT number FROM queue WHERE (position - 1) % ? = 0 ORDER BY position", (self.batch_size,)
+        )
+        return [batch for batch, (number,) in enumerate(heads) if batch in mine and not done[number]]
+
+    def size_of(self, batch: int) -> int:
+        """How many prompts a batch has."""
+        return min(self.batch_size, self.prompts - batch * self.batch_size)
+
+    def _one(self, query: str) -> Any:
+        return self._database.execute(query).fetchone()
+
+
+def _planned(record: tuple[Any, ...]) -> PlannedPrompt:
+    row, behaviour, instruction, order, tokens, digest = record
+    return PlannedPrompt(row, PromptSpec(behaviour, instruction, order), tokens, digest)
+
+
+def write_plan(path: Path, prompts: Iterable[PlannedPrompt], batch_size: int) -> PromptPlan:
+    """Write the plan of these prompts; the file appears whole."""
+    with write_atomically(path) as partial, closing(sqlite3.connect(partial)) as database:
+        database.executescript(TABLES)
+        database.executemany("INSERT INTO given VALUES (?, ?, ?, ?, ?)", _records(database, prompts))
+        database.execute(FIND_EQUAL)
+        database.execute("DROP TABLE given")
+        database.execute(FILL_QUEUE)
+        database.execute("INSERT INTO facts VALUES (?, ?)", (batch_size, _plan_digest(database)))
+        database.commit()
+    return PromptPlan(path)
+
+
+def _records(database: sqlite3.Connection, prompts: Iterable[PlannedPrompt]) -> Iterator[tuple[Any, ...]]:
+    @lru_cache(maxsize=1024)  # rows may bring an instruction each: the table holds them, not the memory
+    def number_of(spec: PromptSpec) -> int:
+        fields = (spec.behaviour, spec.instruction, spec.order)
+        known = database.execute(
+            "SELECT number FROM specs WHERE behaviour = ? AND instruction = ? AND prompt_order = ?", fields
+        ).fetchone()
+        if known:
+            return int(known[0])
+        new = "INSERT INTO specs (behaviour, instruction, prompt_order) VALUES (?, ?, ?)"
+        return int(database.execute(new, fields).lastrowid or 0)
+
+    for number, prompt in enumerate(prompts):
+        yield number, prompt.row, number_of(prompt.spec), prompt.tokens, prompt.digest
+
+
+def _plan_digest(database: sqlite3.Connection) -> str:
+    """SHA-256 over the digests of the prompts, the queue and the specs: the header names the plan by it."""
+    prompts, queue, specs = (hashlib.sha256() for _ in range(3))
+    cursor = database.execute(
+        "SELECT row, spec - 1, tokens, COALESCE(digest, ''), COALESCE(first, -1) FROM prompts ORDER BY number"
+    )
+    while records := cursor.fetchmany(RECORDS_AT_ONCE):
+        prompts.update(np.array([(*r[:3], bytes(r[3] or b""), r[4]) for r in records], RECORD).tobytes())
+    cursor = database.execute("SELECT number FROM queue ORDER BY position")
+    while records := cursor.fetchmany(RECORDS_AT_ONCE):
+        queue.update(np.array(records, "<i8").tobytes())
+    cursor = database.execute("SELECT behaviour, instruction, prompt_order FROM specs ORDER BY number")
+    for number, (behaviour, instruction, order) in enumerate(cursor):
+        spec = {"behaviour": behaviour, "instruction": instruction, "order": order}
+        specs.update(((", " if number else "[") + json.dumps(spec)).encode())
+    specs.update(b"]" if database.execute("SELECT 1 FROM specs").fetchone() else b"[]")
+    return hashlib.sha256(prompts.digest() + queue.digest() + specs.digest()).hexdigest()
+
+
+def open_parts(folder: Path, facts: dict[str, Any], rank: int) -> Parts:
+    """The folder of unfinished work of the job with these facts."""
+    earlier = (
+        folder / "plan" / "state.json"
+    )  # up to version 0.1 the plan was a folder; the answers were as now
+    if rank == 0 and earlier.exists():
+        if json.loads(earlier.read_text(encoding="utf-8")).get("identity") == digest_of(facts):
+            write_json(folder / "job.json", {"settings": digest_of(facts)})
+        shutil.rmtree(earlier.parent)
+    return Parts(folder, facts, rank)
 
 
 def open_plan(
-    folder: Path,
-    identity: dict[str, Any],
-    batch_size: int,
-    jobs: Callable[[], Iterable[PlannedPrompt]],
-    runtime: Runtime,
+    parts: Parts, batch_size: int, prompts: Callable[[], Iterable[PlannedPrompt]], rank: int
 ) -> PromptPlan:
-    """The plan of the job that `identity` describes: written by rank 0, awaited by the others."""
-    stamp, home = text_digest(json.dumps(identity, sort_keys=True)), folder / "plan"
-    while not _is_plan_of(home, stamp):
-        if runtime.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # of a job that got no further than its plan
-            folder.mkdir(parents=True)
-            return write_plan(home, jobs(), batch_size, {"identity": stamp})
+    """The plan of this job: rank 0 writes it if it is not there, the other ranks wait for it."""
+    path = parts.folder / "plan.sqlite"
+    while not path.exists():
+        if rank == 0:
+            return write_plan(path, prompts(), batch_size)
         time.sleep(WAIT)
-    return PromptPlan(home)
+    return PromptPlan(path)
 
 
-def _is_plan_of(home: Path, stamp: str) -> bool:
-    return (home / "state.json").exists() and PromptPlan(home).state.get("identity") == stamp
+# --- answers ----------------------------------------------------------------------------------------------
 
 
-def compute(
+class AnswerLog:
+    """The append-only answers of one rank. A batch that was cut off by a kill is removed on opening."""
+
+    def __init__(self, parts: Parts, rank: int, top_k: int) -> None:
+        self._log = parts.log(rank)
+        end = self._steps = 0
+        for _, batch_end, fields in read_answers(self._log.path):
+            end, (first, steps) = batch_end, fields.get("top", (0, 0))
+            self._steps = max(self._steps, first + steps)
+        os.truncate(self._log.path, end)
+        self._ids = _open_cut(self._log.path.with_suffix(".ids.u32"), self._steps * top_k * 4, top_k)
+        self._logp = _open_cut(self._log.path.with_suffix(".logp.f16"), self._steps * top_k * 2, top_k)
+
+    def add(self, batch: list[Written]) -> None:
+        """Record a whole batch."""
+        rows = []
+        for left, written in zip(range(len(batch) - 1, -1, -1), batch, strict=True):
+            row: dict[str, Any] = {"key": written.key, "left": left}
+            if written.refused is not None:
+                row["refused"] = written.refused
+            else:
+                row |= {"text": written.text, "ids": written.ids, "finish": written.finish}
+            if written.top is not None:
+                row["top"] = self._add_top(written.top)
+            rows.append(row)
+        for file in (self._ids, self._logp):
+            if file is not None:
+                file.flush()
+        self._log.append(*rows)
+
+    def _add_top(self, top: Top) -> tuple[int, int]:
+        """(first step, number of steps) in the files of this rank."""
+        assert self._ids is not None and self._logp is not None, "an engine gave a top-k without --top-k"
+        self._ids.write(top.ids.astype("<u4").tobytes())
+        self._logp.write(top.logp.astype("<f2").tobytes())
+        first, self._steps = self._steps, self._steps + len(top.ids)
+        return first, len(top.ids)
+
+    def __enter__(self) -> AnswerLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        for file in (self._ids, self._logp, self._log):
+            if file is not None:
+                file.close()
+
+
+def _open_cut(path: Path, size: int, top_k: int) -> Any:
+    """The file, to be written on after its first `size` bytes; None where no top-k is kept."""
+    if not top_k:
+        return None
+    file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (lives as long as the log)
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def read_answers(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(first byte, end, fields) of the answers in whole batches; reading ends at a line that is torn."""
+    batch: list[tuple[int, int, dict[str, Any]]] = []
+    begin = 0
+    with open(path, "rb") as lines:
+        for line in lines:
+            try:
+                fields = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:  # zeros, after a power cut
+                fields = None
+            if not isinstance(fields, dict):
+                return
+            batch.append((begin, begin + len(line), fields))
+            begin += len(line)
+            if fields["left"] == 0:
+                yield from batch
+                batch = []
+
+
+class AnswerReader:
+    """Answers of all ranks by the number of their prompt, for the merge."""
+
+    def __init__(self, parts: Parts, rows: int, top_k: int) -> None:
+        paths = parts.paths()
+        self._files = [open(path, "rb") for path in paths]  # noqa: SIM115
+        self._tops = [_open_tops(path, top_k) for path in paths] if top_k else []
+        # (rows, 2): file and first byte of each answer, on disk
+        self._offsets = np.memmap(parts.folder / "offsets.i64", "<i8", "w+", shape=(max(rows, 1), 2))
+        for number, path in enumerate(paths):
+            for begin, _, fields in read_answers(path):
+                self._offsets[fields["key"]] = (number, begin)
+
+    def fields(self, number: int) -> dict[str, Any]:
+        """`text`, `ids` and `finish` of an answer, or `refused`: why there is none."""
+        file, begin = self._offsets[number]
+        self._files[file].seek(begin)
+        return json.loads(self._files[file].readline())
+
+    def top(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids (N, K) and logp (N, K) of an answer."""
+        first, steps = self.fields(number).get("top", (0, 0))
+        ids, logp = self._tops[int(self._offsets[number][0])]
+        return ids[first : first + steps], logp[first : first + steps]
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def _open_tops(path: Path, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    arrays = []
+    for suffix, dtype in ((".ids.u32", np.dtype("<u4")), (".logp.f16", np.dtype("<f2"))):
+        file = path.with_suffix(suffix)
+        empty = not file.exists() or file.stat().st_size == 0  # an empty file cannot be mapped
+        array = np.empty((0, top_k), dtype) if empty else np.memmap(file, dtype, "r").reshape(-1, top_k)
+        arrays.append(array)
+    return arrays[0], arrays[1]
+
+
+# --- computing --------------------------------------------------------------------------------------------
+
+
+def compute_answers(
     plan: PromptPlan,
-    folder: Path,
+    parts: Parts,
     runtime: Runtime,
     top_k: int,
-    engine: Callable[[], Engine],
-    prompt: Callable[[int], Prompt],
+    make_engine: Callable[[], Engine],
+    make_prompt: Callable[[int, PlannedPrompt], Prompt],
 ) -> None:
-    """Answer this rank's batches that are not answered yet. The engine is made only if there are any."""
-    finished = folder / f"rank-{runtime.rank}-of-{runtime.world}.done"
-    if finished.exists():
+    """Answer those of this rank's batches that are not answered; the engine is made only if there are any."""
+    if parts.is_finished(runtime.rank, runtime.world):
         return
-    done = done_keys(folder, len(plan))
+    done = _done_prompts(parts, len(plan))
     mine = range(runtime.rank, plan.batches, runtime.world)
-    missing = [number for number in mine if not done[plan.order[number * plan.batch_size]]]
-    with AnswerLog(folder, runtime.rank, top_k) as part, _progress(plan, mine, missing, runtime) as progress:
-        begun, tokens = time.monotonic(), 0
-        if missing:
-            for batch in engine().write(_prompts(plan, missing, prompt)):
-                part.add(batch)
-                tokens += sum(len(written.ids or ()) for written in batch)
-                progress.set_postfix_str(f"{tokens / (time.monotonic() - begun):.0f} tokens/s", refresh=False)
-                progress.update(len(batch))
-    finished.touch()
+    missing = plan.missing_batches(done, mine)
+    with AnswerLog(parts, runtime.rank, top_k) as log, _progress(plan, mine, missing, runtime) as progress:
+        started, tokens = time.monotonic(), 0
+        prompts = ([make_prompt(*numbered) for numbered in plan.batch(batch)] for batch in missing)
+        for answers in make_engine().write(prompts) if missing else ():
+            log.add(answers)
+            tokens += sum(len(written.ids or ()) for written in answers)
+            progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+            progress.update(len(answers))
+    parts.finish(runtime.rank, runtime.world)
 
 
-def await_all(folder: Path, runtime: Runtime) -> None:
-    """Rank 0 waits here until every rank has answered its share."""
-    markers = [folder / f"rank-{rank}-of-{runtime.world}.done" for rank in range(runtime.world)]
-    while not all(marker.exists() for marker in markers):
-        time.sleep(WAIT)
-
-
-def _prompts(plan: PromptPlan, missing: list[int], prompt: Callable[[int], Prompt]) -> Iterator[list[Prompt]]:
-    for number in missing:
-        yield [prompt(job) for job in plan.batch(number)]
+def _done_prompts(parts: Parts, rows: int) -> np.ndarray:
+    """(rows,) bool: the prompts whose answers are recorded, by whichever rank."""
+    done = np.zeros(rows, bool)
+    for path in parts.paths():
+        for _, _, fields in read_answers(path):
+            done[fields["key"]] = True
+    return done
 
 
 def _progress(plan: PromptPlan, mine: range, missing: list[int], runtime: Runtime) -> tqdm:
-    total = sum(len(plan.batch(number)) for number in mine)
-    left = sum(len(plan.batch(number)) for number in missing)
+    total, left = sum(map(plan.size_of, mine)), sum(map(plan.size_of, missing))
     return tqdm(
         total=total, initial=total - left, unit="prompt", disable=runtime.rank != 0, dynamic_ncols=True
     )

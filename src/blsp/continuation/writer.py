@@ -1,53 +1,54 @@
-"""Step 1: the LLM continues every transcript, and the answers become the targets of step 2.
+"""`blsp continue`: the LLM continues every transcript, and its answers become the targets of step 2.
 
-In:  a manifest, an LLM (in this process, or behind a URL).
-Out: `out.jsonl`, the manifest's rows with `continuation` and what led to it; beside it `out.jsonl.meta.json`,
-     the header; `out.jsonl.topk/`, if the teacher's distributions are kept; `out.jsonl.skipped.jsonl`, what
-     was left out and why.
+In:  a manifest, and an LLM in this process or behind a URL. With --score-only: a finished continuations file.
+Out: `out.jsonl`, the manifest's rows with `continuation` and what it was made from; `out.jsonl.meta.json`, the header;
+     `out.jsonl.topk/`, if the teacher's distribution is stored; `out.jsonl.skipped.jsonl`, the rows left out.
 Try: `blsp continue --manifest in.jsonl --out out.jsonl --llm embedded:smollm2-135m-instruct`
-Flow: manifest → **continuations** → speech features → alignment training.
+Flow: manifest → requests.py (prompts) → work.py (plan, answers) → **writer.py** (rows, top-k) → training
 
-The work is planned from the whole input before the first token, in batches that never change. Ranks take
-batches in turn and record each in a part file; a run that was killed at any moment goes on with the batches
-that are missing, and the merge writes the same bytes as if nothing had happened. Everything unfinished lies
-in `out.jsonl.parts/`; the output appears whole, under its name, at the end.
+The batches are planned from the whole input before the first token, and they never change. Ranks compute batches in
+turn and record them in `out.jsonl.parts/`. A run that was killed at any moment computes the missing batches when
+it is started again, and the output is the same to the byte. It appears whole, under its name, at the end.
+
+--score-only runs the LLM once over prompt and continuation instead of once for each token. Rows without
+`continuation_ids`, from servers that do not return them, get the ids of their text first; the header says so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from blsp.continuation.engines import Engine, Prompt, TransformersEngine
-from blsp.continuation.parts import AnswerReader
-from blsp.continuation.plan import NO_SPEECH, PromptPlan
-from blsp.continuation.provenance import (
-    HeaderError,
-    changed_surroundings,
-    file_digest,
-    header_path,
-    read_header,
-    require_same,
-    surroundings,
-    text_digest,
-    write_header,
+from blsp.continuation.engines import Engine, Prompt, ScoringEngine, TransformersEngine
+from blsp.continuation.requests import (
+    PlannedPrompt,
+    PromptPolicy,
+    parse_mixture,
+    plan_continuations,
+    plan_scoring,
+    read_text,
+    row_as_read,
 )
-from blsp.continuation.requests import PromptPolicy, continuation_jobs, parse_mixture, read_text
-from blsp.continuation.topk import TopKWriter, topk_folder
-from blsp.continuation.work import await_all, compute, open_plan
-from blsp.data.jobs import SkippedLog
-from blsp.data.manifest import Manifest, Utterance, write_manifest
+from blsp.continuation.topk import topk_folder, write_top_k
+from blsp.continuation.work import AnswerReader, PromptPlan, compute_answers, open_parts, open_plan
+from blsp.data.files import file_digest, text_digest, write_json
+from blsp.data.jobs import WAIT, Job, JobError, Parts, differences
+from blsp.data.manifest import CONTINUATION_KEY, Manifest, write_manifest
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
@@ -58,64 +59,46 @@ from blsp.weights.digest import tensor_digest
 from blsp.weights.embedded import resolve_weights
 
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed")  # the settings that the header repeats
-
-
-@dataclass(frozen=True)
-class Writing:
-    """One run of step 1: its settings, its input, and where things lie."""
-
-    settings: ContinueSettings
-    runtime: Runtime
-    manifest: Manifest
-    tokenizer: PreTrainedTokenizerBase
-    asking: PromptPolicy
-    decoding: Decoding
-
-    @property
-    def out(self) -> Path:
-        return Path(self.settings.out)
-
-    @property
-    def folder(self) -> Path:
-        """What is unfinished."""
-        return Path(f"{self.out}.parts")
-
-    @property
-    def batch_size(self) -> int:
-        """Behind a URL every prompt is a batch of its own: the server groups them as it likes."""
-        return 1 if self.settings.engine_url else self.settings.batch_size
+PACKAGES = ("blsp", "torch", "transformers", "tokenizers", "numpy")
+TOKENISED = "tokenised from the text where the server returned none"
 
 
 def write_continuations(settings: ContinueSettings) -> None:
     """`blsp continue`."""
     check_settings(settings)
-    check_top_k(settings)
-    if settings.score_only:
-        from blsp.continuation.scoring import score_continuations
-
-        return score_continuations(settings)
     runtime = find_runtime(settings.device, settings.dtype)
-    writing = _prepare(settings, runtime)
-    facts = _facts(writing)
-    if writing.out.exists():
-        _check_finished(writing, facts)
-        if runtime.rank == 0:
-            shutil.rmtree(writing.folder, ignore_errors=True)
-            _report(writing, "is complete: nothing to do")
-        return None
-    plan = _begin(writing, facts)
-    engine, prompt = partial(_engine, writing), partial(_prompt, writing, plan)
-    compute(plan, writing.folder, runtime, settings.top_k, engine, prompt)
-    if runtime.rank == 0:
-        await_all(writing.folder, runtime)
-        rows = _merge(writing, plan, facts)
-        shutil.rmtree(writing.folder)
-        _report(writing, f"{rows} rows, {len(plan.order)} different prompts")
-    return None
+    llm = TextModel(settings.llm, resolve_weights(settings.llm))
+    check_top_k(settings, llm)
+    with Job(settings.out, runtime.rank) as job:
+        run = Step1(settings, llm, runtime, job)
+        score_continuations(run) if settings.score_only else continue_manifest(run)
+
+
+# --- the settings, and what they name ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """The LLM: what the user called it, the folder of its weights, and what is read from there at need."""
+
+    name: str
+    folder: str
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    @cached_property
+    def digest(self) -> str:
+        return tensor_digest(self.folder)
+
+    @property
+    def template_digest(self) -> str:
+        return text_digest(str(self.tokenizer.chat_template))
 
 
 def check_settings(settings: ContinueSettings) -> None:
-    """Refuse what cannot be done before anything is loaded."""
+    """Raise SettingsError for settings that cannot be used, before anything is loaded."""
     behaviours, orders = parse_mixture(settings.behaviours).names, parse_mixture(settings.orders).names
     for behaviour in behaviours:
         instruction_for(behaviour)
@@ -123,10 +106,23 @@ def check_settings(settings: ContinueSettings) -> None:
         raise SettingsError(f"--orders {', '.join(sorted(unknown))}: there are {' and '.join(ORDERS)}")
     if settings.instruction and len(behaviours) > 1:
         raise SettingsError(f"--instruction is for one behaviour, but --behaviours names {len(behaviours)}")
-    _body(settings)
+    _engine_body(settings)
 
 
-def _body(settings: ContinueSettings) -> dict[str, Any]:
+def check_top_k(settings: ContinueSettings, llm: TextModel) -> None:
+    """Raise SettingsError where more log-probabilities are asked for than the LLM has tokens."""
+    if not settings.top_k:  # a server may write then, and this machine may have no more than a tokenizer
+        return
+    tokens = AutoConfig.from_pretrained(llm.folder).get_text_config().vocab_size
+    if settings.top_k > tokens:
+        raise SettingsError(f"--top-k {settings.top_k}: {llm.name} has {tokens} tokens")
+
+
+def top_k_facts(settings: ContinueSettings) -> dict[str, Any]:
+    return {"k": settings.top_k, "temperature": settings.top_k_temperature}
+
+
+def _engine_body(settings: ContinueSettings) -> dict[str, Any]:
     try:
         body = json.loads(settings.engine_body)
     except ValueError as error:
@@ -136,206 +132,269 @@ def _body(settings: ContinueSettings) -> dict[str, Any]:
     return body
 
 
-def check_top_k(settings: ContinueSettings) -> None:
-    """Refuse more log-probabilities than the LLM has tokens."""
-    if not settings.top_k:  # then a server may write, and a tokenizer is all that is here
+@dataclass(frozen=True)
+class Step1:
+    """One run of step 1: its settings, and what is made from them."""
+
+    settings: ContinueSettings
+    llm: TextModel
+    runtime: Runtime
+    job: Job
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return Manifest(self.settings.manifest)
+
+    @property
+    def batch_size(self) -> int:
+        """Behind a URL every prompt is a batch of its own: the server forms its own batches."""
+        return 1 if self.settings.engine_url else self.settings.batch_size
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the output: the part of the header that must not change until the job is done."""
+        settings, paths = self.settings, self.manifest.paths
+        url, behaviours = settings.engine_url, parse_mixture(settings.behaviours).names
+        engine = {"name": "openai", "model": settings.engine_model or settings.llm}
+        return {
+            "format": 1,
+            "manifest": {
+                "files": [path.name for path in paths],
+                "rows": len(self.manifest),
+                "sha256": file_digest(*paths),
+                "limit": settings.limit,
+            },
+            "llm": settings.llm,
+            "llm_sha256": None if url else self.llm.digest,
+            "chat_template_sha256": self.llm.template_digest,
+            "engine": engine | {"body": _engine_body(settings)} if url else {"name": "transformers"},
+            "behaviours": settings.behaviours,
+            "orders": settings.orders,
+            "instructions": {name: settings.instruction or instruction_for(name) for name in behaviours},
+            "no_speech_sentence": NO_SPEECH_SENTENCE,
+            "normalise": settings.normalise,
+            "max_prompt_tokens": settings.max_prompt_tokens,
+            "decoding": {name: getattr(settings, name) for name in DECODING},
+            "batch_size": self.batch_size,
+            "continuation_ids": "where the server returns them" if url else "generated",
+            "top_k": top_k_facts(settings) if settings.top_k else None,
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """What may move the last bits of a sum. The header holds it; a change is a warning and not an error."""
+        numerics = {
+            "device": self.runtime.device.type,
+            "dtype": str(self.runtime.dtype),
+            "threads": torch.get_num_threads(),
+        }
+        versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+        url = self.settings.engine_url
+        return {"versions": versions, "numerics": numerics} | ({"server": {"url": url}} if url else {})
+
+
+# --- step 1 -----------------------------------------------------------------------------------------------
+
+
+def continue_manifest(run: Step1) -> None:
+    """Write the continuations of a manifest, or what is missing of them."""
+    job, facts, rank = run.job, run.facts(), run.runtime.rank
+    if job.out.exists():
+        _check_finished(job, facts)
+        if rank == 0:
+            shutil.rmtree(job.parts_folder, ignore_errors=True)
+            _report(job, "is complete: nothing to do")
         return
-    config = AutoConfig.from_pretrained(resolve_weights(settings.llm)).get_text_config()
-    if settings.top_k > config.vocab_size:
-        raise SettingsError(f"--top-k {settings.top_k}: {settings.llm} has {config.vocab_size} tokens")
+    header = job.header()
+    if header is not None:
+        job.require_same(header, facts)
+        _warn_of_changes(run, header)
+    parts = open_parts(job.parts_folder, facts, rank)
+    plan = open_plan(parts, run.batch_size, lambda: _plan(run), rank)
+    if header is None and rank == 0:  # before the first row
+        counts = {"rows": len(plan), "prompts": plan.prompts, "batches": plan.batches}
+        counts |= {"skipped": job.skipped.count, "sha256": plan.sha256}
+        write_json(job.header_path, facts | {"plan": counts} | run.environment())
+
+    def make_prompt(number: int, planned: PlannedPrompt) -> Prompt:
+        text = read_text(run.manifest[planned.row], run.settings.normalise)
+        seed = int.from_bytes((planned.digest or b"")[:8], "little") ^ run.settings.seed
+        spec = planned.spec  # the seed is the prompt's own, wherever its row stands
+        return Prompt(number, spec.instruction, spec.order, text, seed & 0x7FFFFFFF)
+
+    make_engine = partial(_make_engine, run)
+    compute_answers(plan, parts, run.runtime, run.settings.top_k, make_engine, make_prompt)
+    if rank == 0:
+        parts.wait(run.runtime.world)
+        rows = _merge(run, parts, plan, facts)
+        _report(job, f"{rows} rows, {plan.prompts} different prompts")
 
 
-def load_tokenizer(llm: str) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer, without its weights."""
-    return AutoTokenizer.from_pretrained(resolve_weights(llm))
-
-
-def _prepare(settings: ContinueSettings, runtime: Runtime) -> Writing:
-    asking = PromptPolicy(
-        behaviours=parse_mixture(settings.behaviours),
-        orders=parse_mixture(settings.orders),
-        instruction=settings.instruction or "",
-        normalise=settings.normalise,
-        max_prompt_tokens=settings.max_prompt_tokens,
-        seed=settings.seed,
-    )
-    decoding = Decoding(
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-        top_k_logprobs=settings.top_k,
-        top_k_temperature=settings.top_k_temperature,
-    )
-    Path(settings.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    manifest, tokenizer = Manifest(settings.manifest), load_tokenizer(settings.llm)
-    return Writing(settings, runtime, manifest, tokenizer, asking, decoding)
-
-
-def _facts(writing: Writing) -> dict[str, Any]:
-    """What the job is: the part of the header that must not change while it lasts."""
-    settings, paths = writing.settings, writing.manifest.paths
-    behaviours = parse_mixture(settings.behaviours).names
-    return {
-        "format": 1,
-        "manifest": {
-            "files": [path.name for path in paths],
-            "rows": len(writing.manifest),
-            "sha256": file_digest(paths),
-            "limit": settings.limit,
-        },
-        "llm": settings.llm,
-        "llm_sha256": None if settings.engine_url else tensor_digest(resolve_weights(settings.llm)),
-        "chat_template_sha256": text_digest(str(writing.tokenizer.chat_template)),
-        "engine": _engine_facts(settings),
-        "behaviours": settings.behaviours,
-        "orders": settings.orders,
-        "instructions": {name: settings.instruction or instruction_for(name) for name in behaviours},
-        "no_speech_sentence": NO_SPEECH_SENTENCE,
-        "normalise": settings.normalise,
-        "max_prompt_tokens": settings.max_prompt_tokens,
-        "decoding": {name: getattr(settings, name) for name in DECODING},
-        "batch_size": writing.batch_size,
-        "continuation_ids": "where the server returns them" if settings.engine_url else "generated",
-        "top_k": {"k": settings.top_k, "temperature": settings.top_k_temperature} if settings.top_k else None,
-    }
-
-
-def _engine_facts(settings: ContinueSettings) -> dict[str, Any]:
-    if not settings.engine_url:
-        return {"name": "transformers"}
-    return {"name": "openai", "model": settings.engine_model or settings.llm, "body": _body(settings)}
-
-
-def _check_finished(writing: Writing, facts: dict[str, Any]) -> None:
+def _check_finished(job: Job, facts: dict[str, Any]) -> None:
     """A finished file must be of this job; `--score-only` may have added to it since."""
-    header = read_header(writing.out)
-    added = {"continuation_ids"} if writing.settings.top_k else {"continuation_ids", "top_k"}
-    if facts["top_k"] and (header["top_k"] is None or not topk_folder(writing.out).is_dir()):
-        raise HeaderError(
-            f"{writing.out}: is written, but has no top-k; add it: the same command with --score-only"
+    header = job.require_header()
+    if facts["top_k"] and (header.get("top_k") is None or not topk_folder(job.out).is_dir()):
+        raise JobError(f"{job.out}: is written, but has no top-k; add it: the same command with --score-only")
+    job.require_same(header, facts, {"continuation_ids"} if facts["top_k"] else {"continuation_ids", "top_k"})
+
+
+def _warn_of_changes(run: Step1, header: dict[str, Any]) -> None:
+    changes = [differences(header.get(name, {}), group) for name, group in run.environment().items()]
+    if run.runtime.rank == 0 and any(changes):
+        print(
+            f"{run.job.out}: was begun in another environment ({'; '.join(filter(None, changes))}); where two "
+            "tokens are almost equally likely, the rows to come may differ from those of an uninterrupted run",
+            file=sys.stderr,
         )
-    require_same(writing.out, header, {name: fact for name, fact in facts.items() if name not in added})
 
 
-def _begin(writing: Writing, facts: dict[str, Any]) -> PromptPlan:
-    """PromptPlan and header, by rank 0, before the first row; the plan again when the job goes on."""
-    url = writing.settings.engine_url
-    around = surroundings(writing.runtime) | ({"server": {"url": url}} if url else {})
-    begun = read_header(writing.out) if header_path(writing.out).exists() else None
-    if begun is not None:
-        require_same(writing.out, begun, facts)
-        if writing.runtime.rank == 0 and (changed := changed_surroundings(begun, around)):
-            print(
-                f"going on in other surroundings; rows to come may differ in near-ties: {changed}",
-                file=sys.stderr,
-            )
-    plan = open_plan(writing.folder, facts, writing.batch_size, lambda: _jobs(writing), writing.runtime)
-    if begun is None and writing.runtime.rank == 0:
-        with SkippedLog(writing.out) as skipped:
-            counts = {"rows": len(plan), "prompts": len(plan.order), "batches": plan.batches}
-            counts |= {"skipped": skipped.count, "sha256": plan.state["sha256"]}
-        write_header(writing.out, facts | {"plan": counts} | around)
-    return plan
-
-
-def _jobs(writing: Writing) -> Iterator[Any]:
-    rows = tqdm(
-        islice(writing.manifest, writing.settings.limit), "planning", len(writing.manifest), unit="row"
+def _plan(run: Step1) -> Iterator[PlannedPrompt]:
+    run.job.skipped_path.unlink(missing_ok=True)  # of a run that was killed while it planned
+    settings = run.settings
+    policy = PromptPolicy(
+        parse_mixture(settings.behaviours),
+        parse_mixture(settings.orders),
+        settings.instruction or "",
+        settings.normalise,
+        settings.max_prompt_tokens,
+        settings.seed,
     )
-    SkippedLog(writing.out).path.unlink(missing_ok=True)  # of a run that was killed while it planned
-    with SkippedLog(writing.out) as skipped:
-        yield from continuation_jobs(rows, writing.tokenizer, writing.asking, skipped)
+    rows = tqdm(islice(run.manifest, settings.limit), "planning", len(run.manifest), unit="row")
+    return plan_continuations(rows, run.llm.tokenizer, policy, run.job.skipped)
 
 
-def _engine(writing: Writing) -> Engine:
-    settings = writing.settings
-    if settings.engine_url:
-        from blsp.continuation.openai_engine import OpenAIEngine
+def _make_engine(run: Step1) -> Engine:
+    settings = run.settings
+    fields: dict[str, Any] = {name: getattr(settings, name) for name in DECODING}
+    decoding = Decoding(**fields, top_k_logprobs=settings.top_k, top_k_temperature=settings.top_k_temperature)
+    if not settings.engine_url:
+        return TransformersEngine(*load_language_model(settings.llm, run.runtime), decoding)
+    from blsp.continuation.openai_engine import OpenAIEngine
 
-        return OpenAIEngine(
-            url=settings.engine_url,
-            model=settings.engine_model or settings.llm,
-            decoding=writing.decoding,
-            api_key=os.environ.get(settings.api_key_env, ""),
-            in_flight=settings.concurrency,
-            timeout=settings.timeout,
-            attempts=settings.retries + 1,
-            body=_body(settings),
-            stop_ids=tuple(writing.tokenizer.all_special_ids),
-        )
-    llm, tokenizer = load_language_model(settings.llm, writing.runtime)
-    return TransformersEngine(llm, tokenizer, writing.decoding)
-
-
-def _prompt(writing: Writing, plan: PromptPlan, job: int) -> Prompt:
-    planned = plan.jobs[job]
-    ask = plan.asks[int(planned["ask"])]
-    text = read_text(writing.manifest[int(planned["row"])], writing.asking.normalise)
-    seed = (
-        int(planned["prompt"][0]) ^ writing.settings.seed
-    ) & 0x7FFFFFFF  # its own, wherever the row stands
-    return Prompt(job, ask.instruction, ask.order, text, seed)
+    return OpenAIEngine(
+        url=settings.engine_url,
+        model=settings.engine_model or settings.llm,
+        decoding=decoding,
+        api_key=os.environ.get(settings.api_key_env, ""),
+        in_flight=settings.concurrency,
+        timeout=settings.timeout,
+        attempts=settings.retries + 1,
+        body=_engine_body(settings),
+        stop_ids=tuple(run.llm.tokenizer.all_special_ids),
+    )
 
 
-def _merge(writing: Writing, plan: PromptPlan, facts: dict[str, Any]) -> int:
-    """AnswerLog files -> output rows in input order, and their top-k. Killed here, it is simply done again."""
-    k, merged = writing.settings.top_k, writing.folder / "merged.jsonl"
-    answers = AnswerReader(writing.folder, len(plan), k)
-    with SkippedLog(writing.out) as skipped:
-        rows = _rows(writing, plan, answers, skipped)
-        count = write_manifest(merged, rows, relative_to=writing.out.absolute().parent)
-    if k:
+def _merge(run: Step1, parts: Parts, plan: PromptPlan, facts: dict[str, Any]) -> int:
+    """Write the output from the answers; returns its number of rows. Killed here, it is simply done again."""
+    merged, answers = parts.folder / "merged.jsonl", AnswerReader(parts, len(plan), run.settings.top_k)
+    out, rows = run.job.out, _output_rows(run, plan, answers)
+    count = write_manifest(merged, rows, relative_to=out.absolute().parent)
+    if run.settings.top_k:
         meta = facts["top_k"] | {"llm_sha256": facts["llm_sha256"], "source": "generated"}
-        write_top_k(writing.out, plan, answers, meta)
-    answers.close()
-    os.replace(merged, writing.out)
+        write_top_k(topk_folder(out), parts.folder / "topk", plan.firsts(), len(plan), answers.top, meta)
+    run.job.finish(merged)
     return count
 
 
-def _rows(
-    writing: Writing, plan: PromptPlan, answers: AnswerReader, skipped: SkippedLog
-) -> Iterator[dict[str, Any]]:
-    silent = {
+def _output_rows(run: Step1, plan: PromptPlan, answers: AnswerReader) -> Iterator[dict[str, Any]]:
+    silence = {
         "continuation": NO_SPEECH_SENTENCE,
-        "continuation_ids": text_ids(writing.tokenizer, NO_SPEECH_SENTENCE),
+        "continuation_ids": text_ids(run.llm.tokenizer, NO_SPEECH_SENTENCE),
         "finish": "stop",
     }
-    for job in plan.jobs:
-        row = writing.manifest[int(job["row"])]
-        answer: dict[str, Any] = silent
-        if job["first"] != NO_SPEECH:
-            fields = answers.fields(int(job["first"]))
+    for planned, first in plan.rows():
+        row = run.manifest[planned.row]
+        answer: dict[str, Any] = silence
+        if first is not None:
+            fields = answers.fields(first)
             if "refused" in fields:
-                skipped.add(row.id, row.audio, fields["refused"])
+                run.job.skipped.add(row.id, row.audio, fields["refused"])
                 continue
-            answer = {"continuation": fields["text"], "continuation_ids": fields["ids"]}
-            answer["finish"] = fields["finish"]
-        asked = asdict(plan.asks[int(job["ask"])])
-        kept = {name: value for name, value in answer.items() if value is not None}
-        yield _as_read(row, writing.asking.normalise) | asked | kept | {"prompt_tokens": int(job["tokens"])}
+            ids = {} if fields["ids"] is None else {"continuation_ids": fields["ids"]}
+            answer = {"continuation": fields["text"]} | ids | {"finish": fields["finish"]}
+        step1_fields = asdict(planned.spec) | answer | {"prompt_tokens": planned.tokens}
+        yield row_as_read(row, run.settings.normalise) | step1_fields
 
 
-def _as_read(row: Utterance, normalise: str) -> dict[str, Any]:
-    """The manifest's row; `text` is what the LLM read, and `text_as_given` what it was made from."""
-    values, text = row.to_json(), read_text(row, normalise)
-    return values | {"text": text, "text_as_given": row.text} if normalise != "none" else values
+def _report(job: Job, what: str) -> None:
+    skipped = job.skipped.count
+    left_out = f"; {skipped} rows left out, listed in {job.skipped_path}" if skipped else ""
+    print(f"{job.out}: {what}{left_out}")
 
 
-def write_top_k(out: Path, plan: PromptPlan, answers: AnswerReader, meta: dict[str, Any]) -> None:
-    """The top-k folder: steps in the order in which rows first need them, shared by equal prompts."""
-    with TopKWriter(topk_folder(out), len(plan), meta["k"]) as writer:
-        for number, job in enumerate(plan.jobs):
-            first = int(job["first"])
-            if first == number:
-                ids, logp = answers.top(number)
-                writer.point(number, writer.add(ids, logp), len(ids))
-            elif first != NO_SPEECH:
-                writer.repeat(number, first)
-        writer.finish(meta)
+# --- the top-k of rows that exist -------------------------------------------------------------------------
 
 
-def _report(writing: Writing, what: str) -> None:
-    with SkippedLog(writing.out) as skipped:
-        left_out = f"; {skipped.count} rows left out, listed in {skipped.path}" if skipped.count else ""
-    print(f"{writing.out}: {what}{left_out}")
+def score_continuations(run: Step1) -> None:
+    """Add the top-k to the finished rows of `--out`; the manifest is not read again."""
+    job, folder, top_k = run.job, topk_folder(run.job.out), top_k_facts(run.settings)
+    if not job.out.exists():
+        raise JobError(f"{job.out}: does not exist; --score-only adds to what blsp continue has written")
+    header = job.require_header()
+    _check_teacher(run, header)
+    if header["top_k"] is None or not folder.is_dir():
+        _ensure_ids(run, header)
+        _score_rows(run, Manifest(job.out, key=CONTINUATION_KEY), folder, top_k)
+    elif header["top_k"] != top_k:
+        raise JobError(f"{folder}: holds {header['top_k']}, not {top_k}; remove it to score anew")
+    elif run.runtime.rank == 0:
+        shutil.rmtree(_scoring_folder(job), ignore_errors=True)
+        print(f"{folder}: is complete: nothing to do")
+
+
+def _scoring_folder(job: Job) -> Path:
+    return Path(f"{job.out}.scoring")
+
+
+def _check_teacher(run: Step1, header: dict[str, Any]) -> None:
+    """The teacher must be the LLM that wrote; of a server's LLM only the template can be compared."""
+    written, template, llm = header["llm_sha256"], header["chat_template_sha256"], run.llm
+    if written not in (None, llm.digest) or template != llm.template_digest:
+        raise JobError(
+            f"{run.job.out}: was written by {header['llm']} (tensors {str(written)[:12]}…, template "
+            f"{template[:12]}…); {llm.name} is another LLM: the teacher must be the LLM that wrote"
+        )
+
+
+def _ensure_ids(run: Step1, header: dict[str, Any]) -> None:
+    """Give every row its `continuation_ids`. Killed here, it is simply done again."""
+    if header["continuation_ids"] in ("generated", TOKENISED):
+        return
+    job = run.job
+    if run.runtime.rank == 0:
+        write_manifest(job.out, _rows_with_ids(run), relative_to=job.out.absolute().parent)
+        write_json(job.header_path, header | {"continuation_ids": TOKENISED})
+    while job.require_header()["continuation_ids"] != TOKENISED:
+        time.sleep(WAIT)
+
+
+def _rows_with_ids(run: Step1) -> Iterator[dict[str, Any]]:
+    for row in Manifest(run.job.out, key=CONTINUATION_KEY):
+        values = row.to_json()
+        if "continuation_ids" not in values:
+            values["continuation_ids"] = text_ids(run.llm.tokenizer, values["continuation"])
+        yield values
+
+
+def _score_rows(run: Step1, rows: Manifest, folder: Path, top_k: dict[str, Any]) -> None:
+    job, rank, digest, size = run.job, run.runtime.rank, run.llm.digest, run.settings.batch_size
+    facts = {"rows_sha256": file_digest(*rows.paths), "llm_sha256": digest, "batch_size": size} | top_k
+    parts = open_parts(_scoring_folder(job), facts, rank)
+    plan = open_plan(parts, size, lambda: plan_scoring(rows, run.llm.tokenizer, str(job.out)), rank)
+
+    def make_engine() -> Engine:
+        llm, tokenizer = load_language_model(run.llm.name, run.runtime)
+        return ScoringEngine(llm, tokenizer, top_k["k"], top_k["temperature"])
+
+    def make_prompt(number: int, planned: PlannedPrompt) -> Prompt:
+        row, spec = rows[planned.row], planned.spec
+        ids, finish = tuple(row.extra["continuation_ids"]), row.extra["finish"]
+        return Prompt(number, spec.instruction, spec.order, row.text, answer=ids, finish=finish)
+
+    compute_answers(plan, parts, run.runtime, top_k["k"], make_engine, make_prompt)
+    if rank == 0:
+        parts.wait(run.runtime.world)
+        meta = top_k | {"llm_sha256": digest, "source": "teacher-forced"}
+        answers = AnswerReader(parts, len(plan), top_k["k"])
+        write_top_k(folder, parts.folder / "topk", plan.firsts(), len(plan), answers.top, meta)
+        write_json(job.header_path, job.require_header() | {"top_k": top_k})
+        shutil.rmtree(parts.folder)
+        print(f"{folder}: top-{top_k['k']} of {len(plan)} rows, {plan.prompts} different")
