@@ -26,7 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from blsp.continuation.plan import PlannedPrompt, PromptSpec, prompt_digest, write_plan
+from blsp.continuation.requests import PlannedPrompt, PromptSpec, prompt_digest
+from blsp.continuation.work import write_plan
 from blsp.data.manifest import Manifest
 from blsp.features.cache import FeatureCache
 
@@ -34,7 +35,7 @@ SIZES = (10**3, 10**4, 10**5, 10**6, 10**7)
 IN_ORDER = 10**6  # rows read in order at most; the plan reads them all
 SAMPLED = 20_000  # rows read at random
 FRAMES, WIDTH = 100, 64  # of a cache entry: 12.8 kB, a tenth of a real one
-ASK = PromptSpec("continue", "Continue the text.", "instruction-first")
+SPEC = PromptSpec("continue", "Continue the text.", "instruction-first")
 ENTRIES = (10**3, 10**4, 10**5)
 
 
@@ -60,8 +61,10 @@ def manifest_costs(folder: str, count: int) -> dict[str, Any]:
     in_order, read = timed(lambda: sum(1 for _ in islice(rows, IN_ORDER)))
     draw = np.random.default_rng(0).integers(0, count, min(count, SAMPLED))
     at_random, _ = timed(lambda: [rows[int(place)].text for place in draw])
-    planning, plan = timed(lambda: write_plan(Path(folder) / f"plan-{count}", jobs(rows), 64, {}))
-    assert len(plan.order) == (count + 1) // 2, "every text stands twice and is asked once"
+    planning, plan = timed(
+        lambda: write_plan(Path(folder) / f"plan-{count}.sqlite", planned_prompts(rows), 64)
+    )
+    assert plan.prompts == (count + 1) // 2, "every text stands twice and is asked once"
     path.unlink()
     return {
         "rows": count,
@@ -74,9 +77,9 @@ def manifest_costs(folder: str, count: int) -> dict[str, Any]:
     }
 
 
-def jobs(rows: Manifest) -> Iterator[PlannedPrompt]:
+def planned_prompts(rows: Manifest) -> Iterator[PlannedPrompt]:
     for number, row in enumerate(rows):
-        yield PlannedPrompt(number, ASK, tokens=1 + len(row.text) // 4, digest=prompt_digest(row.text))
+        yield PlannedPrompt(number, SPEC, tokens=1 + len(row.text) // 4, digest=prompt_digest(row.text))
 
 
 def cache_costs(folder: str, count: int) -> dict[str, Any]:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 from support.misbehaving_server import misbehaving_server
-from support.step_one import products, read_rows
+from support.step_one import products, read_header, read_rows
 from transformers import AutoTokenizer
 
 from blsp.continuation import openai_engine
 from blsp.continuation.engines import Prompt
 from blsp.continuation.openai_engine import EngineError, OpenAIEngine, retry_after, user_message
-from blsp.continuation.provenance import read_header
 from blsp.continuation.writer import write_continuations
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import frame_prompt, transcript_ids

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from support.misbehaving_server import misbehaving_server
-from support.step_one import in_a_process, products, read_rows
+from support.step_one import in_a_process, products, read_header, read_rows
 from transformers import AutoModelForCausalLM
 
-from blsp.continuation.provenance import HeaderError, read_header
-from blsp.continuation.scoring import TOKENISED
 from blsp.continuation.topk import TopKStore, topk_folder
-from blsp.continuation.writer import write_continuations
+from blsp.continuation.writer import TOKENISED, write_continuations
+from blsp.data.jobs import JobError
 from blsp.settings import ContinueSettings
 
 Settings = Callable[..., ContinueSettings]
@@ -106,7 +105,7 @@ def test_the_teacher_must_be_the_writer(
     with torch.no_grad():
         llm.get_input_embeddings().weight[7] += 1
     llm.save_pretrained(other)
-    with pytest.raises(HeaderError, match="the teacher must be the writer"):
+    with pytest.raises(JobError, match="the LLM that wrote"):
         write_continuations(settings(plain, llm=str(other), top_k=4, score_only=True))
 
 
@@ -115,12 +114,12 @@ def test_another_k_is_refused_and_the_same_is_left_alone(settings: Settings, pla
     before = products(plain)
     write_continuations(settings(plain, top_k=4, score_only=True))
     assert products(plain) == before
-    with pytest.raises(HeaderError, match="remove it to score anew"):
+    with pytest.raises(JobError, match="remove it to score anew"):
         write_continuations(settings(plain, top_k=5, score_only=True))
 
 
 def test_the_first_command_still_finds_its_work_done(settings: Settings, plain: Path) -> None:
-    with pytest.raises(HeaderError, match="--score-only"):
+    with pytest.raises(JobError, match="--score-only"):
         write_continuations(settings(plain, top_k=4))
     write_continuations(settings(plain, top_k=4, score_only=True))
     before = products(plain)
@@ -130,5 +129,5 @@ def test_the_first_command_still_finds_its_work_done(settings: Settings, plain: 
 
 
 def test_nothing_to_score_is_told(tmp_path: Path, settings: Settings) -> None:
-    with pytest.raises(HeaderError, match="no header"):
+    with pytest.raises(JobError, match="does not exist"):
         write_continuations(settings(tmp_path / "nothing.jsonl", top_k=4, score_only=True))

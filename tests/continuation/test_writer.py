@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.step_one import in_a_process, products, read_rows
+from support.step_one import in_a_process, products, read_header, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blsp.continuation import work
 from blsp.continuation.engines import TransformersEngine
-from blsp.continuation.provenance import HeaderError, read_header
 from blsp.continuation.topk import TopKError, TopKStore, topk_folder
 from blsp.continuation.writer import write_continuations
+from blsp.data.jobs import JobError
 from blsp.data.manifest import CONTINUATION_KEY, Manifest
 from blsp.distributed import Runtime
 from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
@@ -151,20 +150,20 @@ def test_a_finished_job_is_left_alone(written: Path, settings: Settings) -> None
     "other", [{"seed": 1}, {"max_new_tokens": 11}, {"behaviours": "continue"}, {"batch_size": 5}]
 )
 def test_going_on_in_another_way_is_refused(written: Path, settings: Settings, other: dict) -> None:
-    with pytest.raises(HeaderError, match="begun in another way"):
+    with pytest.raises(JobError, match="begun with other settings"):
         write_continuations(settings(written, top_k=5, **other))
 
 
 def test_a_changed_manifest_is_refused(written: Path, settings: Settings, manifest: Path) -> None:
     manifest.write_text(manifest.read_text().replace("seven", "eight"))
-    with pytest.raises(HeaderError, match="manifest"):
+    with pytest.raises(JobError, match="manifest"):
         write_continuations(settings(written, top_k=5))
 
 
 def test_a_foreign_file_is_never_overwritten(tmp_path: Path, settings: Settings) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("mine\n")
-    with pytest.raises(HeaderError, match="not written by blsp continue"):
+    with pytest.raises(JobError, match="would say how it was made"):
         write_continuations(settings(out))
     assert out.read_text() == "mine\n"
 
@@ -173,7 +172,7 @@ def test_ranks_write_what_one_process_writes(
     tmp_path: Path, settings: Settings, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "ranks.jsonl"
-    monkeypatch.setattr(work, "WAIT", 0.02)
+    monkeypatch.setattr("blsp.data.jobs.WAIT", 0.02)
     runtimes = [Runtime(torch.device("cpu"), torch.float32, rank, 3) for rank in range(3)]
     processes = []
     for runtime in runtimes:

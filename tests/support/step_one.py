@@ -1,4 +1,4 @@
-"""What the tests of step 1 share: reading its files, and running it in a process that can be killed."""
+"""Reading the files of step 1, and running it in a process that can be killed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def read_header(out: Path) -> dict[str, Any]:
+    return json.loads(Path(f"{out}.meta.json").read_text(encoding="utf-8"))
+
+
 def products(out: Path) -> dict[str, bytes]:
     """Every file that belongs to `out`, by its name after `out`'s; the offset index aside."""
     files = [path for path in sorted(out.parent.rglob("*")) if path.is_file() and path.suffix != ".idx"]
@@ -26,17 +30,17 @@ def products(out: Path) -> dict[str, bytes]:
 
 
 def in_a_process(settings: ContinueSettings, before: Callable[[], None] | None = None) -> ForkProcess:
-    """Start step 1 in a forked process (nothing is imported again), its chatter swallowed."""
+    """Start step 1 in a forked process (nothing is imported again), without its output."""
 
-    def body() -> None:
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, 1)
-        os.dup2(silence, 2)
+    def run() -> None:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, 1)
+        os.dup2(nothing, 2)
         if before:
             before()
         write_continuations(settings)
         os._exit(0)
 
-    process = multiprocessing.get_context("fork").Process(target=body)
+    process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
     return process

@@ -20,10 +20,9 @@ import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from blsp.continuation.provenance import header_path, read_header
 from blsp.data.corpora.no_speech import no_speech
 from blsp.data.corpora.reading import Wanted
-from blsp.data.jobs import SkippedLog
+from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.distributed import Runtime, barrier, shard_language_model
 from blsp.features.encode import open_features
@@ -339,7 +338,7 @@ def check_teacher(sources: list[Source], model: BlspForConditionalGeneration) ->
     Files that do not say who wrote them (behind a URL, or by other means) are taken at their word.
     """
     for source in sources:
-        digest = read_header(source.path).get("llm_sha256") if header_path(source.path).exists() else None
+        digest = (Job(source.path).header() or {}).get("llm_sha256")
         if source.teacher is not None:
             digest = source.teacher.meta.get("llm_sha256")
         if digest is not None and digest != model.config.text_model_sha256:
