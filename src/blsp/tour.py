@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blsp.cli import main
 from blsp.data.files import digest_of
 from blsp.data.jobs import RecordLog
 from blsp.settings import DEFAULT_MODEL, SettingsError, TourSettings
@@ -84,8 +85,6 @@ def visit(stop: Stop, folder: Path, commands: list[list[str]]) -> str:
 
 def run_command(command: Sequence[str]) -> None:
     """Print a command and run it in this process; raises TourError when it fails."""
-    from blsp.cli import main
-
     print("  $ blsp " + " ".join(command), flush=True)
     if code := main(list(command)):
         raise TourError(
