@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,7 @@ from hypothesis import strategies as st
 
 from blsp.data.manifest import Utterance
 from blsp.features import cache as feature_cache
-from blsp.features import content_hashes
-from blsp.features import shards as feature_shards
-from blsp.features.cache import FeatureCache, FeaturesError
+from blsp.features.cache import FILE, FeatureCache, FeaturesError, open_index, read_log
 
 WIDTH = 6
 
@@ -76,7 +75,7 @@ def test_features_of_another_shape_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_shard_is_followed_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_shards, "SHARD_BYTES", 100)
+    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 100)
     filled(tmp_path, range(20))
     assert len(list(tmp_path.glob("*/*.f16"))) > 5
     cache = FeatureCache(tmp_path, "encoder")
@@ -84,12 +83,12 @@ def test_a_full_shard_is_followed_by_another(tmp_path: Path, monkeypatch: pytest
 
 
 def test_many_keys_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_cache, "FRESH", 3)
+    monkeypatch.setattr(feature_cache, "UNINDEXED_KEYS", 3)
     cache = FeatureCache(tmp_path, "encoder")
     with cache.writer(0, WIDTH) as writer:
         for number in range(20):
             writer.add(key_of(number), states_of(number))
-            assert cache.has(key_of(number)) and len(cache._fresh) <= 3
+            assert cache.has(key_of(number)) and len(cache._unindexed) <= 3
             np.testing.assert_array_equal(cache.get(key_of(number // 2)), states_of(number // 2))
 
 
@@ -159,7 +158,7 @@ def test_damage_that_leaves_the_files_looks_is_seen_when_it_is_read(tmp_path: Pa
 
 def test_sound_shards_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path, range(12))
-    monkeypatch.setattr(feature_shards, "is_sound", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(feature_cache, "is_sound", lambda *_: pytest.fail("checked again"))
     assert len(FeatureCache(tmp_path, "encoder")) == 12
 
 
@@ -205,7 +204,7 @@ def test_a_key_is_what_is_heard_and_by_whom(tmp_path: Path, row: Utterance) -> N
 def test_a_file_is_hashed_once(tmp_path: Path, row: Utterance, monkeypatch: pytest.MonkeyPatch) -> None:
     first = FeatureCache(tmp_path / "cache", "encoder")
     key = first.key(row)
-    monkeypatch.setattr(content_hashes.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(feature_cache.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
     for cache in (first, FeatureCache(tmp_path / "cache", "encoder")):
         assert cache.key(row) == key
     assert FeatureCache(tmp_path / "cache", "another encoder").key(row) != key
@@ -221,3 +220,71 @@ def test_a_file_that_cannot_be_read_has_a_key_of_its_own(tmp_path: Path, row: Ut
     cache = FeatureCache(tmp_path / "cache", "encoder")
     Path(row.audio).unlink()
     assert not cache.has(cache.key(row)) and len(cache.key(row)) == 16
+
+
+# --- the index ----------------------------------------------------------------------------------------------
+
+
+def records_of(keys: list[bytes]) -> np.ndarray:
+    return np.array([(key, bytes([number % 256]) * 16) for number, key in enumerate(keys)], dtype=FILE)
+
+
+few = st.binary(min_size=1, max_size=2).map(lambda end: bytes(16 - len(end)) + end)
+zero_ended = st.binary(min_size=1, max_size=2).map(lambda start: start + bytes(16 - len(start)))
+KEYS = st.lists(few | zero_ended | st.binary(min_size=16, max_size=16), max_size=60)
+
+
+@given(written=KEYS, asked=KEYS)
+def test_the_index_finds_what_was_written_and_nothing_else(
+    tmp_path_factory: pytest.TempPathFactory, written: list[bytes], asked: list[bytes]
+) -> None:
+    folder = tmp_path_factory.mktemp("index")
+    index = open_index(folder, "a", lambda: records_of(written))
+    assert len(index) == len(set(written))
+    everything = [*written, *asked]
+    for key, row in zip(everything, index.find(everything), strict=True):
+        if key in written:
+            assert index.records["content"][row].tobytes()[0] == written.index(key)
+            assert index.keys[row].ljust(16, b"\0") == key
+        else:
+            assert row == -1
+    assert len(list(folder.iterdir())) == 2, "nothing is left over"
+    shutil.rmtree(folder)
+
+
+def test_the_index_is_made_once_for_the_same_logs(tmp_path: Path) -> None:
+    keys = [key_of(number) for number in range(300)]  # enough to be mapped
+    open_index(tmp_path, "a", lambda: records_of(keys[:200]))
+    again = open_index(tmp_path, "a", lambda: pytest.fail("made again"))
+    assert (again.find(keys[:2]) >= 0).all() and not again.records.flags.writeable
+    (tmp_path / "index-0123.sorted").write_bytes(b"of an earlier version")
+    newer = open_index(tmp_path, "b", lambda: records_of(keys))
+    assert len(newer) == 300 and len(list(tmp_path.iterdir())) == 2, "the old ones are removed"
+    assert (again.find(keys[:2]) >= 0).all(), "a process that has it open keeps it"
+
+
+def test_half_a_record_at_the_end_does_not_count(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    content = records_of([key_of(1), key_of(2)]).tobytes()
+    for size in range(len(content) + 1):
+        log.write_bytes(content[:size])
+        assert len(read_log(log, FILE)) == size // FILE.itemsize
+
+
+def test_a_cache_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """The files as they were written before November 2026: key halves as numbers, an index of another kind."""
+    cache = FeatureCache(tmp_path, "encoder")
+    (cache.folder / "encoder.json").write_text('{"encoder_id": "encoder", "width": 6}')
+    (cache.folder / "index-00.sorted").write_bytes(b"")
+    old = np.dtype([("high", "<u8"), ("low", "<u8"), ("offset", "<u8"), ("frames", "<u4"), ("crc", "<u4")])
+    shard, offset, records = b"", 0, []
+    for number in range(8):
+        content = states_of(number).tobytes()
+        high, low = np.frombuffer(key_of(number), dtype="<u8")
+        records.append((high, low, offset, len(states_of(number)), zlib.crc32(content)))
+        shard, offset = shard + content, offset + len(content)
+    (cache.folder / "0000-1-1.f16").write_bytes(shard)
+    (cache.folder / "0000-1-1.idx").write_bytes(np.array(records, dtype=old).tobytes())
+    again = FeatureCache(tmp_path, "encoder")
+    for number in range(8):
+        np.testing.assert_array_equal(again.get(key_of(number)), states_of(number))

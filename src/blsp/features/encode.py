@@ -31,8 +31,7 @@ from blsp.data.audio import AudioError, load_audio
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import Runtime, barrier, find_runtime, leave, shard_rows, sum_across
-from blsp.features.cache import FeatureCache, FeaturesError
-from blsp.features.shards import ShardWriter
+from blsp.features.cache import FeatureCache, FeaturesError, ShardWriter
 from blsp.model.loading import load_speech_encoder
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
