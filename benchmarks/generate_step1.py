@@ -31,6 +31,7 @@ from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prompt import frame_prompt, transcript_ids
 from blsp.model.loading import load_language_model
+from blsp.weights.digest import find_weights
 
 TEXTS = Path(__file__).parents[1] / "recipes" / "blsp-tiny" / "texts" / "fotaq_en.jsonl.gz"
 ORDER = "instruction-first"
@@ -76,7 +77,9 @@ def main() -> None:
     parser.add_argument("--baseline-prompts", type=int, default=16, help="a round of plain generate")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     settings = parser.parse_args()
-    llm, tokenizer = load_language_model(settings.llm, Runtime(torch.device("cpu"), torch.float32, 0, 1))
+    llm, tokenizer = load_language_model(
+        find_weights(settings.llm), Runtime(torch.device("cpu"), torch.float32, 0, 1)
+    )
     report = measure(llm, tokenizer, settings)
     print(json.dumps(report))
 

@@ -45,8 +45,7 @@ from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_feature
 from blsp.training import step
 from blsp.training.batches import DataFile, DataOrder
 from blsp.training.examples import Example
-from blsp.weights.digest import tensor_digest
-from blsp.weights.embedded import resolve_weights
+from blsp.weights.digest import find_weights
 
 ENCODER, LLM = "embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"
 POPULATION = 4096  # rows that the plan sorts
@@ -235,7 +234,7 @@ def ways_of(model: BlspForConditionalGeneration, processor: Any) -> dict[str, Ca
 
 
 def trainable(runtime: Runtime) -> tuple[BlspForConditionalGeneration, Any]:
-    model, processor = new_blsp(ENCODER, LLM, runtime, adapter="conv")
+    model, processor = new_blsp(find_weights(ENCODER), find_weights(LLM), runtime, adapter="conv")
     model.model.multi_modal_projector.requires_grad_(True).train()
     return model, processor
 
@@ -274,7 +273,7 @@ def measure(rounds: int, steps: int, names: Sequence[str]) -> dict[str, Any]:
         "samples": len(rows),
         "rounds": rounds,
         "threads": torch.get_num_threads(),
-        "encoder": tensor_digest(resolve_weights(ENCODER))[:12],
+        "encoder": find_weights(ENCODER).sha256[:12],
     }
 
 

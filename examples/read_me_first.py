@@ -27,6 +27,7 @@ from blsp.distributed import find_runtime
 from blsp.llm.prompt import frame_prompt, transcript_ids
 from blsp.model.checkpoint import load_blsp, new_blsp
 from blsp.model.speech_encoder import encode_speech, mel_features
+from blsp.weights.digest import find_weights
 
 SPEECH = Path(__file__).parent / "speech"
 CONTINUE = "Continue the following text in a coherent and engaging style with less than 40 words."
@@ -138,7 +139,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="training steps of 4 clips")
     options = parser.parse_args()
     runtime = find_runtime("cpu", "float32")
-    fresh = Parts(*new_blsp("embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct", runtime))
+    frozen = map(find_weights, ("embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"))
+    fresh = Parts(*new_blsp(*frozen, runtime))
     clips = read_clips(fresh, "train.jsonl", options.clips)
     held_out = read_clips(fresh, "heldout.jsonl", max(2, options.clips // 3))
     print(*map(fresh.tokenizer.decode, clips[0][1:]), sep=" -> ")

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import memory, scale
 from blsp.distributed import find_runtime
 from blsp.model.loading import load_speech_encoder
+from blsp.weights.digest import find_weights
 
 SCRIPTS = sorted(path.stem for path in Path(scale.__file__).parent.glob("*.py") if path.stem != "__main__")
 
@@ -36,7 +37,7 @@ def test_scale_reports_every_size(
 def test_memory_is_the_sum_of_its_parts(tiny_llm, tiny_whisper: str) -> None:
     figures = memory.estimate(tiny_whisper, tiny_llm(), "conv", "float32", 512, False)
     assert figures["total"] == pytest.approx(sum(v for k, v in figures.items() if k != "total"), abs=0.5)
-    tower, _ = load_speech_encoder(tiny_whisper, find_runtime("cpu", "float32"))
+    tower, _ = load_speech_encoder(find_weights(tiny_whisper), find_runtime("cpu", "float32"))
     frozen = 4 * sum(each.numel() for each in tower.parameters()) / 1e6
     assert figures["frozen_encoder"] == pytest.approx(frozen, abs=0.05)
     checkpointed = memory.estimate(tiny_whisper, tiny_llm(), "conv", "float32", 512, True)

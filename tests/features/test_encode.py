@@ -27,6 +27,7 @@ from blsp.features.encode import Encoding, _batches, _plan, encode, encoder_id, 
 from blsp.model.loading import load_speech_encoder
 from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
 from blsp.settings import EncodeSettings
+from blsp.weights.digest import find_weights
 
 PLACE = Runtime(torch.device("cpu"), torch.float32)
 
@@ -53,7 +54,7 @@ def settings(manifest: Path, ears: str, cache: Path, **more: object) -> EncodeSe
 
 
 def content(cache: Path, manifest: Path, ears: str) -> list[bytes]:
-    opened = FeatureCache(cache, encoder_id(ears))
+    opened = FeatureCache(cache, encoder_id(find_weights(ears).sha256))
     return [opened.get(opened.key(row)).tobytes() for row in Manifest(manifest)]
 
 
@@ -63,8 +64,8 @@ def records(cache: Path) -> int:
 
 def test_every_clip_has_its_encoders_states(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
     assert encode(settings(manifest, tiny_whisper, tmp_path / "cache")) is None
-    cache = FeatureCache(tmp_path / "cache", encoder_id(tiny_whisper))
-    tower, extractor = load_speech_encoder(tiny_whisper, PLACE)
+    cache = FeatureCache(tmp_path / "cache", encoder_id(find_weights(tiny_whisper).sha256))
+    tower, extractor = load_speech_encoder(find_weights(tiny_whisper), PLACE)
     rows = list(Manifest(manifest))
     lengths = cache.lengths([cache.key(row) for row in rows])
     for row, length in zip(rows, lengths, strict=True):
@@ -203,8 +204,8 @@ def test_numbers_that_are_none_are_not_kept(
 
 @pytest.fixture
 def job(tiny_whisper: str, tmp_path: Path) -> Encoding:
-    tower, extractor = load_speech_encoder(tiny_whisper, PLACE)
-    cache = FeatureCache(tmp_path / "cache", encoder_id(tiny_whisper))
+    tower, extractor = load_speech_encoder(find_weights(tiny_whisper), PLACE)
+    cache = FeatureCache(tmp_path / "cache", encoder_id(find_weights(tiny_whisper).sha256))
     bar = tqdm(file=io.StringIO())
     return Encoding(cache, tower, extractor, PLACE, SkippedLog(tmp_path / "out"), False, bar)
 

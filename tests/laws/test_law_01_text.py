@@ -9,7 +9,8 @@ from support.tiny_models import FAMILIES, TOLERANCE, CausalLM, runtime_of
 from blsp.distributed import find_runtime
 from blsp.llm.language_model import UnsupportedModelError, check_supported
 from blsp.model.checkpoint import new_blsp
-from blsp.weights.embedded import EmbeddedWeightsError, resolve_weights
+from blsp.weights.digest import find_weights
+from blsp.weights.embedded import EmbeddedWeightsError
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -76,10 +77,10 @@ def test_families_that_cannot_be_driven_are_refused_by_name() -> None:
 def test_the_embedded_llm_keeps_its_logits() -> None:
     names = ("embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct")
     try:
-        folder = [resolve_weights(name) for name in names][1]
+        encoder, llm = (find_weights(name) for name in names)
     except EmbeddedWeightsError as error:
         pytest.skip(str(error))
-    model, processor = new_blsp(*names, find_runtime("cpu", "float32"))
+    model, processor = new_blsp(encoder, llm, find_runtime("cpu", "float32"))
     ids = processor.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    expected = CausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
+    expected = CausalLM.from_pretrained(llm.folder, dtype=torch.float32)(input_ids=ids).logits
     assert torch.equal(model(input_ids=ids).logits, expected)

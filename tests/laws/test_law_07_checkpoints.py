@@ -23,11 +23,11 @@ from transformers import (
 import blsp
 from blsp import cli
 from blsp.distributed import find_runtime
-from blsp.model import loading
 from blsp.model.checkpoint import CheckpointError, export_merged, load_blsp, new_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.modeling_blsp import BlspForConditionalGeneration, BlspModel
 from blsp.model.processing_blsp import BlspProcessor
+from blsp.weights.digest import Weights
 
 ADAPTERS = ("conv", "stack", "grounded")
 F32 = find_runtime("cpu", "float32")
@@ -289,13 +289,10 @@ def test_export_keeps_the_parts_type_or_takes_the_one_named(saved, tmp_path: Pat
         load_blsp(tmp_path / dtype, F32)
 
 
-def test_the_frozen_parts_are_named_as_they_were_asked_for(
-    tiny_models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_frozen_parts_are_named_as_they_were_asked_for(tiny_models_folder: Path, tmp_path: Path) -> None:
     tiny_blsp(tiny_models_folder)  # makes the parts
-    folders = {f"embedded:{part}": str(tiny_models_folder / part) for part in ("whisper", "llama")}
-    monkeypatch.setattr(loading, "resolve_weights", folders.__getitem__)
-    save_adapter(*new_blsp("embedded:whisper", "embedded:llama", F32), tmp_path / "adapter")
+    parts = [Weights(f"embedded:{part}", str(tiny_models_folder / part)) for part in ("whisper", "llama")]
+    save_adapter(*new_blsp(*parts, F32), tmp_path / "adapter")
     config = (tmp_path / "adapter" / "config.json").read_text()
     assert json.loads(config)["audio_config"]["_name_or_path"] == "embedded:whisper"
     assert str(tiny_models_folder) not in config

@@ -35,6 +35,7 @@ from blsp.model.checkpoint import new_blsp
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import mel_features
+from blsp.weights.digest import find_weights
 
 SPOKEN = (
     "how many days are in a week what is the capital of france please repeat the following words hello world"
@@ -156,7 +157,7 @@ def tiny_blsp(
         kwargs.setdefault("readout_vocabulary", list(range(3, 300)))
     runtime = runtime or runtime_of(family)
     model, processor = new_blsp(
-        str(audio), str(text), runtime, adapter=adapter, adapter_options=options, **kwargs
+        find_weights(audio), find_weights(text), runtime, adapter=adapter, adapter_options=options, **kwargs
     )
     model = model.to(runtime.dtype)
     if adapter == "grounded":

@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from blsp.weights import digest
-from blsp.weights.digest import WeightsNotFoundError, tensor_digest
+from blsp.weights.digest import Weights, find_weights, tensor_digest
+from blsp.weights.embedded import EmbeddedWeightsError, WeightsNotFoundError
 
 Tensors = dict[str, np.ndarray]
 
@@ -96,7 +97,7 @@ def test_it_is_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pyte
     age(folder, 60)
     first = tensor_digest(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(digest, "_hash_tensors", lambda tensors: pytest.fail("hashed again"))
+        patch.setattr(digest, "_hash_tensors", lambda *_: pytest.fail("hashed again"))
         assert tensor_digest(folder) == first
     save_file(some_tensors() | {"more": np.ones(1, np.float32)}, folder / "model.safetensors")
     assert tensor_digest(folder) != first
@@ -120,5 +121,58 @@ def test_a_torn_file_is_an_error(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", some_tensors())
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ValueError, match="ends inside tensor"):
+    with pytest.raises(ValueError, match="is damaged"):
         tensor_digest(folder)
+
+
+def test_large_tensors_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    tensors = {
+        "matrix": rng.standard_normal((7, 5)).astype(np.float16),
+        "vector": rng.standard_normal(11).astype(np.float32),
+        "number": np.array(3, np.int64),
+        "nothing": np.zeros((0, 4), np.float32),
+        "no_columns": np.zeros((4, 0), np.float32),
+    }
+    whole = tensor_digest(write(tmp_path / "a", tensors))
+    monkeypatch.setattr(digest, "CHUNK", 20)
+    assert tensor_digest(write(tmp_path / "b", tensors)) == whole
+
+
+@pytest.mark.parametrize("model", ["blsp-tiny", "blsp-base"])
+@pytest.mark.parametrize("part", ["audio", "text"])
+@pytest.mark.embedded
+def test_shipped_adapters_keep_their_digests(model: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were stored by an earlier reader of the files: the digest must never change."""
+    monkeypatch.undo()  # the cache of the embedded weights is where it always is
+    config = json.loads((Path(__file__).parents[2] / "models" / model / "config.json").read_text())
+    try:
+        folder = Path(find_weights(config[f"{part}_model_id"]).folder)
+    except EmbeddedWeightsError as error:
+        pytest.skip(str(error))
+    hashed = digest._hash_tensors(digest.weight_files(folder), encoder_only=part == "audio")
+    assert hashed == config[f"{part}_model_sha256"]
+
+
+def test_a_name_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "m", some_tensors())
+    weights = find_weights(folder)
+    assert weights == Weights(str(folder), str(folder))
+    first = weights.sha256
+    monkeypatch.setattr(digest, "tensor_digest", lambda name: pytest.fail("taken again"))
+    assert weights.sha256 == first
+
+
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./whisper", "../whisper", "~/whisper", "runs/x/adapter", "here/whisper"]
+)
+def test_a_path_that_is_not_there_never_asks_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(WeightsNotFoundError, match="no such folder"):
+        find_weights(name)
+    assert find_weights("openai/whisper-small").folder == "openai/whisper-small"
+    assert find_weights("gpt2").folder == "gpt2"

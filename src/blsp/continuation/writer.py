@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from blsp.continuation.engines import Engine, Prompt, ScoringEngine, TransformersEngine
 from blsp.continuation.requests import (
@@ -53,10 +53,9 @@ from blsp.distributed import Runtime, find_runtime
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
 from blsp.llm.prompt import ORDERS, text_ids
-from blsp.model.loading import load_language_model
+from blsp.model.loading import load_language_model, load_tokenizer
 from blsp.settings import ContinueSettings, SettingsError
-from blsp.weights.digest import tensor_digest
-from blsp.weights.embedded import resolve_weights
+from blsp.weights.digest import Weights, find_weights
 
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed")  # the settings that the header repeats
 PACKAGES = ("blsp", "torch", "transformers", "tokenizers", "numpy")
@@ -67,7 +66,7 @@ def write_continuations(settings: ContinueSettings) -> None:
     """`blsp continue`."""
     check_settings(settings)
     runtime = find_runtime(settings.device, settings.dtype)
-    llm = TextModel(settings.llm, resolve_weights(settings.llm))
+    llm = TextModel(find_weights(settings.llm))
     check_top_k(settings, llm)
     with Job(settings.out, runtime.rank) as job:
         run = Step1(settings, llm, runtime, job)
@@ -79,18 +78,13 @@ def write_continuations(settings: ContinueSettings) -> None:
 
 @dataclass(frozen=True)
 class TextModel:
-    """The LLM: what the user called it, the folder of its weights, and what is read from there at need."""
+    """The LLM by its weights; the tokenizer is read from there when it is needed."""
 
-    name: str
-    folder: str
+    weights: Weights
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.folder)
-
-    @cached_property
-    def digest(self) -> str:
-        return tensor_digest(self.folder)
+        return load_tokenizer(self.weights)
 
     @property
     def template_digest(self) -> str:
@@ -113,9 +107,9 @@ def check_top_k(settings: ContinueSettings, llm: TextModel) -> None:
     """Raise SettingsError where more log-probabilities are asked for than the LLM has tokens."""
     if not settings.top_k:  # a server may write then, and this machine may have no more than a tokenizer
         return
-    tokens = AutoConfig.from_pretrained(llm.folder).get_text_config().vocab_size
+    tokens = AutoConfig.from_pretrained(llm.weights.folder).get_text_config().vocab_size
     if settings.top_k > tokens:
-        raise SettingsError(f"--top-k {settings.top_k}: {llm.name} has {tokens} tokens")
+        raise SettingsError(f"--top-k {settings.top_k}: {llm.weights.name} has {tokens} tokens")
 
 
 def top_k_facts(settings: ContinueSettings) -> dict[str, Any]:
@@ -164,7 +158,7 @@ class Step1:
                 "limit": settings.limit,
             },
             "llm": settings.llm,
-            "llm_sha256": None if url else self.llm.digest,
+            "llm_sha256": None if url else self.llm.weights.sha256,
             "chat_template_sha256": self.llm.template_digest,
             "engine": engine | {"body": _engine_body(settings)} if url else {"name": "transformers"},
             "behaviours": settings.behaviours,
@@ -266,7 +260,7 @@ def _make_engine(run: Step1) -> Engine:
     fields: dict[str, Any] = {name: getattr(settings, name) for name in DECODING}
     decoding = Decoding(**fields, top_k_logprobs=settings.top_k, top_k_temperature=settings.top_k_temperature)
     if not settings.engine_url:
-        return TransformersEngine(*load_language_model(settings.llm, run.runtime), decoding)
+        return TransformersEngine(*load_language_model(run.llm.weights, run.runtime), decoding)
     from blsp.continuation.openai_engine import OpenAIEngine
 
     return OpenAIEngine(
@@ -347,7 +341,7 @@ def _scoring_folder(job: Job) -> Path:
 def _check_teacher(run: Step1, header: dict[str, Any]) -> None:
     """The teacher must be the LLM that wrote; of a server's LLM only the template can be compared."""
     written, template, llm = header["llm_sha256"], header["chat_template_sha256"], run.llm
-    if written not in (None, llm.digest) or template != llm.template_digest:
+    if written not in (None, llm.weights.sha256) or template != llm.template_digest:
         raise JobError(
             f"{run.job.out}: was written by {header['llm']} (tensors {str(written)[:12]}…, template "
             f"{template[:12]}…); {llm.name} is another LLM: the teacher must be the LLM that wrote"
@@ -375,13 +369,13 @@ def _rows_with_ids(run: Step1) -> Iterator[dict[str, Any]]:
 
 
 def _score_rows(run: Step1, rows: Manifest, folder: Path, top_k: dict[str, Any]) -> None:
-    job, rank, digest, size = run.job, run.runtime.rank, run.llm.digest, run.settings.batch_size
+    job, rank, digest, size = run.job, run.runtime.rank, run.llm.weights.sha256, run.settings.batch_size
     facts = {"rows_sha256": file_digest(*rows.paths), "llm_sha256": digest, "batch_size": size} | top_k
     parts = open_parts(_scoring_folder(job), facts, rank)
     plan = open_plan(parts, size, lambda: plan_scoring(rows, run.llm.tokenizer, str(job.out)), rank)
 
     def make_engine() -> Engine:
-        llm, tokenizer = load_language_model(run.llm.name, run.runtime)
+        llm, tokenizer = load_language_model(run.llm.weights, run.runtime)
         return ScoringEngine(llm, tokenizer, top_k["k"], top_k["temperature"])
 
     def make_prompt(number: int, planned: PlannedPrompt) -> Prompt:

@@ -37,17 +37,13 @@ from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import FEATURES_VERSION, WINDOW_MEL_FRAMES, encode_speech, mel_features
 from blsp.settings import EncodeSettings
-from blsp.weights.digest import tensor_digest
+from blsp.weights.digest import find_weights
 
 __all__ = ["FeatureCache", "FeaturesError", "encode", "encode_manifest", "encoder_id", "open_features"]
 
 
-def encoder_id(audio_model: str, *, full_window: bool = False) -> str:
+def encoder_id(audio_model_sha256: str, *, full_window: bool = False) -> str:
     """What features depend on: the encoder's tensors, how clips are padded, how mels are made."""
-    return _identity(tensor_digest(audio_model), full_window)
-
-
-def _identity(audio_model_sha256: str, full_window: bool) -> str:
     return f"{audio_model_sha256}:{'30s' if full_window else 'true-length'}:{FEATURES_VERSION}"
 
 
@@ -56,8 +52,9 @@ def encode(settings: EncodeSettings) -> None:
     runtime = find_runtime(settings.device, settings.dtype)
     rows: Sequence[Utterance] = Manifest(settings.manifest, CONTINUATION_KEY)
     rows = rows if settings.limit is None else rows[: settings.limit]
-    tower, extractor = load_speech_encoder(settings.audio_model, runtime)
-    name = encoder_id(settings.audio_model, full_window=settings.pad_to_30s)
+    weights = find_weights(settings.audio_model)
+    tower, extractor = load_speech_encoder(weights, runtime)
+    name = encoder_id(weights.sha256, full_window=settings.pad_to_30s)
     cache = _open_cache(settings.cache, name, runtime)
     manifest = re.sub(r"[^\w.-]", "_", Path(settings.manifest).name.removesuffix(".jsonl"))
     with _new_log(settings.cache / manifest, runtime) as skipped:
@@ -85,7 +82,7 @@ def open_features(
 ) -> FeatureCache:
     """The cache for a model's encoder, after encoding what the rows of `sources` lack in it."""
     full_window = model.config.full_window
-    name = _identity(model.config.audio_model_sha256, full_window)
+    name = encoder_id(str(model.config.audio_model_sha256), full_window=full_window)
     cache = _open_cache(folder, name, runtime)
     with _new_log(folder / "training", runtime) as skipped:
         for rows in sources:

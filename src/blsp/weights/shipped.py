@@ -1,10 +1,9 @@
-"""Where the shipped adapters lie: `models/NAME` in a checkout, `blsp/_models/NAME` in an installed wheel.
+"""Folders of the shipped adapters: `models/NAME` in a checkout, `blsp/_models/NAME` in an installed wheel.
 
-In: a model's name as a user writes it. Out: the same name, or the folder of the shipped adapter it stands
-    for.
-
-    find_model("blsp-tiny")        # -> '/…/models/blsp-tiny'
-    find_model("runs/x/adapter")   # -> 'runs/x/adapter', untouched
+In:   a model's name as a user writes it.
+Out:  the folder of the shipped adapter that it stands for; any other folder or hub id as it is.
+Try:  find_model("blsp-tiny")   # -> '/…/models/blsp-tiny'
+Flow: every command that takes --model comes here first.
 """
 
 from __future__ import annotations
@@ -12,27 +11,30 @@ from __future__ import annotations
 from pathlib import Path
 
 from blsp.data.files import file_digest
+from blsp.weights.embedded import refuse_missing_path
 
 SHIPPED = ("blsp-tiny", "blsp-base")
 
 
 def is_shipped(name: str) -> bool:
     """Whether this installation holds the shipped adapter `name`."""
-    return any((place / "config.json").is_file() for place in _places(name))
+    return any((folder / "config.json").is_file() for folder in _folders(name))
 
 
 def find_model(name: str) -> str:
     """Resolve the name of a shipped adapter to its folder; a folder or hub id is returned as it is.
 
-    Raises FileNotFoundError when a shipped name is asked for and this installation does not hold it.
+    Raises FileNotFoundError for a shipped name that this installation does not hold, and for a path that is not
+    there.
     """
     if name not in SHIPPED or Path(name, "config.json").is_file():
+        refuse_missing_path(name)
         return name
-    places = _places(name)
-    for place in places:
-        if (place / "config.json").is_file():
-            return str(place)
-    looked = " and ".join(str(place) for place in places)
+    folders = _folders(name)
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return str(folder)
+    looked = " and ".join(str(folder) for folder in folders)
     raise FileNotFoundError(
         f"the shipped adapter {name!r} is not in this installation (looked in {looked}); "
         "train one with `blsp train` or name a folder with --model"
@@ -46,6 +48,6 @@ def model_digest(name: str) -> str | None:
     return file_digest(*files) if files else None
 
 
-def _places(name: str) -> list[Path]:
+def _folders(name: str) -> list[Path]:
     package = Path(__file__).resolve().parents[1]
     return [package.parents[1] / "models" / name, package / "_models" / name]
