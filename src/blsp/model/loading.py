@@ -88,7 +88,9 @@ def load_checked(config: BlspConfig, runtime: Runtime, folder: Any) -> FrozenPar
 
     folder: the adapter's, for the message.
     """
-    audio_model, text_model = find_weights(config.audio_model_id), find_weights(config.text_model_id)
+    audio_model, text_model = (
+        find_weights(str(name)) for name in (config.audio_model_id, config.text_model_id)
+    )
     for weights, expected in (
         (audio_model, config.audio_model_sha256),
         (text_model, config.text_model_sha256),
