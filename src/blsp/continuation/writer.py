@@ -344,7 +344,7 @@ def _check_teacher(run: Step1, header: dict[str, Any]) -> None:
     if written not in (None, llm.weights.sha256) or template != llm.template_digest:
         raise JobError(
             f"{run.job.out}: was written by {header['llm']} (tensors {str(written)[:12]}…, template "
-            f"{template[:12]}…); {llm.name} is another LLM: the teacher must be the LLM that wrote"
+            f"{template[:12]}…); {llm.weights.name} is another LLM: the teacher must be the LLM that wrote"
         )
 
 
