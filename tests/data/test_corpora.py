@@ -23,7 +23,7 @@ from blsp import cli
 from blsp.data import prepare as preparation
 from blsp.data.audio import is_silent, load_audio
 from blsp.data.corpora import no_speech
-from blsp.data.corpora.reading import Corpus, CorpusError, Lookup, Wanted, heard, iso
+from blsp.data.corpora.reading import Corpus, CorpusError, Lookup, ReadRequest, iso, make_row
 from blsp.data.corpora.recognition import read_json_array
 from blsp.data.jobs import Job, JobError, Parts
 from blsp.data.jsonl import read_rows
@@ -191,7 +191,7 @@ def test_a_language_must_be_named_where_there_are_several(tmp_path: Path) -> Non
         ("gigaspeech", "GigaSpeech.json", '"begin_time": 0.0', '"begin_time": -1', r"-1 is no time"),
         ("gigaspeech", "GigaSpeech.json", '"audios"', '"sounds"', r"no array 'audios'"),
         ("tedlium3", "**/*.stm", " 2.25 4 ", " 2.25 four ", r"stm:3: 'four' is no time"),
-        ("tedlium3", "**/*.stm", " 4 5 <o,f0,female> <unk>", "", r"stm:4: a line of STM has"),
+        ("tedlium3", "**/*.stm", " 4 5 <o,f0,female> <unk>", "", r"stm:4: STM lines have"),
         ("common-voice", "**/dev.tsv", "\tsentence\t", "\ttext\t", r"dev\.tsv:1: no column sentence"),
         ("covost2", "**/covost_v2.en_de.tsv", "translation", "german", r"no column translation"),
         ("must-c", "**/*.yaml", "offset", "onset", r"yaml:1: not a segment"),
@@ -299,8 +299,8 @@ def test_a_run_stopped_anywhere_goes_on(name: str, tmp_path: Path, monkeypatch: 
     total = whole.count("\n") + len(left_out)
     for stop in range(1, total):
 
-        def interrupted(wanted: Wanted, stop: int = stop) -> Iterator[Any]:
-            for number, row in enumerate(reader(wanted)):
+        def interrupted(request: ReadRequest, stop: int = stop) -> Iterator[Any]:
+            for number, row in enumerate(reader(request)):
                 if number == stop:
                     raise KeyboardInterrupt
                 yield row
@@ -444,9 +444,9 @@ def test_languages() -> None:
 
 
 def test_what_counts_as_words() -> None:
-    assert isinstance(heard("a", "a.wav", " 你好 "), Utterance)
+    assert isinstance(make_row("a", "a.wav", " 你好 "), Utterance)
     for text in ("", "  ", "...", "♪ ♪", "<MUSIC>", "<MUSIC> <SIL>"):
-        row = heard("a", "a.wav", text, tags=("<MUSIC>", "<SIL>"))
+        row = make_row("a", "a.wav", text, tags=("<MUSIC>", "<SIL>"))
         assert not isinstance(row, Utterance) and row.reason.startswith(
             "tags only" if text.strip() else "no transcript"
         )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio
 from blsp.data.corpora import folders, hub, lhotse, no_speech, recognition, translation, understanding
-from blsp.data.corpora.reading import CorpusError, Dropped, Read, Row, Wanted
+from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, Rows
 from blsp.data.files import digest_of
 from blsp.data.jobs import Job
 from blsp.data.jsonl import read_rows
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 CHECKED_AHEAD = 64  # recordings being decoded at a time
 
-READERS: dict[str, Callable[[Wanted], Read]] = {
+READERS: dict[str, Callable[[ReadRequest], Rows]] = {
     "librispeech": recognition.librispeech,
     "gigaspeech": recognition.gigaspeech,
     "tedlium3": recognition.tedlium3,
@@ -90,9 +90,9 @@ def _facts(settings: PrepareSettings) -> dict[str, Any]:
     return facts | {"root": os.path.abspath(settings.root) if local else settings.root}
 
 
-def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Read:
+def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Rows:
     """The corpus' rows, `limit` utterances at most."""
-    wanted = Wanted(
+    request = ReadRequest(
         root=settings.root,
         split=settings.split,
         language=settings.language,
@@ -105,7 +105,7 @@ def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Read:
         seed=settings.seed,
     )
     left = settings.limit
-    for row in READERS[settings.corpus](wanted):
+    for row in READERS[settings.corpus](request):
         yield row
         if left is not None and isinstance(row, Utterance):
             left -= 1
@@ -113,7 +113,7 @@ def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Read:
                 return
 
 
-def _rows_left(rows: Read, part: Path) -> Read:
+def _rows_left(rows: Rows, part: Path) -> Rows:
     """The rows after the last one that the part file holds."""
     count, last = 0, ""
     for _, row in read_rows(part):
@@ -129,7 +129,7 @@ def _rows_left(rows: Read, part: Path) -> Read:
 # --- checking and writing ---------------------------------------------------------------------------------
 
 
-def _checked(rows: Read, check_audio: bool) -> Read:
+def _checked(rows: Rows, check_audio: bool) -> Rows:
     """The rows in their order; with `check_audio`, those that cannot be decoded as `Dropped`."""
     if not check_audio:
         yield from rows

@@ -21,7 +21,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from blsp.data.corpora.no_speech import no_speech
-from blsp.data.corpora.reading import Wanted
+from blsp.data.corpora.reading import ReadRequest
 from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.distributed import Runtime, barrier, shard_language_model
@@ -373,7 +373,7 @@ def write_no_speech(folder: Path, seed: int) -> Path:
     if not manifest.exists():
         folder = folder.resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = Wanted("", "", None, None, made_audio=folder, limit=CLIPS, seed=seed)
-        rows = (row for row in no_speech(wanted) if isinstance(row, Utterance))
+        request = ReadRequest("", "", None, None, made_audio=folder, limit=CLIPS, seed=seed)
+        rows = (row for row in no_speech(request) if isinstance(row, Utterance))
         write_manifest(manifest, rows, relative_to=folder)
     return manifest

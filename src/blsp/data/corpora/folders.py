@@ -1,10 +1,12 @@
-"""Data without a publisher: a folder of audio and text files, a Kaldi data directory.
+"""Readers of your own data: a folder of audio and text files, a Kaldi data directory.
 
-    >>> next(audio_and_text(Wanted(root="my_recordings", ...)))       # my_recordings/a.wav beside a.txt
-    Utterance(id="a", audio="/home/me/my_recordings/a.wav", text="What I said.")
+In:  a folder.
+Out: utterances, one at a time.
+Try: `next(audio_and_text(ReadRequest(root="my_recordings", ...)))`, with my_recordings/a.wav beside a.txt
+Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
-In: a folder. Out: utterances, streaming. A Kaldi directory is read as its documentation describes it
-(kaldi-asr.org/doc/data_prep.html: wav.scp, text, and optionally segments, utt2spk, utt2lang).
+A Kaldi directory is read as its documentation describes it (kaldi-asr.org/doc/data_prep.html: wav.scp, text,
+and optionally segments, utt2spk, utt2lang).
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from blsp.data.corpora.reading import (
     Corpus,
     Dropped,
     Lookup,
-    Read,
+    ReadRequest,
     Row,
-    Wanted,
-    heard,
+    Rows,
     iso,
-    number,
+    make_row,
     read_lines,
+    subfolders,
 )
 
 FOLDER = Corpus("recordings", "your own disk: audio files (wav, flac, ogg, opus, mp3) beside .txt files")
@@ -38,18 +40,16 @@ TEXT_SUFFIXES = (".txt", ".lab")
 DECODING = re.compile(r"(?:\S*/)?(?:flac(?: -[cds]+)+|sph2pipe(?: -f \w+| -p)+|cat) (\S+) *\|")
 
 
-def audio_and_text(wanted: Wanted) -> Read:
+def audio_and_text(request: ReadRequest) -> Rows:
     """Every audio file below the folder (or its subfolder SPLIT) with the .txt or .lab file of its name.
 
     The whole folder is read where it has no `train` and no other split was asked for.
     """
-    root = FOLDER.need(wanted.folder)
-    whole = wanted.splits == ["train"] and not (root / "train").is_dir()
-    for split in wanted.splits:
+    root = FOLDER.need(request.folder)
+    whole = request.splits == ["train"] and not (root / "train").is_dir()
+    for split in request.splits:
         if not whole:
-            FOLDER.need_split(
-                root / split, split, (each.name for each in sorted(root.iterdir()) if each.is_dir())
-            )
+            FOLDER.need_split(root / split, split, subfolders(root))
         for path in _audio_files(root if whole else root / split):
             id = path.relative_to(root).with_suffix("").as_posix()
             texts = [path.with_suffix(suffix) for suffix in TEXT_SUFFIXES]
@@ -58,33 +58,33 @@ def audio_and_text(wanted: Wanted) -> Read:
                 yield Dropped(id, str(path), f"no transcript: {texts[0].name} is missing")
                 continue
             text = " ".join(line.strip() for _, line in read_lines(beside, FOLDER))
-            yield heard(id, path, text, language=iso(wanted.language))
+            yield make_row(id, path, text, language=iso(request.language))
 
 
 def _audio_files(folder: Path) -> Iterator[Path]:
     """In an order that does not change; only one folder's names are in memory."""
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         for name in sorted(files):
             if Path(name).suffix.lower() in AUDIO_SUFFIXES:
-                yield Path(place) / name
+                yield Path(parent) / name
 
 
 # --- Kaldi ------------------------------------------------------------------------------------------------
 
 
-def kaldi(wanted: Wanted) -> Read:
+def kaldi(request: ReadRequest) -> Rows:
     """A data directory (or its subdirectory SPLIT): text names the utterances, segments or wav.scp the
     audio."""
-    root = KALDI.need(wanted.folder)
-    for split in wanted.splits:
+    root = KALDI.need(request.folder)
+    for split in request.splits:
         if (root / "wav.scp").exists():
-            yield from _kaldi_directory(root, wanted)
+            yield from _kaldi_directory(root, request)
         else:
-            yield from _kaldi_directory(KALDI.need(root / split / "wav.scp").parent, wanted)
+            yield from _kaldi_directory(KALDI.need(root / split / "wav.scp").parent, request)
 
 
-def _kaldi_directory(folder: Path, wanted: Wanted) -> Read:
+def _kaldi_directory(folder: Path, request: ReadRequest) -> Rows:
     with ExitStack() as stack:
         tables = {
             name: stack.enter_context(Lookup(_mapping(folder / name)))
@@ -94,7 +94,7 @@ def _kaldi_directory(folder: Path, wanted: Wanted) -> Read:
         for line, content in read_lines(KALDI.need(folder / "text"), KALDI):
             id, text = _split_once(content)
             if id:
-                yield _kaldi_row(id, text, tables, folder, line, iso(wanted.language))
+                yield _kaldi_row(id, text, tables, folder, line, iso(request.language))
 
 
 def _kaldi_row(
@@ -107,21 +107,19 @@ def _kaldi_row(
         if len(segment) < 3:
             return Dropped(id, "", "no segment: the utterance is not in segments")
         recording = segment[0]
-        start = number(segment[1], folder / "segments", line, KALDI)
-        end = number(segment[2], folder / "segments", line, KALDI)
-        times = {"start": start, "duration": round(end - start, 6)}
+        times = KALDI.times(segment[1], segment[2], folder / "segments", line)
     entry = tables["wav.scp"].get(recording)
     audio = _audio_of(entry or "", folder)
     if audio is None:
         reason = f"{entry!r} is a command or archive" if entry else "not in wav.scp"
         return Dropped(id, recording, f"no audio file: {reason}")
     speaker = tables["utt2spk"].get(id) if "utt2spk" in tables else None
-    spoken = iso(tables["utt2lang"].get(id)) if "utt2lang" in tables else language
-    return heard(id, audio, text, language=spoken, speaker=speaker, **times)
+    language = iso(tables["utt2lang"].get(id)) if "utt2lang" in tables else language
+    return make_row(id, audio, text, language=language, speaker=speaker, **times)
 
 
 def _audio_of(entry: str, folder: Path) -> Path | None:
-    """The file behind an entry of wav.scp: a path, or one that a command merely decodes."""
+    """The file that an entry of wav.scp names: a path, or a command that only decodes a file."""
     entry = entry.strip()
     if decoded := DECODING.fullmatch(entry):
         entry = decoded[1]

@@ -1,12 +1,13 @@
-"""Lhotse manifests: cuts, or recordings and supervisions (.jsonl or .jsonl.gz).
+"""Reader of Lhotse manifests: cuts, or recordings and supervisions (.jsonl or .jsonl.gz).
 
-    >>> next(lhotse(Wanted(root="data/manifests", split="train-clean-5", ...)))
-    Utterance(id="1088-134315-0000", audio=".../1088-134315-0000.flac", text="...", start=0.0, duration=15.0)
+In:  a file of cuts; or a folder with PREFIX_cuts_SPLIT.jsonl.gz, or with PREFIX_recordings_SPLIT.jsonl.gz and
+     PREFIX_supervisions_SPLIT.jsonl.gz (as Lhotse's recipes name them).
+Out: an utterance for each supervision, one at a time.
+Try: `next(lhotse(ReadRequest(root="data/manifests", split="train-clean-5", ...)))`
+Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
-In: a file of cuts, or a folder in which PREFIX_cuts_SPLIT.jsonl.gz lies, or
-PREFIX_recordings_SPLIT.jsonl.gz beside PREFIX_supervisions_SPLIT.jsonl.gz (as Lhotse's recipes name them).
-Out: an utterance a supervision, streaming. The format is plain JSON (lhotse.readthedocs.io, "Representing a
-corpus" and "Cuts"), so the library is not needed.
+The format is plain JSON (lhotse.readthedocs.io, "Representing a corpus" and "Cuts"), so the library is not
+needed.
 """
 
 from __future__ import annotations
@@ -20,19 +21,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, Lookup, Read, Row, Wanted, heard, iso
+from blsp.data.corpora.reading import (
+    Corpus,
+    CorpusError,
+    Dropped,
+    Lookup,
+    ReadRequest,
+    Row,
+    Rows,
+    iso,
+    make_row,
+)
 from blsp.data.jsonl import ManifestError, parse_row
 
 LHOTSE = Corpus("Lhotse manifests", "https://lhotse.readthedocs.io (their format)")
 
 
-def lhotse(wanted: Wanted) -> Read:
+def lhotse(request: ReadRequest) -> Rows:
     """Cuts where there are cuts, else recordings joined with supervisions."""
-    root = LHOTSE.need(wanted.folder)
+    root = LHOTSE.need(request.folder)
     if root.is_file():
         yield from _from_cuts(root)
         return
-    for split in wanted.splits:
+    for split in request.splits:
         cuts = _find(root, "cuts", split)
         if cuts is not None:
             yield from _from_cuts(cuts)
@@ -51,12 +62,12 @@ def _find(root: Path, kind: str, split: str) -> Path | None:
     cuts_dev.jsonl."""
     word = r"(^|[_.]){}([_.]|$)"
     named = [path for path in sorted(root.glob("*.jsonl*")) if re.search(word.format(kind), path.name)]
-    found = [path for path in named if re.search(word.format(re.escape(split)), path.name)]
-    if len(found) > 1:
+    files = [path for path in named if re.search(word.format(re.escape(split)), path.name)]
+    if len(files) > 1:
         raise CorpusError(
-            f"{root}: {found[0].name} and {found[1].name} both are {kind} of {split!r}; name one file"
+            f"{root}: {files[0].name} and {files[1].name} both are {kind} of {split!r}; name one file"
         )
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -71,7 +82,7 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise CorpusError(f"{error}" if str(path) in str(error) else f"{path}: damaged ({error})") from error
 
 
-def _from_cuts(path: Path) -> Read:
+def _from_cuts(path: Path) -> Rows:
     """A cut's supervisions; their times count from the cut's start."""
     for where, cut in _objects(path):
         recording = cut.get("recording")
@@ -84,7 +95,7 @@ def _from_cuts(path: Path) -> Read:
                 yield _utterance(supervision, recording, float(cut.get("start", 0.0)), path)
 
 
-def _from_supervisions(recordings: Path, supervisions: Path) -> Read:
+def _from_supervisions(recordings: Path, supervisions: Path) -> Rows:
     listed = ((str(recording.get("id")), json.dumps(recording)) for _, recording in _objects(recordings))
     with Lookup(listed) as known:
         for where, supervision in _objects(supervisions):
@@ -115,7 +126,7 @@ def _utterance(supervision: dict[str, Any], recording: dict[str, Any], offset: f
         return Dropped(id, str(recording.get("id")), f"unfit recording: {unfit}")
     audio = Path(str(sources[0]["source"]))
     whole = start <= 0 and abs(duration - seconds) < 0.001
-    return heard(
+    return make_row(
         id,
         path.parent / audio if (path.parent / audio).exists() else audio.absolute(),
         str(supervision.get("text") or ""),

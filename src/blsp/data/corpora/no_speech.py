@@ -1,15 +1,11 @@
-"""Clips in which nobody can be understood: silence, coloured noise, hum, clicks, babble, music of sorts.
+"""Clips without understandable speech: silence, coloured noise, hum, clicks, simple music, babble.
 
-    >>> audio = make_sound("pink", np.random.default_rng(0), 16_000)       # (16000,) float32
-    >>> next(no_speech(Wanted(root="librispeech.jsonl", limit=300, ...)))
-    Utterance(id="no-speech-silence-0000", audio=".../no-speech-silence-0000.wav", text="",
-              extra={"no_speech": True, "sound": "silence"})
+In:  a seed and, for babble, a manifest of speech.
+Out: wav files beside the manifest, and rows with `no_speech`; clip number n depends on the seed and n alone.
+Try: `make_sound("pink", np.random.default_rng(0), 16_000)`
+Flow: data/corpora/ — `blsp prepare no-speech`; training teaches the no-speech sentence on these clips.
 
-In: a seed and, for babble, a manifest of speech. Out: wav files beside the manifest, and rows with
-`no_speech`. Step 2 teaches the set answer on them. Clip N is the same whatever was made before it, so a
-killed run goes on.
-
-Letters: N samples.
+Shapes: N samples.
 """
 
 from __future__ import annotations
@@ -19,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, write_wav
-from blsp.data.corpora.reading import CorpusError, Read, Wanted
+from blsp.data.corpora.reading import CorpusError, ReadRequest, Rows
 from blsp.data.manifest import Manifest, Utterance
 
 CLIPS = 300  # without --limit
@@ -31,16 +27,16 @@ SLOPES = {"white": 0.0, "pink": 1.0, "brown": 2.0, "blue": -1.0}  # power falls 
 Generator = np.random.Generator
 
 
-def no_speech(wanted: Wanted) -> Read:
+def no_speech(request: ReadRequest) -> Rows:
     """`--limit` clips, each kind in turn; babble is mixed from the manifest that `--root` names."""
-    speech = Manifest(wanted.root) if wanted.root else None
+    speech = Manifest(request.root) if request.root else None
     kinds = [*SOUNDS, "babble"] if speech else [*SOUNDS]
-    for place in range(wanted.limit or CLIPS):
-        kind = kinds[place % len(kinds)]
-        id = f"no-speech-{kind}-{place:06d}"
-        path = wanted.made_audio / f"{id}.wav"
+    for number in range(request.limit or CLIPS):
+        kind = kinds[number % len(kinds)]
+        id = f"no-speech-{kind}-{number:06d}"
+        path = request.made_audio / f"{id}.wav"
         if not path.exists():
-            generator = np.random.default_rng((wanted.seed, place))
+            generator = np.random.default_rng((request.seed, number))
             samples = round(generator.uniform(*SECONDS) * SAMPLE_RATE)
             if kind == "babble" and speech:
                 audio = _at_loudness(_babble(generator, samples, speech), generator)
@@ -72,7 +68,7 @@ def _silence(generator: Generator, samples: int) -> np.ndarray:
 
 def _coloured(slope: float) -> Callable[[Generator, int], np.ndarray]:
     def make(generator: Generator, samples: int) -> np.ndarray:
-        spectrum = np.fft.rfft(generator.standard_normal(samples))
+        spectrum = np.fft.rfft(generator.standard_normal(samples))  # (N / 2 + 1,), white
         return np.fft.irfft(spectrum * np.maximum(np.arange(len(spectrum)), 1) ** (-slope / 2), n=samples)
 
     return make
@@ -113,24 +109,23 @@ def _music(generator: Generator, samples: int) -> np.ndarray:
 def _babble(generator: Generator, samples: int, speech: Manifest) -> np.ndarray:
     """Several talkers at once, equally loud, each from a random moment of a random clip."""
     sound = np.zeros(samples)
-    wanted, failed = int(generator.integers(*TALKERS)), ""
-    heard = 0
-    for _ in range(4 * wanted):
+    talkers, mixed, failure = int(generator.integers(*TALKERS)), 0, ""
+    for _ in range(4 * talkers):
         row = speech[int(generator.integers(len(speech)))]
         if not row.audio or row.no_speech:
             continue
         try:
             voice = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
         except AudioError as error:
-            failed = str(error)
+            failure = str(error)
             continue
         voice = np.roll(np.resize(voice, samples), int(generator.integers(samples)))
         sound += voice / max(float(np.sqrt(np.mean(np.square(voice)))), 1e-4)
-        heard += 1
-        if heard == wanted:
+        mixed += 1
+        if mixed == talkers:
             return sound
     raise CorpusError(
-        f"{speech.paths[0]}: too few clips can be read to mix babble from them {failed}".rstrip()
+        f"{speech.paths[0]}: too few clips can be read to mix babble from them {failure}".rstrip()
     )
 
 

@@ -1,10 +1,9 @@
-"""What the corpus readers share: what to read, what was left out, and what to say when something is missing.
+"""Parts that all corpus readers use: the request, files and tables with good errors, rows.
 
-    >>> LIBRISPEECH = Corpus("LibriSpeech", "https://www.openslr.org/12")
-    >>> folder = LIBRISPEECH.need(Path("/data/LibriSpeech") / "dev-clean")
-    CorpusError: /data/LibriSpeech/dev-clean: missing; is --root the folder of LibriSpeech? It is had from ...
-
-In and out: paths and lines. Used by every reader beside this file; `preparation.py` calls those.
+In:  a `ReadRequest`; paths of files as a corpus publishes them.
+Out: lines and table rows; `Utterance` or `Dropped`; a `CorpusError` that says where the corpus can be fetched.
+Try: `Corpus("LibriSpeech", "https://www.openslr.org/12").need(Path("/data/LibriSpeech/dev-clean"))`
+Flow: data/corpora/ — under every reader beside this file; `data/prepare.py` calls the readers.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from typing import Any
 
 from blsp.data.manifest import Utterance
 
-# languages that a corpus spells in a way of its own -> ISO 639-1
+# names of languages in some corpora -> ISO 639-1
 SPELLINGS = {"cmn": "zh", "english": "en", "german": "de", "french": "fr", "spanish": "es", "italian": "it"}
 SPELLINGS |= {"chinese": "zh", "mandarin": "zh", "japanese": "ja", "russian": "ru", "portuguese": "pt"}
 
 
 class CorpusError(ValueError):
-    """A corpus is not laid out as published; the message names the path and where the corpus is had from."""
+    """A corpus is not laid out as published; the message names the path and where to fetch the corpus."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to read."""
+class ReadRequest:
+    """What a reader shall read."""
 
     root: str
     split: str
@@ -65,15 +64,20 @@ class Dropped:
 
 
 Row = Utterance | Dropped
-Read = Iterator[Row]
+Rows = Iterator[Row]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A published corpus: what people call it, and the page it is had from."""
+    """A published corpus: its name, and the page from which it can be fetched."""
 
     name: str
     page: str
+
+    def root(self, request: ReadRequest, inner: str) -> Path:
+        """The folder `--root`, or its subfolder `inner` (which the archive unpacks into) where there is one."""
+        root = self.need(request.folder)
+        return root / inner if (root / inner).is_dir() else root
 
     def need(self, *candidates: Path) -> Path:
         """The first candidate that exists; a `CorpusError` about the first one if none does."""
@@ -83,7 +87,7 @@ class Corpus:
         raise CorpusError(f"{candidates[0]}: missing; {self._remedy()}")
 
     def need_split(self, path: Path, split: str, known: Iterable[str]) -> Path:
-        """`path`, which is the split's own; the message lists the splits that there are."""
+        """`path`, which belongs to the split; the message lists the splits that there are."""
         if path.exists():
             return path
         there = ", ".join(known)
@@ -94,7 +98,22 @@ class Corpus:
         return CorpusError(f"{path}:{line}: {reason}; this is not {self.name} as published at {self.page}")
 
     def _remedy(self) -> str:
-        return f"is --root the folder of {self.name}? It is had from {self.page}"
+        return f"is --root the folder of {self.name}? Fetch it from {self.page}"
+
+    def seconds(self, text: object, path: Path, line: int) -> float:
+        """A finite number of seconds, not below 0."""
+        try:
+            value = float(text)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            value = -1.0
+        if not 0 <= value < 1e9:
+            raise self.broken(path, line, f"{text!r} is no time in seconds")
+        return round(value, 6)
+
+    def times(self, begin: object, end: object, path: Path, line: int) -> dict[str, float]:
+        """`start` and `duration` of a segment from `begin` to `end`."""
+        start = self.seconds(begin, path, line)
+        return {"start": start, "duration": round(self.seconds(end, path, line) - start, 6)}
 
 
 def iso(language: str | None) -> str | None:
@@ -105,8 +124,8 @@ def iso(language: str | None) -> str | None:
     return SPELLINGS.get(short, short)
 
 
-def heard(id: str, audio: Path | str, text: str, *, tags: Iterable[str] = (), **fields: Any) -> Row:
-    """The utterance, or why it is none: `tags` are words of the transcript that are no speech."""
+def make_row(id: str, audio: Path | str, text: str, *, tags: Iterable[str] = (), **fields: Any) -> Row:
+    """The utterance, or the reason why it is left out; `tags` are words of the transcript that are no speech."""
     ignored = set(tags)
     words = [word for word in text.split() if word not in ignored]
     if not any(letter.isalnum() for word in words for letter in word):
@@ -165,20 +184,14 @@ def read_csv(path: Path, corpus: Corpus, columns: Iterable[str]) -> Iterator[tup
         raise CorpusError(f"{path}: cannot be read ({error}); fetch {corpus.name} again") from error
 
 
-def number(text: object, path: Path, line: int, corpus: Corpus) -> float:
-    """A finite number of seconds, not below 0."""
-    try:
-        value = float(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        value = -1.0
-    if not 0 <= value < 1e9:
-        raise corpus.broken(path, line, f"{text!r} is no time in seconds")
-    return round(value, 6)
-
-
-def folders_in(path: Path) -> list[str]:
+def subfolders(path: Path) -> list[str]:
     """The names of the folders in a folder, sorted."""
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if path.is_dir() else []
+
+
+def stems(folder: Path, pattern: str) -> list[str]:
+    """The names, without suffix, of the files that match, sorted."""
+    return [path.stem for path in sorted(folder.glob(pattern))]
 
 
 class Lookup:
@@ -194,8 +207,8 @@ class Lookup:
             self._table.executemany("INSERT OR REPLACE INTO pairs VALUES (?, ?)", pairs)
 
     def get(self, name: str) -> str | None:
-        found = self._table.execute("SELECT value FROM pairs WHERE name = ?", (name,)).fetchone()
-        return found[0] if found else None
+        pair = self._table.execute("SELECT value FROM pairs WHERE name = ?", (name,)).fetchone()
+        return pair[0] if pair else None
 
     def __enter__(self) -> Lookup:
         return self

@@ -1,9 +1,9 @@
-"""Corpora made for recognition: LibriSpeech, GigaSpeech, TED-LIUM 3.
+"""Readers of speech recognition corpora: LibriSpeech, GigaSpeech, TED-LIUM 3.
 
-    >>> next(librispeech(Wanted(root="/data/LibriSpeech", split="dev-clean", ...)))
-    Utterance(id="1272-128104-0000", audio="/data/LibriSpeech/dev-clean/1272/128104/1272-...flac", ...)
-
-In: a corpus' folder as published (each reader cites where its layout was read). Out: utterances, streaming.
+In:  a corpus' folder as published.
+Out: utterances, one at a time.
+Try: `next(librispeech(ReadRequest(root="/data/LibriSpeech", split="dev-clean", ...)))`
+Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
 Sources of the layouts: LibriSpeech's README.TXT (openslr.org/12); GigaSpeech's
 `toolkits/kaldi/extract_meta.py` and `utils/gigaspeech_scoring.py` (github.com/SpeechColab/GigaSpeech);
@@ -21,13 +21,12 @@ from typing import IO, Any
 from blsp.data.corpora.reading import (
     Corpus,
     CorpusError,
-    Read,
-    Wanted,
-    folders_in,
-    heard,
+    ReadRequest,
+    Rows,
     iso,
-    number,
+    make_row,
     read_lines,
+    subfolders,
 )
 
 LIBRISPEECH = Corpus("LibriSpeech", "https://www.openslr.org/12")
@@ -40,35 +39,34 @@ TEDLIUM_TAGS = ("<sil>", "<unk>")
 JSON_BLOCK = 1 << 20  # characters of a large JSON file read at a time
 
 
-def librispeech(wanted: Wanted) -> Read:
+def librispeech(request: ReadRequest) -> Rows:
     """SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, a line an utterance: `ID TRANSCRIPT`; ID.flac beside
     it."""
-    root = LIBRISPEECH.need(wanted.folder)
-    root = root / "LibriSpeech" if (root / "LibriSpeech").is_dir() else root
-    for split in wanted.splits:
-        folder = LIBRISPEECH.need_split(root / split, split, folders_in(root))
-        for speaker in folders_in(folder):
-            for chapter in folders_in(folder / speaker):
+    root = LIBRISPEECH.root(request, "LibriSpeech")
+    for split in request.splits:
+        folder = LIBRISPEECH.need_split(root / split, split, subfolders(root))
+        for speaker in subfolders(folder):
+            for chapter in subfolders(folder / speaker):
                 path = folder / speaker / chapter / f"{speaker}-{chapter}.trans.txt"
                 for line, content in read_lines(LIBRISPEECH.need(path), LIBRISPEECH):
                     id, _, text = content.partition(" ")
                     if not id.startswith(f"{speaker}-{chapter}-"):
                         raise LIBRISPEECH.broken(path, line, f"{id!r} is no utterance of this chapter")
-                    yield heard(id, path.with_name(f"{id}.flac"), text, language="en", speaker=speaker)
+                    yield make_row(id, path.with_name(f"{id}.flac"), text, language="en", speaker=speaker)
 
 
 # --- GigaSpeech -------------------------------------------------------------------------------------------
 
 
-def gigaspeech(wanted: Wanted) -> Read:
+def gigaspeech(request: ReadRequest) -> Rows:
     """GigaSpeech.json names long Opus files under audio/, each with segments (begin, end, text, subsets).
 
     A part is a subset: XL, L, M, S, XS, DEV, TEST. Punctuation is spelled in tags and becomes punctuation;
     a segment that is a tag alone (<SIL>, <MUSIC>, <NOISE>, <OTHER>) is dropped.
     """
-    path = GIGASPEECH.need(wanted.folder / "GigaSpeech.json")
+    path = GIGASPEECH.need(request.folder / "GigaSpeech.json")
     GIGASPEECH.need(path.parent / "audio")
-    subsets = {"{" + split + "}" for split in wanted.splits}
+    subsets = {"{" + split + "}" for split in request.splits}
     for recording in read_json_array(path, "audios", GIGASPEECH):
         try:
             yield from _gigaspeech_recording(recording, subsets, path)
@@ -77,7 +75,7 @@ def gigaspeech(wanted: Wanted) -> Read:
             raise CorpusError(f"{path}: the recording {where} is not as published ({error!r})") from error
 
 
-def _gigaspeech_recording(recording: dict[str, Any], subsets: set[str], path: Path) -> Read:
+def _gigaspeech_recording(recording: dict[str, Any], subsets: set[str], path: Path) -> Rows:
     if subsets.isdisjoint(recording.get("subsets", subsets)):
         return
     audio, language = path.parent / recording["path"], iso(recording.get("language", "EN"))
@@ -87,19 +85,10 @@ def _gigaspeech_recording(recording: dict[str, Any], subsets: set[str], path: Pa
         words = segment["text_tn"]
         for tag, point in GIGASPEECH_POINTS.items():
             words = words.replace(f" {tag}", point).replace(tag, "")
-        start = number(segment["begin_time"], path, 1, GIGASPEECH)
-        end = number(segment["end_time"], path, 1, GIGASPEECH)
-        speaker = segment.get("speaker")
-        yield heard(
-            segment["sid"],
-            audio,
-            words,
-            tags=GIGASPEECH_TAGS,
-            start=start,
-            duration=round(end - start, 6),
-            language=language,
-            speaker=speaker if speaker != "N/A" else None,
-        )
+        times = GIGASPEECH.times(segment["begin_time"], segment["end_time"], path, 1)
+        speaker = None if segment.get("speaker") == "N/A" else segment.get("speaker")
+        fields: dict[str, Any] = {"language": language, "speaker": speaker, **times}
+        yield make_row(segment["sid"], audio, words, tags=GIGASPEECH_TAGS, **fields)
 
 
 def read_json_array(path: Path, name: str, corpus: Corpus) -> Iterator[Any]:
@@ -113,26 +102,26 @@ def read_json_array(path: Path, name: str, corpus: Corpus) -> Iterator[Any]:
 
 def _array_items(file: IO[str], name: str, path: Path, corpus: Corpus) -> Iterator[Any]:
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    text, place = _find_array(file, name, path, corpus)
+    text, at = _find_array(file, name, path, corpus)  # what is read but not parsed yet is text[at:]
     while True:
-        while place == len(text) and (block := file.read(JSON_BLOCK)):
-            text, place = block, 0
-        place = between.match(text, place).end()  # type: ignore[union-attr]
-        if text[place : place + 1] == "]":
+        while at == len(text) and (block := file.read(JSON_BLOCK)):
+            text, at = block, 0
+        at = between.match(text, at).end()  # type: ignore[union-attr]
+        if text[at : at + 1] == "]":
             return
         try:
-            item, place = decoder.raw_decode(text, place)
+            item, at = decoder.raw_decode(text, at)
         except (json.JSONDecodeError, RecursionError) as error:
             block = file.read(max(JSON_BLOCK, len(text)))  # doubling: no item is parsed more than a few times
             if not block:
                 raise CorpusError(f"{path}: is damaged within {name!r} ({error}); fetch it again") from error
-            text, place = text[place:] + block, 0
+            text, at = text[at:] + block, 0
             continue
         yield item
 
 
 def _find_array(file: IO[str], name: str, path: Path, corpus: Corpus) -> tuple[str, int]:
-    """The text read so far, and the place after the array's opening bracket."""
+    """The text read so far, and the position after the array's opening bracket."""
     opening = re.compile(rf'"{re.escape(name)}"\s*:\s*\[')
     text = ""
     while block := file.read(JSON_BLOCK):
@@ -145,17 +134,16 @@ def _find_array(file: IO[str], name: str, path: Path, corpus: Corpus) -> tuple[s
 # --- TED-LIUM 3 -------------------------------------------------------------------------------------------
 
 
-def tedlium3(wanted: Wanted) -> Read:
+def tedlium3(request: ReadRequest) -> Rows:
     """legacy/{train,dev,test}/stm/TALK.stm and sph/TALK.sph (NIST sphere, 16 kHz).
 
     A line of STM: `talk channel speaker begin end <labels> words`. As in Kaldi, pronunciation variants
     `(2)` and the name at the end of a line go, and `it 's` becomes `it's`; lines to be ignored in scoring
     are left out.
     """
-    root = TEDLIUM.need(wanted.folder)
-    root = root / "TEDLIUM_release-3" if (root / "TEDLIUM_release-3").is_dir() else root
-    for split in wanted.splits:
-        folder = TEDLIUM.need_split(root / "legacy" / split, split, folders_in(root / "legacy"))
+    root = TEDLIUM.root(request, "TEDLIUM_release-3")
+    for split in request.splits:
+        folder = TEDLIUM.need_split(root / "legacy" / split, split, subfolders(root / "legacy"))
         audio = TEDLIUM.need(folder / "sph")
         for path in sorted(TEDLIUM.need(folder / "stm").glob("*.stm")):
             for line, content in read_lines(path, TEDLIUM):
@@ -163,11 +151,11 @@ def tedlium3(wanted: Wanted) -> Read:
                     yield from _stm_line(content, audio, path, line)
 
 
-def _stm_line(content: str, audio: Path, path: Path, line: int) -> Read:
+def _stm_line(content: str, audio: Path, path: Path, line: int) -> Rows:
     fields = content.split(maxsplit=6)
     if len(fields) < 6:
         raise TEDLIUM.broken(
-            path, line, "a line of STM has talk, channel, speaker, begin, end, labels and words"
+            path, line, "STM lines have talk, channel, speaker, begin, end, labels and words"
         )
     talk, _, speaker, begin, end = fields[:5]
     text = fields[6] if len(fields) > 6 else ""
@@ -176,14 +164,7 @@ def _stm_line(content: str, audio: Path, path: Path, line: int) -> Read:
     text = re.sub(r"\s*\([^ ()]*\)", "", text)
     text = re.sub(r"\{[^{} ]*\}|\[[^\[\] ]*\]", "<unk>", text)  # {NOISE}
     text = re.sub(r" '(?=\w)", "'", text)
-    start, stop = number(begin, path, line, TEDLIUM), number(end, path, line, TEDLIUM)
-    yield heard(
-        f"{talk}-{round(start * 100):07d}-{round(stop * 100):07d}",
-        audio / f"{talk}.sph",
-        text,
-        tags=TEDLIUM_TAGS,
-        start=start,
-        duration=round(stop - start, 6),
-        language="en",
-        speaker=speaker,
-    )
+    times = TEDLIUM.times(begin, end, path, line)
+    start, stop = (round(TEDLIUM.seconds(time, path, line) * 100) for time in (begin, end))
+    id, clip = f"{talk}-{start:07d}-{stop:07d}", audio / f"{talk}.sph"
+    yield make_row(id, clip, text, tags=TEDLIUM_TAGS, language="en", speaker=speaker, **times)

@@ -1,10 +1,9 @@
-"""Corpora of several languages: Common Voice, CoVoST 2, MuST-C, FLEURS.
+"""Readers of corpora in several languages: Common Voice, CoVoST 2, MuST-C, FLEURS.
 
-    >>> next(must_c(Wanted(root="/data/MUSTC_v1.0", split="dev", target_language="de", ...)))
-    Utterance(id="ted_1-000001", ..., text="Hello.", reference="Hallo.", start=12.6, duration=3.2, ...)
-
-In: a corpus' folder as published. Out: utterances, streaming; the translation, where one is asked for, is
-`reference`.
+In:  a corpus' folder as published.
+Out: utterances, one at a time; the translation, where one is asked for, is `reference`.
+Try: `next(must_c(ReadRequest(root="/data/MUSTC_v1.0", split="dev", target_language="de", ...)))`
+Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
 Sources of the layouts: Common Voice's release notes (github.com/common-voice/cv-dataset); CoVoST's
 `get_covost_splits.py` (github.com/facebookresearch/covost) and fairseq's `prep_covost_data.py`; fairseq's
@@ -25,15 +24,15 @@ from blsp.data.corpora.reading import (
     CorpusError,
     Dropped,
     Lookup,
-    Read,
+    ReadRequest,
     Row,
-    Wanted,
-    folders_in,
-    heard,
+    Rows,
     iso,
-    number,
+    make_row,
     read_lines,
     read_table,
+    stems,
+    subfolders,
 )
 
 COMMON_VOICE = Corpus("Common Voice", "https://datacollective.mozillafoundation.org (Common Voice)")
@@ -53,65 +52,61 @@ FLEURS_COLUMNS = [
 FLEURS_RATE = 16_000
 
 
-def common_voice(wanted: Wanted) -> Read:
+def common_voice(request: ReadRequest) -> Rows:
     """LANGUAGE/{train,dev,test,validated,other,invalidated}.tsv and LANGUAGE/clips/*.mp3, any release."""
-    folder = _language_folder(wanted, COMMON_VOICE, "clips")
-    for split in wanted.splits:
-        path = COMMON_VOICE.need_split(
-            folder / f"{split}.tsv", split, [p.stem for p in sorted(folder.glob("*.tsv"))]
-        )
+    folder = _language_folder(request, COMMON_VOICE, "clips")
+    for split in request.splits:
+        path = COMMON_VOICE.need_split(folder / f"{split}.tsv", split, stems(folder, "*.tsv"))
         for _, row in read_table(path, COMMON_VOICE, ["client_id", "path", "sentence"]):
-            yield _clip(row, folder, iso(row.get("locale") or wanted.language or folder.name))
+            yield _clip(row, folder, iso(row.get("locale") or request.language or folder.name))
 
 
 def _clip(row: dict[str, str], folder: Path, language: str | None, **more: Any) -> Row:
     """A line of Common Voice; early releases leave `.mp3` out of the path."""
     name = row["path"] if Path(row["path"]).suffix else f"{row['path']}.mp3"
-    speaker = row.get("client_id") or None
-    return heard(
-        Path(name).stem, folder / "clips" / name, row["sentence"], language=language, speaker=speaker, **more
-    )
+    more |= {"language": language, "speaker": row.get("client_id") or None}
+    return make_row(Path(name).stem, folder / "clips" / name, row["sentence"], **more)
 
 
-def _language_folder(wanted: Wanted, corpus: Corpus, inside: str) -> Path:
+def _language_folder(request: ReadRequest, corpus: Corpus, inside: str) -> Path:
     """The folder of one language: the root itself, or its subfolder."""
-    root = corpus.need(wanted.folder)
+    root = corpus.need(request.folder)
     if (root / inside).exists():
         return root
-    there = [name for name in folders_in(root) if (root / name / inside).exists()]
-    if wanted.language is None and there:
+    there = [name for name in subfolders(root) if (root / name / inside).exists()]
+    if request.language is None and there:
         raise CorpusError(f"{root}: has several languages; say --language, one of {', '.join(there)}")
     for name in there:
-        if wanted.language in (name, iso(name)):
+        if request.language in (name, iso(name)):
             return root / name
-    return corpus.need(root / (wanted.language or "") / inside).parent
+    return corpus.need(root / (request.language or "") / inside).parent
 
 
 # --- CoVoST 2 ---------------------------------------------------------------------------------------------
 
 
-def covost2(wanted: Wanted) -> Read:
+def covost2(request: ReadRequest) -> Rows:
     """Common Voice 4's folder of the source language, with CoVoST's table in it.
 
     Either covost_v2.SRC_TGT.SPLIT.tsv (path, sentence, translation, client_id), which CoVoST's own script
     writes, or the published covost_v2.SRC_TGT.tsv (path, translation, split) beside Common Voice's
     validated.tsv, joined here by the same rule: `train` is train and train_covost.
     """
-    if not wanted.target_language:
+    if not request.target_language:
         raise CorpusError("CoVoST 2 is a translation corpus: say --target-language (and --language)")
-    folder = _language_folder(wanted, COVOST, "clips")
-    pair = re.compile(rf"covost_v2\.([\w-]+)_{re.escape(wanted.target_language)}(-\w+)?(\.\w+)?\.tsv")
+    folder = _language_folder(request, COVOST, "clips")
+    pair = re.compile(rf"covost_v2\.([\w-]+)_{re.escape(request.target_language)}(-\w+)?(\.\w+)?\.tsv")
     tables = {path.name: path for path in sorted(folder.glob("covost_v2.*.tsv")) if pair.fullmatch(path.name)}
-    for split in wanted.splits:
+    for split in request.splits:
         ready = [path for name, path in tables.items() if name.endswith(f".{split}.tsv")]
         raw = [path for name, path in tables.items() if name.count(".") == 2]
         if ready:
-            yield from _covost_ready(ready[0], folder, wanted)
+            yield from _covost_ready(ready[0], folder, request)
         elif raw:
-            yield from _covost_joined(raw[0], split, folder, wanted)
+            yield from _covost_joined(raw[0], split, folder, request)
         else:
-            language = wanted.language or folder.name
-            COVOST.need(folder / f"covost_v2.{language}_{wanted.target_language}.tsv")
+            language = request.language or folder.name
+            COVOST.need(folder / f"covost_v2.{language}_{request.target_language}.tsv")
 
 
 def _covost_table(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
@@ -120,12 +115,12 @@ def _covost_table(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
         yield {name: re.sub(r"\\(.)", r"\1", value) for name, value in row.items()}
 
 
-def _covost_ready(path: Path, folder: Path, wanted: Wanted) -> Read:
+def _covost_ready(path: Path, folder: Path, request: ReadRequest) -> Rows:
     for row in _covost_table(path, ["path", "sentence", "translation", "client_id"]):
-        yield _translated(row, row["translation"], folder, wanted, path)
+        yield _translated(row, row["translation"], folder, request, path)
 
 
-def _covost_joined(path: Path, split: str, folder: Path, wanted: Wanted) -> Read:
+def _covost_joined(path: Path, split: str, folder: Path, request: ReadRequest) -> Rows:
     chosen = {"train", "train_covost"} if split == "train" else {split}
     table = _covost_table(path, ["path", "translation", "split"])
     with Lookup((row["path"], row["translation"]) for row in table if row["split"] in chosen) as translations:
@@ -133,60 +128,58 @@ def _covost_joined(path: Path, split: str, folder: Path, wanted: Wanted) -> Read
         for row in _covost_table(validated, ["client_id", "path", "sentence"]):
             translation = translations.get(row["path"])
             if translation is not None:
-                yield _translated(row, translation, folder, wanted, path)
+                yield _translated(row, translation, folder, request, path)
 
 
-def _translated(row: dict[str, str], translation: str, folder: Path, wanted: Wanted, path: Path) -> Row:
+def _translated(row: dict[str, str], translation: str, folder: Path, request: ReadRequest, path: Path) -> Row:
     language = iso(path.name.split(".")[1].split("_")[0])
     if not translation.strip():
         return Dropped(Path(row["path"]).stem, str(folder / "clips" / row["path"]), "no translation")
-    extra = {"target_language": iso(wanted.target_language)}
+    extra = {"target_language": iso(request.target_language)}
     return _clip(row, folder, language, reference=translation.strip(), extra=extra)
 
 
 # --- MuST-C -----------------------------------------------------------------------------------------------
 
 
-def must_c(wanted: Wanted) -> Read:
+def must_c(request: ReadRequest) -> Rows:
     """en-TGT/data/SPLIT/{wav/*.wav, txt/SPLIT.yaml, txt/SPLIT.en, txt/SPLIT.TGT}; splits train, dev,
     tst-COMMON, tst-HE.
 
     A line of the YAML file per sentence: `- {duration: 3.5, offset: 16.1, speaker_id: spk.1, wav:
     ted_1.wav}`.
     """
-    if not wanted.target_language:
+    if not request.target_language:
         raise CorpusError("MuST-C is a translation corpus: say --target-language")
-    target = wanted.target_language
-    root = MUST_C.need(wanted.folder)
+    target = request.target_language
+    root = MUST_C.need(request.folder)
     data = MUST_C.need(root / f"en-{target}" / "data", root / "data")
-    for split in wanted.splits:
-        folder = MUST_C.need_split(data / split, split, folders_in(data))
+    for split in request.splits:
+        folder = MUST_C.need_split(data / split, split, subfolders(data))
         yield from _must_c_part(folder, split, target)
 
 
-def _must_c_part(folder: Path, split: str, target: str) -> Read:
+def _must_c_part(folder: Path, split: str, target: str) -> Rows:
     listing = MUST_C.need(folder / "txt" / f"{split}.yaml")
     audio = MUST_C.need(folder / "wav")
-    said = read_lines(MUST_C.need(folder / "txt" / f"{split}.en"), MUST_C)
-    meant = read_lines(MUST_C.need(folder / "txt" / f"{split}.{target}"), MUST_C)
+    texts = read_lines(MUST_C.need(folder / "txt" / f"{split}.en"), MUST_C)
+    translations = read_lines(MUST_C.need(folder / "txt" / f"{split}.{target}"), MUST_C)
+    lines = zip(_segments(listing), texts, translations, strict=True)
     try:
-        for (line, segment), (_, text), (_, translation) in zip(_segments(listing), said, meant, strict=True):
+        for (line, segment), (_, text), (_, translation) in lines:
             id = f"{Path(segment['wav']).stem}-{line:06d}"
             path = audio / segment["wav"]
             if not translation.strip():
                 yield Dropped(id, str(path), "no translation")
                 continue
-            yield heard(
-                id,
-                path,
-                text,
-                start=number(segment["offset"], listing, line, MUST_C),
-                duration=number(segment["duration"], listing, line, MUST_C),
-                language="en",
-                speaker=segment.get("speaker_id"),
-                reference=translation.strip(),
-                extra={"target_language": iso(target)},
-            )
+            fields: dict[str, Any] = {
+                "start": MUST_C.seconds(segment["offset"], listing, line),
+                "duration": MUST_C.seconds(segment["duration"], listing, line),
+                "speaker": segment.get("speaker_id"),
+                "reference": translation.strip(),
+                "extra": {"target_language": iso(target)},
+            }
+            yield make_row(id, path, text, language="en", **fields)
     except ValueError as error:
         if "zip()" not in str(error):
             raise
@@ -213,22 +206,19 @@ def _segments(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 # --- FLEURS -----------------------------------------------------------------------------------------------
 
 
-def fleurs(wanted: Wanted) -> Read:
+def fleurs(request: ReadRequest) -> Rows:
     """data/LANGUAGE/{train,dev,test}.tsv (no header) and data/LANGUAGE/audio/SPLIT/*.wav, unpacked from
     SPLIT.tar.gz.
 
     With a target language, the same sentence's text in that language (train, dev and test together) is
     `reference`.
     """
-    root = FLEURS.need(wanted.folder)
-    root = root / "data" if (root / "data").is_dir() else root
-    folder = _fleurs_folder(root, wanted.language)
-    target = _fleurs_folder(root, wanted.target_language) if wanted.target_language else None
+    root = FLEURS.root(request, "data")
+    folder = _fleurs_folder(root, request.language)
+    target = _fleurs_folder(root, request.target_language) if request.target_language else None
     sentences = _fleurs_sentences(target) if target else {}
-    for split in wanted.splits:
-        path = FLEURS.need_split(
-            folder / f"{split}.tsv", split, [p.stem for p in sorted(folder.glob("*.tsv"))]
-        )
+    for split in request.splits:
+        path = FLEURS.need_split(folder / f"{split}.tsv", split, stems(folder, "*.tsv"))
         audio = FLEURS.need(folder / "audio" / split, folder / split)
         for line, row in read_table(path, FLEURS, [], FLEURS_COLUMNS):
             id = f"{folder.name}-{Path(row['file_name']).stem}"
@@ -237,15 +227,15 @@ def fleurs(wanted: Wanted) -> Read:
             if target and reference is None:
                 yield Dropped(id, str(clip), f"no translation: sentence {row['id']} is not in {target.name}")
                 continue
-            duration = number(row["num_samples"] or "nan", path, line, FLEURS) / FLEURS_RATE
+            duration = FLEURS.seconds(row["num_samples"] or "nan", path, line) / FLEURS_RATE
             more = {"target_language": iso(target.name)} if target else {}
             extra = {"sentence": row["id"], "gender": row["gender"].lower(), "seconds": duration} | more
             text = row["raw_transcription"]
-            yield heard(id, clip, text, language=iso(folder.name), reference=reference, extra=extra)
+            yield make_row(id, clip, text, language=iso(folder.name), reference=reference, extra=extra)
 
 
 def _fleurs_folder(root: Path, language: str | None) -> Path:
-    there = folders_in(root)
+    there = subfolders(root)
     if language is None and not there:
         FLEURS.need(root / "<language>")
     if language is None:
