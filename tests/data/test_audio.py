@@ -273,7 +273,7 @@ MALFORMED: dict[str, bytes] = {
     "rate of one": wav_header(rate=1),
     "absurd rate": wav_header(rate=2**31 - 1),
     "zero bits": wav_header(bits=0),
-    "data past the end": WAV[:40] + struct.pack("<I", 10**9) + WAV[44:],
+    "data past the end": WAV[:40] + struct.pack("<I", 10**8) + WAV[44:],
     "only NaN": encode(np.full(800, np.nan, dtype=np.float32), 8_000, "WAV", "FLOAT"),
     "one NaN": encode(np.array([0.0] * 500 + [np.nan] + [0.0] * 300), 8_000, "WAV", "DOUBLE"),
     "infinite": encode(np.array([0.0, np.inf, -np.inf] * 300), 16_000, "WAV", "FLOAT"),

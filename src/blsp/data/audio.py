@@ -1,14 +1,15 @@
 """Audio from a path, bytes, a data-URI or an array as 16 kHz mono float32.
 
-In:  wav, flac, ogg/vorbis, opus or mp3 at any rate (also aiff, au, caf, w64, rf64, NIST sphere); or an array.
+In:  wav, flac, ogg/vorbis, opus, mp3, m4a, webm, aac, amr or wma at any rate (also aiff, au, caf, w64, rf64, NIST
+     sphere); or an array.
 Out: samples (N,) float32; an `AudioError` that names the source where it is not usable speech audio.
 Try: `load_audio("clip.opus", start=1.5, duration=2.0)`, `probe_audio("clip.opus").seconds`
 Flow: data/ — every step that needs samples gets them here.
 
 Files are decoded in blocks, from `start` on: a piece of a ten-hour recording costs as much as the piece. A
-piece is exact: it equals the same slice of the whole clip. Three things are done here because libsndfile does
-not: it plays files that are cut short without an error, it believes any length in a header, and it seeks in
-mp3, vorbis and opus without the frames that the next ones depend on.
+piece is exact: it equals the same slice of the whole clip. libsndfile decodes what it reads to the true end,
+FFmpeg the rest (containers.py). Where libsndfile plays a file that is cut short, believes a length in a header, or
+seeks in mp3, vorbis and opus without the frames that the next ones depend on, that is corrected here.
 
 Shapes: N samples at 16 kHz, n samples of a block at the file's rate, C channels.
 """
@@ -19,7 +20,6 @@ import base64
 import io
 import math
 import os
-import struct
 import urllib.parse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -31,6 +31,16 @@ import numpy as np
 import soundfile
 import soxr
 
+from blsp.data.containers import (
+    READABLE,
+    UNKNOWN_LENGTH,
+    AudioStream,
+    FfmpegStream,
+    SndfileStream,
+    ffmpeg_container,
+    missing_bytes,
+    skip_id3,
+)
 from blsp.data.files import write_atomically
 
 SAMPLE_RATE = 16_000  # samples per second, everywhere after this file
@@ -41,14 +51,10 @@ MARGIN = SAMPLE_RATE // 10  # 16 kHz samples decoded around a piece for the resa
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # samples per second that a recording may have
 BLOCK = 1 << 20  # samples decoded at a time, over all channels
 MOST_FRAMES_PER_BYTE = 8192  # FLAC's densest frame: 65,535 samples in some 10 bytes
-UNKNOWN_LENGTH = 1 << 62  # libsndfile reports about 2**63 frames when a stream does not say
-STREAMED_WAV = 0x7FFF0000  # data lengths from here on are what programs write into a pipe
-OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page (RFC 3533)
 RUN_UP = 1.0  # seconds decoded before a position in mp3, vorbis and opus
 LAST_OGG_PAGE = 40.0  # seconds that an ogg file's last page may hold; a seek into it is off by its padding
-CONTAINERS = frozenset(
-    ["WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF", "NIST"]
-)
+MIX_SHARE = 0.05  # a mix with less than this share of the loudest channel's energy: the channels cancel out
+MIX_SECONDS = 10.0  # from the file's start, which decide how its channels become one
 
 FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview
 AudioSource = FileSource | np.ndarray
@@ -65,7 +71,7 @@ class AudioInfo:
     seconds: float
     sampling_rate: int
     channels: int
-    format: str  # libsndfile's name of the container: WAV, FLAC, OGG, MP3, ...
+    format: str  # the container: WAV, FLAC, OGG, MP3, MOV (m4a, mp4), MATROSKA (webm), ...
 
 
 def load_audio(
@@ -91,7 +97,9 @@ def load_audio(
         audio = _cut_array(source, name, start, duration, sampling_rate, longest)
     else:
         with _open_file(source, name) as stream:
-            audio = _cut_stream(stream, name, start, duration, longest)
+            channel = _channel_of(stream, name)
+        with _open_file(source, name) as stream:
+            audio = _cut_stream(stream, name, start, duration, longest, channel)
     if not len(audio):
         raise AudioError(f"{name}: no sample lies between {start} s and {start + (duration or 0.0)} s")
     if not np.isfinite(audio).all():
@@ -161,7 +169,7 @@ def _plan_cut(rate: int, start: float, duration: float | None) -> _Cut:
 
 
 def _cut_stream(
-    stream: _Stream, name: str, start: float, duration: float | None, longest: float
+    stream: AudioStream, name: str, start: float, duration: float | None, longest: float, channel: int | None
 ) -> np.ndarray:
     """Decode the piece with a margin, resample it, and trim the margin off at 16 kHz."""
     rate, total = stream.samplerate, stream.frames
@@ -169,7 +177,7 @@ def _cut_stream(
         _check_inside(name, total / rate, start, duration, longest)
     cut = _plan_cut(rate, start, duration)
     _go_to(stream, cut.first, name)
-    audio, frames = _resample(_read_blocks(stream, name, cut.frames), rate, name, longest)
+    audio, frames = _resample(_read_blocks(stream, name, cut.frames, channel), rate, name, longest)
     end = cut.first + frames
     if total >= UNKNOWN_LENGTH:
         _check_inside(name, end / rate, start, duration, longest)
@@ -185,7 +193,8 @@ def _cut_array(
     if rate is None:
         raise AudioError(f"{name}: an array needs its sampling_rate, in samples per second")
     _check_rate(rate, name)
-    mono = _mix_channels(_scale_array(array, name))  # (n,)
+    scaled = _scale_array(array, name)  # (n, C)
+    mono = _mix_channels(scaled, _loudest_alone(scaled[: round(MIX_SECONDS * rate)]))  # (n,)
     _check_inside(name, len(mono) / rate, start, duration, longest)
     cut = _plan_cut(rate, start, duration)
     piece = mono[cut.first : int(min(len(mono), cut.first + cut.frames))]
@@ -208,9 +217,30 @@ def _scale_array(array: np.ndarray, name: str) -> np.ndarray:
     return ((frames.astype(np.float64) - centre) / half).astype(np.float32)
 
 
-def _mix_channels(block: np.ndarray) -> np.ndarray:
-    """(n, C) -> (n,), the mean of the channels."""
-    return block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32)
+def _mix_channels(block: np.ndarray, channel: int | None = None) -> np.ndarray:
+    """(n, C) -> (n,), the mean of the channels, or one `channel` alone."""
+    if channel is not None or block.shape[1] == 1:
+        return block[:, channel or 0]
+    return block.mean(axis=1, dtype=np.float32)
+
+
+def _loudest_alone(block: np.ndarray) -> int | None:
+    """The loudest channel of (n, C) where the channels cancel out (opposite phase); None where they mix."""
+    if block.shape[1] == 1:
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):  # infinite samples are refused later, by name
+        energies = np.square(block, dtype=np.float64).sum(axis=0)  # (C,)
+        mixed = np.square(block.mean(axis=1, dtype=np.float64)).sum()
+    return int(energies.argmax()) if mixed < MIX_SHARE * energies.max() else None
+
+
+def _channel_of(stream: AudioStream, name: str) -> int | None:
+    """The channel to take alone, decided once for a file on its first seconds, whatever piece of it is read."""
+    if stream.channels == 1:
+        return None
+    with _naming(f"{name}: damaged or truncated (REASON); make the file again"):
+        frames = min(BLOCK // stream.channels, round(MIX_SECONDS * stream.samplerate))
+        return _loudest_alone(stream.read(frames, dtype="float32", always_2d=True))
 
 
 def _resample(blocks: Iterable[np.ndarray], rate: int, name: str, longest: float) -> tuple[np.ndarray, int]:
@@ -241,14 +271,6 @@ def _check_inside(name: str, seconds: float, start: float, duration: float | Non
         raise AudioError(f"{name}: {length:.0f} s of audio; at most {longest:.0f} s are taken, so cut it")
 
 
-class _Stream(soundfile.SoundFile):
-    """A file that is only read forward. soundfile seeks after each read of a "seekable" file, which breaks
-    mp3 and streamed FLAC."""
-
-    def seekable(self) -> bool:
-        return False
-
-
 def _describe(source: AudioSource) -> str:
     """How a message names the source."""
     if isinstance(source, np.ndarray):
@@ -262,26 +284,38 @@ def _describe(source: AudioSource) -> str:
     return f"…{text[-200:]}" if len(text) > 300 else text or "audio path ''"
 
 
-def _open_file(source: FileSource, name: str) -> _Stream:
+def _open_file(source: FileSource, name: str) -> AudioStream:
     """The decoder of a path, a file's bytes or a data-URI, after its header was checked against its size."""
     if isinstance(source, str) and source.startswith("data:"):
         source = _decode_data_uri(source, name)
-    remedy = "wav, flac, ogg, opus and mp3 are read, other formats must be converted first"
+    remedy = "wav, flac, ogg, opus, mp3, m4a, webm, aac, amr and wma are read, others must be converted first"
     with _naming(f"{name}: cannot be read as audio (REASON); {remedy}"):
         if isinstance(source, (bytes, bytearray, memoryview)):
-            size = len(source)
-            _check_complete(io.BytesIO(source), size, name)
-            stream = _Stream(io.BytesIO(source))
+            file = io.BytesIO(source)
+            if bytes(source[(tags := skip_id3(file)) :][:4]) == b"RIFF":
+                file = io.BytesIO(source[tags:])  # libsndfile would read the wav's end short by its tags
+            size = file.seek(0, io.SEEK_END)
+            stream = _open_decoder(file, file, size, name)
         else:
             size = _file_size(Path(source), name)
-            with open(source, "rb") as file:
-                _check_complete(file, size, name)
-            stream = _Stream(os.fspath(source))
+            with open(source, "rb") as opened:
+                stream = _open_decoder(opened, os.fspath(source), size, name)
         _check_header(stream, size, name)
     return stream
 
 
-def _read_blocks(stream: _Stream, name: str, frames: float = math.inf) -> Iterator[np.ndarray]:
+def _open_decoder(file: BinaryIO, source: str | BinaryIO, size: int, name: str) -> AudioStream:
+    container = ffmpeg_container(file, size)
+    missing = 0 if container else missing_bytes(file, size)
+    if missing:
+        raise AudioError(f"{name}: truncated, {missing} bytes are missing at its end; fetch or make it again")
+    file.seek(0)
+    return FfmpegStream(source, container) if container else SndfileStream(source)
+
+
+def _read_blocks(
+    stream: AudioStream, name: str, frames: float = math.inf, channel: int | None = None
+) -> Iterator[np.ndarray]:
     """At most `frames` further frames as mono float32 blocks (n,); stops early where the file does."""
     step = max(1, BLOCK // stream.channels)
     while frames > 0:
@@ -290,18 +324,18 @@ def _read_blocks(stream: _Stream, name: str, frames: float = math.inf) -> Iterat
         if not len(block):
             return
         frames -= len(block)
-        yield _mix_channels(block)
+        yield _mix_channels(block, channel)
 
 
-def _go_to(stream: _Stream, frame: int, name: str) -> None:
+def _go_to(stream: AudioStream, frame: int, name: str) -> None:
     """Make `frame` the next one to be read: seek to a frame before it, and decode from there."""
-    run_up = 0
-    if stream.format in ("MP3", "MPEG", "OGG"):
+    run_up = frame if isinstance(stream, FfmpegStream) else 0  # FFmpeg reads forward from the start
+    if isinstance(stream, SndfileStream) and stream.format in ("MP3", "MPEG", "OGG"):
         run_up = round(RUN_UP * stream.samplerate)
         if stream.format == "OGG":
             run_up = max(run_up, frame - stream.frames + round(LAST_OGG_PAGE * stream.samplerate))
     run_up = min(frame, run_up)
-    if frame > run_up:
+    if isinstance(stream, SndfileStream) and frame > run_up:
         with _naming(f"{name}: truncated? cannot go to {frame / stream.samplerate:.3f} s (REASON)"):
             stream.seek(frame - run_up)
     for _ in _read_blocks(stream, name, run_up):
@@ -345,52 +379,11 @@ def _check_rate(rate: int, name: str) -> None:
         raise AudioError(f"{name}: sampling rate {rate} Hz; {LOWEST_RATE} to {HIGHEST_RATE} Hz are read")
 
 
-def _check_header(stream: _Stream, size: int, name: str) -> None:
-    if stream.format not in CONTAINERS:
+def _check_header(stream: AudioStream, size: int, name: str) -> None:
+    if stream.format not in READABLE:
         raise AudioError(f"{name}: {stream.format} files are not read; convert it to wav or flac")
     _check_rate(stream.samplerate, name)
     if stream.frames <= 0:
         raise AudioError(f"{name}: the recording is empty (no samples)")
     if UNKNOWN_LENGTH > stream.frames > size * MOST_FRAMES_PER_BYTE:
         raise AudioError(f"{name}: damaged, its header promises {stream.frames} samples in {size} bytes")
-
-
-def _check_complete(file: BinaryIO, size: int, name: str) -> None:
-    """Refuse a file that ends before its own container says so."""
-    head = file.read(12)
-    missing = 0
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE":
-        missing = _missing_wav_bytes(file, size)
-    elif head[:4] == b"FORM" and len(head) == 12:
-        missing = struct.unpack(">I", head[4:8])[0] + 8 - size
-    elif head[:4] == b"OggS":
-        missing = _missing_ogg_bytes(file, size)
-    if missing > 0:
-        raise AudioError(f"{name}: truncated, {missing} bytes are missing at its end; fetch or make it again")
-
-
-def _missing_wav_bytes(file: BinaryIO, size: int) -> int:
-    """Bytes by which the data chunk passes the file's end."""
-    chunk = 12  # after RIFF, length, WAVE
-    while chunk + 8 <= size:
-        file.seek(chunk)
-        tag, length = struct.unpack("<4sI", file.read(8))
-        if tag == b"data":
-            return 0 if length >= STREAMED_WAV else chunk + 8 + length - size
-        chunk += 8 + length + length % 2  # chunks begin at even bytes
-    return chunk - size
-
-
-def _missing_ogg_bytes(file: BinaryIO, size: int) -> int:
-    """Bytes by which the last page passes the file's end (RFC 3533: 27 bytes, segment table, segments)."""
-    file.seek(max(0, size - OGG_PAGE))
-    tail = file.read()
-    page = tail.rfind(b"OggS")
-    if page < 0:
-        return 0  # something else follows the last page
-    end = page + 27
-    if len(tail) >= end:
-        end += tail[end - 1]  # the header's last byte: how many segments the table lists
-        if len(tail) >= end:
-            end += sum(tail[page + 27 : end])  # the table: the segments' lengths
-    return end - len(tail)

@@ -1,0 +1,269 @@
+"""Container formats: which decoder reads a recording to its true end, and whether the file ends too early.
+
+In:  an open file and its size in bytes.
+Out: `ffmpeg_container(file, size)`: FFmpeg's name of the container, or None where libsndfile reads it whole;
+     `FfmpegStream`: FFmpeg (PyAV) with the reading methods of `soundfile.SoundFile`; `missing_bytes(file, size)`.
+Try: ``FfmpegStream("memo.m4a", "mov").read(16000)``      # (16000, C) float32
+Flow: data/audio.py opens a file -> **containers.py** says how -> blocks of samples
+
+libsndfile does not know m4a, webm, aac, amr and wma. It believes the length that an mp3's Info frame promises, and
+guesses where there is none (FFmpeg writing into a pipe leaves it out, as on Common Voice's server). It stops at the
+end of the first stream of a chained Ogg file (RFC 3533) and of joined mp3s. And it believes the sizes in a wav header
+that was written before the recording was known. FFmpeg decodes all of these to their end. The container is chosen
+here by the file's first bytes, never by FFmpeg's own guessing, so that no playlist or device format is ever opened.
+
+Shapes: n samples of a block, C channels.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import av
+import numpy as np
+import soundfile
+
+UNKNOWN_LENGTH = 1 << 62  # frames, where only decoding tells the length (libsndfile's sign for it)
+STREAMED_WAV = 0x7FFF0000  # data lengths from here on are read to the file's end by libsndfile too
+SCANNED_OGG = 1 << 23  # bytes of an Ogg file whose pages are all looked at; of a larger one, the ends
+OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page (RFC 3533)
+PLACEHOLDER_WAV = 10**9  # data lengths from here on are what other programs write before they know better
+MP3_SEARCH = 1 << 16  # bytes after the tags in which the first mp3 frame must begin
+TRAILING_TAGS = 160  # bytes of ID3v1 and padding that may follow the last mp3 frame
+READABLE = {  # containers as libsndfile and FFmpeg name them
+    *("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF", "NIST"),
+    *("MOV", "MATROSKA", "AMR", "ASF", "AAC"),
+}
+MOST_BAD_PACKETS = 0.1  # share of packets that may be no sound before a file counts as damaged
+ASF = bytes.fromhex("3026b2758e66cf11")
+MP3_KILOBITS = {  # bit rates of layer III: MPEG-1 (ISO 11172-3, 2.4.2.3) and MPEG-2 (ISO 13818-3, 2.4.2.3)
+    True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+
+
+def ffmpeg_container(raw: BinaryIO, size: int) -> str | None:
+    """FFmpeg's name of the container of a file of `size` bytes, or None where libsndfile is the better reader."""
+    raw.seek(0)
+    head = raw.read(16)
+    if head[4:8] == b"ftyp":
+        return "mov"
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return "matroska"
+    if head[:5] == b"#!AMR":
+        return "amr"
+    if head[:8] == ASF:
+        return "asf"
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
+        return "wav" if _has_placeholder_size(raw, size) else None
+    if head[:4] == b"OggS":
+        return "ogg" if _is_chained(raw, size) else None
+    if head[:2] in (b"\xff\xf1", b"\xff\xf9"):  # ADTS: the layer bits are zero
+        return "aac"
+    return _mp3_without_true_length(raw, size, head)
+
+
+def skip_id3(raw: BinaryIO) -> int:
+    """Number of bytes of the ID3v2 tags at the start of a file (their size has seven bits a byte)."""
+    skipped = 0
+    while True:
+        raw.seek(skipped)
+        head = raw.read(10)
+        if len(head) < 10 or head[:3] != b"ID3":
+            return skipped
+        size = 0
+        for byte in head[6:10]:
+            size = size << 7 | byte & 0x7F
+        skipped += 10 + size + (10 if head[5] & 0x10 else 0)
+
+
+def _has_placeholder_size(raw: BinaryIO, size: int) -> bool:
+    """Whether a wav's data length was written before the recording was known."""
+    chunk = 12
+    while chunk + 8 <= size:
+        raw.seek(chunk)
+        tag, length = struct.unpack("<4sI", raw.read(8))
+        if tag == b"data":
+            rest = size - chunk - 8
+            unknown = length == 0 or length >= PLACEHOLDER_WAV
+            return rest > 0 and unknown and length < STREAMED_WAV
+        chunk += 8 + length + length % 2
+    return False
+
+
+def _is_chained(raw: BinaryIO, size: int) -> bool:
+    """Whether an Ogg file holds several streams, one after another (or side by side)."""
+    raw.seek(0)
+    data = raw.read(min(size, SCANNED_OGG))
+    if size > SCANNED_OGG:  # the last page belongs to another stream: its serial number is another
+        raw.seek(size - OGG_PAGE)
+        tail = raw.read()
+        last = tail.rfind(b"OggS")
+        return last >= 0 and tail[last + 14 : last + 18] != data[14:18]
+    begun, page = 0, data.find(b"OggS")
+    while page >= 0 and page + 27 <= len(data):
+        begun += data[page + 5] >> 1 & 1  # flag 2: a stream begins with this page
+        table_end = page + 27 + data[page + 26]
+        page = data.find(b"OggS", table_end + sum(data[page + 27 : table_end]))
+    return begun > 1
+
+
+def _mp3_without_true_length(raw: BinaryIO, size: int, head: bytes) -> str | None:
+    """ "mp3" for an mp3 file whose first frame does not tell its true length; None for others and for no mp3."""
+    if head[:3] != b"ID3" and not (len(head) > 1 and head[0] == 0xFF and head[1] >= 0xE0):
+        return None
+    begin = skip_id3(raw)
+    raw.seek(begin)
+    data = raw.read(MP3_SEARCH)
+    if data[:4] in (b"RIFF", b"fLaC", b"OggS", b"FORM"):
+        return None  # tags before another format
+    at = next((i for i in range(len(data) - 4) if _is_mp3_frame(data, i)), None)
+    if at is None:
+        return None
+    # Layout of the first frame: 4 bytes header, 9 to 32 bytes side information, then "Xing" or "Info", flags,
+    # the number of frames, and the number of bytes from this frame to the end.
+    mpeg1, mono = data[at + 1] & 0x08, data[at + 3] >> 6 == 3
+    side = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
+    info = data[at + 4 + side : at + 4 + side + 16]
+    if info[:4] in (b"Xing", b"Info") and len(info) == 16 and info[7] & 3 == 3:
+        promised = int.from_bytes(info[12:16], "big")
+        if size - begin - at - promised <= TRAILING_TAGS:
+            return None  # all of the file, or a truncated one, which libsndfile's length gives away
+    return "mp3"
+
+
+def _is_mp3_frame(data: bytes, at: int) -> bool:
+    """Whether a frame of layer III begins at `at` and another one, or nothing, where it ends."""
+    length = _mp3_frame_bytes(data[at : at + 4])
+    follower = data[at + length : at + length + 4]
+    return length > 0 and (len(follower) < 4 or _mp3_frame_bytes(follower) > 0)
+
+
+def _mp3_frame_bytes(header: bytes) -> int:
+    """Length of the layer III frame with this header of four bytes; 0 where it is none."""
+    if header[0] != 0xFF or header[1] >> 5 != 7 or header[1] >> 1 & 3 != 1:
+        return 0  # sync word, layer
+    version, bitrate, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
+    if version == 1 or bitrate in (0, 15) or rate == 3:
+        return 0
+    samples_per_second = (44_100, 48_000, 32_000)[rate] >> (0 if version == 3 else 1 if version == 2 else 2)
+    kilobits = MP3_KILOBITS[version == 3][bitrate]
+    return (144_000 if version == 3 else 72_000) * kilobits // samples_per_second + (header[2] >> 1 & 1)
+
+
+def missing_bytes(file: BinaryIO, size: int) -> int:
+    """Bytes by which a wav, aiff or ogg file ends before its own container says so; 0 where it is whole."""
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+        return max(0, _missing_wav_bytes(file, size))
+    if head[:4] == b"FORM" and len(head) == 12:
+        return max(0, struct.unpack(">I", head[4:8])[0] + 8 - size)
+    return max(0, _missing_ogg_bytes(file, size)) if head[:4] == b"OggS" else 0
+
+
+def _missing_wav_bytes(file: BinaryIO, size: int) -> int:
+    """Bytes by which the data chunk passes the file's end."""
+    chunk = 12  # after RIFF, length, WAVE
+    while chunk + 8 <= size:
+        file.seek(chunk)
+        tag, length = struct.unpack("<4sI", file.read(8))
+        if tag == b"data":
+            return 0 if length >= STREAMED_WAV else chunk + 8 + length - size
+        chunk += 8 + length + length % 2  # chunks begin at even bytes
+    return chunk - size
+
+
+def _missing_ogg_bytes(file: BinaryIO, size: int) -> int:
+    """Bytes by which the last page passes the file's end (RFC 3533: 27 bytes, segment table, segments)."""
+    file.seek(max(0, size - OGG_PAGE))
+    tail = file.read()
+    page = tail.rfind(b"OggS")
+    if page < 0:
+        return 0  # something else follows the last page
+    end = page + 27
+    if len(tail) >= end:
+        end += tail[end - 1]  # the header's last byte: how many segments the table lists
+        if len(tail) >= end:
+            end += sum(tail[page + 27 : end])  # the table: the segments' lengths
+    return end - len(tail)
+
+
+class FfmpegStream:
+    """A recording decoded by FFmpeg, read forward like a `soundfile.SoundFile`.
+
+    samplerate, channels: of the first audio stream. frames: always `UNKNOWN_LENGTH`, since only decoding
+    tells. Raises ValueError where the file has no audio or cannot be decoded.
+    """
+
+    def __init__(self, source: str | BinaryIO, container: str) -> None:
+        try:
+            self._container: Any = av.open(source, format=container)
+        except (av.error.FFmpegError, OSError) as error:
+            raise ValueError(f"FFmpeg: {error.strerror or error}") from error
+        if not self._container.streams.audio:
+            self._container.close()
+            raise ValueError("it holds no sound")
+        audio = self._container.streams.audio[0]
+        self.format, self.frames = container.upper(), UNKNOWN_LENGTH
+        self.samplerate, self.channels = audio.codec_context.sample_rate, audio.codec_context.channels
+        self._blocks = self._decode()
+        self._rest = np.zeros((0, self.channels), dtype=np.float32)
+
+    def _decode(self) -> Iterator[np.ndarray]:
+        """Blocks (n, C) float32 at the rate and with the channels of the first one (chained streams may change)."""
+        resampler = av.AudioResampler(
+            format="fltp", layout=self._container.streams.audio[0].layout, rate=self.samplerate
+        )
+        bad = total = 0
+        try:
+            for packet in self._container.demux(audio=0):
+                total += 1
+                try:
+                    frames = packet.decode()
+                except av.error.InvalidDataError:  # a tag between two joined recordings, for one
+                    bad += 1
+                    continue
+                for frame in frames:
+                    frame.pts = None
+                    yield from (block.to_ndarray().T for block in resampler.resample(frame))
+            yield from (block.to_ndarray().T for block in resampler.resample(None))
+        except av.error.FFmpegError as error:
+            raise ValueError(f"FFmpeg: {error.strerror or error}") from error
+        if bad > MOST_BAD_PACKETS * total:
+            raise ValueError(f"FFmpeg: {bad} of {total} packets cannot be decoded")
+
+    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
+        """At most `frames` further frames (n, C); none at the end."""
+        pieces, count = [self._rest], len(self._rest)
+        while count < frames and (block := next(self._blocks, None)) is not None:
+            pieces.append(block)
+            count += len(block)
+        joined = np.concatenate(pieces)
+        self._rest = joined[frames:]
+        return joined[:frames]
+
+    def close(self) -> None:
+        self._container.close()
+
+    def __enter__(self) -> FfmpegStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class SndfileStream(soundfile.SoundFile):
+    """A file that is only read forward. soundfile seeks after each read of a "seekable" file, which breaks
+    mp3 and streamed FLAC."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+AudioStream = SndfileStream | FfmpegStream

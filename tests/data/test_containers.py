@@ -1,0 +1,168 @@
+"""The true length of a recording: every file is read to the end that FFmpeg finds, or refused."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from blsp.data.audio import SAMPLE_RATE, AudioError, is_silent, load_audio, probe_audio
+from blsp.data.containers import ffmpeg_container
+
+RATES = (8_000, 16_000, 22_050, 32_000, 44_100, 48_000)
+SECONDS = 1.7
+SLACK = 0.05  # seconds between our length and FFmpeg's
+
+
+def sweep(rate: int, channels: int = 1, seconds: float = SECONDS) -> np.ndarray:
+    """A rising tone (n, C), audible to its last sample."""
+    time = np.arange(round(seconds * rate)) / rate
+    tone = (0.3 * np.sin(2 * np.pi * (200 + 300 * time) * time)).astype(np.float32)
+    return np.repeat(tone[:, None], channels, axis=1)
+
+
+def encoded(
+    container: str, codec: str, rate: int = 16_000, channels: int = 1, bit_rate: int = 0, piped: bool = False
+) -> bytes:
+    """A recording made by FFmpeg; `piped`: into a stream that cannot be gone back in, so without an Info frame."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return not piped
+
+    file = Pipe()
+    layout = "mono" if channels == 1 else "stereo"
+    options = {"write_xing": "0"} if piped and container == "mp3" else {}
+    with av.open(file, "w", format=container, options=options) as out:
+        stream = out.add_stream(codec, rate=rate, layout=layout)
+        if bit_rate:
+            stream.bit_rate = bit_rate
+        samples = np.ascontiguousarray(sweep(rate, channels).T)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
+        frame.sample_rate = rate
+        resampler = av.AudioResampler(format=stream.format or "fltp", layout=layout, rate=rate)
+        for piece in [*resampler.resample(frame), *resampler.resample(None)]:
+            fifo = av.AudioFifo()
+            fifo.write(piece)
+            size = stream.codec_context.frame_size or piece.samples
+            while block := fifo.read(size, partial=True):
+                out.mux(stream.encode(block))
+        out.mux(stream.encode(None))
+    return file.getvalue()
+
+
+MADE = [
+    *(("mp3", "libmp3lame", rate, channels, 64_000, True) for rate in RATES for channels in (1, 2)),
+    *(("mp3", "libmp3lame", rate, channels, 48_000, False) for rate in RATES for channels in (1, 2)),
+    *(("ipod", "aac", rate, channels, 64_000, False) for rate in RATES for channels in (1, 2)),
+    *(("adts", "aac", rate, channels, 64_000, False) for rate in RATES for channels in (1, 2)),
+    *(("webm", "libopus", 48_000, channels, 32_000, piped) for channels in (1, 2) for piped in (False, True)),
+    *(("ogg", "libopus", 48_000, channels, 32_000, False) for channels in (1, 2)),
+    *(("asf", "wmav2", rate, channels, 64_000, False) for rate in (16_000, 44_100) for channels in (1, 2)),
+    *(("mp4", "alac", rate, 1, 0, False) for rate in (16_000, 44_100)),
+]
+
+
+def ffmpeg_seconds(data: bytes) -> float:
+    """The length that FFmpeg decodes."""
+    command = ["ffmpeg", "-v", "error", "-i", "pipe:0", "-f", "f32le", "-ac", "1", "-ar", "16000", "pipe:1"]
+    return len(subprocess.run(command, input=data, capture_output=True, check=False).stdout) / 4 / SAMPLE_RATE
+
+
+@pytest.mark.parametrize(("container", "codec", "rate", "channels", "bit_rate", "piped"), MADE)
+def test_a_made_file_has_the_length_that_was_made(
+    tmp_path: Path, container: str, codec: str, rate: int, channels: int, bit_rate: int, piped: bool
+) -> None:
+    data = encoded(container, codec, rate, channels, bit_rate, piped)
+    path = tmp_path / "a"
+    path.write_bytes(data)
+    audio = load_audio(path)
+    assert len(load_audio(data)) == len(audio) and not is_silent(audio[-SAMPLE_RATE // 4 :])
+    assert (
+        SECONDS - SLACK <= len(audio) / SAMPLE_RATE <= SECONDS + 3 * 1024 / rate + 0.05
+    )  # encoders pad to whole frames
+    assert abs(probe_audio(path).seconds - len(audio) / SAMPLE_RATE) < 0.001
+    if shutil.which("ffmpeg") and container not in ("ipod", "mp4"):  # these cannot be read from a pipe
+        assert abs(ffmpeg_seconds(data) - len(audio) / SAMPLE_RATE) <= SLACK
+    piece = load_audio(path, start=0.5, duration=0.7)
+    np.testing.assert_allclose(piece, audio[8_000 : 8_000 + len(piece)], atol=1e-6)
+
+
+def joined(container: str) -> bytes:
+    """Two recordings one after the other, as speech servers and recorders write them."""
+    if container == "mp3":
+        return encoded("mp3", "libmp3lame", bit_rate=48_000) + encoded("mp3", "libmp3lame", bit_rate=64_000)
+    file = io.BytesIO()
+    soundfile.write(file, sweep(16_000), 16_000, format="OGG", subtype=container)
+    return file.getvalue() * 2
+
+
+@pytest.mark.parametrize("container", ["mp3", "OPUS", "VORBIS"])
+def test_joined_streams_are_read_to_their_end(container: str) -> None:
+    assert abs(len(load_audio(joined(container))) / SAMPLE_RATE - 2 * SECONDS) < 0.2
+
+
+def wav(data_size: int | None, riff_size: int | None = None) -> bytes:
+    """16-bit PCM with the sizes that a program wrote which did not know them yet."""
+    file = io.BytesIO()
+    soundfile.write(file, sweep(16_000), 16_000, format="WAV", subtype="PCM_16")
+    data = bytearray(file.getvalue())
+    if data_size is not None:
+        data[40:44] = struct.pack("<I", data_size)
+    data[4:8] = struct.pack("<I", data_size if riff_size is None else riff_size)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("riff", [0, 36, 0xFFFFFFFF, 2_000_000_036])
+@pytest.mark.parametrize("size", [0, 10**9, 2_000_000_000, 0x7FFFFFFF - 36, 0x80000000, 0xFFFFFFFF])
+def test_placeholder_sizes_of_wav_files(size: int, riff: int) -> None:
+    assert len(load_audio(wav(size, riff))) == round(SECONDS * SAMPLE_RATE)
+
+
+def test_a_wav_that_was_cut_short_is_refused() -> None:
+    with pytest.raises(AudioError, match="truncated"):
+        load_audio(wav(None, 0)[:20_000])
+
+
+def test_tags_before_a_wav_do_not_shorten_it(tmp_path: Path) -> None:
+    tag = b"ID3\x04\x00\x00" + bytes([0, 0, 1, 0]) + bytes(128)
+    (tmp_path / "a.wav").write_bytes(tag + wav(None, 54_436))
+    assert len(load_audio(tag + wav(None, 54_436))) == len(load_audio(tmp_path / "a.wav")) == 27_200
+
+
+def test_channels_of_opposite_phase_are_heard_in_every_piece(tmp_path: Path) -> None:
+    stereo = sweep(16_000, 2)
+    stereo[:, 1] *= -1
+    soundfile.write(tmp_path / "a.flac", stereo, 16_000)
+    audio = load_audio(tmp_path / "a.flac")
+    np.testing.assert_allclose(audio, stereo[:, 0], atol=1e-4)
+    np.testing.assert_array_equal(load_audio(tmp_path / "a.flac", start=1.0), audio[16_000:])
+    np.testing.assert_allclose(load_audio(stereo, sampling_rate=16_000), stereo[:, 0], atol=1e-6)
+
+
+def test_channels_that_differ_are_mixed() -> None:
+    stereo = sweep(16_000, 2)
+    stereo[:, 1] = 0
+    np.testing.assert_allclose(load_audio(stereo, sampling_rate=16_000), stereo[:, 0] / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hello.wav", "sorry.flac", "france.opus", "dinosaur.mp3"])
+def test_libsndfile_stays_the_reader_of_what_it_reads_whole(name: str) -> None:
+    path = Path(__file__).parents[1] / "clips" / name
+    with path.open("rb") as file:
+        assert ffmpeg_container(file, path.stat().st_size) is None
+
+
+@pytest.mark.parametrize(
+    "head", [b"#EXTM3U\nhttp://127.0.0.1/x", b"ffconcat version 1.0\nfile /etc/passwd\n"]
+)
+def test_playlists_are_never_opened(head: bytes) -> None:
+    with pytest.raises(AudioError, match="cannot be read"):
+        load_audio(head + bytes(200))
