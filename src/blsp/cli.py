@@ -29,11 +29,15 @@ EXTRAS = {  # a package that may be missing -> our extra that installs it
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its settings class in `blsp.settings`, its function as MODULE:NAME, a line about it."""
+    """A command: its name, its function as MODULE:NAME, a line about it; its settings are `NameSettings`."""
 
-    settings: str
+    name: str
     target: str
     summary: str
+
+    @property
+    def settings(self) -> str:
+        return f"{self.name.capitalize()}Settings"
 
     @property
     def module(self) -> str:
@@ -44,35 +48,22 @@ class Command:
         return self.target.partition(":")[2]
 
 
-COMMANDS = {  # in the order of the flow
-    "prepare": Command("PrepareSettings", "blsp.data.prepare:prepare", "a corpus → a manifest"),
-    "continue": Command(
-        "ContinueSettings",
-        "blsp.continuation.writer:write_continuations",
-        "step 1: the LLM continues every transcript",
+_COMMANDS = (  # in the order of the flow
+    Command("prepare", "blsp.data.prepare:prepare", "a corpus → a manifest"),
+    Command(
+        "continue", "blsp.continuation.writer:write_continuations", "step 1: the LLM continues transcripts"
     ),
-    "encode": Command(
-        "EncodeSettings", "blsp.features.encode:encode", "the frozen encoder's output, on disk"
-    ),
-    "train": Command("TrainSettings", "blsp.training.loop:train", "step 2: the adapter learns to listen"),
-    "evaluate": Command(
-        "EvaluateSettings",
-        "blsp.evaluation.judge:evaluate",
-        "the same questions as text, cascade and speech",
-    ),
-    "generate": Command(
-        "GenerateSettings", "blsp.inference.generate:generate", "answer every row of a manifest"
-    ),
-    "transcribe": Command(
-        "TranscribeSettings", "blsp.inference.transcribe:transcribe", "write down the words of recordings"
-    ),
-    "chat": Command("ChatSettings", "blsp.inference.chat:chat", "chat in the terminal, with text and speech"),
-    "serve": Command("ServeSettings", "blsp.serving.server:serve", "OpenAI-compatible server and a web page"),
-    "export": Command(
-        "ExportSettings", "blsp.model.checkpoint:export", "one self-contained Hugging Face folder"
-    ),
-    "tour": Command("TourSettings", "blsp.tour:tour", "every step on real speech, in minutes"),
-}
+    Command("encode", "blsp.features.encode:encode", "the frozen encoder's output, on disk"),
+    Command("train", "blsp.training.loop:train", "step 2: the adapter learns to listen"),
+    Command("evaluate", "blsp.evaluation.judge:evaluate", "the same questions as text, cascade and speech"),
+    Command("generate", "blsp.inference.generate:generate", "answer every row of a manifest"),
+    Command("transcribe", "blsp.inference.transcribe:transcribe", "write down the words of recordings"),
+    Command("chat", "blsp.inference.chat:chat", "chat in the terminal, with text and speech"),
+    Command("serve", "blsp.serving.server:serve", "OpenAI-compatible server and a web page"),
+    Command("export", "blsp.model.checkpoint:export", "one self-contained Hugging Face folder"),
+    Command("tour", "blsp.tour:tour", "every step on real speech, in minutes"),
+)
+COMMANDS = {command.name: command for command in _COMMANDS}
 
 HEADER = """\
 usage: blsp COMMAND [OPTIONS]        blsp COMMAND --help explains a command
@@ -142,13 +133,13 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 
 def run(command: Command, settings: Any) -> int:
     """Call the command's function; an expected error becomes one line, another also shows where it arose."""
-    from blsp import settings as settings_module
+    from blsp.settings import SettingsError
 
     try:
         code = getattr(import_module(command.module), command.function)(settings)
     except BrokenPipeError:
         raise
-    except settings_module.SettingsError as error:  # flags that fit neither each other nor the weights
+    except SettingsError as error:  # flags that fit neither each other nor the weights
         return _wrong(str(error))
     except Exception as error:
         return _failed(error)
