@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.support.serving import Served, Server, crowd, recordings, serving, spoken_question
 from blsp.inference.conversation import Memory, lay_out, request_for, user_turn
-from blsp.inference.listener import Listener, load, written
+from blsp.inference.listener import Listener, decode_alone, load
 from blsp.llm.decoding import Decoder
 from blsp.llm.text_stream import answer_text
 from blsp.settings import DEFAULT_MODEL
@@ -58,7 +58,7 @@ def answer_alone(listener: Listener, wav: bytes, instruction: str, new_tokens: i
     request = request_for(listener, 0, laid, decoding, Memory(1))
     ids: list[int] = []
     decided: int | None = None
-    for event in written(Decoder(listener.model), request):
+    for event in decode_alone(Decoder(listener.model), request):
         assert event.top_logp is not None
         if decided is None and float(event.top_logp[0] - event.top_logp[1]) < TIE:
             decided = len(ids)

@@ -31,8 +31,8 @@ def _afresh(talk: Conversation, turns: int) -> str:
     """The answer of turn number `turns`, without any memory, by the decode loop."""
     messages = [message for message in talk.messages if message["role"] != "system"][: 2 * turns + 1]
     messages = [*(m for m in talk.messages if m["role"] == "system"), *messages]
-    laid = lay_out(talk.listener, messages)
-    request = request_for(talk.listener, 0, laid, talk.decoding, Memory())
+    laid_out = lay_out(talk.listener, messages)
+    request = request_for(talk.listener, 0, laid_out, talk.decoding, Memory())
     assert request.prefix is None
     ids = decode(talk.listener.model, [request], 1)[0].ids
     return answer_text(talk.listener.tokenizer, ids).strip()
@@ -90,11 +90,11 @@ def test_a_spoken_turn_is_the_listeners_question(listener: Listener) -> None:
 def test_text_forges_no_role_and_no_clip(listener_of, text: str) -> None:
     listener = listener_of("grounded")
     clip = listener.embed_audio([speech_like(0.5)])[0]
-    laid = lay_out(listener, [{"role": "system", "content": text}, user_turn([text, clip, text])])
-    assert laid.names.count(IM_START) == 3
-    assert laid.names.count(IM_END) == 2
-    assert listener.processor.audio_token_id not in laid.names
-    assert len([name for name in laid.names if isinstance(name, tuple)]) == len(clip.vectors)
+    laid_out = lay_out(listener, [{"role": "system", "content": text}, user_turn([text, clip, text])])
+    assert laid_out.names.count(IM_START) == 3
+    assert laid_out.names.count(IM_END) == 2
+    assert listener.processor.audio_token_id not in laid_out.names
+    assert len([name for name in laid_out.names if isinstance(name, tuple)]) == len(clip.vectors)
 
 
 def test_a_turn_without_speech_is_answered_in_the_set_way_and_forgotten(listener: Listener) -> None:
@@ -132,25 +132,25 @@ def test_a_conversation_that_is_too_long_is_refused_and_kept(listener: Listener)
         _say(talk, "  ")
 
 
-def test_the_memory_keeps_the_runs_used_last(listener: Listener) -> None:
-    memory = Memory(kept=2)
+def test_the_memory_holds_the_sequences_used_last(listener: Listener) -> None:
+    memory = Memory(sequences=2)
     decoding = replace(listener.decoding, max_new_tokens=3)
     talks = [Conversation(listener, system=f"Be {n}.", decoding=decoding, memory=memory) for n in range(3)]
     for talk in talks:
         _say(talk, "hello")
-    known = []
+    reused = []
     for talk in talks:
-        asked = len(lay_out(listener, talk.messages[:2]).names)
-        found = memory.longest(lay_out(listener, [*talk.messages, user_turn(["more"])]).names)
-        known.append(found is not None and len(found) >= asked)
-    assert known == [False, True, True]
+        question = len(lay_out(listener, talk.messages[:2]).names)
+        prefix = memory.longest(lay_out(listener, [*talk.messages, user_turn(["more"])]).names)
+        reused.append(prefix is not None and len(prefix) >= question)
+    assert reused == [False, True, True]
 
 
 def test_the_memory_is_bounded_in_positions_too(listener: Listener) -> None:
-    memory = Memory(kept=8, positions=60)
+    memory = Memory(sequences=8, positions=60)
     decoding = replace(listener.decoding, max_new_tokens=3)
     for n in range(3):
         _say(
             Conversation(listener, system=f"Be {n}. " + "hello " * 30, decoding=decoding, memory=memory), "hi"
         )
-    assert len(memory._runs) == 1, "each is longer than half of what may be kept"
+    assert len(memory._stored) == 1, "each is longer than half of what may be kept"

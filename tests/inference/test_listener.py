@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from support.tiny_models import speech_like
 
 from blsp.data.audio import AudioError, write_wav
+from blsp.evaluation.tasks import Task
 from blsp.inference.listener import PREFIXES_KEPT, Listener, Question
+from blsp.llm.decoding import Request, Result, decode
 from blsp.model.checkpoint import CheckpointError
+from blsp.settings import GenerateSettings
 
 ADAPTERS = pytest.mark.parametrize("adapter", ["conv", "stack", "grounded"])
 
@@ -68,7 +72,7 @@ def test_read_out_needs_an_adapter_that_reads_out(listener_of) -> None:
     listener = listener_of("conv")
     assert not listener.reads_out
     with pytest.raises(ValueError, match="reads nothing out"):
-        listener.transcribe(np.ones(16000, dtype=np.float32) * 0.1, readout=True)
+        listener.transcribe(np.ones(16000, dtype=np.float32) * 0.1, method="readout")
 
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
@@ -99,3 +103,26 @@ def test_frozen_parts_in_bfloat16(tiny_models_folder: Path, tmp_path: Path, adap
         assert isinstance("".join(talk.ask(*listener.embed_audio([clip]), "what?")), str)
     inputs = listener.processor(text=f"say{AUDIO_TOKEN}", audio=clip, sampling_rate=16000)
     assert listener.model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[0] == 1
+
+
+def test_answers_have_the_papers_128_tokens(listener_of) -> None:
+    """Without a stop token, an answer is as long as the zero-shot setting allows, however it is asked for."""
+    shared = listener_of("conv")
+    listener = Listener(shared.model, shared.processor)
+    assert listener.decoding.max_new_tokens == 128
+    listener.decoding = replace(listener.decoding, stop_ids=())
+    lengths = []
+
+    def counted(model: torch.nn.Module, requests: list[Request], batch_size: int) -> dict[object, Result]:
+        results = decode(model, requests, batch_size)
+        lengths.extend(len(result.ids) for result in results.values())
+        return results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blsp.inference.listener.decode", counted)
+        answer = listener.answer(speech_like(0.5))
+        listener.generate([Question(text="hello")])
+    assert lengths == [128, 128]
+    assert "".join(listener.stream(speech_like(0.5))) == answer
+    assert GenerateSettings(manifest="in.jsonl", out=Path("out.jsonl")).max_new_tokens == 128
+    assert Task("t", "chat", "in.jsonl").max_new_tokens == 128

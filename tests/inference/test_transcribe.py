@@ -50,25 +50,27 @@ def test_a_grounded_adapter_reads_out(run, files: list[str], listener_of) -> Non
     assert [row["audio"] for row in rows] == [files[i] for i in (0, 2, 4, 5)]
     assert all(row.keys() == {"audio", "text"} for row in rows)
     for row in rows:
-        heard = listener.embed_audio([load_audio(row["audio"])])
-        assert row["text"] == listener.readout(heard)[0] == listener.transcribe(row["audio"], readout=True)
+        clips = listener.embed_audio([load_audio(row["audio"])])
+        assert (
+            row["text"] == listener.readout(clips)[0] == listener.transcribe(row["audio"], method="readout")
+        )
     assert rows[0]["text"]
     assert rows[2]["text"] == ""
 
 
-def test_left_to_itself_the_llm_chooses_among_what_may_have_been_said(run, listener_of) -> None:
+def test_without_a_flag_the_llm_helps_to_choose_among_the_hypotheses(run, listener_of) -> None:
     listener = listener_of("grounded")
     rows = run()
     for row in rows:
-        (heard,) = listener.embed_audio([load_audio(row["audio"])], beam=BEAM)
-        possible = {listener.tokenizer.decode(list(each.tokens)).strip() for each in heard.hypotheses}
+        (clip,) = listener.embed_audio([load_audio(row["audio"])], beam=BEAM)
+        possible = {listener.tokenizer.decode(list(item.tokens)).strip() for item in clip.hypotheses}
         assert row["text"] == listener.transcribe(row["audio"])
-        assert row["text"] in (possible if heard.speech else {""})
+        assert row["text"] in (possible if clip.speech else {""})
     assert rows[2]["text"] == ""
 
 
 @pytest.mark.parametrize("adapter", ["conv", "grounded"])
-def test_the_others_and_whoever_is_asked_let_the_llm_repeat(run, adapter: str, listener_of) -> None:
+def test_the_llm_repeats_for_other_adapters_and_on_request(run, adapter: str, listener_of) -> None:
     listener = listener_of(adapter)
     for row in run(adapter, repeat=adapter == "grounded", max_new_tokens=7):
         answer = listener.answer(row["audio"], instruction_for("repeat"), max_new_tokens=7)

@@ -1,12 +1,12 @@
-"""`blsp chat`: talk with the model in the terminal.
+"""`blsp chat`: a conversation with the model in the terminal.
 
-In:  lines that are typed: text, paths of recordings, or both; /reset, /help, /quit.
-Out: what was heard, and answers, streamed as they are written.
+In:  typed lines: text, paths of recordings, or both; /reset, /help, /quit.
+Out: read-outs of the recordings, and answers, streamed as they are written.
 Try: `blsp chat`, then `What is said here? examples/speech/questions/capital-of-canada.opus`
 Flow: inference/ — lines → **parts of a turn → Conversation** → answers.
 
-A word that ends like an audio file is one; a path with spaces is quoted or has its spaces escaped, as terminals do
-when a file is dropped on them. A file that cannot be read is named with the reason, and the talk goes on.
+A word that ends like an audio file is taken for one. A path with spaces is quoted or has its spaces escaped, as
+terminals do when a file is dropped on them. A file that cannot be read is named with the reason, and the chat goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ AUDIO_SUFFIXES = (
     ".w64",
     ".sph",
 )
-# "quoted", 'quoted', or characters of which a backslash takes the next along; without what ends a sentence
+# "quoted", 'quoted', or characters where \ escapes the next one; punctuation after it is not part of the word
 WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|[^\s\\])+?))(?=[?!,;:.]*(?:\s|$))""")
 PROMPT = "you> "
 HELP = """\
@@ -52,7 +52,7 @@ Type a message, or the path of a recording, or both in one line: What is said he
 
 
 def chat(settings: ChatSettings) -> None:
-    """Talk until /quit or the end of the input."""
+    """Run the chat until /quit or the end of the input."""
     listener = load(settings.model, device=settings.device, dtype=settings.dtype)
     decoding = replace(
         listener.decoding,
@@ -66,9 +66,9 @@ def chat(settings: ChatSettings) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """Lines as they are typed, with the terminal's own editing where there is one."""
+    """The typed lines, with the terminal's own editing where there is one."""
     with suppress(ImportError):
-        import readline  # noqa: F401  (importing it gives input() a history)
+        import readline  # noqa: F401  (its import gives input() a history)
     while True:
         try:
             yield input(PROMPT)
@@ -78,50 +78,53 @@ def typed_lines() -> Iterator[str]:
 
 
 def show(text: str) -> None:
-    """Print a piece at once, without a line's end."""
+    """Print a piece at once, without a newline."""
     print(text, end="", flush=True)
 
 
-def converse(conversation: Conversation, lines: Iterable[str], say: Callable[[str], None]) -> None:
-    """Answer line after line; what goes wrong with one is said, and the next is taken."""
+def converse(conversation: Conversation, lines: Iterable[str], write: Callable[[str], None]) -> None:
+    """Answer line after line; an error is shown, and the next line is taken."""
     for line in lines:
         command = line.strip().lower()
         if command in ("/quit", "/exit", "/q"):
             return
         if command == "/reset":
             conversation.reset()
-            say("A new conversation.\n")
+            write("A new conversation.\n")
         elif command in ("/help", "/?"):
-            say(HELP + "\n")
+            write(HELP + "\n")
         elif re.fullmatch(r"/\w+", command):
-            say(f"There is no {command}; /help says what there is.\n")
+            write(f"There is no {command}; /help says what there is.\n")
         elif command:
-            answer_line(conversation, line, say)
+            answer_line(conversation, line, write)
 
 
-def answer_line(conversation: Conversation, line: str, say: Callable[[str], None]) -> None:
+def answer_line(conversation: Conversation, line: str, write: Callable[[str], None]) -> None:
     """One turn: hear its recordings, show the adapter's own read-out of them, stream the answer."""
     try:
-        parts = [_hear(conversation, part, say) if isinstance(part, Path) else part for part in parse(line)]
+        parts = [
+            _embed_file(conversation, part, write) if isinstance(part, Path) else part for part in parse(line)
+        ]
         for piece in conversation.ask(*parts):
-            say(piece)
-        say("\n")
+            write(piece)
+        write("\n")
     except (AudioError, ContextError, PromptError) as error:
-        say(f"{error}\n")
+        write(f"{error}\n")
     except KeyboardInterrupt:
-        say(" …\n")
+        write(" …\n")
 
 
-def _hear(conversation: Conversation, path: Path, say: Callable[[str], None]) -> AudioEmbeds:
+def _embed_file(conversation: Conversation, path: Path, write: Callable[[str], None]) -> AudioEmbeds:
+    """The vectors of a recording; the adapter's read-out is shown where there is one."""
     listener = conversation.listener
-    heard = listener.embed_audio([load_audio(path)])[0]
-    if listener.reads_out and heard.speech:
-        say(f"[heard: {listener.readout([heard])[0]}]\n")
-    return heard
+    clip = listener.embed_audio([load_audio(path)])[0]
+    if listener.reads_out and clip.speech:
+        write(f"[heard: {listener.readout([clip])[0]}]\n")
+    return clip
 
 
 def parse(line: str) -> list[str | Path]:
-    """A line as text and recordings, in their order."""
+    """The text and the recordings of a line, in their order."""
     parts: list[str | Path] = []
     end = 0
     for word in WORD.finditer(line):
@@ -133,7 +136,7 @@ def parse(line: str) -> list[str | Path]:
 
 
 def _audio_path(word: re.Match[str]) -> Path | None:
-    """The recording that a word names, if its name ends like one."""
+    """The path that a word holds, if it ends like an audio file; else None."""
     double, single, bare = word.groups()
     name = double or single or re.sub(r"\\(.)", r"\1", bare)
     if name.startswith("file://"):

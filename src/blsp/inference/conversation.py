@@ -1,15 +1,19 @@
-"""Several turns of text and speech, with the key/values of what was said kept from turn to turn.
+"""Conversations: turns of text and speech, with the key/values of earlier turns reused.
 
-In:  a `Listener`, and turns: text, clips that were heard (`AudioEmbeds`), or both, in any order.
+In:  a `Listener`, and turns: text, clips (`AudioEmbeds`), or both, in any order.
 Out: answers, piece by piece.
 Try: `talk = Conversation(listener); print("".join(talk.ask("What did I say?", *listener.embed_audio(["a.wav"]))))`
-Flow: inference/ — the terminal's chat and the server both lay conversations out here.
+Flow: inference/ — `blsp chat` and the server both lay conversations out here.
 
-A conversation becomes a row of positions, each with a name (a token id, or a clip's digest and a place in it) and
-an embedding. What was run before is found again by its names: key/values of the longest common beginning are
-reused, and only the rest goes through the LLM.
+A conversation is laid out as a row of positions. Each has an embedding and a name: a token id, or a clip's digest
+with a number. The names find what was computed before: the key/values of the longest common beginning are reused, and
+only the rest runs through the LLM.
 
-Letters: L sequence, D LLM width.
+    turn 1   <user> What is this ? (clip,0) (clip,1) <end> <assistant>     and the answer:  A dog . <end>
+    turn 2   <user> What is this ? (clip,0) (clip,1) <end> <assistant> A dog .   <end> <user> Sure ? <end> <assistant>
+             |---------------------- reused from the memory ----------------|   |------------- computed ------------|
+
+Shapes: L positions, D LLM width.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blsp.inference.listener import Listener, written
+from blsp.inference.listener import Listener, decode_alone
 from blsp.llm.decoding import Decoder, Decoding, Event, Request
 from blsp.llm.language_model import embed
 from blsp.llm.prefix import Prefix
@@ -31,11 +35,11 @@ from blsp.llm.prompt import Speech, render
 from blsp.llm.text_stream import TextStream
 from blsp.model.adapter_parts import AudioEmbeds
 
-Content = str | AudioEmbeds | tuple[int, ...]  # text, a clip, or the ids of an answer that was written
+Content = str | AudioEmbeds | tuple[int, ...]  # text, a clip, or the ids of an earlier answer
 
 
 class ContextError(ValueError):
-    """A conversation that is longer than the LLM can read; the message says by how much."""
+    """A conversation that is too long for the LLM; the message names both lengths."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
     for message in messages:
         content = message["content"]
         parts = [content] if isinstance(content, str) else list(content)
-        for place, part in enumerate(parts):
+        for i, part in enumerate(parts):
             if isinstance(part, AudioEmbeds):
-                parts[place] = Speech(len(clips))
+                parts[i] = Speech(len(clips))
                 clips.append(part)
         marked.append({"role": message["role"], "content": parts})
     names: list[Hashable] = []
@@ -75,7 +79,7 @@ def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
         if isinstance(segment, Speech):
             vectors = clips[segment.index].vectors.to(listener.model.lm_head.weight.dtype)
             digest = _digest(vectors)
-            names += [(digest, place) for place in range(len(vectors))]
+            names += [(digest, i) for i in range(len(vectors))]
             embeds.append(vectors)
         else:
             names += segment
@@ -88,68 +92,72 @@ def _digest(vectors: Tensor) -> bytes:
 
 
 class Memory:
-    """Key/values of sequences that were run, the most recently used `kept` of them, found by their names.
+    """Key/values of the sequences used last, found by the names of their positions.
 
-    positions: how many they may have together; the latest is kept whatever its length.
+    sequences: how many are stored at most. positions: how many positions all of them may have together; the latest
+    sequence is stored whatever its length.
     """
 
-    def __init__(self, kept: int = 1, positions: int | None = None) -> None:
-        self._kept, self._positions = kept, positions
-        self._runs: OrderedDict[tuple[Hashable, ...], Prefix] = OrderedDict()
+    def __init__(self, sequences: int = 1, positions: int | None = None) -> None:
+        self._sequences, self._positions = sequences, positions
+        self._stored: OrderedDict[tuple[Hashable, ...], Prefix] = OrderedDict()  # the latest last
 
-    def keep(self, names: tuple[Hashable, ...], states: Prefix) -> None:
-        """Remember `states`, which hold one position for each of `names`; beginnings of it are forgotten."""
-        for older in [older for older in self._runs if older == names[: len(older)]]:
-            del self._runs[older]
-        self._runs[names] = states
-        while len(self._runs) > self._kept or (len(self._runs) > 1 and self._too_many()):
-            self._runs.popitem(last=False)
+    def store(self, names: tuple[Hashable, ...], states: Prefix) -> None:
+        """Store `states`, one position for each of `names`; drop stored beginnings of the same sequence."""
+        for beginning in [stored for stored in self._stored if stored == names[: len(stored)]]:
+            del self._stored[beginning]
+        self._stored[names] = states
+        while len(self._stored) > self._sequences or (len(self._stored) > 1 and self._too_many_positions()):
+            self._stored.popitem(last=False)
 
-    def _too_many(self) -> bool:
-        return self._positions is not None and sum(map(len, self._runs)) > self._positions
+    def _too_many_positions(self) -> bool:
+        return self._positions is not None and sum(map(len, self._stored)) > self._positions
 
     def longest(self, names: tuple[Hashable, ...]) -> Prefix | None:
-        """The states of the longest beginning of `names` that was run, the latest of several; one position at
-        least is left to run."""
-        best = max(reversed(self._runs), key=lambda run: _common(run, names), default=())
+        """The states of the longest stored beginning of `names`, the latest of several.
+
+        At least one position is left over, since the LLM must run to give the next token.
+        """
+        best = max(reversed(self._stored), key=lambda stored: _common(stored, names), default=())
         length = min(_common(best, names), len(names) - 1)
         if length <= 0:
             return None
-        self._runs.move_to_end(best)
-        return self._runs[best].cut(length)
+        self._stored.move_to_end(best)
+        return self._stored[best].cut(length)
 
 
 def _common(first: tuple[Hashable, ...], second: tuple[Hashable, ...]) -> int:
-    """How many positions two sequences share from their beginnings on."""
+    """The number of equal positions at the beginning of two sequences."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def request_for(
-    listener: Listener, key: Hashable, laid: LaidOut, decoding: Decoding, memory: Memory
+    listener: Listener, key: Hashable, laid_out: LaidOut, decoding: Decoding, memory: Memory
 ) -> Request:
-    """The laid-out conversation as the decoder takes it: what `memory` holds is not run again.
+    """The conversation for the decoder: what `memory` holds is not computed again.
 
     Raises ContextError where conversation and answer would be longer than the LLM can read.
     """
-    most = getattr(listener.model.config.text_config, "max_position_embeddings", None)
-    if most is not None and len(laid.names) + decoding.max_new_tokens > most:
+    limit = getattr(listener.model.config.text_config, "max_position_embeddings", None)
+    if limit is not None and len(laid_out.names) + decoding.max_new_tokens > limit:
         raise ContextError(
-            f"the conversation has {len(laid.names)} tokens and the answer may have {decoding.max_new_tokens}, "
-            f"but the LLM reads {most}: start anew or ask for less"
+            f"the conversation has {len(laid_out.names)} tokens and the answer may have "
+            f"{decoding.max_new_tokens}, but the LLM reads {limit}: start anew or ask for less"
         )
-    known = memory.longest(laid.names)
-    return Request(key, laid.embeds[len(known) if known else 0 :], known, decoding, keep_cache=True)
+    prefix = memory.longest(laid_out.names)
+    embeds = laid_out.embeds[len(prefix) if prefix else 0 :]
+    return Request(key, embeds, prefix, decoding, keep_cache=True)
 
 
-def remember(memory: Memory, laid: LaidOut, ids: Sequence[int], last: Event) -> None:
-    """Keep what the finished answer `ids` (without the stop token) has run, from its last event."""
+def remember(memory: Memory, laid_out: LaidOut, ids: Sequence[int], last: Event) -> None:
+    """Store the key/values of a finished answer. ids: its tokens without the stop token. last: its last event."""
     if last.cache is not None:
-        memory.keep((*laid.names, *ids)[: len(last.cache)], last.cache)
+        memory.store((*laid_out.names, *ids)[: len(last.cache)], last.cache)
 
 
 class Conversation:
-    """Turns with one listener. `messages` holds what was said so far, the system message first."""
+    """Turns with one listener. messages: the conversation so far, the system message first."""
 
     def __init__(
         self,
@@ -173,8 +181,8 @@ class Conversation:
     def ask(self, *parts: str | AudioEmbeds) -> Iterator[str]:
         """The answer to a turn of text and clips, piece by piece.
 
-        An answer that is broken off stays in the conversation as far as it came. A turn whose clips hold no speech
-        is answered with the model's fixed sentence and forgotten.
+        An interrupted answer stays in the conversation as far as it came. A turn whose clips hold no speech gets the
+        model's fixed sentence and is not added to the conversation.
         """
         if not any(isinstance(part, AudioEmbeds) or part.strip() for part in parts):
             raise ValueError("nothing was asked: give text, a clip, or both")
@@ -183,26 +191,26 @@ class Conversation:
             yield self.listener.model.config.no_speech_sentence
             return
         turn = user_turn([part for part in parts if isinstance(part, str) or part.speech])
-        laid = lay_out(self.listener, [*self.messages, turn])
-        request = request_for(self.listener, 0, laid, self.decoding, self.memory)
+        laid_out = lay_out(self.listener, [*self.messages, turn])
+        request = request_for(self.listener, 0, laid_out, self.decoding, self.memory)
         ids: list[int] = []
         failed = False
         try:
-            yield from self._answer(laid, request, ids)
+            yield from self._answer(laid_out, request, ids)
         except Exception:
             failed = True
             raise
-        finally:  # also when the reader leaves or interrupts
+        finally:  # also where the caller stops reading, or interrupts
             if not failed:
                 self.messages += [turn, {"role": "assistant", "content": [tuple(ids)]}]
 
-    def _answer(self, laid: LaidOut, request: Request, ids: list[int]) -> Iterator[str]:
+    def _answer(self, laid_out: LaidOut, request: Request, ids: list[int]) -> Iterator[str]:
         """Stream the text of `request`, gathering its ids."""
         text = TextStream(self.listener.tokenizer)
-        for event in written(Decoder(self.listener.model), request):
+        for event in decode_alone(Decoder(self.listener.model), request):
             if event.finish:
                 ids += [event.token] if event.finish == "length" else []
-                remember(self.memory, laid, ids, event)
+                remember(self.memory, laid_out, ids, event)
                 piece = (text.push(event.token) if event.finish == "length" else "") + text.close()
             else:
                 ids.append(event.token)

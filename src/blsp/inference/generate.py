@@ -1,12 +1,12 @@
 """`blsp generate`: an answer to every row of a manifest, spoken or written.
 
 In:  a manifest; a model; an instruction for rows that have none of their own.
-Out: the rows, in their order, plus `response`; clips that cannot be heard in `<out>.skipped.jsonl`.
+Out: the rows, in their order, plus `response`; clips that cannot be read in `<out>.skipped.jsonl`.
 Try: `blsp generate --manifest questions.jsonl --out answers.jsonl`
 Flow: inference/ — manifest → **Listener.generate, a chunk of rows at a time** → rows with answers.
 
-A chunk is a fixed stretch of the manifest: its clips are encoded and its prompts decoded sorted by length, and its
-rows are written in order. A killed job computes the chunk in which it stopped once more, with the same neighbours,
+A chunk is a fixed range of the manifest: its clips are encoded and its prompts decoded sorted by length, and its rows
+are written in order. A killed job computes the chunk in which it stopped once more, with the same rows side by side,
 and writes what was missing.
 """
 
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio
-from blsp.data.jobs import Job, RowLog, SkippedLog
+from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import Manifest, Utterance
 from blsp.inference.listener import Listener, Question, load
 from blsp.llm.decoding import Decoding
@@ -32,12 +32,12 @@ from blsp.weights.shipped import model_digest
 if TYPE_CHECKING:
     from blsp.settings import GenerateSettings
 
-BATCHES_PER_CHUNK = 4  # the more, the better lengths fit together, and the more clips are held in memory
+BATCHES_PER_CHUNK = 4  # more of them: lengths fit together better, and more clips are in memory
 
 
 @dataclass(frozen=True)
-class Asking:
-    """How rows are asked: `instruction` where a row has none; `decoding` with the seed of the first row."""
+class GenerateOptions:
+    """How rows are answered. instruction: of rows that have none. decoding: with the seed of the first row."""
 
     instruction: str
     order: Order
@@ -46,7 +46,7 @@ class Asking:
 
     @property
     def chunk(self) -> int:
-        """Rows that are sorted together."""
+        """Number of rows that are sorted together."""
         return self.batch_size * BATCHES_PER_CHUNK
 
 
@@ -55,10 +55,10 @@ def generate(settings: GenerateSettings) -> None:
     rows = Manifest(settings.manifest)
     total = len(rows) if settings.limit is None else min(settings.limit, len(rows))
     names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed")
-    asked = {name: getattr(settings, name) for name in names}
+    header = {name: getattr(settings, name) for name in names}
     with Job(settings.out) as job:
-        job.begin(asked | {"model_sha256": model_digest(settings.model)})
-        inputs = (written_row(row, settings.out) for row in islice(rows, total))
+        job.begin(header | {"model_sha256": model_digest(settings.model)})
+        inputs = (output_row(row, settings.out) for row in islice(rows, total))
         done = job.count_done(inputs, key="id", answer="response")
         if done < total:
             listener = load(settings.model, device=settings.device, dtype=settings.dtype)
@@ -69,52 +69,48 @@ def generate(settings: GenerateSettings) -> None:
                 top_p=settings.top_p,
                 seed=settings.seed,
             )
-            asking = Asking(settings.instruction or "", settings.order, decoding, settings.batch_size)
-            answer_rows(listener, rows, range(done, total), asking, job.log, job.skipped)
-        skipped = job.skipped
-        print(f"{settings.out}: {total - skipped.count} of {total} rows answered", end="")
-        print(f"; {skipped.count} skipped, see {skipped.path}" if skipped.count else "")
+            options = GenerateOptions(
+                settings.instruction or "", settings.order, decoding, settings.batch_size
+            )
+            answer_rows(listener, rows, range(done, total), options, job)
+        print(f"{settings.out}: {total - job.skipped.count} of {total} rows answered", end="")
+        print(f"; {job.skipped.count} skipped, see {job.skipped.path}" if job.skipped.count else "")
 
 
 def answer_rows(
-    listener: Listener,
-    rows: Sequence[Utterance],
-    wanted: range,
-    asking: Asking,
-    log: RowLog,
-    skipped: SkippedLog,
+    listener: Listener, rows: Sequence[Utterance], numbers: range, options: GenerateOptions, job: Job
 ) -> None:
-    """Write the rows `wanted`, each with its response, to `log`, in their order."""
-    size = asking.chunk
-    with tqdm(total=wanted.stop, initial=wanted.start, desc="answering", unit="row", disable=None) as bar:
-        for begin in range(wanted.start - wanted.start % size, wanted.stop, size):
-            chunk = [rows[i] for i in range(begin, min(begin + size, wanted.stop))]
-            seeded = replace(asking.decoding, seed=asking.decoding.seed + begin)
-            responses = answer_chunk(listener, chunk, replace(asking, decoding=seeded), skipped)
-            for place, (row, response) in enumerate(zip(chunk, responses, strict=True), start=begin):
-                if place >= wanted.start:
-                    if response is not None:
-                        log.append(written_row(row, log.path) | {"response": response})
-                    bar.update()
+    """Write the rows with these numbers, each with its response, to the job's log, in their order."""
+    size, end = options.chunk, numbers.stop
+    with tqdm(total=end, initial=numbers.start, desc="answering", unit="row", disable=None) as bar:
+        for begin in range(numbers.start - numbers.start % size, end, size):
+            chunk = [rows[i] for i in range(begin, min(begin + size, end))]
+            seeded = replace(options.decoding, seed=options.decoding.seed + begin)
+            responses = answer_chunk(listener, chunk, replace(options, decoding=seeded), job.skipped)
+            pairs = list(zip(chunk, responses, strict=True))
+            for row, response in pairs[max(numbers.start - begin, 0) :]:
+                if response is not None:
+                    job.log.append(output_row(row, job.out) | {"response": response})
+                bar.update()
 
 
 def answer_chunk(
-    listener: Listener, rows: Sequence[Utterance], asking: Asking, skipped: SkippedLog
+    listener: Listener, rows: Sequence[Utterance], options: GenerateOptions, skipped: SkippedLog
 ) -> list[str | None]:
-    """The response to each row; None where its clip cannot be heard, which `skipped` notes."""
-    questions = [_question(row, asking, skipped) for row in rows]
-    # A row that is left out keeps its place, and with it its neighbours' seeds.
-    asked = [question or Question(text="") for question in questions]
-    answers = listener.generate(asked, decoding=asking.decoding, batch_size=asking.batch_size)
+    """The response to each row; None where its clip cannot be read, which `skipped` notes."""
+    questions = [_question(row, options, skipped) for row in rows]
+    # An empty question stands in for a row that is left out, so that the others keep their seeds.
+    filled = [question or Question(text="") for question in questions]
+    answers = listener.generate(filled, decoding=options.decoding, batch_size=options.batch_size)
     return [answer if question else None for question, answer in zip(questions, answers, strict=True)]
 
 
-def _question(row: Utterance, asking: Asking, skipped: SkippedLog) -> Question | None:
-    """What a row asks; text where it has no audio."""
-    instruction = asking.instruction if row.instruction is None else row.instruction
+def _question(row: Utterance, options: GenerateOptions, skipped: SkippedLog) -> Question | None:
+    """The question of a row, as text where it has no audio; None where the row is left out."""
+    instruction = options.instruction if row.instruction is None else row.instruction
     if not row.audio:
         if row.text.strip() or instruction.strip():
-            return Question(text=row.text, instruction=instruction, order=asking.order)
+            return Question(text=row.text, instruction=instruction, order=options.order)
         skipped.add(row.id, "", "neither audio nor text nor an instruction: nothing is asked")
         return None
     try:
@@ -122,11 +118,11 @@ def _question(row: Utterance, asking: Asking, skipped: SkippedLog) -> Question |
     except AudioError as error:
         skipped.add(row.id, row.audio, str(error))
         return None
-    return Question(audio=clip, instruction=instruction, order=asking.order)
+    return Question(audio=clip, instruction=instruction, order=options.order)
 
 
-def written_row(row: Utterance, out: Path) -> dict[str, Any]:
-    """The row as a file at `out` holds it: audio under that file's folder is named relative to it."""
+def output_row(row: Utterance, out: Path) -> dict[str, Any]:
+    """The row as the file `out` holds it: audio under that file's folder is named relative to it."""
     values = row.to_json()
     folder = os.path.abspath(out.parent) + os.sep
     if row.audio.startswith(folder):

@@ -1,13 +1,15 @@
-"""Speech in, text out: the high-level door.
+"""The `Listener`: a loaded model that takes speech and writes text. `blsp.load()` returns one.
 
-In:  clips (path, bytes, data-URI or 16 kHz array), an instruction or none (a spoken question answers itself).
+In:  clips (path, bytes, data-URI or 16 kHz array), and an instruction or none (a spoken question needs none).
 Out: answers, streams of text, transcripts.
 Try: `blsp.load().answer("question.wav")`
-Flow: inference/ — `blsp generate`, `transcribe`, `chat`, the judge and the server ask a `Listener`.
+Flow: inference/ — `blsp generate`, `transcribe`, `chat`, the evaluation and the server all use a `Listener`.
 
-A clip is heard once (encoder, adapter), its vectors are spliced between the prompt's constant prefix, whose
-key/values are kept, and its suffix; `llm/decoding.py` writes the answer. Where no speech is heard, the
-model's fixed sentence is the answer and the LLM is not asked.
+A clip is encoded once (encoder, adapter). Its vectors stand between the prompt's constant prefix, whose key/values are
+cached, and its suffix; `llm/decoding.py` writes the answer. Where no speech is found, the model's fixed sentence is
+the answer, and the LLM does not run.
+
+Shapes: N samples, T encoder frames, E encoder width, n vectors of a clip, L prompt after its prefix, D LLM width.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,8 +40,12 @@ from blsp.model.speech_encoder import encode_speech, mel_features
 from blsp.settings import DEFAULT_MODEL
 
 PREFIXES_KEPT = 32
-BEAM = 16  # hypotheses that the LLM weighs for a transcript
-SECONDS_PER_BATCH = 60  # speech encoded at once
+ZERO_SHOT_TOKENS = 128  # the paper's setting for answers without training on the task
+BEAM = 16  # hypotheses that are rescored for a transcript
+SECONDS_PER_BATCH = 60  # speech that is encoded in one pass, with its padding
+
+
+TranscribeMethod = Literal["readout", "rescored", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -58,94 +64,39 @@ def load(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str 
 
 
 class Listener:
-    """A loaded model that hears and answers; keeps the key/values of the prompt prefixes it has used."""
+    """A loaded model, with the key/values of the prompt prefixes that it has used."""
 
     def __init__(self, model: BlspForConditionalGeneration, processor: BlspProcessor) -> None:
         self.model = model.eval()
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.decoding = Decoding(
-            max_new_tokens=128, stop_ids=stop_ids(model)
-        )  # the paper's zero-shot setting
+        self.decoding = Decoding(max_new_tokens=ZERO_SHOT_TOKENS, stop_ids=stop_ids(model))
         self.prefixes = PrefixCache(model, PREFIXES_KEPT)
 
-    def answer(self, audio: Any, instruction: str = "", *, max_new_tokens: int = 128) -> str:
+    # --- answers --------------------------------------------------------------------------------------------
+
+    def answer(self, audio: Any, instruction: str = "", *, max_new_tokens: int = ZERO_SHOT_TOKENS) -> str:
         """The answer to a spoken question, or to `instruction` about the speech."""
         decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
         return self.generate([Question(audio=audio, instruction=instruction)], decoding=decoding)[0]
 
-    def stream(self, audio: Any, instruction: str = "", *, max_new_tokens: int = 128) -> Iterator[str]:
+    def stream(
+        self, audio: Any, instruction: str = "", *, max_new_tokens: int = ZERO_SHOT_TOKENS
+    ) -> Iterator[str]:
         """The same answer, piece by piece as it is written."""
-        heard = self.embed_audio([audio])[0]
-        if not heard.speech:
+        clip = self.embed_audio([audio])[0]
+        if not clip.speech:
             yield self.model.config.no_speech_sentence
             return
         decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
-        request = self.request(0, Question(instruction=instruction), heard, decoding)
+        request = self.request(0, Question(instruction=instruction), clip, decoding)
         text = TextStream(self.tokenizer)
-        for event in written(Decoder(self.model), request):
+        for event in decode_alone(Decoder(self.model), request):
             piece = text.push(event.token) if event.finish != "stop" else ""
             if piece:
                 yield piece
         if rest := text.close():
             yield rest
-
-    def transcribe(self, audio: Any, *, readout: bool | None = None) -> str:
-        """What was said in one clip; "" where no speech is heard. See `transcribe_all`."""
-        return self.transcribe_all([audio], readout=readout)[0]
-
-    def transcribe_all(
-        self,
-        audios: Sequence[Any],
-        *,
-        readout: bool | None = None,
-        max_new_tokens: int = 256,
-        batch_size: int = 16,
-    ) -> list[str]:
-        """What was said in each clip. Recordings of more than 10 s are cut at pauses and heard piece by piece.
-
-        readout: True: the adapter's own tokens, without the LLM, where it reads out; False: what the LLM repeats;
-        None: of the adapter's likeliest read-outs, the one that the LLM finds likeliest; without any, what the LLM
-        repeats.
-        """
-        weigh = readout is None and self.reads_out
-        pieces = [(i, piece) for i, audio in enumerate(audios) for piece in cut_at_pauses(_samples(audio))]
-        heard = self.embed_audio([piece for _, piece in pieces], beam=BEAM if weigh else 0)
-        if weigh:
-            texts = self.rescore(heard)
-        else:
-            texts = self.readout(heard) if readout else self._repeat(heard, max_new_tokens, batch_size)
-        said: list[list[str]] = [[] for _ in audios]
-        for (i, _), text in zip(pieces, texts, strict=True):
-            said[i] += [text] if text else []
-        return [" ".join(parts) for parts in said]
-
-    @property
-    def reads_out(self) -> bool:
-        """Whether the adapter has a transcript of its own."""
-        return self.model.model.reads_out
-
-    def readout(self, heard: Sequence[AudioEmbeds]) -> list[str]:
-        """The adapter's own transcripts, where it reads out, without the LLM; "" where there was no speech."""
-        if not self.reads_out:
-            raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out")
-        return [self.tokenizer.decode(clip.token_ids or []).strip() if clip.speech else "" for clip in heard]
-
-    def rescore(self, heard: Sequence[AudioEmbeds]) -> list[str]:
-        """Of each clip's hypotheses the one that the LLM, too, finds likely as what a user says; "" for no speech."""
-        prefix = self.prefixes.get(frame_prompt(self.tokenizer, "", "speech-first").prefix_ids)
-        chosen = [weighed(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in heard]
-        return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
-
-    def _repeat(self, heard: Sequence[AudioEmbeds], max_new_tokens: int, batch_size: int) -> list[str]:
-        """What the LLM says when it is asked to repeat each clip."""
-        question = Question(instruction=instruction_for("repeat"))
-        decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
-        requests = {
-            i: self.request(i, question, clip, decoding) for i, clip in enumerate(heard) if clip.speech
-        }
-        answers = self._answers(list(requests.values()), batch_size)
-        return [answers.get(i, "") for i in range(len(heard))]
 
     def generate(
         self, questions: Sequence[Question], *, decoding: Decoding | None = None, batch_size: int = 16
@@ -156,10 +107,10 @@ class Listener:
         """
         decoding = decoding or self.decoding
         spoken = [i for i, question in enumerate(questions) if question.audio is not None]
-        heard = dict(zip(spoken, self.embed_audio([questions[i].audio for i in spoken]), strict=True))
-        answers = {i: self.model.config.no_speech_sentence for i, clip in heard.items() if not clip.speech}
+        clips = dict(zip(spoken, self.embed_audio([questions[i].audio for i in spoken]), strict=True))
+        answers = {i: self.model.config.no_speech_sentence for i, clip in clips.items() if not clip.speech}
         requests = [
-            self.request(i, question, heard.get(i), replace(decoding, seed=decoding.seed + i))
+            self.request(i, question, clips.get(i), replace(decoding, seed=decoding.seed + i))
             for i, question in enumerate(questions)
             if i not in answers
         ]
@@ -167,28 +118,90 @@ class Listener:
         return [answers[i] for i in range(len(questions))]
 
     def _answers(self, requests: list[Request], batch_size: int) -> dict[Any, str]:
-        """The text of each request's answer, by its key; the shortest prompts first."""
+        """The text of each request's answer, by its key; the shortest prompts are decoded first."""
         requests = sorted(requests, key=lambda request: len(request.embeds))
         results = decode(self.model, requests, batch_size)
         return {key: answer_text(self.tokenizer, result.ids).strip() for key, result in results.items()}
 
+    # --- transcripts ----------------------------------------------------------------------------------------
+
+    def transcribe(self, audio: Any, *, method: TranscribeMethod | None = None) -> str:
+        """The transcript of one clip; "" where no speech is found. See `transcribe_all`."""
+        return self.transcribe_all([audio], method=method)[0]
+
+    def transcribe_all(
+        self,
+        audios: Sequence[Any],
+        *,
+        method: TranscribeMethod | None = None,
+        max_new_tokens: int = 256,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """The transcript of each clip. A recording of more than 10 s is cut at pauses and transcribed in pieces.
+
+        method: readout: the adapter's own tokens, without the LLM. rescored: of the adapter's likeliest read-outs,
+        the one that the LLM finds likely, too. repeat: what the LLM writes when it is asked to repeat the speech.
+        None: rescored where the adapter reads out, else repeat.
+        """
+        method = method or ("rescored" if self.reads_out else "repeat")
+        pieces = [(i, piece) for i, audio in enumerate(audios) for piece in cut_at_pauses(_samples(audio))]
+        clips = self.embed_audio([piece for _, piece in pieces], beam=BEAM if method == "rescored" else 0)
+        if method == "rescored":
+            texts = self.rescore(clips)
+        elif method == "readout":
+            texts = self.readout(clips)
+        else:
+            texts = self._repeat(clips, max_new_tokens, batch_size)
+        transcripts: list[list[str]] = [[] for _ in audios]
+        for (i, _), text in zip(pieces, texts, strict=True):
+            transcripts[i] += [text] if text else []
+        return [" ".join(parts) for parts in transcripts]
+
+    @property
+    def reads_out(self) -> bool:
+        """Whether the adapter has a transcript of its own."""
+        return self.model.model.reads_out
+
+    def readout(self, clips: Sequence[AudioEmbeds]) -> list[str]:
+        """The adapter's own transcripts, where it reads out, without the LLM; "" where there was no speech."""
+        if not self.reads_out:
+            raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out")
+        return [self.tokenizer.decode(clip.token_ids or []).strip() if clip.speech else "" for clip in clips]
+
+    def rescore(self, clips: Sequence[AudioEmbeds]) -> list[str]:
+        """Of each clip's hypotheses the one that is likeliest with the LLM's score added; "" for no speech."""
+        prefix = self.prefixes.get(frame_prompt(self.tokenizer, "", "speech-first").prefix_ids)
+        chosen = [weighed(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in clips]
+        return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
+
+    def _repeat(self, clips: Sequence[AudioEmbeds], max_new_tokens: int, batch_size: int) -> list[str]:
+        """The LLM's answers to the instruction to repeat the speech; "" where there is none."""
+        question = Question(instruction=instruction_for("repeat"))
+        decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
+        spoken = {i: clip for i, clip in enumerate(clips) if clip.speech}
+        requests = [self.request(i, question, clip, decoding) for i, clip in spoken.items()]
+        answers = self._answers(requests, batch_size)
+        return [answers.get(i, "") for i in range(len(clips))]
+
+    # --- the way of a clip into the prompt ------------------------------------------------------------------
+
     @torch.no_grad()
     def embed_audio(self, audios: Sequence[Any], *, beam: int = 0) -> list[AudioEmbeds]:
-        """Each clip's vectors, encoded in batches of like length. A clip of digital silence holds no speech.
+        """Each clip's vectors, computed in batches of like length. A clip of digital silence holds no speech.
 
-        beam: how many hypotheses of what was said to keep with them.
+        beam: how many hypotheses to return with each clip.
         """
-        clips = [_samples(audio) for audio in audios]
-        heard: dict[int, AudioEmbeds] = {}
-        for batch in _by_length([len(clip) for clip in clips]):
-            states = self.encode([clips[i] for i in batch])
+        samples = [_samples(audio) for audio in audios]
+        clips: dict[int, AudioEmbeds] = {}
+        for batch in _by_length([len(signal) for signal in samples]):
+            states = self.encode([samples[i] for i in batch])
             for i, clip in zip(batch, self.model.listen(states, beam), strict=True):
-                heard[i] = replace(clip, speech=clip.speech and not is_silent(clips[i]))
-        return [heard[i] for i in range(len(clips))]
+                clips[i] = replace(clip, speech=clip.speech and not is_silent(samples[i]))
+        return [clips[i] for i in range(len(samples))]
 
     @torch.no_grad()
     def encode(self, clips: Sequence[np.ndarray]) -> list[Tensor]:
-        """Frozen encoder states (T, E) of 16 kHz clips, on their true lengths, in one pass."""
+        """The frozen encoder's states (T, E) of 16 kHz clips (N,), each of its own length, in one pass."""
         weight = self.model.lm_head.weight
         full_window = self.model.config.full_window
         features, mask = mel_features(self.processor.feature_extractor, clips, full_window=full_window)
@@ -200,19 +213,21 @@ class Listener:
         )
         return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
 
-    def request(self, key: Any, question: Question, heard: AudioEmbeds | None, decoding: Decoding) -> Request:
-        """The question as the decoder takes it: both routes share the ids around the speech."""
-        frame = frame_prompt(self.tokenizer, question.instruction, question.order)
-        if heard is not None:
-            middle = heard.vectors.to(self.model.lm_head.weight.dtype)
+    def request(
+        self, key: Any, question: Question, audio_embeds: AudioEmbeds | None, decoding: Decoding
+    ) -> Request:
+        """The question for the decoder, with a clip or (without one) the question's text between the same ids."""
+        template = frame_prompt(self.tokenizer, question.instruction, question.order)
+        if audio_embeds is not None:
+            content = audio_embeds.vectors.to(self.model.lm_head.weight.dtype)  # (n, D)
         else:
-            middle = embed(self.model, transcript_ids(self.tokenizer, question.text or ""))
-        embeds = torch.cat([middle, embed(self.model, frame.suffix_ids)]).detach()
-        return Request(key, embeds, self.prefixes.get(frame.prefix_ids), decoding)
+            content = embed(self.model, transcript_ids(self.tokenizer, question.text or ""))
+        embeds = torch.cat([content, embed(self.model, template.suffix_ids)]).detach()  # (L, D)
+        return Request(key, embeds, self.prefixes.get(template.prefix_ids), decoding)
 
 
-def written(decoder: Decoder, request: Request) -> Iterator[Event]:
-    """The events of one request that has the decoder to itself."""
+def decode_alone(decoder: Decoder, request: Request) -> Iterator[Event]:
+    """The events of one request that is the decoder's only one."""
     events = decoder.join([request])
     while events:
         yield events[0]
@@ -220,14 +235,15 @@ def written(decoder: Decoder, request: Request) -> Iterator[Event]:
 
 
 def _samples(audio: Any) -> np.ndarray:
-    """16 kHz samples (N,) of a path, bytes or data-URI; an array is taken for such."""
+    """16 kHz samples (N,) of a path, bytes or data-URI; an array is taken as such samples."""
     return audio if isinstance(audio, np.ndarray) else load_audio(audio)
 
 
 def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices grouped by like length, each group at most `SECONDS_PER_BATCH` with its padding."""
+    """Indices in groups of like length, each of at most `SECONDS_PER_BATCH` with its padding."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Lengths grow, so the batch would be padded to lengths[i].
         if batch and (len(batch) + 1) * lengths[i] > SECONDS_PER_BATCH * SAMPLE_RATE:
             yield batch
             batch = []
@@ -236,28 +252,31 @@ def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
         yield batch
 
 
-LONGEST_SECONDS = 10.0  # adapters learn from single utterances: what is longer is heard worse (docs/log.md)
-SEARCHED = 0.5  # the later part of a piece, in which the quietest place is looked for
+# --- pauses -------------------------------------------------------------------------------------------------
+
+LONGEST_SECONDS = 10.0  # adapters are trained on single utterances and are worse on longer ones (docs/log.md)
+SEARCHED = 0.5  # share of a piece, at its end, in which the quietest point is searched
 STEP = SAMPLE_RATE // 50  # samples: 20 ms
-PAUSE_STEPS = 10  # a pause is judged over 0.2 s
+PAUSE_STEPS = 10  # a pause is measured over 0.2 s
 
 
 def cut_at_pauses(audio: np.ndarray, longest: float = LONGEST_SECONDS) -> list[np.ndarray]:
     """`audio` (N,) in pieces of at most `longest` seconds; a short recording is one piece."""
-    most = int(longest * SAMPLE_RATE)
+    limit = int(longest * SAMPLE_RATE)
     pieces = []
-    while len(audio) > most:
-        end = _quietest(audio[:most], int(most * (1 - SEARCHED)))
+    while len(audio) > limit:
+        end = _quietest(audio[:limit], int(limit * (1 - SEARCHED)))
         pieces.append(audio[:end])
         audio = audio[end:]
     return [*pieces, audio]
 
 
 def _quietest(audio: np.ndarray, begin: int) -> int:
-    """The sample from `begin` on in the middle of the quietest 0.2 s; the last of several."""
+    """The sample in the middle of the quietest 0.2 s after `begin`; the last one where several are equal."""
+    # Energy of each 20 ms, then of each 0.2 s: energies[i] is that of audio[begin + i * STEP : … + STEP].
     energies = np.add.reduceat(
         np.square(audio[begin:], dtype=np.float64), np.arange(0, len(audio) - begin, STEP)
     )
-    smooth = np.convolve(energies, np.ones(PAUSE_STEPS), mode="valid")
-    last = len(smooth) - 1 - int(smooth[::-1].argmin())
-    return begin + (last + PAUSE_STEPS // 2) * STEP
+    windows = np.convolve(energies, np.ones(PAUSE_STEPS), mode="valid")
+    quietest = len(windows) - 1 - int(windows[::-1].argmin())  # argmin finds the first, so search backwards
+    return begin + (quietest + PAUSE_STEPS // 2) * STEP
