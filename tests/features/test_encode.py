@@ -9,6 +9,8 @@ import signal
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +25,23 @@ from blsp.data.manifest import Manifest, Utterance, read_rows, write_manifest
 from blsp.distributed import Runtime
 from blsp.features import encode as encoding
 from blsp.features.cache import FeatureCache
-from blsp.features.encode import Encoding, _batches, _plan, encode, encoder_id, in_order
+from blsp.features.encode import (
+    Clip,
+    Encoder,
+    Progress,
+    batches_by_length,
+    encode,
+    encoder_id,
+    in_order,
+    missing_rows,
+    read_clips,
+)
 from blsp.model.loading import load_speech_encoder
 from blsp.model.speech_encoder import encode_speech, encoder_frames, mel_features, mel_frames
 from blsp.settings import EncodeSettings
 from blsp.weights.digest import find_weights
 
-PLACE = Runtime(torch.device("cpu"), torch.float32)
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -65,7 +77,7 @@ def records(cache: Path) -> int:
 def test_every_clip_has_its_encoders_states(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
     assert encode(settings(manifest, tiny_whisper, tmp_path / "cache")) is None
     cache = FeatureCache(tmp_path / "cache", encoder_id(find_weights(tiny_whisper).sha256))
-    tower, extractor = load_speech_encoder(find_weights(tiny_whisper), PLACE)
+    tower, extractor = load_speech_encoder(find_weights(tiny_whisper), RUNTIME)
     rows = list(Manifest(manifest))
     lengths = cache.lengths([cache.key(row) for row in rows])
     for row, length in zip(rows, lengths, strict=True):
@@ -203,55 +215,51 @@ def test_numbers_that_are_none_are_not_kept(
 
 
 @pytest.fixture
-def job(tiny_whisper: str, tmp_path: Path) -> Encoding:
-    tower, extractor = load_speech_encoder(find_weights(tiny_whisper), PLACE)
-    cache = FeatureCache(tmp_path / "cache", encoder_id(find_weights(tiny_whisper).sha256))
-    bar = tqdm(file=io.StringIO())
-    return Encoding(cache, tower, extractor, PLACE, SkippedLog(tmp_path / "out"), False, bar)
+def encoder(tiny_whisper: str) -> Encoder:
+    return Encoder(*load_speech_encoder(find_weights(tiny_whisper), RUNTIME), RUNTIME)
 
 
-def read_clips(job: Encoding, manifest: Path) -> list[encoding.Clip]:
-    read = [job.read(lacking) for lacking in job.look(list(Manifest(manifest)))]
-    return [clip for clip in read if isinstance(clip, encoding.Clip)]
+def read(encoder: Encoder, manifest: Path, tmp_path: Path) -> list[Clip]:
+    cache, rows = FeatureCache(tmp_path / "cache", "an encoder"), list(Manifest(manifest))
+    with SkippedLog(tmp_path / "out") as skipped, ThreadPoolExecutor(2) as pool:
+        progress = Progress(skipped, tqdm(file=io.StringIO()))
+        return list(read_clips(pool, encoder, missing_rows(pool, cache, [rows], progress), progress))
 
 
-def test_a_batch_equals_its_clips_alone(manifest: Path, job: Encoding) -> None:
-    clips = read_clips(job, manifest)
+def test_a_batch_equals_its_clips_alone(manifest: Path, encoder: Encoder, tmp_path: Path) -> None:
+    clips = read(encoder, manifest, tmp_path)
     assert len(clips) == 20
-    alone = {clip.row.id: job.encode([clip])[0][1] for clip in clips}
-    for clip, states in job.encode(clips):
-        np.testing.assert_allclose(states, alone[clip.row.id], atol=2e-3, rtol=2e-3)
+    for clip, states in zip(clips, encoder.states(clips), strict=True):
+        (alone,) = encoder.states([clip])
+        np.testing.assert_allclose(states, alone, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("full_window", [False, True])
 def test_a_very_long_clip_is_encoded_in_pieces(
-    tmp_path: Path, job: Encoding, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, encoder: Encoder, full_window: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = write_clips(tmp_path, [95.3])
-    for job.full_window in (False, True):
-        (clip,) = read_clips(job, manifest)
-        (_, whole) = job.encode([clip])[0]
-        with monkeypatch.context() as patch:
-            patch.setattr(encoding, "PIECE_MEL_FRAMES", 3000)
-            (_, pieces) = job.encode([clip])[0]
-        assert whole.shape == (4765, job.tower.config.d_model)
-        np.testing.assert_allclose(pieces, whole, atol=2e-3, rtol=2e-3)
+    encoder = replace(encoder, full_window=full_window)
+    (clip,) = read(encoder, write_clips(tmp_path, [95.3]), tmp_path)
+    (whole,) = encoder.states([clip])
+    monkeypatch.setattr(encoding, "PIECE_MEL_FRAMES", 3000)
+    (pieces,) = encoder.states([clip])
+    assert whole.shape == (4765, encoder.tower.config.d_model)
+    np.testing.assert_allclose(pieces, whole, atol=2e-3, rtol=2e-3)
 
 
 def test_batches_hold_like_lengths_within_the_budget(
-    manifest: Path, job: Encoding, monkeypatch: pytest.MonkeyPatch
+    manifest: Path, encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clips = read_clips(job, manifest)
+    clips = read(encoder, manifest, tmp_path)
     random.Random(0).shuffle(clips)
     monkeypatch.setattr(encoding, "SORTED_SECONDS", 8.0)
-    batches = list(_batches(clips, 3.0))
+    batches = list(batches_by_length(clips, 3.0))
     assert sorted(clip.row.id for batch in batches for clip in batch) == sorted(clip.row.id for clip in clips)
     assert all(len(batch) * max(clip.width for clip in batch) <= 300 for batch in batches)
-    assert len(batches) < 15 and len(list(_plan(clips, 1.0))) == 20, "a clip above the budget goes alone"
+    assert len(batches) < 15 and len(list(batches_by_length(clips, 0.01))) == 20, "above the budget: alone"
 
 
 def test_work_is_begun_ahead_and_given_in_order() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     begun: list[int] = []
 
     def work(number: int) -> int:

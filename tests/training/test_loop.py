@@ -15,7 +15,7 @@ from support.training_examples import write_data
 
 from blsp.data.audio import write_wav
 from blsp.distributed import find_runtime
-from blsp.features.encode import FeatureCache
+from blsp.features.cache import FeatureCache
 from blsp.model.adapter_parts import CachedValue
 from blsp.model.checkpoint import load_blsp
 from blsp.settings import SettingsError, TrainSettings

@@ -1,5 +1,5 @@
 """The frozen speech encoder's output on disk (`blsp encode`).
 
-encode.py  audio files to encoder states, on one process or many
-cache.py   the folder of stored states, keyed by audio content and encoder
+encode.py  `blsp encode`: audio files to encoder states, in one process or many
+cache.py   the folder of stored states, found by audio content and encoder
 """

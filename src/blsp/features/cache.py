@@ -193,7 +193,8 @@ class ShardWriter:
             self._offset = 0
         content = np.ascontiguousarray(states).view(np.uint8).reshape(-1).data
         record = np.array([(key, self._offset, len(states), zlib.crc32(content))], dtype=CLIP)
-        for file, part in zip(self._files, (content, record.tobytes()), strict=True):
+        parts: list[Any] = [content, record.tobytes()]  # the clip's bytes first: see the module's docstring
+        for file, part in zip(self._files, parts, strict=True):
             if (written := file.write(part)) != len(part):
                 raise OSError(f"{file.name}: {written} of {len(part)} bytes were written; is the disk full?")
         self._offset += len(content)

@@ -1,12 +1,22 @@
-"""`blsp encode`: the frozen encoder's output for every clip of a manifest, once.
+"""`blsp encode`: the frozen encoder's output for every clip of a manifest, computed once and stored.
 
-In:  a manifest (or a continuations file), an encoder, a folder.
-Out: the folder's features (feature_cache.py); what could not be heard in `DIR/<manifest>.skipped.jsonl`.
+In:  a manifest (or a continuations file), a speech encoder, a folder.
+Out: the features in that folder (cache.py); clips that cannot be read in `DIR/<manifest>.skipped.jsonl`.
 Try: `blsp encode --manifest train.jsonl --audio-model embedded:whisper-tiny.en --cache features/`
 Flow: manifest → continuations → **speech features** → alignment training.
 
-Run it again and it does what is missing: after a kill, when rows were added, when an entry was damaged.
-Several processes (torchrun) share the rows; each writes shards of its own.
+Each row passes through four stages. Every stage is a generator that reads from the one before it, works ahead in
+threads, and keeps the order of the rows:
+
+    missing_rows    rows whose features are not in the cache, each clip once
+    read_clips      audio files → log-mel features
+    batches         one clip a batch on a CPU, clips of like length together on an accelerator
+    encode_batches  log-mel features → encoder states
+
+Run again after a kill, after new rows, or after damage, it encodes what is missing. Several processes (torchrun)
+share the rows; each writes shards of its own.
+
+Shapes: B clips, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width.
 """
 
 from __future__ import annotations
@@ -31,7 +41,7 @@ from blsp.data.audio import AudioError, load_audio
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import Runtime, barrier, find_runtime, leave, shard_rows, sum_across
-from blsp.features.cache import FeatureCache, FeaturesError, ShardWriter
+from blsp.features.cache import FeatureCache
 from blsp.model.loading import load_speech_encoder
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
@@ -39,36 +49,37 @@ from blsp.model.speech_encoder import FEATURES_VERSION, WINDOW_MEL_FRAMES, encod
 from blsp.settings import EncodeSettings
 from blsp.weights.digest import find_weights
 
-__all__ = ["FeatureCache", "FeaturesError", "encode", "encode_manifest", "encoder_id", "open_features"]
+MEL_PER_SECOND = 100
+READERS = 4  # threads that read, decode and compute mel features
+AHEAD = 64  # clips that are read before they are needed
+SORTED_SECONDS = 600.0  # on an accelerator, clips are sorted by length within this much speech
+BLOCK_ROWS = 256  # neighbouring rows go to one rank: they often share a file, or are the same clip
+PIECE_MEL_FRAMES = 8 * WINDOW_MEL_FRAMES  # a longer clip is encoded in pieces of eight windows
+
+In = TypeVar("In")
+Out = TypeVar("Out")
 
 
 def encoder_id(audio_model_sha256: str, *, full_window: bool = False) -> str:
-    """What features depend on: the encoder's tensors, how clips are padded, how mels are made."""
+    """The identity of an encoder's features: its tensors, the padding, the version of the mel features."""
     return f"{audio_model_sha256}:{'30s' if full_window else 'true-length'}:{FEATURES_VERSION}"
 
 
 def encode(settings: EncodeSettings) -> None:
-    """The command: encode what the cache lacks, and say what became of the rows."""
+    """The command: encode the clips that the cache lacks, and print what was done."""
     runtime = find_runtime(settings.device, settings.dtype)
     rows: Sequence[Utterance] = Manifest(settings.manifest, CONTINUATION_KEY)
     rows = rows if settings.limit is None else rows[: settings.limit]
     weights = find_weights(settings.audio_model)
-    tower, extractor = load_speech_encoder(weights, runtime)
-    name = encoder_id(weights.sha256, full_window=settings.pad_to_30s)
-    cache = _open_cache(settings.cache, name, runtime)
+    encoder = Encoder(*load_speech_encoder(weights, runtime), runtime, settings.pad_to_30s)
+    identity = encoder_id(weights.sha256, full_window=settings.pad_to_30s)
+    cache = _open_cache(settings.cache, identity, runtime)
     manifest = re.sub(r"[^\w.-]", "_", Path(settings.manifest).name.removesuffix(".jsonl"))
-    with _new_log(settings.cache / manifest, runtime) as skipped:
-        tally = encode_manifest(
-            cache,
-            rows,
-            tower,
-            extractor,
-            runtime,
-            skipped,
-            full_window=settings.pad_to_30s,
-            batch_seconds=settings.batch_seconds,
-        )
-    cache = _open_cache(settings.cache, name, runtime)  # the index is merged here, so training starts at once
+    with _new_skip_list(settings.cache / manifest, runtime) as skipped:
+        tally = encode_manifest(cache, rows, encoder, skipped, batch_seconds=settings.batch_seconds)
+    cache = _open_cache(
+        settings.cache, identity, runtime
+    )  # makes the index now, so that training starts at once
     _report(tally, skipped, runtime, len(cache))
     leave(runtime)
 
@@ -80,38 +91,31 @@ def open_features(
     sources: Sequence[Sequence[Utterance]],
     runtime: Runtime,
 ) -> FeatureCache:
-    """The cache for a model's encoder, after encoding what the rows of `sources` lack in it."""
+    """The cache for a model's encoder, after encoding the clips of `sources` that it lacks."""
     full_window = model.config.full_window
-    name = encoder_id(str(model.config.audio_model_sha256), full_window=full_window)
-    cache = _open_cache(folder, name, runtime)
-    with _new_log(folder / "training", runtime) as skipped:
+    encoder = Encoder(model.model.audio_tower, processor.feature_extractor, runtime, full_window)
+    identity = encoder_id(str(model.config.audio_model_sha256), full_window=full_window)
+    cache = _open_cache(folder, identity, runtime)
+    with _new_skip_list(folder / "training", runtime) as skipped:
         for rows in sources:
-            encode_manifest(
-                cache,
-                rows,
-                model.model.audio_tower,
-                processor.feature_extractor,
-                runtime,
-                skipped,
-                full_window=full_window,
-            )
-    return _open_cache(folder, name, runtime)
+            encode_manifest(cache, rows, encoder, skipped)
+    return _open_cache(folder, identity, runtime)
 
 
-def _open_cache(folder: Path, name: str, runtime: Runtime) -> FeatureCache:
-    """One rank checks the shards and merges their index; the others find it done."""
+def _open_cache(folder: Path, identity: str, runtime: Runtime) -> FeatureCache:
+    """One rank checks the shards and makes the index; the others open what it made."""
     barrier(runtime)
     if runtime.rank == 0:
-        FeatureCache(folder, name)
+        FeatureCache(folder, identity)
     barrier(runtime)
-    return FeatureCache(folder, name)
+    return FeatureCache(folder, identity)
 
 
-def _new_log(path: Path, runtime: Runtime) -> SkippedLog:
-    """Every run looks at every row, so the list is that of this run."""
-    log = f"{path}.rank{runtime.rank}" if runtime.world > 1 else str(path)
-    Path(f"{log}.skipped.jsonl").unlink(missing_ok=True)
-    return SkippedLog(log)
+def _new_skip_list(path: Path, runtime: Runtime) -> SkippedLog:
+    """An empty skip list: every run looks at every row again."""
+    out = f"{path}.rank{runtime.rank}" if runtime.world > 1 else str(path)
+    Path(f"{out}.skipped.jsonl").unlink(missing_ok=True)
+    return SkippedLog(out)
 
 
 def _report(tally: Tally, skipped: SkippedLog, runtime: Runtime, clips: int) -> None:
@@ -123,50 +127,34 @@ def _report(tally: Tally, skipped: SkippedLog, runtime: Runtime, clips: int) -> 
     print(f"encoded {encoded:.0f} clips, {seconds / 3600:.2f} h of speech{speed}")
     print(f"{cached:.0f} rows needed nothing; the cache holds {clips} clips of this encoder")
     if left_out:
-        where = f"{skipped.path} and the other ranks' beside it" if runtime.world > 1 else str(skipped.path)
+        where = f"{skipped.path} and those of the other ranks" if runtime.world > 1 else str(skipped.path)
         print(f"skipped {left_out:.0f} rows, listed with the reason in {where}")
 
 
-MEL_PER_SECOND = 100
-READERS = 4  # threads that read, decode and make mels
-AHEAD = 64  # clips that are read ahead
-SORTED_SECONDS = 600.0  # an accelerator's batches are sorted by length within so much speech
-BLOCK_ROWS = 256  # neighbouring rows go to one rank: they often share a file, or are the same clip
-PIECE_MEL_FRAMES = 8 * WINDOW_MEL_FRAMES  # a longer clip is encoded in pieces of eight windows
-
-In = TypeVar("In")
-Out = TypeVar("Out")
-
-
-Lacking = tuple[Utterance, bytes]  # a row whose features are not there, and its key
+# --- what passes through the stages -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A row on its way to the encoder."""
+    """A row with its log-mel features: mel (M, Tm), and mask (Tm,) bool, True where there is speech."""
 
     row: Utterance
     key: bytes
-    mel: Tensor  # (M, Tm)
-    mask: Tensor  # (Tm,) bool: what of it is speech
+    mel: Tensor
+    mask: Tensor
 
     @property
     def width(self) -> int:
         return self.mel.shape[1]
 
-
-@dataclass(frozen=True)
-class Refused:
-    """A row whose audio cannot be used."""
-
-    row: Utterance
-    key: bytes
-    reason: str
+    @property
+    def seconds(self) -> float:
+        return float(self.mask.sum()) / MEL_PER_SECOND
 
 
 @dataclass
 class Tally:
-    """What became of the rows."""
+    """What was done with the rows."""
 
     encoded: int = 0
     cached: int = 0
@@ -176,187 +164,214 @@ class Tally:
 
 
 @dataclass
-class Encoding:
-    """One pass over a manifest: the frozen encoder, where its output goes, what has happened so far."""
+class Progress:
+    """The rows so far: counts, keys on their way through the stages, the skip list, the bar."""
 
-    cache: FeatureCache
-    tower: WhisperEncoder
-    extractor: WhisperFeatureExtractor
-    runtime: Runtime
     skipped: SkippedLog
-    full_window: bool
-    bar: tqdm  # over the rows
+    bar: tqdm
     tally: Tally = field(default_factory=Tally)
-    pending: set[bytes] = field(default_factory=set)  # keys on their way
-    begun: float = field(default_factory=time.perf_counter)
+    pending: set[bytes] = field(default_factory=set)
+    began: float = field(default_factory=time.perf_counter)
 
-    def look(self, rows: Sequence[Utterance]) -> list[Lacking]:
-        """The rows that the cache has no features for, with their keys (in a thread)."""
-        spoken = [row for row in rows if row.audio]
-        keys = self.cache.keys(spoken)
-        held = self.cache.held(keys)
-        return [(row, key) for row, key, there in zip(spoken, keys, held, strict=True) if not there]
+    def need_nothing(self, rows: int = 1) -> None:
+        self.tally.cached += rows
+        self.bar.update(rows)
 
-    def lacking(self, blocks: Iterable[list[Lacking]], sizes: Iterable[int]) -> Iterator[Lacking]:
-        """What is to be read, each clip once; the other rows are counted."""
-        for block, size in zip(blocks, sizes, strict=True):
-            self.tally.cached += size - len(block)
-            self.bar.update(size - len(block))
-            for row, key in block:
-                if key in self.pending or self.cache.has(key):
-                    self.tally.cached += 1
-                    self.bar.update()
-                else:
-                    self.pending.add(key)
-                    yield row, key
-
-    def read(self, lacking: Lacking) -> Clip | Refused:
-        """The clip of a row (in a thread)."""
-        row, key = lacking
-        try:
-            audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
-        except (AudioError, OSError) as error:
-            return Refused(row, key, str(error))
-        mel, mask = mel_features(self.extractor, [audio], full_window=self.full_window)
-        return Clip(row, key, mel[0], mask[0])
-
-    def heard(self, read: Iterable[Clip | Refused]) -> Iterator[Clip]:
-        """The clips that can be encoded; the others are listed."""
-        for clip in read:
-            if isinstance(clip, Clip):
-                yield clip
-            else:
-                self.refuse(clip)
-
-    @torch.inference_mode()
-    def encode(self, batch: list[Clip]) -> list[tuple[Clip, np.ndarray]]:
-        """Each clip with its states (T, E) float16 (in a thread)."""
-        width = max(clip.width for clip in batch)
-        features = torch.stack([_padded(clip.mel, width) for clip in batch]).to(
-            self.runtime.device
-        )  # (B, M, Tm)
-        mask = torch.stack([_padded(clip.mask, width) for clip in batch]).to(self.runtime.device)  # (B, Tm)
-        piece = PIECE_MEL_FRAMES if len(batch) == 1 else width
-        pieces, lengths = [], torch.zeros(len(batch), dtype=torch.long, device=self.runtime.device)
-        for begin in range(0, width, piece):  # windows of 30 s do not see each other
-            states, heard = encode_speech(
-                self.tower,
-                features[..., begin : begin + piece],
-                mask[:, begin : begin + piece],
-                full_window=self.full_window,
-            )
-            pieces.append(states.half())
-            lengths += heard
-        joined = torch.cat(pieces, dim=1).cpu()  # (B, T, E)
-        return [
-            (clip, joined[i, :n].numpy())
-            for i, (clip, n) in enumerate(zip(batch, lengths.tolist(), strict=True))
-        ]
-
-    def keep(self, writer: ShardWriter, clip: Clip, states: np.ndarray) -> None:
-        """Write a clip's states, unless they are no numbers."""
-        if not np.isfinite(states).all():
-            self.refuse(
-                Refused(clip.row, clip.key, "the encoder's output is not finite in this number format")
-            )
-            return
-        writer.add(clip.key, states)
+    def stored(self, clip: Clip) -> None:
         self.pending.discard(clip.key)
         self.tally.encoded += 1
-        self.tally.seconds += float(clip.mask.sum()) / MEL_PER_SECOND
-        speed = self.tally.seconds / (time.perf_counter() - self.begun)
+        self.tally.seconds += clip.seconds
+        speed = self.tally.seconds / (time.perf_counter() - self.began)
         self.bar.set_postfix_str(
             f"{self.tally.seconds:.0f} s of speech, {speed:.0f} × real time", refresh=False
         )
         self.bar.update()
 
-    def refuse(self, clip: Refused) -> None:
-        self.pending.discard(clip.key)
+    def skip(self, row: Utterance, key: bytes, reason: str) -> None:
+        self.pending.discard(key)
         self.tally.skipped += 1
-        self.skipped.add(clip.row.id, clip.row.audio, clip.reason)
+        self.skipped.add(row.id, row.audio, reason)
         self.bar.update()
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The frozen encoder with its mel extractor, and how it is run."""
+
+    tower: WhisperEncoder
+    extractor: WhisperFeatureExtractor
+    runtime: Runtime
+    full_window: bool = False
+
+    def mel(self, row: Utterance) -> tuple[Tensor, Tensor] | str:
+        """Log-mel features (M, Tm) and mask (Tm,) of a row's speech, or why it cannot be read."""
+        try:
+            audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
+        except (AudioError, OSError) as error:
+            return str(error)
+        mel, mask = mel_features(self.extractor, [audio], full_window=self.full_window)
+        return mel[0], mask[0]
+
+    @torch.inference_mode()
+    def states(self, clips: Sequence[Clip]) -> list[np.ndarray]:
+        """The states (T, E) float16 of each clip of a batch."""
+        width, device = max(clip.width for clip in clips), self.runtime.device
+        mels = torch.stack([_padded(clip.mel, width) for clip in clips]).to(device)  # (B, M, Tm)
+        masks = torch.stack([_padded(clip.mask, width) for clip in clips]).to(device)  # (B, Tm)
+        # a very long clip goes through in pieces: its windows of 30 s do not attend to each other anyway
+        piece = PIECE_MEL_FRAMES if len(clips) == 1 else width
+        pieces, lengths = [], torch.zeros(len(clips), dtype=torch.long, device=device)
+        for begin in range(0, width, piece):
+            span = slice(begin, begin + piece)
+            states, valid = encode_speech(
+                self.tower, mels[..., span], masks[:, span], full_window=self.full_window
+            )
+            pieces.append(states.half())
+            lengths += valid
+        joined = torch.cat(pieces, dim=1).cpu()  # (B, T, E)
+        return [row[:length].numpy() for row, length in zip(joined, lengths.tolist(), strict=True)]
+
+
+# --- the stages -------------------------------------------------------------------------------------------
 
 
 def encode_manifest(
     cache: FeatureCache,
     rows: Sequence[Utterance],
-    tower: WhisperEncoder,
-    extractor: WhisperFeatureExtractor,
-    runtime: Runtime,
+    encoder: Encoder,
     skipped: SkippedLog,
     *,
-    full_window: bool = False,
     batch_seconds: float = 120.0,
 ) -> Tally:
-    """Encode this rank's share of the rows' clips that the cache lacks. Rows without audio are passed over.
+    """Encode the clips of this rank's rows that the cache lacks. Rows without audio need nothing.
 
-    `batch_seconds`: speech and padding encoded side by side on an accelerator.
+    batch_seconds: speech and padding of one batch on an accelerator.
     """
-    on_cpu = runtime.device.type == "cpu"
-    threads = torch.get_num_threads()
+    runtime = encoder.runtime
+    on_cpu, threads = runtime.device.type == "cpu", torch.get_num_threads()
     if on_cpu:
-        torch.set_num_threads(1)  # a clip a core; threads inside an operation would only wait for each other
-    blocks = _share(len(rows), runtime)
+        torch.set_num_threads(1)  # one clip a core is faster than several cores inside one operation
+    blocks = _blocks(len(rows), runtime)
     bar = tqdm(total=sum(map(len, blocks)), unit="row", disable=runtime.rank != 0, dynamic_ncols=True)
-    job = Encoding(cache, tower, extractor, runtime, skipped, full_window, bar)
+    progress = Progress(skipped, bar)
     try:
         with (
             ThreadPoolExecutor(READERS) as readers,
             ThreadPoolExecutor(threads if on_cpu else 1) as encoders,
-            cache.writer(runtime.rank, tower.config.d_model) as writer,
+            cache.writer(runtime.rank, encoder.tower.config.d_model) as writer,
             bar,
         ):
-            looked = in_order(
-                readers, lambda block: job.look(rows[block.start : block.stop]), blocks, READERS
-            )
-            read = in_order(readers, job.read, job.lacking(looked, map(len, blocks)), AHEAD)
-            clips = job.heard(read)
-            batches = ([clip] for clip in clips) if on_cpu else _batches(clips, batch_seconds)
-            for batch in in_order(encoders, job.encode, batches, threads + 1 if on_cpu else 2):
-                for clip, states in batch:
-                    job.keep(writer, clip, states)
+            missing = missing_rows(readers, cache, (rows[b.start : b.stop] for b in blocks), progress)
+            clips = read_clips(readers, encoder, missing, progress)
+            batches = ([clip] for clip in clips) if on_cpu else batches_by_length(clips, batch_seconds)
+            ahead = threads + 1 if on_cpu else 2
+            for clip, states in encode_batches(encoders, encoder, batches, ahead):
+                if np.isfinite(states).all():
+                    writer.add(clip.key, states)
+                    progress.stored(clip)
+                else:
+                    reason = "the encoder's output is not finite in this number format"
+                    progress.skip(clip.row, clip.key, reason)
     finally:
         torch.set_num_threads(threads)
-    job.tally.wall = time.perf_counter() - job.begun
-    return job.tally
+    progress.tally.wall = time.perf_counter() - progress.began
+    return progress.tally
+
+
+def missing_rows(
+    pool: ThreadPoolExecutor, cache: FeatureCache, blocks: Iterable[Sequence[Utterance]], progress: Progress
+) -> Iterator[tuple[Utterance, bytes]]:
+    """The rows that need encoding, with their keys; of rows with the same clip, the first."""
+
+    def look_up(block: Sequence[Utterance]) -> tuple[int, list[tuple[Utterance, bytes]]]:
+        spoken = [row for row in block if row.audio]
+        keys = cache.keys(spoken)
+        held = cache.held(keys)
+        return len(block), [
+            (row, key) for row, key, is_held in zip(spoken, keys, held, strict=True) if not is_held
+        ]
+
+    for size, missing in in_order(pool, look_up, blocks, READERS):
+        progress.need_nothing(size - len(missing))
+        for row, key in missing:
+            # blocks are looked up ahead: an earlier row with the same clip may have come through since
+            if key in progress.pending or cache.has(key):
+                progress.need_nothing()
+            else:
+                progress.pending.add(key)
+                yield row, key
+
+
+def read_clips(
+    pool: ThreadPoolExecutor,
+    encoder: Encoder,
+    rows: Iterable[tuple[Utterance, bytes]],
+    progress: Progress,
+) -> Iterator[Clip]:
+    """The clips of the rows; those that cannot be read go to the skip list."""
+
+    def read(item: tuple[Utterance, bytes]) -> tuple[Utterance, bytes, tuple[Tensor, Tensor] | str]:
+        return *item, encoder.mel(item[0])
+
+    for row, key, mel in in_order(pool, read, rows, AHEAD):
+        if isinstance(mel, str):
+            progress.skip(row, key, mel)
+        else:
+            yield Clip(row, key, *mel)
+
+
+def encode_batches(
+    pool: ThreadPoolExecutor, encoder: Encoder, batches: Iterable[list[Clip]], ahead: int
+) -> Iterator[tuple[Clip, np.ndarray]]:
+    """Each clip with its states (T, E) float16."""
+
+    def run(batch: list[Clip]) -> list[tuple[Clip, np.ndarray]]:
+        return list(zip(batch, encoder.states(batch), strict=True))
+
+    for pairs in in_order(pool, run, batches, ahead):
+        yield from pairs
 
 
 def in_order(
     pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int
 ) -> Iterator[Out]:
-    """`work` of each item, in the items' order, at most `ahead` of them begun before they are asked for."""
-    begun: deque[Future[Out]] = deque()
+    """`work` of each item, in the items' order; at most `ahead` of them are begun before they are asked for."""
+    futures: deque[Future[Out]] = deque()
     try:
         for item in items:
-            begun.append(pool.submit(work, item))
-            if len(begun) >= ahead:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+            futures.append(pool.submit(work, item))
+            if len(futures) >= ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     finally:
-        for future in begun:  # the consumer has failed: begin nothing more
+        for future in futures:  # the consumer has failed: begin nothing more
             future.cancel()
 
 
-def _share(rows: int, runtime: Runtime) -> list[range]:
-    """This rank's rows, in blocks of neighbours; where rows are few the blocks are small."""
-    block = max(1, min(BLOCK_ROWS, rows // (4 * runtime.world)))
-    starts = [number * block for number in shard_rows(-(-rows // block), runtime)]
-    return [range(start, min(start + block, rows)) for start in starts]
+def _blocks(rows: int, runtime: Runtime) -> list[range]:
+    """This rank's rows, in blocks of neighbours; where rows are few, the blocks are small."""
+    size = max(1, min(BLOCK_ROWS, rows // (4 * runtime.world)))
+    starts = [number * size for number in shard_rows(-(-rows // size), runtime)]
+    return [range(start, min(start + size, rows)) for start in starts]
 
 
-def _batches(clips: Iterable[Clip], batch_seconds: float) -> Iterator[list[Clip]]:
-    """Clips of like length together, at most `batch_seconds` with padding; sorted within a window."""
+def batches_by_length(clips: Iterable[Clip], batch_seconds: float) -> Iterator[list[Clip]]:
+    """Clips of like length together, at most `batch_seconds` with padding; a longer clip goes alone.
+
+    Clips are sorted within windows of `SORTED_SECONDS`, so that few of them wait at a time.
+    """
     window: list[Clip] = []
     for clip in clips:
         window.append(clip)
-        if sum(each.width for each in window) >= SORTED_SECONDS * MEL_PER_SECOND:
-            yield from _plan(window, batch_seconds * MEL_PER_SECOND)
+        if sum(clip.width for clip in window) >= SORTED_SECONDS * MEL_PER_SECOND:
+            yield from _cut(window, batch_seconds * MEL_PER_SECOND)
             window = []
-    yield from _plan(window, batch_seconds * MEL_PER_SECOND)
+    yield from _cut(window, batch_seconds * MEL_PER_SECOND)
 
 
-def _plan(window: list[Clip], budget: float) -> Iterator[list[Clip]]:
+def _cut(window: list[Clip], budget: float) -> Iterator[list[Clip]]:
+    """Batches of clips sorted by width; a batch's clips times its widest one stay within the budget."""
     batch: list[Clip] = []
     for clip in sorted(window, key=lambda clip: clip.width):
         if batch and (len(batch) + 1) * clip.width > budget:
