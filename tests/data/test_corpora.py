@@ -49,6 +49,13 @@ def skipped(out: Path) -> dict[str, str]:
     return {row["id"]: row["reason"] for _, row in read_rows(path)} if path.exists() else {}
 
 
+def test_the_page_on_data_lists_every_corpus() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = page.split("| CORPUS |")[1].split("\n\n")[0].splitlines()[2:]
+    listed = [name.strip("` ") for line in table for name in line.split("|")[1].split(",")]
+    assert sorted(listed) == sorted(preparation.READERS)
+
+
 # --- every layout -----------------------------------------------------------------------------------------
 
 

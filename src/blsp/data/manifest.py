@@ -1,12 +1,13 @@
 """Manifests: UTF-8 JSONL files of utterances, of any length, in constant memory.
 
-    >>> write_manifest("train.jsonl", [Utterance(id="a", audio="a.wav", text="hello")])
-    >>> rows = Manifest("train.jsonl")            # or a glob: Manifest("parts/*.jsonl")
-    >>> len(rows), rows[0].text, [row.id for row in rows]
+In:  a file, or a glob such as `parts/*.jsonl`.
+Out: its rows by number, each an `Utterance`, the record that all steps share; a `ManifestError` that names the
+     file, the line and the way out where a row is wrong.
+Try: `rows = Manifest("train.jsonl"); len(rows), rows[0].text, [row.id for row in rows]`
+Flow: corpora → **manifest** → continuations, speech features, training, evaluation.
 
-`Utterance` is the one record that all steps share. A `Manifest` reads rows by number through an offset
-index that lies beside the file (`train.jsonl.idx`, see `row_index.py`) and is remade when the file changes.
-Whatever is wrong with a row is a `ManifestError` that names the file, the line and the way out.
+Rows are found through an index beside the file (`train.jsonl.idx`, see `row_index.py`). `write_manifest` writes
+a file whole.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Utterance:
     audio: str
     """Path; absolute when it comes out of a `Manifest`."""
     text: str
-    """The transcript as given; "" where nothing is said (`extra["no_speech"]`) or nobody knows."""
+    """The transcript as given; "" where nothing is said (`extra["no_speech"]`) or it is not known."""
     start: float | None = None
     """Seconds into the file."""
     duration: float | None = None
@@ -58,15 +59,15 @@ class Utterance:
     reference: str | None = None
     """Target of an evaluation: translation, label or answer."""
     options: tuple[str, ...] | None = None
-    """What may be chosen from, for a choice task."""
+    """The choices, for a choice task."""
     instruction: str | None = None
-    """Overrides the command's instruction."""
+    """Replaces the command's instruction for this row."""
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Fields that we do not know, kept as they are."""
+    """Fields that we do not know, kept unchanged."""
 
     @property
     def no_speech(self) -> bool:
-        """Silence, noise or music: answered in a set way."""
+        """Silence, noise or music: answered with a fixed sentence."""
         return bool(self.extra.get("no_speech"))
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class Utterance:
 FIELDS = tuple(f.name for f in fields(Utterance) if f.name != "extra")
 FIELD_SET = frozenset(FIELDS)
 NUMBERS = ("start", "duration")
-MOST_SECONDS = 1e9  # thirty years: no recording
+MOST_SECONDS = 1e9  # thirty years: no recording is longer
 
 
 def _check_fields(row: dict[str, Any], where: str) -> None:
@@ -209,7 +210,7 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 def find_manifests(path: str | os.PathLike[str]) -> list[Path]:
-    """The file named, or the files that match a glob, sorted; indexes and skip lists are not manifests."""
+    """The file with this name, or the files that match a glob, sorted; without indexes and skip lists."""
     plain = Path(path)
     try:
         if plain.is_dir():
@@ -245,8 +246,7 @@ def write_manifest(
     rows: Iterable[Utterance | dict[str, Any]],
     relative_to: str | os.PathLike[str] | None = None,
 ) -> int:
-    """Write the rows as they come and return their number; the file appears whole, under its name, at the
-    end.
+    """Write the rows one by one and return their number; the file appears whole, at the end.
 
     Audio paths that lie under the folder `relative_to` are written relative to it (give the manifest's own
     folder).

@@ -67,11 +67,11 @@ class RowIndex:
 
     def where(self, row: int) -> str:
         """FILE:LINE of a row, for messages; reads the file up to it."""
-        (start,) = self.starts(row, row + 1)
+        (left,), line = self.starts(row, row + 1), 1
         with open(self.path, "rb") as file:
-            line = 1
-            while file.tell() < start:
-                line += file.read(min(start - file.tell(), 1 << 20)).count(b"\n")
+            while left and (block := file.read(min(left, 1 << 20))):
+                line += block.count(b"\n")
+                left -= len(block)
         return f"{self.path}:{line}"
 
     def refusal(self, row: int, first: RowIndex, first_row: int) -> ManifestError:
