@@ -260,11 +260,11 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
 
 
 def test_an_id_that_occurs_twice(tmp_path: Path) -> None:
-    for name in ("a.wav", "a.flac"):
-        tone(tmp_path / "mine" / name)
-    (tmp_path / "mine" / "a.txt").write_text("twice")
+    tone(tmp_path / "mine" / "a.wav")
+    (tmp_path / "mine" / "wav.scp").write_text("a a.wav\n")
+    (tmp_path / "mine" / "text").write_text("a once\na twice\n")
     with pytest.raises(ManifestError, match="'a' stands at"):
-        prepare(PrepareSettings("folder", tmp_path / "m.jsonl", root=str(tmp_path / "mine")))
+        prepare(PrepareSettings("kaldi", tmp_path / "m.jsonl", root=str(tmp_path / "mine")))
     assert not (tmp_path / "m.jsonl").exists()
 
 

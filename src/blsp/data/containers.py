@@ -37,6 +37,10 @@ READABLE = {  # containers as libsndfile and FFmpeg name them
     *("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF", "NIST"),
     *("MOV", "MATROSKA", "AMR", "ASF", "AAC"),
 }
+AUDIO_SUFFIXES = {  # of the files that are taken for recordings, in small letters
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph", ".caf", ".w64"),
+    *(".m4a", ".mp4", ".webm", ".aac", ".amr", ".3gp", ".wma"),
+}
 MOST_BAD_PACKETS = 0.1  # share of packets that may be no sound before a file counts as damaged
 ASF = bytes.fromhex("3026b2758e66cf11")
 MP3_KILOBITS = {  # bit rates of layer III: MPEG-1 (ISO 11172-3, 2.4.2.3) and MPEG-2 (ISO 13818-3, 2.4.2.3)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blsp.data.audio import AudioError, load_audio
+from blsp.data.containers import AUDIO_SUFFIXES
 from blsp.inference.conversation import ContextError, Conversation
 from blsp.inference.listener import load
 from blsp.llm.prompt import PromptError
@@ -28,20 +29,6 @@ from blsp.model.adapter_parts import AudioEmbeds
 if TYPE_CHECKING:
     from blsp.settings import ChatSettings
 
-AUDIO_SUFFIXES = (
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-    ".aiff",
-    ".aif",
-    ".au",
-    ".caf",
-    ".w64",
-    ".sph",
-)
 # "quoted", 'quoted', or characters where \ escapes the next one; punctuation after it is not part of the word
 WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|[^\s\\])+?))(?=[?!,;:.]*(?:\s|$))""")
 PROMPT = "you> "
@@ -141,4 +128,4 @@ def _audio_path(word: re.Match[str]) -> Path | None:
     name = double or single or re.sub(r"\\(.)", r"\1", bare)
     if name.startswith("file://"):
         name = urllib.parse.unquote(name.removeprefix("file://"))
-    return Path(name).expanduser() if name.lower().endswith(AUDIO_SUFFIXES) else None
+    return Path(name).expanduser() if name.lower().endswith(tuple(AUDIO_SUFFIXES)) else None

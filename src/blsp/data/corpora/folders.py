@@ -18,8 +18,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from blsp.data.containers import AUDIO_SUFFIXES
 from blsp.data.corpora.reading import (
     Corpus,
+    CorpusError,
     Dropped,
     Lookup,
     ReadRequest,
@@ -31,10 +33,9 @@ from blsp.data.corpora.reading import (
     subfolders,
 )
 
-FOLDER = Corpus("recordings", "your own disk: audio files (wav, flac, ogg, opus, mp3) beside .txt files")
+FOLDER = Corpus("recordings", "your own disk: audio files (wav, mp3, m4a, opus, ...) beside .txt files")
 KALDI = Corpus("a Kaldi data directory", "https://kaldi-asr.org/doc/data_prep.html (its layout)")
 
-AUDIO_SUFFIXES = frozenset([".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph"])
 TEXT_SUFFIXES = (".txt", ".lab")
 # commands of wav.scp that only decode a file: flac -c -d -s FILE |, sph2pipe -f wav -p FILE |, cat FILE |
 DECODING = re.compile(r"(?:\S*/)?(?:flac(?: -[cds]+)+|sph2pipe(?: -f \w+| -p)+|cat) (\S+) *\|")
@@ -50,24 +51,46 @@ def audio_and_text(request: ReadRequest) -> Rows:
     for split in request.splits:
         if not whole:
             FOLDER.need_split(root / split, split, subfolders(root))
-        for path in _audio_files(root if whole else root / split):
-            id = path.relative_to(root).with_suffix("").as_posix()
-            texts = [path.with_suffix(suffix) for suffix in TEXT_SUFFIXES]
-            beside = next((text for text in texts if text.exists()), None)
-            if beside is None:
-                yield Dropped(id, str(path), f"no transcript: {texts[0].name} is missing")
-                continue
-            text = " ".join(line.strip() for _, line in read_lines(beside, FOLDER))
-            yield make_row(id, path, text, language=iso(request.language))
+        yield from _pairs(root, root if whole else root / split, iso(request.language))
 
 
-def _audio_files(folder: Path) -> Iterator[Path]:
-    """In an order that does not change; only one folder's names are in memory."""
+def _pairs(root: Path, folder: Path, language: str | None) -> Rows:
+    """A row for each recording; one that cannot be used is left out with its reason, the others are not touched."""
+    last: dict[str, Path] = {}  # the recording of each id of the folder that is being read
+    for path, texts in _recordings(folder):
+        id = path.relative_to(root).with_suffix("").as_posix()
+        name = os.fsencode(path).decode("utf-8", "backslashreplace")
+        if name != str(path):
+            yield Dropped(
+                os.fsencode(id).decode("utf-8", "backslashreplace"), name, "file name: it is not UTF-8"
+            )
+        elif not texts:
+            yield Dropped(id, name, f"no transcript: {path.with_suffix(TEXT_SUFFIXES[0]).name} is missing")
+        elif (first := last.setdefault(id, path)) != path:
+            yield Dropped(id, name, f"two recordings of one name: {first.name} is taken")
+        else:
+            try:
+                text = " ".join(line.strip() for _, line in read_lines(texts[0], FOLDER))
+            except CorpusError as error:
+                yield Dropped(id, name, f"transcript: {error}")
+            else:
+                yield make_row(id, path, text, language=language)
+
+
+def _recordings(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Each recording and the text files of its name, in an order that does not change.
+
+    Only one folder's names are in memory. Hidden files and folders (macOS writes a `._a.wav` beside `a.wav`) are
+    passed over; suffixes may be in capitals.
+    """
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in sorted(files):
-            if Path(name).suffix.lower() in AUDIO_SUFFIXES:
-                yield Path(parent) / name
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        paths = [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+        texts = {(path.stem, path.suffix.lower()): path for path in paths}
+        for path in paths:
+            if path.suffix.lower() in AUDIO_SUFFIXES:
+                candidates = (texts.get((path.stem, suffix)) for suffix in TEXT_SUFFIXES)
+                yield path, [text for text in candidates if text]
 
 
 # --- Kaldi ------------------------------------------------------------------------------------------------
@@ -107,7 +130,7 @@ def _kaldi_row(
         if len(segment) < 3:
             return Dropped(id, "", "no segment: the utterance is not in segments")
         recording = segment[0]
-        times = KALDI.times(segment[1], segment[2], folder / "segments", line)
+        times = _kaldi_times(segment[1], segment[2], folder / "segments", line)
     entry = tables["wav.scp"].get(recording)
     audio = _audio_of(entry or "", folder)
     if audio is None:
@@ -116,6 +139,13 @@ def _kaldi_row(
     speaker = tables["utt2spk"].get(id) if "utt2spk" in tables else None
     language = iso(tables["utt2lang"].get(id)) if "utt2lang" in tables else language
     return make_row(id, audio, text, language=language, speaker=speaker, **times)
+
+
+def _kaldi_times(begin: str, end: str, path: Path, line: int) -> dict[str, float]:
+    """`start` and `duration`; an end of -1 is the recording's end (Kaldi's extract-segments)."""
+    if re.fullmatch(r"-1(\.0*)?", end):
+        return {"start": KALDI.seconds(begin, path, line)}
+    return KALDI.times(begin, end, path, line)
 
 
 def _audio_of(entry: str, folder: Path) -> Path | None:
