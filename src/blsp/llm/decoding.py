@@ -3,13 +3,15 @@
 In:  requests: embeddings that follow a (shared) prefix, and how to decode.
 Out: events, one a token a row; or finished results, by `decode`.
 Try: `decode(llm, [Request("a", embed(llm, ids), prefix, Decoding(stop_ids=stop_ids(llm)))], batch_size=1)`
-Flow: model/ — step 1, generate, transcribe, chat, the judge and the server all write their tokens here.
+Flow: prefix.py, kv_cache.py → **decoding.py** → step 1, generate, transcribe, chat, the judge and the server.
 
-New rows are prefilled together, right-padded, on the prefix's shared key/values, then seated in slots whose
-rows end at one common column. A step feeds one token a row; a finished row leaves and the last row takes its
-slot. Padding lies before a row's first token only, so distances between tokens (sliding windows) stay true.
+    join:  new rows are prefilled together on their prefix's key/values, inserted into free slots, and get a first token
+    step:  each row is fed its last token and gets its next one; a finished row leaves its slot at once
 
-Letters: R rows, L sequence, P prefix length, H key/value heads, C columns, d head width, D LLM width, V vocabulary.
+Padding lies only before a row's first token (see kv_cache.py), so distances between tokens, which sliding windows
+count, stay true. A row's answer does not depend on the other rows (law 3).
+
+Shapes: R rows, L sequence after the prefix, K top-k, D LLM width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,8 +31,11 @@ from blsp.llm.prefix import Prefix, run_after_prefix
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an answer is written. temperature 0 is greedy; top_k_logprobs keeps that many log-probabilities
-    (at top_k_temperature) of each step's distribution; stop_ids end the answer."""
+    """How tokens are chosen, and when an answer ends.
+
+    temperature: 0 is greedy. stop_ids: tokens that end the answer.
+    top_k_logprobs: keep that many log-probabilities of each step, taken at `top_k_temperature`.
+    """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -43,7 +48,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to write: embeds (L, D) after `prefix`. keep_cache hands the row's key/values back at its end."""
+    """One answer to write: embeds (L, D) after `prefix`. keep_cache: return its key/values with its last event."""
 
     key: Hashable
     embeds: Tensor
@@ -54,8 +59,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """One token of one row. `finish` is set on a row's last event: "stop" (token is a stop id) or "length".
-    top_ids, top_logp (K,) when asked for; `cache` (a Prefix without the last token) when asked for."""
+    """One token of one row.
+
+    finish: set on a row's last event: "stop" (the token is a stop id) or "length".
+    top_ids, top_logp: (K,) when asked for. cache: when asked for, the key/values of all tokens but the last.
+    """
 
     key: Hashable
     token: int
@@ -81,15 +89,16 @@ def decode(
     batch_size: int,
     on_event: Callable[[Event], None] | None = None,
 ) -> dict[Hashable, Result]:
-    """Write every answer, at most `batch_size` at a time; free places are filled once a quarter is free."""
+    """Write every answer, at most `batch_size` at a time; free slots are filled once a quarter of them is free."""
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be 1 or more")
     decoder, waiting = Decoder(llm), iter(requests)
     results: dict[Hashable, Result] = {}
-    tops: dict[Hashable, list[Event]] = {}
+    tops: dict[Hashable, list[Event]] = {}  # of unfinished rows
     exhausted = False
     while True:
         events: list[Event] = []
+        # A prefill makes all running rows wait, so rows join in groups.
         free = batch_size - len(decoder)
         if not exhausted and (len(decoder) == 0 or 4 * free >= batch_size):
             joining = list(islice(waiting, free))
@@ -121,7 +130,7 @@ def _collect(result: Result, event: Event, tops: dict[Hashable, list[Event]]) ->
 
 @dataclass
 class _Row:
-    """A seated request: `length` tokens in its slot, `token` to be fed next, `written` answer tokens."""
+    """A running request: its slot holds `length` tokens, `token` is fed next, `written` answer tokens exist."""
 
     request: Request
     length: int
@@ -131,7 +140,7 @@ class _Row:
 
 
 class Decoder:
-    """Rows in slots; `join` prefills and seats, `step` writes one token a row, finished rows leave."""
+    """A running batch; row i of `rows` lies in slot i."""
 
     def __init__(self, llm: PreTrainedModel) -> None:
         self.llm = llm
@@ -143,26 +152,23 @@ class Decoder:
 
     @torch.no_grad()
     def join(self, requests: list[Request]) -> list[Event]:
-        """Prefill `requests` (grouped by prefix) and return the event of each one's first token."""
+        """Prefill `requests`, those with one prefix together, and return the event of each one's first token."""
         groups: dict[int, list[Request]] = {}
         for request in requests:
             groups.setdefault(id(request.prefix), []).append(request)
-        events: list[Event] = []
-        for group in groups.values():
-            events.extend(self._prefill(group))
-        return events
+        return [event for group in groups.values() for event in self._prefill(group)]
 
     @torch.no_grad()
     def step(self) -> list[Event]:
         """Feed each row its last token; return the event of each one's next."""
         assert self._slots is not None and self.rows, "step() needs rows: join() some first"
-        lengths = torch.tensor([row.length for row in self.rows], device=self._device)
-        tokens = torch.tensor([[row.token] for row in self.rows], device=self._device)
-        mask = self._slots.open_column(len(self.rows), lengths)
+        lengths = torch.tensor([row.length for row in self.rows], device=self._device)  # (R,)
+        tokens = torch.tensor([[row.token] for row in self.rows], device=self._device)  # (R, 1)
+        mask = self._slots.open_column(len(self.rows), lengths)  # (R, columns in use + 1)
         output = decoder_of(self.llm)(
             inputs_embeds=embed(self.llm, tokens),
             attention_mask=mask,
-            position_ids=lengths[:, None],
+            position_ids=lengths[:, None],  # a row of n tokens gets position n
             past_key_values=self._slots.cache,
             use_cache=True,
         )
@@ -173,43 +179,45 @@ class Decoder:
 
     def leave(self, key: Hashable) -> None:
         """Take a row out before it is finished; unknown keys are ignored (the row may just have ended)."""
-        for index, row in enumerate(self.rows):
-            if row.request.key == key:
-                self._vacate(index)
-                return
+        row = next((row for row in self.rows if row.request.key == key), None)
+        if row is not None:
+            self._remove(row)
 
     @property
     def _device(self) -> torch.device:
         return self.llm.get_input_embeddings().weight.device
 
+    @property
+    def _widest(self) -> int:
+        return max((row.length for row in self.rows), default=0)
+
     def _prefill(self, group: list[Request]) -> list[Event]:
-        prefix = group[0].prefix
-        before = len(prefix) if prefix else 0
-        lengths = torch.tensor([len(request.embeds) for request in group], device=self._device)
+        """Run requests of one prefix side by side, right-padded, and give them slots."""
+        lengths = torch.tensor([len(request.embeds) for request in group], device=self._device)  # (R,)
         if not bool(lengths.all()):
             empty = next(request.key for request in group if not len(request.embeds))
             raise ValueError(f"request {empty!r}: has nothing to go on from; give one embedding at least")
+        prefix = group[0].prefix
         embeds = nn.utils.rnn.pad_sequence(
             [request.embeds for request in group], batch_first=True
         )  # (R, L, D)
         output = run_after_prefix(self.llm, prefix, embeds, keep_cache=True)
         cache = output.past_key_values
         assert isinstance(cache, DynamicCache)
-        rows = [
-            _Row(request, before + length) for request, length in zip(group, lengths.tolist(), strict=True)
-        ]
+
+        # Each row's tokens, without the padding on their right, move into its slot.
+        before = len(prefix) if prefix else 0
+        rows = [_Row(request, before + len(request.embeds)) for request in group]
         for row in rows:
             if row.request.decoding.temperature > 0:
                 row.generator = torch.Generator().manual_seed(row.request.decoding.seed)
         self._slots = self._slots or BatchKVCache(len(cache.layers))
-        self._slots.seat(cache, [row.length for row in rows], occupied=len(self.rows), widest=self._widest)
+        self._slots.insert(cache, [row.length for row in rows], occupied=len(self), widest=self._widest)
         self.rows.extend(rows)
+
+        # The state at each row's last token predicts its first answer token.
         last = output.last_hidden_state[torch.arange(len(group), device=self._device), lengths - 1]  # (R, D)
         return self._write(rows, last)
-
-    @property
-    def _widest(self) -> int:
-        return max((row.length for row in self.rows), default=0)
 
     def _write(self, rows: list[_Row], hidden: Tensor) -> list[Event]:
         """Choose the next token of `rows` from hidden (R, D); rows that end leave their slots."""
@@ -226,38 +234,42 @@ class Decoder:
             events.append(self._event(row, scores, finish))
             if finish:
                 ended.append(row)
-        for row in ended:
-            self._vacate(next(i for i, seated in enumerate(self.rows) if seated is row))
+        for row in ended:  # only now: `rows` may be `self.rows`
+            self._remove(row)
         return events
 
     def _event(self, row: _Row, scores: Tensor, finish: str | None) -> Event:
+        """The event of a row's new token, from its logits (V,)."""
         top_ids = top_logp = cache = None
-        if row.request.decoding.top_k_logprobs:
-            decoding = row.request.decoding
+        decoding = row.request.decoding
+        if decoding.top_k_logprobs:
             top = (scores / decoding.top_k_temperature).log_softmax(dim=-1).topk(decoding.top_k_logprobs)
             top_ids, top_logp = top.indices.cpu(), top.values.cpu()
         if finish and row.request.keep_cache and self._slots is not None:
-            index = next(i for i, seated in enumerate(self.rows) if seated is row)
-            cache = Prefix((), self._slots.take(index, row.length))
+            cache = Prefix((), self._slots.copy_row(self._slot(row), row.length))
         return Event(row.request.key, row.token, finish, top_ids, top_logp, cache)
 
-    def _vacate(self, index: int) -> None:
-        """The last row moves into the free slot."""
+    def _slot(self, row: _Row) -> int:
+        return next(slot for slot, other in enumerate(self.rows) if other is row)
+
+    def _remove(self, row: _Row) -> None:
+        """Free the row's slot; the last row moves into it."""
         assert self._slots is not None
-        last = self.rows.pop()
-        if index < len(self.rows):
-            self._slots.move(len(self.rows), index)
-            self.rows[index] = last
-        self._slots.start = self._slots.end - self._widest
+        slot, last = self._slot(row), self.rows.pop()
+        if last is not row:
+            self.rows[slot] = last
+        self._slots.remove(slot, last=len(self.rows), widest=self._widest)
 
 
 def _sample(scores: Tensor, decoding: Decoding, generator: torch.Generator) -> int:
     """Temperature and nucleus sampling (Holtzman et al. 2020) on the CPU, with the row's own generator."""
-    scores = scores.cpu().double()  # below the largest: the smallest temperature leaves it, and no nan
+    # The largest score becomes 0: it stays finite when it is divided by a very small temperature.
+    scores = scores.cpu().double()  # (V,)
     probabilities = ((scores - scores.max()) / decoding.temperature).softmax(dim=-1)
     if decoding.top_p < 1:
+        # Keep the likeliest tokens that together reach top_p: drop a token if those before it reach it already.
         ordered, order = probabilities.sort(descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= decoding.top_p
-        outside[0] = False
+        outside[0] = False  # also where top_p is smaller than rounding errors
         probabilities = probabilities.index_fill(0, order[outside], 0.0)
     return int(torch.multinomial(probabilities, 1, generator=generator))

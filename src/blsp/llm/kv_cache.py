@@ -1,11 +1,21 @@
-"""Key/values of a batch whose rows join and leave: preallocated slots that all end at one column.
+"""Key/values of a running batch, whose rows come and go: preallocated slots that all end at one column.
 
-In:  prefilled caches of new rows; one new column of keys and values at each step.
-Out: a transformers `Cache` over the columns in use, without copying them at every step.
+In:  prefilled key/values of new rows; one new column of keys and values at each step.
+Out: a transformers `Cache` over the columns in use, which are not copied at every step.
 Try: see `decoding.Decoder`, its only user.
-Flow: model/ — the memory under the decode loop.
+Flow: prefix.py (prefill) → **kv_cache.py** ↔ decoding.py
 
-Letters: R rows, H key/value heads, C columns, d head width.
+                 start                       end     capacity
+                   ↓                          ↓         ↓
+    slot 0   . . . x x x x x x x x x x x x x x  _ . . . .     the longest row; x: one token's keys and values
+    slot 1   . . . . . . . . x x x x x x x x x  _ . . . .     a shorter row is masked to the left of its first token
+    slot 2   . . . . . x x x x x x x x x x x x  _ . . . .     _: the column that the next step fills in each slot
+    slot 3   . . . . . . . . . . . . . . . . .  . . . . .     free
+
+Rows end at one column, so a step writes one column and reads the columns from `start` on, as a view. When a row is
+removed, the last row takes its slot, and `start` moves to the longest row that is left.
+
+Shapes: R rows in use, H key/value heads, C columns in use, d head width.
 """
 
 from __future__ import annotations
@@ -15,91 +25,100 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-COLUMNS_AT_A_TIME = 64  # the slots grow by this many tokens
+COLUMNS_AT_A_TIME = 64  # the buffers grow by this many tokens
 
 
 class BatchKVCache:
-    """Key/values of all seated rows in preallocated columns; every row ends at column `end`."""
+    """Key/values of all rows, one layer object each; every row ends before column `end`."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [_SlotLayer(self) for _ in range(layers)]
         self.cache = Cache(layers=self.layers)
         self.start = self.end = 0  # columns [start, end) are in use
-        self.active = 0
+        self.active = 0  # rows that the present step feeds
 
-    def seat(self, cache: DynamicCache, lengths: list[int], *, occupied: int, widest: int) -> None:
-        """Copy the valid part of each prefilled row so that it ends where the seated rows end."""
+    def insert(self, cache: DynamicCache, lengths: list[int], *, occupied: int, widest: int) -> None:
+        """Copy prefilled rows into the slots from `occupied` on, so that each ends where the others end.
+
+        cache: right-padded, row i has `lengths[i]` tokens. widest: length of the longest row that is already there.
+        """
         width = max(widest, *lengths)
-        self._reserve(occupied + len(lengths), width, cache)
+        self._reserve(occupied + len(lengths), width, like=cache)
         self.start = self.end - width
         for layer, filled in zip(self.layers, cache.layers, strict=True):
             for i, length in enumerate(lengths):
-                place = slice(self.end - length, self.end)
-                layer.buffer_keys[occupied + i, :, place] = filled.keys[i, :, :length]
-                layer.buffer_values[occupied + i, :, place] = filled.values[i, :, :length]
+                columns = slice(self.end - length, self.end)
+                layer.buffer_keys[occupied + i, :, columns] = filled.keys[i, :, :length]
+                layer.buffer_values[occupied + i, :, columns] = filled.values[i, :, :length]
 
     def open_column(self, rows: int, lengths: Tensor) -> Tensor:
-        """Make room for one more token a row; returns the mask (R, columns in use + 1)."""
-        self._reserve(rows, self.end - self.start, None, after=1)
+        """Make room for one more token a row; returns the attention mask (R, C + 1), the new column included."""
+        self._reserve(rows, self.end - self.start, after=1)
         self.active = rows
         columns = torch.arange(self.start, self.end + 1, device=lengths.device)
         return (columns[None, :] >= self.end - lengths[:, None]).long()
 
     def close_column(self) -> None:
+        """The step has written its column."""
         self.end += 1
 
-    def move(self, source: int, target: int) -> None:
-        for layer in self.layers:
-            for buffer in (layer.buffer_keys, layer.buffer_values):
-                buffer[target, :, self.start : self.end] = buffer[source, :, self.start : self.end]
+    def remove(self, slot: int, *, last: int, widest: int) -> None:
+        """Free `slot`: the row in the slot `last` moves into it. widest: length of the longest row that is left."""
+        if slot != last:
+            for layer in self.layers:
+                for buffer in (layer.buffer_keys, layer.buffer_values):
+                    buffer[slot, :, self.start : self.end] = buffer[last, :, self.start : self.end]
+        self.start = self.end - widest
 
-    def take(self, row: int, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    def copy_row(self, slot: int, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
         """A copy of one row's key/values, each (1, H, length, d)."""
-        place = (slice(row, row + 1), slice(None), slice(self.end - length, self.end))
+        row = (slice(slot, slot + 1), slice(None), slice(self.end - length, self.end))
         return tuple(
-            (layer.buffer_keys[place].clone(), layer.buffer_values[place].clone()) for layer in self.layers
+            (layer.buffer_keys[row].clone(), layer.buffer_values[row].clone()) for layer in self.layers
         )
 
-    def _reserve(self, rows: int, width: int, like: DynamicCache | None, after: int = 0) -> None:
-        """Room for `rows` rows that are `width` columns wide and `after` columns more; in-use columns are kept."""
-        kept = self.end - self.start
+    def _reserve(self, rows: int, width: int, *, like: DynamicCache | None = None, after: int = 0) -> None:
+        """Room for `rows` rows of `width` columns before `end`, and `after` columns behind it.
+
+        Where the buffers are too small, larger ones take over the columns in use, which then end at column `width`.
+        like: the key/values whose type, heads and head width the first buffers get.
+        """
+        first = self.layers[0].buffer_keys  # all layers have buffers of the same number of rows and columns
+        if rows <= first.shape[0] and width <= self.end and self.end + after <= first.shape[2]:
+            return
+        width = max(width, self.end - self.start)
+        # at least one block of columns stays free: a buffer does not grow again at the next step
+        columns = (-(-(width + after) // COLUMNS_AT_A_TIME) + 1) * COLUMNS_AT_A_TIME
         for index, layer in enumerate(self.layers):
-            layer.reserve(rows, width, after, (self.start, self.end), like.layers[index] if like else None)
-        if self.layers and self.layers[0].moved:
-            self.start, self.end = max(width, kept) - kept, max(width, kept)
+            keys, values = layer.buffer_keys, layer.buffer_values
+            if like is not None:
+                keys, values = like.layers[index].keys, like.layers[index].values
+            layer.buffer_keys = self._larger(layer.buffer_keys, keys, rows, columns, width)
+            layer.buffer_values = self._larger(layer.buffer_values, values, rows, columns, width)
+        self.start, self.end = width - (self.end - self.start), width
+
+    def _larger(self, buffer: Tensor, like: Tensor, rows: int, columns: int, end: int) -> Tensor:
+        """A new buffer (rows, H, columns, d) with the columns in use copied so that they end at `end`."""
+        larger = like.new_zeros(max(rows, buffer.shape[0]), like.shape[1], columns, like.shape[3])
+        if buffer.numel():
+            used = buffer[:, :, self.start : self.end]
+            larger[: buffer.shape[0], :, end - used.shape[2] : end] = used
+        return larger
 
 
 class _SlotLayer(DynamicLayer):
-    """One layer's slots, under the interface that transformers' attention calls."""
+    """One layer's slots, with the methods that transformers' attention calls."""
 
     def __init__(self, slots: BatchKVCache) -> None:
         super().__init__()
         self.slots = slots
         self.buffer_keys = self.buffer_values = torch.empty(0, 0, 0, 0)  # (rows, H, columns, d)
-        self.moved = False
         self.is_initialized = True
-
-    def reserve(
-        self, rows: int, width: int, after: int, used: tuple[int, int], like: DynamicLayer | None
-    ) -> None:
-        start, end = used
-        fits = rows <= self.buffer_keys.shape[0] and width <= end and end + after <= self.buffer_keys.shape[2]
-        self.moved = not fits
-        if fits:
-            return
-        width = max(width, end - start)
-        capacity = (-(-(width + after) // COLUMNS_AT_A_TIME) + 1) * COLUMNS_AT_A_TIME
-        self.buffer_keys = _regrown(
-            self.buffer_keys, like.keys if like else None, rows, capacity, used, width
-        )
-        self.buffer_values = _regrown(
-            self.buffer_values, like.values if like else None, rows, capacity, used, width
-        )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write the open column (R, H, 1, d); return the columns in use, (R, H, C, d) each."""
+        """Write the open column (R, H, 1, d); return the columns in use with it, (R, H, C + 1, d) each."""
         slots = self.slots
         self.buffer_keys[: slots.active, :, slots.end] = key_states[:, :, 0]
         self.buffer_values[: slots.active, :, slots.end] = value_states[:, :, 0]
@@ -107,16 +126,5 @@ class _SlotLayer(DynamicLayer):
         return self.buffer_keys[view], self.buffer_values[view]
 
     def get_seq_length(self) -> int:
+        """Columns in use, without the open one."""
         return self.slots.end - self.slots.start
-
-
-def _regrown(
-    buffer: Tensor, like: Tensor | None, rows: int, capacity: int, used: tuple[int, int], width: int
-) -> Tensor:
-    """A larger buffer in which the columns in use end at `width`."""
-    start, end = used
-    like = buffer if like is None else like
-    grown = like.new_zeros(max(rows, buffer.shape[0]), like.shape[1], capacity, like.shape[3])
-    if buffer.numel():
-        grown[: buffer.shape[0], :, width - (end - start) : width] = buffer[:, :, start:end]
-    return grown

@@ -1,47 +1,47 @@
-"""Tokens in, text out, as soon as it is certain.
+"""Text of an answer while its tokens arrive.
 
 In:  the tokens of one answer, one at a time.
 Out: pieces of text; together they are the decoded answer without the white space around it.
 Try: `stream = TextStream(tokenizer); print(stream.push(token)); print(stream.close())`
-Flow: inference/ — `Listener.stream`, the chat and the server show their answers through it.
-
-A character whose bytes are not complete yet is held back, and so is white space that may turn out to be the last.
-Only the tokens since the piece before last are decoded again, so a long answer costs no more a token than a short.
+Flow: decoding.py (tokens) → **text_stream.py** → `Listener.stream`, the chat, the server.
 """
 
 from __future__ import annotations
 
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
-
-INCOMPLETE = "\ufffd"  # what a decoder puts where bytes are missing
 
 
 class TextStream:
-    """The text of one answer, growing."""
+    """The text of one answer. A character whose bytes are not complete is held back, and so is trailing white space."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._begin = self._read = 0  # decoded again from `begin`; shown up to `read`
-        self._space = ""
+        self._start()
+        self._space = ""  # white space that is the answer's end, unless more text follows
         self._begun = False
 
     def push(self, token: int) -> str:
-        """The text that this token makes certain; often none."""
+        """The text that this token completes; often none."""
+        try:
+            text = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+        except (
+            Exception
+        ):  # a byte token that no character contains: some tokenizers void the bytes before it too
+            self._start()
+            text = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
         self._ids.append(token)
-        return self._show(final=False)
+        self._decoded += len(text)
+        return self._trim(text)
 
     def close(self) -> str:
-        """What is left at the answer's end."""
-        return self._show(final=True)
+        """What is left at the answer's end, incomplete characters included."""
+        return self._trim(answer_text(self._tokenizer, self._ids)[self._decoded :])
 
-    def _show(self, *, final: bool) -> str:
-        shown = self._decode(self._ids[self._begin : self._read])
-        text = self._decode(self._ids[self._begin :])
-        if not final and (len(text) <= len(shown) or text.endswith(INCOMPLETE)):
-            return ""
-        self._begin, self._read = self._read, len(self._ids)
-        return self._trim(text[len(shown) :])
+    def _start(self) -> None:
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []  # tokens since the start
+        self._decoded = 0  # characters that the decoder has returned for them
 
     def _trim(self, text: str) -> str:
         text = self._space + text
@@ -50,9 +50,6 @@ class TextStream:
         self._space = text[len(certain) :]
         self._begun = self._begun or bool(certain)
         return certain
-
-    def _decode(self, ids: list[int]) -> str:
-        return answer_text(self._tokenizer, ids)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
