@@ -28,7 +28,7 @@ def test_gradients_reach_every_tensor_of_the_adapter_and_no_other(
     pair_of, family: str, adapter: str, loss: str
 ) -> None:
     model, processor = pair_of(adapter, family)
-    objective = Objective(loss, ctc_weight=1.0 if adapter == "grounded" else 0.0)
+    objective = Objective({loss: 1.0} | ({"ctc": 1.0} if adapter == "grounded" else {}))
     examples = make_examples(processor, 4)
     sums = step.run(model, examples, objective, PrefixCache(model))
     step.objective_value(sums, step.counts_of(examples, objective), objective).backward()
@@ -64,9 +64,37 @@ def test_frozen_weights_are_bit_identical_after_training(
 
     monkeypatch.setattr(loop, "prepare", prepare)
     loop.train(settings)
-    fresh, _ = opening.open_model(settings, find_runtime("cpu"), runs[0].sources)
+    fresh, _ = opening.open_model(settings, find_runtime("cpu"), runs[0].dataset.sources)
     trained, moved = runs[0].model.state_dict(), set()
     for name, tensor in fresh.state_dict().items():
         if not torch.equal(tensor, trained[name]):
             moved.add(name)
     assert moved and all(name.startswith(ADAPTER) for name in moved)
+
+
+def test_frozen_parts_are_not_in_training_mode(tmp_path: Path, tiny_llm, tiny_whisper, monkeypatch) -> None:
+    """An LLM with dropout would otherwise answer differently in every step."""
+    modes: list[tuple[bool, bool]] = []
+    learn = loop.learn
+
+    def watched(run, *arguments) -> None:
+        adapter = set(run.model.model.multi_modal_projector.modules())
+        frozen = [part for part in run.model.modules() if part not in adapter]
+        modes.append((any(part.training for part in frozen), all(part.training for part in adapter)))
+        learn(run, *arguments)
+
+    monkeypatch.setattr(loop, "learn", watched)
+    settings = TrainSettings(
+        data=(str(write_data(tmp_path / "data", rows=6)),),
+        out=tmp_path / "run",
+        audio_model=tiny_whisper,
+        llm=tiny_llm("llama"),
+        adapter="conv",
+        loss="ce",
+        batch_size=2,
+        steps=3,
+        probe_every=1,  # a probe puts the adapter back into training mode
+        held_out=2,
+    )
+    loop.train(settings)
+    assert modes == [(False, True)] * 3

@@ -85,12 +85,12 @@ def train_and_die(settings: TrainSettings | None, die_at: int | None) -> None:
     writes = 0
     whole = run_state.write_text
 
-    def counted(path: Path, text: str) -> None:
+    def counted(path: Path, text: str, *, durable: bool = False) -> None:
         nonlocal writes
         writes += 1
         if writes == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
-        whole(path, text)
+        whole(path, text, durable=durable)
 
     run_state.write_text = counted
     if settings is not None:

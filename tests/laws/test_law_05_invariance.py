@@ -69,8 +69,13 @@ def _losses(settings: TrainSettings) -> list[float]:
     return [json.loads(line)["loss"] for line in (settings.out / "metrics.jsonl").read_text().splitlines()]
 
 
+def _samples(settings: TrainSettings) -> list[int]:
+    return [json.loads(line)["samples"] for line in (settings.out / "metrics.jsonl").read_text().splitlines()]
+
+
 def _same(found: TrainSettings, expected: TrainSettings) -> None:
     assert _losses(found) == pytest.approx(_losses(expected), rel=0, abs=1e-9)
+    assert _samples(found) == _samples(expected)  # a rank that learns all rows would count them again
     theirs = _weights(expected)
     for name, tensor in _weights(found).items():
         assert tensor.dtype == torch.float64

@@ -25,8 +25,8 @@ FAMILY = pytest.mark.parametrize("family", FAMILIES)
 def _loss_and_gradients(
     model, examples: list[Example], loss: str, prefixes: PrefixCache
 ) -> list[torch.Tensor]:
-    sums = step.run(model, examples, Objective(loss), prefixes)
-    return [sums.response.detach(), *torch.autograd.grad(sums.response, _adapter(model))]
+    sums = step.run(model, examples, Objective({loss: 1.0}), prefixes)
+    return [sums.terms[loss].detach(), *torch.autograd.grad(sums.terms[loss], _adapter(model))]
 
 
 def _adapter(model) -> list[torch.Tensor]:
@@ -110,9 +110,10 @@ def test_a_shared_prefix_serves_several_batches(pair_of, adapter: str) -> None:
     examples = [replace(e, readout=None) for e in make_examples(processor, 6)]
     prefixes = PrefixCache(model)
     parts = [
-        step.run(model, part, Objective("ce"), prefixes).response for part in (examples[:2], examples[2:])
+        step.run(model, part, Objective({"ce": 1.0}), prefixes).terms["ce"]
+        for part in (examples[:2], examples[2:])
     ]
-    whole = step.run(model, examples, Objective("ce"), prefixes).response
+    whole = step.run(model, examples, Objective({"ce": 1.0}), prefixes).terms["ce"]
     assert len(prefixes) == 1
     torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-9)
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from blsp.training.augmentation import add_noise, augment
+from blsp.training.augmentation import MASK_EVERY, MASK_FRAMES, add_noise, augment, hide_spans
 
 CLIP = (0.3 * np.sin(np.arange(16_000) * 0.05)).astype(np.float32)
 
@@ -34,3 +34,14 @@ def test_noise_is_as_far_below_the_speech_as_it_says(length: int) -> None:
     assert noisy.shape == (length,) and np.isfinite(noisy).all()
     ratio = 20 * np.log10(np.std(CLIP) / np.std(add_noise(CLIP, np.random.default_rng(1)) - CLIP))
     assert 7 < ratio < 36
+
+
+def test_mask_sets_short_spans_to_zero_and_changes_nothing_else() -> None:
+    features = np.random.default_rng(0).standard_normal((300, 4)).astype(np.float16) + 10
+    masked = hide_spans(features, (1, 2, 3))
+    hidden = (masked == 0).all(axis=1)
+    assert 0 < hidden.sum() <= 300 // MASK_EVERY * MASK_FRAMES
+    np.testing.assert_array_equal(masked[~hidden], features[~hidden])
+    assert not (features == 0).any()  # the cached array is not written to
+    np.testing.assert_array_equal(masked, hide_spans(features, (1, 2, 3)))
+    assert not np.array_equal(masked, hide_spans(features, (1, 2, 4)))

@@ -12,29 +12,42 @@ from transformers import WhisperFeatureExtractor
 
 from blsp.continuation.topk import TopKError
 from blsp.data.jobs import SkippedLog
+from blsp.distributed import find_runtime
 from blsp.llm.prompt import frame_prompt, text_ids, transcript_ids
-from blsp.training.dataset import ROW, DataError, Table, choose_teacher, id_hash, open_sources, open_table
-from blsp.training.examples import Example, ExampleReader, Targets, lengths_for
+from blsp.training.dataset import (
+    ROW,
+    DataError,
+    Dataset,
+    Refused,
+    choose_teacher,
+    open_dataset,
+    open_sources,
+    text_hash,
+)
+from blsp.training.examples import ExampleReader, RowMeasurer, RowTexts, Targets
 
-CE, CTC = Targets("ce", reads_out=False, ctc=False), Targets("ctc", reads_out=True, ctc=True)
+CE = Targets(frozenset({"continuation"}))
+KL = Targets(frozenset({"continuation", "teacher"}))
+CTC = Targets(frozenset({"readout"}), runs_llm=False, reads_out=True)
+TOKENIZER = tiny_tokenizer()
 
 
-def _reader(taught: Targets = CE) -> ExampleReader:
-    return ExampleReader(
-        taught=taught,
-        tokenizer=tiny_tokenizer(),
-        extractor=WhisperFeatureExtractor(feature_size=16),
-        num_audio_tokens=lambda frames: -(-frames // 4),
-        end=IM_END,
-        no_speech_sentence="nothing",
-        classes={token: token - 2 for token in range(3, 300)} if taught.ctc else {},
-    )
-
-
-def _table(path: Path, reader: ExampleReader, folder: Path, hold_out: int = 0, **more) -> tuple[Table, list]:
+def _dataset(path: Path, folder: Path, targets: Targets = CE, hold_out: int = 0, **more) -> Dataset:
     sources = open_sources([str(path)], **more)
+    measurer = RowMeasurer(targets, RowTexts(TOKENIZER, IM_END, "nothing"))
     with SkippedLog(folder / "run") as skipped:
-        return open_table(sources, reader, folder, skipped, hold_out, reader.pairs), sources
+        return open_dataset(sources, measurer, folder, skipped, hold_out, find_runtime("cpu"))
+
+
+def _reader(dataset: Dataset, targets: Targets = CE, classes: dict[int, int] | None = None) -> ExampleReader:
+    return ExampleReader(
+        targets,
+        RowTexts(TOKENIZER, IM_END, "nothing"),
+        dataset,
+        WhisperFeatureExtractor(feature_size=16),
+        num_audio_tokens=lambda frames: -(-frames // 4),
+        classes=classes or {},
+    )
 
 
 def _rewrite(path: Path, change) -> list[dict]:
@@ -44,20 +57,17 @@ def _rewrite(path: Path, change) -> list[dict]:
 
 
 def test_an_answer_cut_at_the_limit_teaches_no_end(tmp_path: Path) -> None:
-    path = write_data(tmp_path, rows=8)
-    reader = _reader()
-    table, sources = _table(path, reader, tmp_path)
-    for place in table.rows:
-        row = sources[0].rows[int(place["row"])]
-        example = reader.example(place, sources, epoch=0)
-        assert isinstance(example, Example)
-        ended = row.extra["finish"] == "stop"
-        assert example.response == row.extra["continuation_ids"] + [IM_END] * ended
-        assert example.template == frame_prompt(reader.tokenizer, INSTRUCTION, row.extra["order"])
-        assert place["tail"] == len(example.template.suffix_ids) + len(example.response) - 1
-        assert example.transcript == transcript_ids(reader.tokenizer, row.text)
-        assert place["frames"] == -(-example.mel_frames // 2)
-        assert place["hash"] == id_hash(row.id)
+    dataset = _dataset(write_data(tmp_path, rows=8), tmp_path)
+    reader = _reader(dataset)
+    for row in dataset.rows:
+        utterance, example = dataset.utterance(row), reader.example(row, epoch=0)
+        ended = utterance.extra["finish"] == "stop"
+        assert example.response == utterance.extra["continuation_ids"] + [IM_END] * ended
+        assert example.template == frame_prompt(TOKENIZER, INSTRUCTION, utterance.extra["order"])
+        assert row["tokens_after_audio"] == len(example.template.suffix_ids) + len(example.response) - 1
+        assert example.transcript == transcript_ids(TOKENIZER, utterance.text)
+        assert row["encoder_frames"] == -(-example.mel_frames // 2)
+        assert row["id_hash"] == text_hash(utterance.id)
 
 
 def test_answers_from_behind_a_url_are_tokenised_here(tmp_path: Path) -> None:
@@ -66,111 +76,96 @@ def test_answers_from_behind_a_url_are_tokenised_here(tmp_path: Path) -> None:
         path,
         lambda _, row: {k: v for k, v in row.items() if k != "continuation_ids"} | {"continuation": "hello"},
     )
-    reader = _reader()
-    table, sources = _table(path, reader, tmp_path)
-    example = reader.example(table.rows[0], sources, 0)
-    assert example.response[: len(text_ids(reader.tokenizer, "hello"))] == text_ids(reader.tokenizer, "hello")
+    dataset = _dataset(path, tmp_path)
+    example = _reader(dataset).example(dataset.rows[0], 0)
+    assert example.response[: len(text_ids(TOKENIZER, "hello"))] == text_ids(TOKENIZER, "hello")
 
 
-def test_all_behaviours_of_an_utterance_are_held_out_together(tmp_path: Path) -> None:
-    path = write_data(tmp_path, rows=40)
-    rows = path.read_text().splitlines()
-    both = [json.loads(row) for row in rows]
-    both += [row | {"behaviour": "repeat", "instruction": "repeat", "order": "speech-first"} for row in both]
-    path.write_text("".join(json.dumps(row) + "\n" for row in both))
-    table, _ = _table(path, _reader(), tmp_path, hold_out=3)
-    held, learnt = set(table.held_out["hash"].tolist()), set(table.rows["hash"].tolist())
-    assert len(held) == 3 and len(table.held_out) == 6 and not held & learnt
-    assert len(table.rows) == 74
-
-
-def test_at_most_a_tenth_is_held_out(tmp_path: Path) -> None:
-    path = write_data(tmp_path, rows=20)
-    table, _ = _table(path, _reader(), tmp_path / "once", hold_out=64)
-    assert len(table.held_out) == 2
-    lines = path.read_text()
-    path.write_text(lines + lines.replace('"continue"', '"repeat"'))
-    table, _ = _table(path, _reader(), tmp_path / "twice", hold_out=64)
-    assert len(table.held_out) == 4  # of utterances, whatever is asked about them
-    assert (
-        len(_table(write_data(tmp_path / "x", rows=9), _reader(), tmp_path / "x", hold_out=64)[0].held_out)
-        == 0
-    )
-
-
-def test_the_table_is_kept_and_other_data_is_refused(tmp_path: Path) -> None:
+def test_the_rows_are_kept_and_other_data_is_refused(tmp_path: Path) -> None:
     path = write_data(tmp_path, rows=6)
-    first, _ = _table(path, _reader(), tmp_path)
-    reader = _reader()
-    again, sources = _table(path, reader, tmp_path)
+    first, again = _dataset(path, tmp_path), _dataset(path, tmp_path)
     np.testing.assert_array_equal(first.rows, again.rows)
-    assert reader.pairs == [(INSTRUCTION, "instruction-first"), (INSTRUCTION, "speech-first")]
-    assert isinstance(reader.example(again.rows[0], sources, 0), Example)
+    assert again.templates == ((INSTRUCTION, "instruction-first"), (INSTRUCTION, "speech-first"))
+    assert _reader(again).example(again.rows[0], 0).response
     _rewrite(path, lambda number, row: row | {"text": "changed"})
     with pytest.raises(DataError, match="begun with other data"):
-        _table(path, _reader(), tmp_path)
+        _dataset(path, tmp_path)
+
+
+def test_rows_that_an_older_version_measured_are_read(tmp_path: Path) -> None:
+    path = write_data(tmp_path, rows=6)
+    new = _dataset(path, tmp_path)
+    rows = np.array(new.rows)
+    older_names = ["hash", "row", "source", "frame", "frames", "transcript", "tail", "no_speech"]
+    older = np.dtype([(name, ROW[field]) for name, field in zip(older_names, ROW.names, strict=True)])
+    for name in ("rows.npy", "held_out.npy"):
+        np.save(tmp_path / name, np.load(tmp_path / name).view(older))
+    head = json.loads((tmp_path / "table.json").read_text())
+    head["frames"] = head.pop("templates")
+    (tmp_path / "table.json").write_text(json.dumps(head))
+    old = _dataset(path, tmp_path)
+    assert old.rows.dtype == ROW and old.templates == new.templates
+    np.testing.assert_array_equal(old.rows, rows)
 
 
 def test_no_speech_rows_take_a_prompt_of_the_others_and_the_set_sentence(tmp_path: Path) -> None:
     path = write_data(tmp_path, rows=9)
+    silent = {"text": "", "no_speech": True, "behaviour": "", "order": ""}
     _rewrite(
         path,
-        lambda number, row: (
-            row
-            if number > 2
-            else {
-                "id": row["id"],
-                "audio": row["audio"],
-                "text": "",
-                "no_speech": True,
-                "behaviour": "",
-                "order": "",
-            }
-        ),
+        lambda number, row: row if number > 2 else {"id": row["id"], "audio": row["audio"]} | silent,
     )
-    _rewrite(path, lambda _, row: row)
-    for taught, expected in ((CE, "nothing"), (replace(CE, reads_out=True), "")):
-        reader = _reader(taught)
-        table, sources = _table(path, reader, tmp_path / str(taught.reads_out))
-        silent = [place for place in table.rows if place["no_speech"]]
-        assert len(silent) == 3
-        for place in silent:
-            example = reader.example(place, sources, 0)
+    for targets, expected in ((CE, "nothing"), (replace(CE, reads_out=True), "")):
+        dataset = _dataset(path, tmp_path / str(targets.reads_out), targets)
+        reader = _reader(dataset, targets)
+        rows = [row for row in dataset.rows if row["no_speech"]]
+        assert len(rows) == 3
+        for row in rows:
+            example = reader.example(row, 0)
             assert example.no_speech and example.template.suffix_ids
-            answer = [*text_ids(reader.tokenizer, expected), IM_END] if expected else []
+            answer = [*text_ids(TOKENIZER, expected), IM_END] if expected else []
             assert example.response == answer
 
 
-def test_ctc_targets_are_classes_and_what_cannot_be_spelled_is_left_out_with_its_reason(
+def test_ctc_targets_are_classes_and_what_cannot_be_spelled_is_refused_with_its_reason(
     tmp_path: Path,
 ) -> None:
     path = write_data(tmp_path, rows=5)
     texts = ["hello world", "hello " * 40, "hello\u0000", "", "days"]
     _rewrite(path, lambda number, row: row | {"text": texts[number]})
-    reader = _reader(CTC)
-    reader.classes = {token: 1 + token for token in transcript_ids(reader.tokenizer, "hello world days")}
-    table, sources = _table(path, reader, tmp_path)
+    dataset = _dataset(path, tmp_path, CTC)
+    classes = {token: 1 + token for token in transcript_ids(TOKENIZER, "hello world days")}
     assert [json.loads(line)["reason"] for line in (tmp_path / "run.skipped.jsonl").open()] == [
         "no transcript"
     ]
-    found = [reader.example(place, sources, 0) for place in table.rows]
-    assert found[0].readout == [1 + token for token in found[0].transcript] and found[0].response == []
-    assert "more text than its speech can hold" in found[1]
-    assert "not in the adapter's read-out vocabulary" in found[2]
-    assert isinstance(found[3], Example)
+    strict, lenient = (
+        _reader(dataset, CTC, classes),
+        _reader(dataset, Targets(frozenset({"continuation"}), extras=frozenset({"readout"})), classes),
+    )
+    whole, long, unknown, last = dataset.rows
+    example = strict.example(whole, 0)
+    assert example.readout == [1 + token for token in example.transcript] and example.response == []
+    with pytest.raises(Refused, match="more text than its speech can hold"):
+        strict.example(long, 0)
+    with pytest.raises(Refused, match="not in the adapter's read-out vocabulary"):
+        strict.example(unknown, 0)
+    assert strict.example(last, 0).readout
+    # beside another loss such a row has no CTC term
+    assert lenient.example(long, 0).readout is None and lenient.example(last, 0).readout
 
 
 def test_stored_teacher_must_fit(tmp_path: Path) -> None:
     path = write_data(tmp_path, rows=6, top_k=3)
     assert choose_teacher([str(path)], "auto") == "stored"
-    reader = _reader(replace(CE, loss="kl"))
-    table, sources = _table(path, reader, tmp_path, teacher="stored")
-    example = reader.example(table.rows[2], sources, 0)
+    dataset = _dataset(path, tmp_path, KL, teacher="stored")
+    example = _reader(dataset, KL).example(dataset.rows[2], 0)
     assert example.teacher[0].shape == (len(example.response), 3)
     with pytest.raises(TopKError, match="temperature 1, not 2"):
         open_sources([str(path)], teacher="stored", temperature=2.0)
     rows = _rewrite(path, lambda number, row: row | {"continuation_ids": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]})
-    assert "stored top-k has" in reader.example(table.rows[2], open_sources([str(path)], teacher="stored"), 0)
+    changed = replace(dataset, sources=tuple(open_sources([str(path)], teacher="stored")))
+    with pytest.raises(Refused, match="stored top-k has"):
+        _reader(changed, KL).example(dataset.rows[2], 0)
     write_teacher(path, rows[:3], 3, np.random.default_rng(0))
     with pytest.raises(DataError, match="holds 3 rows"):
         open_sources([str(path)], teacher="stored")
@@ -185,12 +180,10 @@ def test_one_file_with_and_one_without_a_stored_teacher_is_an_error(tmp_path: Pa
 
 
 def test_lengths_are_those_of_the_sequence_that_is_run(tmp_path: Path) -> None:
-    path = write_data(tmp_path, rows=6)
-    reader = _reader()
-    table, _ = _table(path, reader, tmp_path)
-    np.testing.assert_array_equal(
-        lengths_for(reader, table.rows), -(-table.rows["frames"] // 4) + table.rows["tail"]
-    )
-    lengths = lengths_for(replace(reader, taught=replace(CE, reads_out=True)), table.rows)
-    np.testing.assert_array_equal(lengths, table.rows["transcript"] + table.rows["tail"])
+    dataset = _dataset(write_data(tmp_path, rows=6), tmp_path)
+    rows, after = dataset.rows, dataset.rows["tokens_after_audio"]
+    np.testing.assert_array_equal(_reader(dataset).lengths(rows), -(-rows["encoder_frames"] // 4) + after)
+    reads_out = _reader(dataset, replace(CE, reads_out=True)).lengths(rows)
+    np.testing.assert_array_equal(reads_out, rows["transcript_tokens"] + after)
+    np.testing.assert_array_equal(_reader(dataset, CTC).lengths(rows), rows["encoder_frames"])
     assert ROW.itemsize <= 40  # bytes a row on disk

@@ -14,6 +14,7 @@ from support.tiny_models import save_language_model
 from support.training_examples import write_data
 
 from blsp.data.audio import write_wav
+from blsp.data.jobs import JobError
 from blsp.distributed import find_runtime
 from blsp.features.cache import FeatureCache
 from blsp.model.adapter_parts import CachedValue
@@ -24,7 +25,7 @@ from blsp.training import loop, reporting, step
 from blsp.training.dataset import DataError
 from blsp.training.loop import TrainingError, train
 from blsp.training.optimiser import learning_rate
-from blsp.training.run_state import ResumeError, claimed, newest_complete
+from blsp.training.run_state import claim_folder, newest_complete
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_settings_yaml_can_be_given_back(settings: TrainSettings) -> None:
 
 def test_other_settings_are_refused_with_their_names(settings: TrainSettings) -> None:
     train(settings)
-    with pytest.raises(ResumeError, match=r"lr 0\.01 -> 0\.1.*--out"):
+    with pytest.raises(JobError, match=r"lr was 0\.01, is 0\.1.*--out"):
         train(replace(settings, lr=0.1))
     train(replace(settings, keep=5))  # not what the result depends on
 
@@ -107,7 +108,7 @@ def test_two_runs_in_one_folder_are_refused_and_nothing_foreign_is_removed(setti
     mine = settings.out / "checkpoints" / "not-ours.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("kept")
-    with claimed(settings.out, find_runtime("cpu")), pytest.raises(ResumeError, match="another process"):
+    with claim_folder(settings.out, find_runtime("cpu")), pytest.raises(JobError, match="has been at work"):
         train(settings)
     train(replace(settings, steps=1))
     assert mine.read_text() == "kept"
@@ -239,7 +240,7 @@ def test_a_loss_that_is_not_a_number_names_its_rows(settings, monkeypatch) -> No
 
     def poisoned(model, examples, objective, llm):
         sums = run(model, examples, objective, llm)
-        return replace(sums, response=sums.response * float("nan"))
+        return replace(sums, terms={name: term * float("nan") for name, term in sums.terms.items()})
 
     monkeypatch.setattr(step, "run", poisoned)
     with pytest.raises(TrainingError, match=r"step 1.*nan.*clip-\d+"):

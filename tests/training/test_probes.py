@@ -48,14 +48,17 @@ def test_divergence_does_not_depend_on_how_the_clips_are_cut_up(pair_of, monkeyp
     assert whole == pytest.approx(single, abs=1e-9) and whole[0] > 0.01
 
 
-def test_every_shuffled_clip_is_another_utterance_s(pair_of) -> None:
+def test_exchanged_speech_says_something_else(pair_of) -> None:
     _, processor = pair_of("conv")
     examples = make_examples(processor, 3)
-    doubled = [*examples, *(replace(example, response=[9, 2]) for example in examples)]
-    mels = {example.id: example.mel.shape for example in examples}
-    for mixed in probes.shuffled(doubled):
-        assert mixed.mel.shape != mels[mixed.id]
-    assert probes.shuffled(examples[:1]) == []
+    asked_twice = [replace(example, response=[9, 2]) for example in examples]
+    copies = [replace(example, id=f"{example.id}/augmented-1") for example in examples]
+    texts = {example.mel.shape: example.text for example in examples}
+    exchanged = probes.exchange_speech([*examples, *asked_twice, *copies])
+    assert len(exchanged) == 9
+    for example in exchanged:
+        assert texts[example.mel.shape] != example.text
+    assert probes.exchange_speech([examples[0], copies[0]]) == []
 
 
 def test_measure_names_what_it_found_and_leaves_the_adapter_learning(tmp_path) -> None:

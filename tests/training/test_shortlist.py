@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blsp.model.grounded import GroundedAdapter
-from blsp.training.step import shortlist
+from blsp.training.losses import shortlist
 
 TARGETS = [[3, 7, 7], [], [40, 3]]
 
@@ -33,7 +33,7 @@ def test_the_normaliser_is_estimated_without_bias(monkeypatch: pytest.MonkeyPatc
     whole = adapter.logits(hidden, table)
     generator = torch.Generator().manual_seed(1)
     monkeypatch.setattr(
-        "blsp.training.step._draw",
+        "blsp.training.losses._draw",
         lambda tokens, count, seed: tokens[torch.randperm(len(tokens), generator=generator)[:count]],
     )
     with torch.no_grad():

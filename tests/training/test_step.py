@@ -10,7 +10,7 @@ from blsp.llm.language_model import embed
 from blsp.llm.prefix import PrefixCache
 from blsp.training import step
 from blsp.training.losses import ce_loss, kl_loss
-from blsp.training.step import Counts, Objective
+from blsp.training.step import Objective
 
 TIGHT = dict(rtol=0, atol=1e-9)
 
@@ -43,19 +43,19 @@ def test_sums_and_gradients_are_those_of_the_plain_computation(
 ) -> None:
     model, processor = pair_of(adapter)
     examples = make_examples(processor, 5, order=order)
-    sums = step.run(model, examples, Objective(loss), PrefixCache(model))
+    sums = step.run(model, examples, Objective({loss: 1.0}), PrefixCache(model))
     parameters = list(model.model.multi_modal_projector.parameters())
-    ours = torch.autograd.grad(sums.response, parameters, allow_unused=True)
+    ours = torch.autograd.grad(sums.terms[loss], parameters, allow_unused=True)
 
     logits = _one_by_one(model, examples, _vectors(model, examples))
     if loss == "ce":
-        terms = [ce_loss(each, torch.tensor(e.response))[0] for each, e in zip(logits, examples, strict=True)]
+        terms = [ce_loss(each, torch.tensor(e.response)) for each, e in zip(logits, examples, strict=True)]
     else:
         read = _one_by_one(model, examples, [embed(model, e.transcript) for e in examples])
-        terms = [kl_loss(s, t.detach())[0] for s, t in zip(logits, read, strict=True)]
+        terms = [kl_loss(s, t.detach()) for s, t in zip(logits, read, strict=True)]
     expected = torch.stack(terms).sum()
     theirs = torch.autograd.grad(expected, parameters, allow_unused=True)
-    torch.testing.assert_close(sums.response, expected, **TIGHT)
+    torch.testing.assert_close(sums.terms[loss], expected, **TIGHT)
     assert sum(g is not None for g in ours) >= 4
     for mine, plain in zip(ours, theirs, strict=True):
         assert (mine is None) == (plain is None)
@@ -67,10 +67,10 @@ def test_counts_are_known_before_the_sums(pair_of) -> None:
     _, processor = pair_of("grounded")
     examples = make_examples(processor, 3)
     examples[1] = silent(examples[1], response=[])
-    counts = step.counts_of(examples, Objective("ce", ctc_weight=0.3))
-    assert counts.responses == len(examples[0].response) + len(examples[2].response)
-    assert counts.tokens == len(examples[0].readout) + 1 + len(examples[2].readout)
-    assert step.counts_of(examples, Objective("ctc", ctc_weight=1.0)).responses == 0
+    counts = step.counts_of(examples, Objective({"ce": 1.0, "ctc": 0.3}))
+    assert counts["ce"] == len(examples[0].response) + len(examples[2].response)
+    assert counts["ctc"] == len(examples[0].readout) + 1 + len(examples[2].readout)
+    assert step.counts_of(examples, Objective({"ctc": 1.0})).keys() == {"ctc"}
 
 
 def test_no_speech_takes_cross_entropy_on_the_set_sentence_also_under_kl(pair_of) -> None:
@@ -78,19 +78,19 @@ def test_no_speech_takes_cross_entropy_on_the_set_sentence_also_under_kl(pair_of
     examples = [replace(e, readout=None) for e in make_examples(processor, 3)]
     examples[0] = silent(examples[0], response=[5, 6, 7, 2])
     llm = PrefixCache(model)
-    mixed = step.run(model, examples, Objective("kl"), llm)
-    alone = step.run(model, examples[:1], Objective("ce"), llm)
-    others = step.run(model, examples[1:], Objective("kl"), llm)
-    torch.testing.assert_close(mixed.response, alone.response + others.response, **TIGHT)
+    mixed = step.run(model, examples, Objective({"kl": 1.0}), llm)
+    alone = step.run(model, examples[:1], Objective({"ce": 1.0}), llm)
+    others = step.run(model, examples[1:], Objective({"kl": 1.0}), llm)
+    torch.testing.assert_close(mixed.terms["kl"], alone.terms["ce"] + others.terms["kl"], **TIGHT)
 
 
 def test_grounded_runs_no_llm_for_no_speech(pair_of, monkeypatch) -> None:
     model, processor = pair_of("grounded")
     examples = [silent(e, response=[]) for e in make_examples(processor, 2)]
     monkeypatch.setattr(step, "run_after_prefix", lambda *_: pytest.fail("the LLM was run"))
-    sums = step.run(model, examples, Objective("ce", ctc_weight=0.3), PrefixCache(model))
-    assert sums.ctc > 0 and sums.response == 0
-    step.objective_value(sums, Counts(0, 2), Objective("ce", ctc_weight=0.3)).backward()
+    sums = step.run(model, examples, Objective({"ce": 1.0, "ctc": 0.3}), PrefixCache(model))
+    assert sums.terms["ctc"] > 0 and sums.terms["ce"] == 0
+    step.objective_value(sums, {"ce": 0, "ctc": 2}, Objective({"ce": 1.0, "ctc": 0.3})).backward()
     model.zero_grad()
 
 
@@ -103,15 +103,50 @@ def test_stored_teacher_with_the_whole_vocabulary_equals_the_teacher_run_here(pa
         logp, ids = torch.log_softmax(logits.detach() / 2, -1).sort(-1, descending=True)
         stored.append(replace(example, teacher=(ids.numpy(), logp.numpy())))
     llm = PrefixCache(model)
-    online = step.run(model, examples, Objective("kl", temperature=2.0), llm).response
-    offline = step.run(model, stored, Objective("kl", temperature=2.0, stored_teacher=True), llm).response
+    online = step.run(model, examples, Objective({"kl": 1.0}, temperature=2.0), llm).terms["kl"]
+    offline = step.run(
+        model, stored, Objective({"kl": 1.0}, temperature=2.0, stored_teacher=True), llm
+    ).terms["kl"]
     torch.testing.assert_close(online, offline, **TIGHT)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kl_is_scaled_by_the_square_of_the_temperature_and_the_set_answer_is_not(
+    pair_of, temperature: float
+) -> None:
+    model, processor = pair_of("conv")
+    examples = [replace(e, readout=None) for e in make_examples(processor, 3)]
+    examples[0] = silent(examples[0], response=[5, 6, 7, 2])
+    prefixes, objective = PrefixCache(model), Objective({"kl": 1.0}, temperature)
+    sums = step.run(model, examples, objective, prefixes)
+    value = step.objective_value(sums, step.counts_of(examples, objective), objective)
+    speech = _one_by_one(model, examples, _vectors(model, examples))
+    text = _one_by_one(model, examples[1:], [embed(model, e.transcript) for e in examples[1:]])
+    textbook = sum(kl_loss(s, t, temperature) for s, t in zip(speech[1:], text, strict=True))
+    set_answer = ce_loss(speech[0], torch.tensor(examples[0].response))
+    tokens = sum(len(example.response) for example in examples)
+    torch.testing.assert_close(value, (temperature**2 * textbook + set_answer) / tokens, **TIGHT)
+
+
+def test_each_term_has_its_weight_and_its_own_divisor(pair_of) -> None:
+    model, processor = pair_of("grounded")
+    examples = make_examples(processor, 3)
+    values = {}
+    for weight in (0.0, 0.3, 2.0):
+        objective = Objective({"ce": 1.0, "ctc": weight})
+        sums = step.run(model, examples, objective, PrefixCache(model))
+        counts = step.counts_of(examples, objective)
+        values[weight] = step.objective_value(sums, counts, objective)
+    ctc = sums.terms["ctc"] / sum(len(example.readout) for example in examples)
+    assert ctc > 0
+    for weight, value in values.items():
+        torch.testing.assert_close(value, values[0.0] + weight * ctc, **TIGHT)
 
 
 def test_padding_is_counted(pair_of) -> None:
     model, processor = pair_of("conv")
     examples = make_examples(processor, 4)
-    sums = step.run(model, examples, Objective("ce"), PrefixCache(model))
+    sums = step.run(model, examples, Objective({"ce": 1.0}), PrefixCache(model))
     true = sums.positions - sums.padding
-    alone = [step.run(model, [example], Objective("ce"), PrefixCache(model)) for example in examples]
+    alone = [step.run(model, [example], Objective({"ce": 1.0}), PrefixCache(model)) for example in examples]
     assert true == sum(each.positions for each in alone) and all(each.padding == 0 for each in alone)

@@ -31,7 +31,7 @@ from blsp.settings.shared import (
 
 Corpus = Annotated[str, Choices("blsp.data.prepare", "READERS")]
 Adapter = Annotated[str, Choices("blsp.model.adapter", "ADAPTERS")]
-Loss = Literal["ctc", "ce", "kl"]
+Loss = Annotated[str, Choices("blsp.training.step", "LOSSES")]
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,8 @@ class TrainSettings:
     """weight decay of AdamW (paper: 0.05)"""
     warmup_steps: int = 1000
     """steps until the highest learning rate (paper: 1000), a tenth of the run at most"""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """after the warm-up: down to zero along a cosine, or constant"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """after the warm-up: down to zero along a cosine or a line (paper: linear), or constant"""
     clip: float = 1.0
     """largest norm of the gradient (paper: 1.0)"""
     temperature: float = 1.0
@@ -301,7 +301,8 @@ class TrainSettings:
     max_seconds: float = 30.0
     """leave out longer clips, and count them"""
     held_out: int = 64
-    """utterances kept out of training for the divergence probes, a tenth of all at most"""
+    """groups of utterances kept out of training for the probes, a tenth of all at most; one group: the
+    copies of a recording, and all that has the same text"""
     seed: int = 0
     """decides fresh weights, data order and noise: the same seed gives the same curve"""
     log_every: int = 10

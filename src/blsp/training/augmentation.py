@@ -1,10 +1,12 @@
-"""A clip heard a little differently each time: speed, volume, noise; or spans of its features hidden.
+"""Augmentation of a clip: its speed, volume and noise; or short spans of its cached features set to zero.
 
 In:  16 kHz mono samples (N,) where speech is encoded on the fly, cached encoder states (T, E) where it is not;
-     a key that decides everything random.
-Out: the same, changed: one key gives the same numbers in any process, in any order.
+     and a key that decides all that is random.
+Out: the same, changed; a key gives the same numbers in every process and in every order.
 Try: ``augment(audio, ("speed", "noise"), key=(0, epoch, row))``
 Flow: training/examples.py loads a clip -> **augmentation.py** -> the encoder, or the adapter.
+
+Shapes: N samples, T encoder frames, E encoder width.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ SPEEDS = (0.9, 1.0, 1.1)  # Ko et al. 2015; pitch moves with the speed
 VOLUME_DB = (-18.0, 6.0)
 NOISE_SHARE = 0.5  # of the clips
 NOISE_DB = (8.0, 35.0)  # signal over noise
-MASK_FRAMES = 12  # longest hidden span, 0.24 s
-MASK_EVERY = 60  # encoder frames to one hidden span
+MASK_FRAMES = 12  # of the longest span, 0.24 s
+MASK_EVERY = 60  # encoder frames for each span
 
 
 def augment(audio: Audio, kinds: Sequence[Kind], key: tuple[int, ...]) -> Audio:
@@ -43,10 +45,13 @@ def augment(audio: Audio, kinds: Sequence[Kind], key: tuple[int, ...]) -> Audio:
 
 
 def add_noise(audio: Audio, generator: np.random.Generator) -> Audio:
-    """Noise whose power falls with frequency by a random slope (white to brown), some dB below."""
+    """`audio` (N,) with noise some dB below it; the noise's power falls with frequency (white to brown)."""
+    # White noise, each frequency divided by itself to the power of a random slope
     spectrum = np.fft.rfft(generator.standard_normal(len(audio)))
     slope = generator.uniform(0, 1)
     noise = np.fft.irfft(spectrum / np.maximum(np.arange(len(spectrum)), 1) ** slope, n=len(audio))
+
+    # At a random distance in dB below the clip's own loudness
     distance = generator.uniform(*NOISE_DB)
     loudness = np.sqrt(np.mean(np.square(audio, dtype=np.float64)))
     scale = loudness * 10 ** (-distance / 20) / max(float(np.sqrt(np.mean(noise**2))), 1e-12)
@@ -56,8 +61,8 @@ def add_noise(audio: Audio, generator: np.random.Generator) -> Audio:
 def hide_spans(features: NDArray[np.float16], key: tuple[int, ...]) -> NDArray[np.float16]:
     """Encoder states (T, E) with short spans set to zero (SpecAugment's time masks, Park et al. 2019)."""
     generator = np.random.default_rng(key)
-    hidden = features.copy()
+    masked = features.copy()
     for _ in range(-(-len(features) // MASK_EVERY)):
         start = generator.integers(len(features))
-        hidden[start : start + generator.integers(1, MASK_FRAMES + 1)] = 0
-    return hidden
+        masked[start : start + generator.integers(1, MASK_FRAMES + 1)] = 0
+    return masked

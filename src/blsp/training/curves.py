@@ -1,4 +1,4 @@
-"""metrics.jsonl as a picture that tells how a run goes.
+"""Picture of a run's metrics: its loss and its probes over the steps.
 
 In:  ``metrics.jsonl`` of a run (or of a stage). Out: ``curves.png`` beside it.
 Try: ``draw(Path("runs/x/metrics.jsonl"), Path("runs/x/curves.png"))``
@@ -8,7 +8,6 @@ Flow: training/loop.py -> **curves.py** -> the run folder
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe & Ito's palette: told apart by colour-blind eyes, and by line style in print
+from blsp.data.files import write_atomically
+
+# Okabe and Ito's palette, for colour-blind readers; line styles for print
 INK, BLUE, ORANGE, GREY = "#000000", "#0072B2", "#D55E00", "#999999"
 PROBES = {
     "kl": ("divergence from the text route (nats per token)", "lower is better"),
@@ -26,7 +27,9 @@ PROBES = {
 
 
 def draw(metrics: Path, picture: Path) -> None:
-    """Loss, and one panel for every probe that was taken; held-out and training clips, and shuffled ones."""
+    """One panel for the loss and one for each probe: held-out and training clips, with their own and with exchanged
+    speech.
+    """
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not rows:
         return
@@ -43,15 +46,14 @@ def draw(metrics: Path, picture: Path) -> None:
     _loss(axes[0], rows)
     for axis, name in zip(axes[1:], probes, strict=True):
         _probe(axis, rows, name)
-    partial = picture.with_name(f".{picture.name}.{os.getpid()}.partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, picture)
+    with write_atomically(picture) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _loss(axis: Axes, rows: list[dict[str, Any]]) -> None:
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
     axis.plot(steps, losses, color=GREY, linewidth=0.8, label="logged")
-    smooth, level = [], losses[0]
+    smooth, level = [], losses[0]  # a running mean over about ten points
     for loss in losses:
         level += (loss - level) * 0.1
         smooth.append(level)

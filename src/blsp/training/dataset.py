@@ -1,14 +1,15 @@
-"""What the plan has to know of every row, as numbers on disk: its length, its prompt, whether it is held out.
+"""Data sources, and the measured rows of a run on disk: what is learnt from, and what is held out.
 
-In:  data sources, the speech's lengths (from the feature cache, the manifest or the file's header), prompts.
-Out: `Table`: memory-mapped rows to learn from, the rows held out, and the (instruction, order) pairs they
-     use.
-Try: ``table = build_table(sources, reader, folder, log)``
-Flow: training/dataset.py -> **table.py** -> training/batches.py (the plan) and training/examples.py (whole
-      rows)
+In:  data files (continuations or manifests), and a `RowMeasurer` (examples.py) that gives each row's lengths.
+Out: `Dataset`: memory-mapped rows to learn from, rows that are held out, and the prompts that they use.
+Try: ``dataset = open_dataset(sources, measurer, folder, skipped, hold_out=64, runtime=runtime)``
+Flow: continuations -> **dataset.py** -> training/batches.py (order of the rows), training/examples.py (whole rows)
 
-Built once a run and kept in its folder, so that a resumed run plans with the very same numbers. What cannot
-be learnt from is left out here and listed with its reason in ``<out>.skipped.jsonl``.
+Rows are measured once a run and the result is kept in the run folder, so that a resumed run has the very same
+numbers. Rows that cannot be learnt from are left out here and listed with the reason in ``<out>.skipped.jsonl``.
+
+Held out by group (law 13): rows of one recording and rows of one text are in one group, and a group is either
+learnt from or held out. Otherwise a probe would measure what an augmented copy of the same clip has taught.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,193 +28,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blsp.continuation.topk import TopKStore, topk_folder
+from blsp.data.files import write_atomically, write_json
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance, find_manifests, read_rows
-
-BLOCK = 4096  # rows scanned, and asked of the feature cache, at a time
-
-ROW = np.dtype(
-    [
-        ("hash", "<u8"),  # of the utterance's id: all behaviours of one utterance are held out together
-        ("row", "<i8"),  # in its source
-        ("source", "<u2"),
-        ("frame", "<u4"),  # index into the (instruction, order) pairs
-        ("frames", "<i4"),  # encoder frames of the speech
-        ("transcript", "<i4"),  # tokens
-        ("tail", "<i4"),  # positions after the speech: suffix and response, its last token not counted
-        ("no_speech", "?"),
-    ]
-)
-
-
-class Reader(Protocol):
-    """What a row's numbers are measured with (training/examples.py)."""
-
-    def speech_frames(self, rows: Sequence[Utterance]) -> list[int | str]:
-        """Encoder frames of each clip, or why there are none."""
-
-    def text_lengths(self, row: Utterance, source: Source) -> tuple[int, int] | str:
-        """(transcript tokens, tail positions) of a row, or why it cannot be learnt from."""
-
-    def frame_index(self, row: Utterance) -> int:
-        """Index of the row's (instruction, order) pair; a new pair gets the next one."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows to learn from, rows held out (ROW each), how many of the first come from each source."""
-
-    rows: NDArray[np.void]
-    held_out: NDArray[np.void]
-    per_source: tuple[int, ...]
-    frames: tuple[tuple[str, str], ...]  # (instruction, order)
-
-
-def open_table(
-    sources: Sequence[Source],
-    reader: Reader,
-    folder: Path,
-    skipped: SkippedLog,
-    hold_out: int,
-    frames: list[tuple[str, str]],
-) -> Table:
-    """The run's table: read back when it is there and the data is the same, built otherwise."""
-    facts = {"sources": [_fingerprint(source) for source in sources], "hold_out": hold_out}
-    head = folder / "table.json"
-    if head.exists():
-        stored = json.loads(head.read_text(encoding="utf-8"))
-        if stored["facts"] != facts:
-            raise DataError(
-                f"{folder}: was begun with other data ({', '.join(str(s.path) for s in sources)} changed); "
-                "restore the files, or begin a new run with another --out"
-            )
-        frames[:] = [tuple(pair) for pair in stored["frames"]]
-    else:
-        _build(sources, reader, folder, skipped, hold_out)
-        stored = {"facts": facts, "frames": frames, "per_source": _counts(folder / "rows.npy", len(sources))}
-        _write(head, json.dumps(stored))
-    rows, held = (np.load(folder / name, mmap_mode="r") for name in ("rows.npy", "held_out.npy"))
-    if not len(rows):
-        raise DataError(
-            f"no row of {', '.join(str(s.path) for s in sources)} can be learnt from: see {skipped.path}"
-        )
-    return Table(rows, held, tuple(stored["per_source"]), tuple(tuple(pair) for pair in stored["frames"]))
-
-
-def _build(
-    sources: Sequence[Source], reader: Reader, folder: Path, skipped: SkippedLog, hold_out: int
-) -> None:
-    """Scan every source once; then set the held-out utterances apart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    scan, count = folder / ".scan", 0
-    with open(scan, "wb") as out:
-        for number, source in enumerate(sources):
-            for block in _blocks(source):
-                measured = _measure(number, source, block, reader, skipped)
-                measured.tofile(out)
-                count += len(measured)
-    whole = np.memmap(scan, ROW, "r", shape=(count,)) if count else np.empty(0, ROW)
-    limit = _limit(whole["hash"][~whole["no_speech"]], hold_out)
-    _copy(whole, folder / "rows.npy", lambda rows: (rows["hash"] > limit) | rows["no_speech"])
-    _copy(whole, folder / "held_out.npy", lambda rows: (rows["hash"] <= limit) & ~rows["no_speech"])
-    scan.unlink()
-
-
-def _blocks(source: Source) -> Iterator[tuple[int, list[Utterance]]]:
-    for first in range(0, len(source.rows), BLOCK):
-        yield first, source.rows[first : first + BLOCK]
-
-
-def _measure(
-    number: int, source: Source, block: tuple[int, list[Utterance]], reader: Reader, skipped: SkippedLog
-) -> NDArray[np.void]:
-    """The ROWs of a block; rows that cannot be learnt from go to the skip list."""
-    first, utterances = block
-    texts = [reader.text_lengths(row, source) for row in utterances]
-    fit = [i for i, text in enumerate(texts) if not isinstance(text, str)]
-    speech = dict(zip(fit, reader.speech_frames([utterances[i] for i in fit]), strict=True))
-    found = []
-    for place, (row, text) in enumerate(zip(utterances, texts, strict=True)):
-        frames = speech.get(place, 0)
-        if isinstance(text, str) or isinstance(frames, str):
-            skipped.add(row.id, row.audio, text if isinstance(text, str) else str(frames))
-            continue
-        found.append(
-            (
-                id_hash(row.id),
-                first + place,
-                number,
-                reader.frame_index(row),
-                frames,
-                *text,
-                row.no_speech,
-            )
-        )
-    return np.array(found, ROW)
-
-
-def id_hash(id: str) -> int:
-    """64 bits of an utterance's id that are the same everywhere."""
-    return int.from_bytes(
-        hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
-
-
-def _limit(hashes: NDArray[np.uint64], hold_out: int) -> int:
-    """The largest of the `hold_out` smallest distinct hashes, at most a tenth of them; -1 for none."""
-    distinct = np.unique(hashes)
-    allowed = min(hold_out, len(distinct) // 10)
-    return int(distinct[allowed - 1]) if allowed else -1
-
-
-def _copy(
-    whole: NDArray[np.void], path: Path, chosen: Callable[[NDArray[np.void]], NDArray[np.bool_]]
-) -> None:
-    """Write the chosen rows as .npy, block by block."""
-    spans = range(0, len(whole), 1 << 18)
-    count = sum(int(chosen(whole[at : at + (1 << 18)]).sum()) for at in spans)
-    partial = path.with_name(f".{path.name}.partial")
-    if count:
-        out = np.lib.format.open_memmap(partial, "w+", ROW, (count,))
-        place = 0
-        for at in spans:
-            part = whole[at : at + (1 << 18)]
-            kept = part[chosen(part)]
-            out[place : place + len(kept)] = kept
-            place += len(kept)
-        out.flush()
-    else:
-        with open(partial, "wb") as file:
-            np.save(file, np.empty(0, ROW))
-    os.replace(partial, path)
-
-
-def _counts(path: Path, sources: int) -> list[int]:
-    return np.bincount(np.load(path, mmap_mode="r")["source"], minlength=sources).tolist()
-
-
-def _fingerprint(source: Source) -> dict[str, object]:
-    """What tells that a data file changed: its length and its two ends."""
-    with open(source.path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        ends = file.read(65_536)
-        file.seek(max(0, size - 65_536))
-        ends += file.read()
-    return {"bytes": size, "ends": hashlib.sha256(ends).hexdigest(), "weight": source.weight}
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
+from blsp.distributed import Runtime, barrier
 
 Teacher = Literal["auto", "online", "stored"]
 
 
 class DataError(ValueError):
     """Data that cannot be trained on; the message names the file and the way out."""
+
+
+# --- sources ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -235,31 +64,29 @@ def open_sources(
     teacher: Teacher = "online",
     temperature: float = 1.0,
 ) -> list[Source]:
-    """All files, globs expanded. `teacher` "stored" opens the top-k of every continuations file and checks
-    it.
-    """
+    """All files, globs expanded. `teacher` "stored" opens and checks the top-k of every continuations file."""
     if weights and len(weights) != len(data):
         raise DataError(f"{len(weights)} weights for {len(data)} data files: give one weight a file, or none")
     sources = []
     for name, weight in zip(data, weights or [1.0] * len(data), strict=True):
         if weight < 0:
             raise DataError(f"{name}: weight {weight} is negative; 0 leaves a file out")
-        sources += [_open(path, weight, teacher, temperature) for path in find_manifests(name)]
+        sources += [_open_source(path, weight, teacher, temperature) for path in find_manifests(name)]
     return sources
 
 
-def _open(path: Path, weight: float, teacher: Teacher, temperature: float) -> Source:
+def _open_source(path: Path, weight: float, teacher: Teacher, temperature: float) -> Source:
     continuations = _holds_continuations(path)
     rows = Manifest(path, key=CONTINUATION_KEY if continuations else ("id",))
-    store = None
-    if continuations and teacher == "stored":
-        store = TopKStore(topk_folder(path))
-        store.require_temperature(temperature)
-        if len(store) != len(rows):
-            raise DataError(
-                f"{store.folder}: holds {len(store)} rows, {path} {len(rows)}; run blsp continue "
-                "--score-only again"
-            )
+    if not continuations or teacher != "stored":
+        return Source(path, rows, weight)
+    store = TopKStore(topk_folder(path))
+    store.require_temperature(temperature)
+    if len(store) != len(rows):
+        raise DataError(
+            f"{store.folder}: holds {len(store)} rows, {path} {len(rows)}; run blsp continue "
+            "--score-only again"
+        )
     return Source(path, rows, weight, store)
 
 
@@ -282,3 +109,242 @@ def choose_teacher(data: Sequence[str], teacher: Teacher) -> Teacher:
             "--score-only, or pass --teacher online"
         )
     return "stored" if stored else "online"
+
+
+# --- measured rows ----------------------------------------------------------------------------------------
+
+ROWS_AT_A_TIME = 4096  # rows measured, and looked up in the feature cache, at a time
+
+ROW = np.dtype(
+    [
+        ("id_hash", "<u8"),  # of the utterance's id: the key of its augmentation
+        ("row", "<i8"),  # row number in its source
+        ("source", "<u2"),
+        ("template", "<u4"),  # index into the dataset's (instruction, order) pairs
+        ("encoder_frames", "<i4"),  # of the speech, 50 a second
+        ("transcript_tokens", "<i4"),
+        ("tokens_after_audio", "<i4"),  # prompt suffix and response, without the response's last token
+        ("no_speech", "?"),
+    ]
+)
+# While rows are measured, two keys are kept with each: rows that share a key belong to one group.
+MEASURED = np.dtype([("values", ROW), ("recording", "<u8"), ("text", "<u8")])
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The numbers of one row: the last five fields of `ROW`."""
+
+    template: int
+    encoder_frames: int
+    transcript_tokens: int
+    tokens_after_audio: int
+    no_speech: bool
+
+
+class Refused(Exception):
+    """A row that cannot be learnt from; the message is the reason in the skip list."""
+
+
+class Measurer(Protocol):
+    """Measures rows (`RowMeasurer` in training/examples.py)."""
+
+    templates: list[tuple[str, str]]
+
+    def measure(self, rows: Sequence[Utterance]) -> list[Measures | Refused]: ...
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The rows of a run.
+
+    rows, held_out: arrays of `ROW`, memory-mapped. per_source: how many of `rows` come from each source.
+    templates: the (instruction, order) pairs that `ROW.template` counts.
+    """
+
+    sources: tuple[Source, ...]
+    rows: NDArray[np.void]
+    held_out: NDArray[np.void]
+    per_source: tuple[int, ...]
+    templates: tuple[tuple[str, str], ...]
+
+    def utterance(self, row: np.void) -> Utterance:
+        """The manifest row that a measured row stands for."""
+        return self.sources[int(row["source"])].rows[int(row["row"])]
+
+
+def open_dataset(
+    sources: Sequence[Source],
+    measurer: Measurer,
+    folder: Path,
+    skipped: SkippedLog,
+    hold_out: int,
+    runtime: Runtime,
+) -> Dataset:
+    """The run's rows: measured by the first process unless the folder has them, then mapped by every process."""
+    head = folder / "table.json"
+    facts = {"sources": [_source_facts(source) for source in sources], "hold_out": hold_out}
+    names = ", ".join(str(source.path) for source in sources)
+    if runtime.rank == 0 and not head.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _measure_sources(sources, measurer, folder, skipped, hold_out)
+        counts = np.bincount(_load_rows(folder / "rows.npy")["source"], minlength=len(sources)).tolist()
+        # Last: the other files count only when this one exists
+        write_json(head, {"facts": facts, "templates": measurer.templates, "per_source": counts})
+    barrier(runtime)
+    stored = json.loads(head.read_text(encoding="utf-8"))
+    if stored["facts"] != facts:
+        raise DataError(
+            f"{folder}: was begun with other data ({names} changed); restore the files, or begin a new run "
+            "with another --out"
+        )
+    rows, held_out = _load_rows(folder / "rows.npy"), _load_rows(folder / "held_out.npy")
+    if not len(rows):
+        raise DataError(f"no row of {names} can be learnt from: see {skipped.path}")
+    templates = stored["templates"] if "templates" in stored else stored["frames"]  # the name before 2026-11
+    pairs = tuple((instruction, order) for instruction, order in templates)
+    return Dataset(tuple(sources), rows, held_out, tuple(stored["per_source"]), pairs)
+
+
+def _load_rows(path: Path) -> NDArray[np.void]:
+    """`ROW`s mapped from disk; older files have the same layout under other field names."""
+    return np.load(path, mmap_mode="r").view(ROW)
+
+
+def _source_facts(source: Source) -> dict[str, object]:
+    """What tells that a data file has changed: its length and its two ends."""
+    with open(source.path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        ends = file.read(65_536)
+        file.seek(max(0, size - 65_536))
+        ends += file.read()
+    return {"bytes": size, "ends": hashlib.sha256(ends).hexdigest(), "weight": source.weight}
+
+
+def _measure_sources(
+    sources: Sequence[Source], measurer: Measurer, folder: Path, skipped: SkippedLog, hold_out: int
+) -> None:
+    """Measure every row once, block by block; then write rows.npy and held_out.npy."""
+    count = 0
+    with tempfile.TemporaryFile(dir=folder) as scan:
+        for number, source in enumerate(sources):
+            for first in range(0, len(source.rows), ROWS_AT_A_TIME):
+                block = _measure_block(number, source, first, measurer, skipped)
+                scan.write(block.tobytes())
+                count += len(block)
+        scan.flush()
+        measured = np.memmap(scan, MEASURED, "r", shape=(count,)) if count else np.empty(0, MEASURED)
+        groups = group_rows(measured["recording"], measured["text"])
+        held_out = choose_held_out(groups, measured["values"]["no_speech"], hold_out)
+        _write_rows(folder / "rows.npy", measured, ~held_out)
+        _write_rows(folder / "held_out.npy", measured, held_out)
+
+
+def _measure_block(
+    number: int, source: Source, first: int, measurer: Measurer, skipped: SkippedLog
+) -> NDArray[np.void]:
+    """`MEASURED` entries of a block of rows; those that cannot be learnt from go to the skip list."""
+    utterances = source.rows[first : first + ROWS_AT_A_TIME]
+    entries = []
+    for row, (utterance, measures) in enumerate(
+        zip(utterances, measurer.measure(utterances), strict=True), start=first
+    ):
+        if isinstance(measures, Refused):
+            skipped.add(utterance.id, utterance.audio, str(measures))
+            continue
+        values = (
+            text_hash(utterance.id),
+            row,
+            number,
+            measures.template,
+            measures.encoder_frames,
+            measures.transcript_tokens,
+            measures.tokens_after_audio,
+            measures.no_speech,
+        )
+        entries.append((values, *group_keys(utterance)))
+    return np.array(entries, MEASURED)
+
+
+def _write_rows(path: Path, measured: NDArray[np.void], chosen: NDArray[np.bool_]) -> None:
+    """The chosen rows as .npy, block by block: memory does not grow with their number."""
+    count = int(chosen.sum())
+    with write_atomically(path) as partial:
+        if not count:  # an empty file cannot be mapped
+            with open(partial, "wb") as file:
+                np.save(file, np.empty(0, ROW))
+            return
+        out = np.lib.format.open_memmap(partial, "w+", ROW, (count,))
+        end = 0
+        for start in range(0, len(measured), 1 << 18):
+            block = measured["values"][start : start + (1 << 18)][chosen[start : start + (1 << 18)]]
+            out[end : end + len(block)] = block
+            end += len(block)
+        out.flush()
+
+
+# --- groups and what is held out --------------------------------------------------------------------------
+
+
+def text_hash(text: str) -> int:
+    """64 bits of a text that are the same in every process."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def group_keys(utterance: Utterance) -> tuple[int, int]:
+    """Hashes of an utterance's recording and of its normalised text; both of its field `group` where it has one.
+
+    Copies of a recording have its id with a suffix: "clip-7/augmented-2" is a copy of "clip-7".
+    """
+    group = utterance.extra.get("group")
+    if group is not None:
+        return (text_hash(f"group {group}"),) * 2
+    recording = text_hash(f"recording {utterance.id.split('/augmented-')[0]}")
+    words = " ".join(re.findall(r"\w+", utterance.text.casefold()))
+    return recording, text_hash(f"text {words}") if words else recording
+
+
+def group_rows(recordings: NDArray[np.uint64], texts: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The group of each row, as the smallest hash of a recording in it. Rows that share a recording or a text,
+    also through other rows, are in one group.
+
+    Example: recordings [1, 1, 2, 3] and texts [7, 8, 8, 9] give the groups [1, 1, 1, 3].
+    """
+    _, recording = np.unique(recordings, return_inverse=True)
+    _, text = np.unique(texts, return_inverse=True)
+    groups = np.array(recordings)
+    while True:
+        before = groups
+        for key in (text, recording):  # a row takes the smallest group among the rows with its key
+            smallest = np.full(len(groups), np.iinfo(np.uint64).max, dtype=np.uint64)
+            np.minimum.at(smallest, key, groups)
+            groups = smallest[key]
+        if np.array_equal(groups, before):
+            return groups
+
+
+def choose_held_out(
+    groups: NDArray[np.uint64], no_speech: NDArray[np.bool_], hold_out: int
+) -> NDArray[np.bool_]:
+    """True at the rows of the first `hold_out` groups, at most a tenth of all groups and of all rows.
+
+    Clips without speech are never held out. A group that is too large for what is left of the tenth, such as a
+    text that thousands of clips share, is passed over.
+    """
+    names, sizes = np.unique(groups[~no_speech], return_counts=True)  # in the order of the hashes
+    groups_left, rows_left, chosen = min(hold_out, len(names) // 10), int(sizes.sum()) // 10, []
+    for name, size in zip(names, sizes.tolist(), strict=True):
+        if groups_left and size <= rows_left:
+            chosen.append(name)
+            groups_left, rows_left = groups_left - 1, rows_left - size
+    return np.isin(groups, np.array(chosen, dtype=np.uint64)) & ~no_speech
+
+
+def learnt_from(utterances: Sequence[Utterance], hold_out: int) -> list[Utterance]:
+    """Those of a manifest's rows that a run over it alone learns from."""
+    keys = np.array([group_keys(utterance) for utterance in utterances], dtype=np.uint64).reshape(-1, 2)
+    no_speech = np.array([utterance.no_speech for utterance in utterances], dtype=bool)
+    held_out = choose_held_out(group_rows(keys[:, 0], keys[:, 1]), no_speech, hold_out)
+    return [utterance for utterance, held in zip(utterances, held_out, strict=True) if not held]

@@ -1,12 +1,15 @@
-"""One row of the data as what a step needs: speech, prompt, transcript, response, teacher.
+"""Rows of the data as examples: speech, prompt, transcript, response, teacher; and their lengths beforehand.
 
-In:  a row of the table, its source, the feature cache or the audio itself, the tokenizer.
-Out: `Example` (numpy and lists; nothing is computed by torch here, so a thread can make them ahead), or the
-     reason why there is none.
-Try: ``reader.example(table.rows[0], sources, epoch=0)``
+In:  rows of a manifest, the feature cache or the audio itself, the tokenizer.
+Out: `RowMeasurer`: the numbers of each row that the order of the data needs. `ExampleReader`: a row as an
+     `Example`. A row that cannot be learnt from is `Refused`, with the reason.
+Try: ``reader.example(dataset.rows[0], epoch=0)``
 Flow: training/dataset.py -> **examples.py** -> training/step.py
 
-Letters: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response tokens, K stored top-k.
+Examples are numpy arrays and lists. Torch computes nothing here, so that a thread can read them ahead.
+
+Shapes: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response tokens, K stored top-k,
+U transcript tokens.
 """
 
 from __future__ import annotations
@@ -22,32 +25,27 @@ from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
 from blsp.data.manifest import Utterance
-from blsp.llm.prompt import Order, PromptTemplate, frame_prompt, text_ids, transcript_ids
+from blsp.llm.prompt import PromptTemplate, frame_prompt, text_ids, transcript_ids
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
 from blsp.training.augmentation import Kind, augment, hide_spans
-from blsp.training.dataset import ROW, Source
+from blsp.training.dataset import ROW, Dataset, Measures, Refused
 from blsp.training.losses import can_align
 
-NO_RESPONSE: list[int] = []
-ANY_PAIR = np.iinfo(np.uint32).max  # a row that no (instruction, order) pair is given for
+Need = Literal["continuation", "teacher", "readout", "token_times"]
 
-
-class Features(Protocol):
-    """What training asks of the feature cache (features/encode.py)."""
-
-    def key(self, utterance: Utterance) -> bytes: ...
-    def keys(self, rows: Sequence[Utterance]) -> list[bytes]: ...
-    def lengths(self, keys: Sequence[bytes]) -> NDArray[np.int32]: ...
-    def get(self, key: bytes) -> NDArray[np.float16]: ...
+FRAMES_PER_SECOND = 50  # of the encoder
+ANY_TEMPLATE = np.iinfo(
+    np.uint32
+).max  # a row without an instruction of its own: it takes another row's prompt
 
 
 @dataclass(frozen=True)
 class Example:
     """One clip and what is learnt from it.
 
-    features (T, E) from the cache, or mel (M, Tm) of `mel_frames` true frames, to be encoded in the step.
-    response: token ids, the end included where the answer stopped; empty where the LLM is not run.
-    teacher: ids and log-probabilities (n, K) of the reading LLM at the response's positions.
+    features (T, E) from the cache; or mel (M, Tm) of `mel_frames` true frames, to be encoded in the step.
+    response: token ids, with the end where the answer stopped; empty where the LLM is not run.
+    teacher: ids and log-probabilities (n, K) of the text route at the response's positions.
     readout: the transcript as CTC classes; [] for no speech, None where there is no CTC term.
     """
 
@@ -64,210 +62,294 @@ class Example:
     readout: list[int] | None = None
     text: str = ""
 
-    def hearing(self, other: Example) -> Example:
-        """This example with another one's speech: what an adapter that does not listen could not tell."""
+    @property
+    def encoder_frames(self) -> int:
+        return encoder_frames(self.mel_frames) if self.features is None else len(self.features)
+
+    def with_speech_of(self, other: Example) -> Example:
+        """This example with another one's speech: a control for an adapter that does not listen."""
         return replace(self, features=other.features, mel=other.mel, mel_frames=other.mel_frames)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What of a row is learnt: the loss, whether the adapter reads out, and whether there is a CTC term."""
+    """What a run learns from a row.
 
-    loss: Literal["ctc", "ce", "kl"]
-    reads_out: bool
-    ctc: bool
+    needs: of the loss; a row that lacks one is refused. extras: of further terms; a row may lack them.
+    runs_llm: whether the loss runs the LLM along a response. reads_out: whether the adapter reads out tokens; it
+    then finds out by itself that a clip holds no speech, and the LLM is not asked.
+    """
+
+    needs: frozenset[Need]
+    extras: frozenset[Need] = frozenset()
+    runs_llm: bool = True
+    reads_out: bool = False
+
+    def __contains__(self, need: Need) -> bool:
+        return need in self.needs or need in self.extras
+
+
+class RowTexts:
+    """The texts of rows as token ids: transcripts, prompts and responses.
+
+    end: the token that ends an answer. no_speech: ids of the set answer to a clip without speech.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end: int, no_speech_sentence: str) -> None:
+        self.tokenizer, self.end = tokenizer, end
+        self.no_speech = [*text_ids(tokenizer, no_speech_sentence), end]
+        self._templates: dict[tuple[str, str], PromptTemplate] = {}
+
+    def transcript(self, row: Utterance) -> list[int]:
+        return [] if row.no_speech else transcript_ids(self.tokenizer, row.text)
+
+    def template(self, instruction: str, order: str) -> PromptTemplate:
+        """The prompt around the speech."""
+        key = (instruction, order)
+        if key not in self._templates:
+            checked: Any = order  # `frame_prompt` refuses an order that it does not know
+            self._templates[key] = frame_prompt(self.tokenizer, instruction, checked)
+        return self._templates[key]
+
+    def response(self, row: Utterance) -> list[int]:
+        """What the LLM wrote, with the end where it stopped by itself: an answer that was cut teaches no end."""
+        if "continuation" not in row.extra:
+            raise Refused("has no continuation: write one with blsp continue")
+        ids = row.extra.get("continuation_ids")
+        if ids is None:  # a server wrote it and gave no ids
+            ids = text_ids(self.tokenizer, str(row.extra["continuation"]))
+        response = [*ids, self.end] if row.extra.get("finish") == "stop" else list(ids)
+        if not response:
+            raise Refused("its continuation is empty")
+        return response
+
+
+def _prompt_of(row: Utterance) -> tuple[str, str]:
+    return row.instruction or "", str(row.extra.get("order", "speech-first"))
+
+
+# --- measuring rows ---------------------------------------------------------------------------------------
+
+
+class Features(Protocol):
+    """What training asks of the feature cache (features/cache.py)."""
+
+    def key(self, utterance: Utterance) -> bytes: ...
+    def keys(self, rows: Sequence[Utterance]) -> list[bytes]: ...
+    def lengths(self, keys: Sequence[bytes]) -> NDArray[np.int32]: ...
+    def get(self, key: bytes) -> NDArray[np.float16]: ...
 
 
 @dataclass
-class ExampleReader:
-    """Turns rows into examples, and measures them for the table.
+class RowMeasurer:
+    """Gives the lengths of rows without reading their speech; collects the prompts that they use.
 
-    classes: LLM token -> CTC class (empty without a CTC term). num_audio_tokens: encoder frames -> placeholders.
-    end: the token that ends an answer. augmentation: kinds (`mask` for cached features, the others for audio).
+    templates: (instruction, order) pairs in the order in which rows first use them.
     """
 
-    taught: Targets
-    tokenizer: PreTrainedTokenizerBase
+    targets: Targets
+    texts: RowTexts
+    cache: Features | None = None
+    max_seconds: float = math.inf
+    templates: list[tuple[str, str]] = field(default_factory=list)
+    _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def measure(self, rows: Sequence[Utterance]) -> list[Measures | Refused]:
+        """The numbers of each row, or why it cannot be learnt from."""
+        lengths = [_or_refused(self.text_lengths, row) for row in rows]
+        usable = [row for row, found in zip(rows, lengths, strict=True) if not isinstance(found, Refused)]
+        frames = iter(self.encoder_frames(usable))
+        return [
+            found if isinstance(found, Refused) else self._measures(row, found, next(frames))
+            for row, found in zip(rows, lengths, strict=True)
+        ]
+
+    def _measures(
+        self, row: Utterance, lengths: tuple[int, int], frames: int | Refused
+    ) -> Measures | Refused:
+        if isinstance(frames, Refused):
+            return frames
+        transcript_tokens, tokens_after_audio = lengths
+        template = self._template_number(row)
+        return Measures(template, frames, transcript_tokens, tokens_after_audio, row.no_speech)
+
+    def encoder_frames(self, rows: Sequence[Utterance]) -> list[int | Refused]:
+        """Encoder frames of each clip: from the cache, else from the manifest or the file's header."""
+        if self.cache is None:
+            return [_or_refused(lambda row: self._checked(_frames_of_audio(row)), row) for row in rows]
+        lengths = self.cache.lengths(self.cache.keys(rows)).tolist()
+        return [_or_refused(self._checked, frames) for frames in lengths]
+
+    def _checked(self, frames: int) -> int:
+        if not frames:
+            raise Refused("its features are not in the cache: the audio could not be encoded")
+        if frames / FRAMES_PER_SECOND > self.max_seconds:
+            raise Refused(
+                f"{frames / FRAMES_PER_SECOND:.1f} s of speech, longer than --max-seconds {self.max_seconds:g}"
+            )
+        return frames
+
+    def text_lengths(self, row: Utterance) -> tuple[int, int]:
+        """(transcript tokens, tokens after the audio) of a row."""
+        if not row.audio:
+            raise Refused("no audio")
+        if row.no_speech:
+            return 0, len(self.texts.no_speech)
+        if not row.text.strip() and any(
+            need in self.targets for need in ("teacher", "readout", "token_times")
+        ):
+            raise Refused("no transcript")
+        if not self.targets.runs_llm:
+            return max(1, len(row.text) // 4), 0  # an estimate: only the speech's length counts then
+        response = self.texts.response(row)
+        template = self.texts.template(*_prompt_of(row))
+        prompt_tokens = row.extra.get("prompt_tokens")
+        if prompt_tokens is None:
+            transcript = len(self.texts.transcript(row))
+        else:  # of the whole prompt, as `blsp continue` counted
+            transcript = int(prompt_tokens) - len(template.prefix_ids) - len(template.suffix_ids)
+        return max(1, transcript), len(template.suffix_ids) + len(response) - 1
+
+    def _template_number(self, row: Utterance) -> int:
+        """Index of the row's (instruction, order) pair; a new pair gets the next one."""
+        if not self.targets.runs_llm or (row.no_speech and row.instruction is None):
+            return int(ANY_TEMPLATE)
+        prompt = _prompt_of(row)
+        if prompt not in self._numbers:
+            self._numbers[prompt] = len(self.templates)
+            self.templates.append(prompt)
+        return self._numbers[prompt]
+
+
+def _or_refused(function: Callable[[Any], Any], argument: Any) -> Any:
+    """The function's result, or the `Refused` that it raised."""
+    try:
+        return function(argument)
+    except Refused as refusal:
+        return refusal
+
+
+def _frames_of_audio(row: Utterance) -> int:
+    """Encoder frames by the manifest's duration, else by the file's header."""
+    seconds = row.duration
+    if seconds is None:
+        try:
+            seconds = probe_audio(row.audio).seconds - (row.start or 0.0)
+        except AudioError as error:
+            raise Refused(str(error)) from error
+    return encoder_frames(mel_frames(max(1, round(seconds * SAMPLE_RATE))))
+
+
+# --- reading examples -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExampleReader:
+    """Reads measured rows as examples.
+
+    classes: LLM token -> CTC class, for targets with a read-out. num_audio_tokens: encoder frames -> placeholders,
+    of one clip or of an array. augmentation: `mask` for cached features, the other kinds for audio.
+    """
+
+    targets: Targets
+    texts: RowTexts
+    dataset: Dataset
     extractor: WhisperFeatureExtractor
-    num_audio_tokens: Callable[[Any], Any]  # of one length or of an array of them
-    end: int
-    no_speech_sentence: str
+    num_audio_tokens: Callable[[Any], Any]
     classes: dict[int, int] = field(default_factory=dict)
     cache: Features | None = None
     augmentation: tuple[Kind, ...] = ()
     full_window: bool = False
-    max_seconds: float = math.inf
     seed: int = 0
-    pairs: list[tuple[str, str]] = field(default_factory=list)
-    _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
-    _prompts: dict[tuple[str, str], PromptTemplate] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._no_speech_ids = [*text_ids(self.tokenizer, self.no_speech_sentence), self.end]
-
-    # --- for the table ------------------------------------------------------------------------------------
-
-    def speech_frames(self, rows: Sequence[Utterance]) -> list[int | str]:
-        """Encoder frames of each clip, or why there are none."""
-        if self.cache is None:
-            found = [_frames_of_audio(row) for row in rows]
+    def lengths(self, rows: NDArray[np.void]) -> NDArray[np.int64]:
+        """What each row costs in a pass: positions of the LLM's sequence, or encoder frames where it is not run."""
+        assert rows.dtype == ROW
+        frames = rows["encoder_frames"].astype(np.int64)
+        if not self.targets.runs_llm:
+            return frames
+        if self.targets.reads_out:  # one vector a token that is read out
+            speech = np.where(rows["no_speech"], frames // 8, rows["transcript_tokens"])
         else:
-            lengths = self.cache.lengths(self.cache.keys(rows))
-            found = [
-                int(n) or "its features are not in the cache: the audio could not be encoded" for n in lengths
-            ]
-        return [self._not_too_long(frames) for frames in found]
+            speech = self.num_audio_tokens(frames)
+        return speech + rows["tokens_after_audio"]
 
-    def _not_too_long(self, frames: int | str) -> int | str:
-        if isinstance(frames, int) and frames / 50 > self.max_seconds:
-            return f"{frames / 50:.1f} s of speech, longer than --max-seconds {self.max_seconds:g}"
-        return frames
-
-    def text_lengths(self, row: Utterance, source: Source) -> tuple[int, int] | str:
-        """(transcript tokens, tail positions) of a row, or why it cannot be learnt from."""
-        if not row.audio:
-            return "no audio"
-        silent = row.no_speech
-        if not silent and not row.text.strip() and (self.taught.loss != "ce" or self.taught.ctc):
-            return "no transcript"
-        if silent:
-            return 0, len(self._no_speech_ids)
-        if self.taught.loss == "ctc":
-            return max(1, len(row.text) // 4), 0
-        response = self._response(row)
-        if isinstance(response, str):
-            return response
-        prompt = self._prompt(_pair(row))
-        tokens = row.extra.get("prompt_tokens")
-        around = len(prompt.prefix_ids) + len(prompt.suffix_ids)
-        read = len(transcript_ids(self.tokenizer, row.text)) if tokens is None else int(tokens) - around
-        return max(1, read), len(prompt.suffix_ids) + len(response) - 1
-
-    def frame_index(self, row: Utterance) -> int:
-        """Index of the row's (instruction, order) pair; a new pair gets the next one."""
-        if self.taught.loss == "ctc" or (row.no_speech and row.instruction is None):
-            return ANY_PAIR
-        pair = _pair(row)
-        if pair not in self._numbers:
-            self._numbers[pair] = len(self.pairs)
-            self.pairs.append(pair)
-        return self._numbers[pair]
-
-    # --- for the step -------------------------------------------------------------------------------------
-
-    def prompt_of(self, place: np.void) -> PromptTemplate:
-        """The prompt around a table row's speech; no-speech rows without one take one of the others' by their
-        id.
-        """
-        if not self.pairs:
+    def template(self, row: np.void) -> PromptTemplate:
+        """The prompt around a row's speech; a row without one takes that of another row, chosen by its id."""
+        templates = self.dataset.templates
+        if not templates:
             return PromptTemplate((), ())
-        index = int(place["frame"]) if place["frame"] != ANY_PAIR else int(place["hash"]) % len(self.pairs)
-        return self._prompt(self.pairs[index])
+        number = int(row["template"])
+        return self.texts.template(
+            *templates[number if number != ANY_TEMPLATE else int(row["id_hash"]) % len(templates)]
+        )
 
-    def example(self, place: np.void, sources: Sequence[Source], epoch: int) -> Example | str:
-        """The example of a table row, augmented as `epoch` says; or why there is none."""
-        source = sources[int(place["source"])]
-        row = source.rows[int(place["row"])]
-        try:
-            example = self._hear(row, (self.seed, epoch, int(place["hash"])))
-        except AudioError as error:
-            return str(error)
-        example = replace(example, template=self.prompt_of(place))
-        if self.taught.loss != "ctc":
-            example = replace(example, response=self._answer(row))
-        if source.teacher is not None and example.response and not example.no_speech:
-            ids, logp = source.teacher.get(int(place["row"]))
+    def example(self, row: np.void, epoch: int) -> Example:
+        """The example of a row, augmented as `epoch` says; raises `Refused`."""
+        utterance = self.dataset.utterance(row)
+        example = self._with_speech(utterance, (self.seed, epoch, int(row["id_hash"])))
+        example = replace(example, template=self.template(row))
+        if self.targets.runs_llm:
+            example = replace(example, response=self._response(utterance))
+        teacher = self.dataset.sources[int(row["source"])].teacher
+        if teacher is not None and example.response and not example.no_speech:
+            ids, logp = teacher.get(int(row["row"]))
             if len(ids) != len(example.response):
-                return f"stored top-k has {len(ids)} steps, its continuation {len(example.response)}"
+                raise Refused(f"stored top-k has {len(ids)} steps, its continuation {len(example.response)}")
             example = replace(example, teacher=(ids, logp))
-        return self._with_readout(example) if self.taught.ctc else example
+        return self._with_extra(example, "readout", self._readout)
 
-    def _hear(self, row: Utterance, key: tuple[int, ...]) -> Example:
-        """The row with its speech and transcript, nothing to answer yet."""
-        silent = row.no_speech
-        read = [] if silent else transcript_ids(self.tokenizer, row.text)
-        blank = Example(row.id, 0.0, PromptTemplate((), ()), read, NO_RESPONSE, silent, text=row.text)
+    def _with_speech(self, row: Utterance, key: tuple[int, ...]) -> Example:
+        """The row's speech and transcript, without a prompt or a response. key: decides the augmentation."""
+        blank = Example(
+            id=row.id,
+            seconds=0.0,
+            template=PromptTemplate((), ()),
+            transcript=self.texts.transcript(row),
+            response=[],
+            no_speech=row.no_speech,
+            text=row.text,
+        )
         if self.cache is not None:
-            features = np.array(self.cache.get(self.cache.key(row)))  # a copy: read here, not in the step
-            features = hide_spans(features, key) if "mask" in self.augmentation else features
-            return replace(blank, features=features, seconds=len(features) / 50)
-        audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
-        audio = augment(audio, self.augmentation, key) if self.augmentation else audio
-        mel, _ = mel_features(self.extractor, [audio], full_window=self.full_window)
+            features = np.array(self.cache.get(self.cache.key(row)))  # (T, E), read from disk here
+            if "mask" in self.augmentation:
+                features = hide_spans(features, key)
+            return replace(blank, features=features, seconds=len(features) / FRAMES_PER_SECOND)
+        try:
+            audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)  # (samples,)
+        except AudioError as error:
+            raise Refused(str(error)) from error
+        if self.augmentation:
+            audio = augment(audio, self.augmentation, key)
+        mel, _ = mel_features(self.extractor, [audio], full_window=self.full_window)  # (1, M, Tm)
         seconds = len(audio) / SAMPLE_RATE
         return replace(blank, mel=mel[0].numpy(), mel_frames=mel_frames(len(audio)), seconds=seconds)
 
-    def _answer(self, row: Utterance) -> list[int]:
-        """The response's ids; an adapter that reads out finds clips without speech by itself."""
+    def _response(self, row: Utterance) -> list[int]:
+        """The response's ids. An adapter that reads out answers clips without speech by a rule: none to learn."""
         if row.no_speech:
-            return NO_RESPONSE if self.taught.reads_out else self._no_speech_ids
-        response = self._response(row)
-        return NO_RESPONSE if isinstance(response, str) else response
+            return [] if self.targets.reads_out else self.texts.no_speech
+        return self.texts.response(row)
 
-    def _response(self, row: Utterance) -> list[int] | str:
-        """What the LLM wrote, with the end where it stopped by itself: an answer cut at the limit teaches
-        none.
-        """
-        if "continuation" not in row.extra:
-            return "has no continuation: write one with blsp continue"
-        ids = row.extra.get("continuation_ids")
-        if ids is None:  # written behind a URL, which tells no ids
-            ids = text_ids(self.tokenizer, str(row.extra["continuation"]))
-        response = [*ids, self.end] if row.extra.get("finish") == "stop" else list(ids)
-        return response or "its continuation is empty"
+    def _with_extra(self, example: Example, need: Need, add: Callable[[Example], Example]) -> Example:
+        """The example with a target that the loss needs, or that a further term can use."""
+        if need not in self.targets:
+            return example
+        try:
+            return add(example)
+        except Refused:
+            if need in self.targets.needs:
+                raise
+            return example
 
-    def _prompt(self, pair: tuple[str, str]) -> PromptTemplate:
-        if pair not in self._prompts:
-            instruction, order = pair
-            self._prompts[pair] = frame_prompt(self.tokenizer, instruction, _order(order))
-        return self._prompts[pair]
-
-    def _with_readout(self, example: Example) -> Example | str:
-        """The example with its CTC target; without one in a CTC-only run the row cannot be learnt from."""
-        frames = encoder_frames(example.mel_frames) if example.features is None else len(example.features)
+    def _readout(self, example: Example) -> Example:
+        """The example with its transcript as CTC classes."""
         unknown = [token for token in example.transcript if token not in self.classes]
-        if not unknown:
-            target = [self.classes[token] for token in example.transcript]
-            if can_align(self.num_audio_tokens(frames), target):
-                return replace(example, readout=target)
-            room = self.num_audio_tokens(frames)
-            reason = f"{len(target)} tokens in {room} places: more text than its speech can hold"
-        else:
-            reason = (
-                f"token {self.tokenizer.decode([unknown[0]])!r} is not in the adapter's read-out vocabulary"
-            )
-        return reason if self.taught.loss == "ctc" else example
-
-
-def _pair(row: Utterance) -> tuple[str, str]:
-    return row.instruction or "", str(row.extra.get("order", "speech-first"))
-
-
-def _order(order: str) -> Order:
-    return order  # type: ignore[return-value]  # frame_prompt checks it and names it
-
-
-def _frames_of_audio(row: Utterance) -> int | str:
-    """Encoder frames by the manifest's duration, else by the file's header; the reason when it cannot be
-    read.
-    """
-    try:
-        seconds = (
-            row.duration if row.duration is not None else probe_audio(row.audio).seconds - (row.start or 0.0)
-        )
-    except AudioError as error:
-        return str(error)
-    return encoder_frames(mel_frames(max(1, round(seconds * SAMPLE_RATE))))
-
-
-def lengths_for(reader: ExampleReader, rows: NDArray[np.void]) -> NDArray[np.int64]:
-    """What each table row costs, in positions of the LLM's sequence (encoder frames for ctc): the plan's
-    measure.
-    """
-    assert rows.dtype == ROW
-    frames = rows["frames"].astype(np.int64)
-    if reader.taught.loss == "ctc":
-        return frames
-    if reader.taught.reads_out:
-        return np.where(rows["no_speech"], frames // 8, rows["transcript"]) + rows["tail"]
-    return reader.num_audio_tokens(frames) + rows["tail"]
+        if unknown:
+            token = self.texts.tokenizer.decode([unknown[0]])
+            raise Refused(f"token {token!r} is not in the adapter's read-out vocabulary")
+        target = [self.classes[token] for token in example.transcript]
+        room = int(self.num_audio_tokens(example.encoder_frames))
+        if not can_align(room, target):
+            raise Refused(f"{len(target)} tokens in {room} places: more text than its speech can hold")
+        return replace(example, readout=target)

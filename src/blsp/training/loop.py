@@ -1,13 +1,12 @@
-"""Step 2: train the adapter so that the LLM that listens behaves like the LLM that reads.
+"""Step 2, the training loop: train the adapter until the LLM, given speech, behaves as it does given the text.
 
-In:  `TrainSettings`: continuations (or manifests for ctc), a speech encoder, an LLM, an adapter, a loss.
+In:  `TrainSettings`: data, a speech encoder, an LLM, an adapter, a loss.
 Out: the run folder: settings.yaml, metrics.jsonl, checkpoints/step-N/, adapter/, curves.png.
 Try: ``blsp train --data continued.jsonl --out runs/x --audio-model A --llm L --adapter conv --loss ce``
 Flow: continuations -> features -> **loop.py** -> checkpoint -> inference
 
-A step draws its rows from the plan, sums the losses of its micro-batches, each divided by the counts of the
-whole step, and moves the adapter. The same command goes on after a kill, to the bit; SIGTERM saves and
-leaves.
+A step takes its rows from the order of the data, sums the losses of its micro-batches, each divided by the counts of
+the whole step, and moves the adapter. The same command goes on after a kill, to the bit; SIGTERM saves and exits.
 """
 
 from __future__ import annotations
@@ -20,34 +19,35 @@ from dataclasses import replace
 
 import torch
 
-from blsp.distributed import Runtime, find_runtime, keep_freed_memory, leave, reduce_gradients, sum_across
+from blsp.distributed import (
+    Runtime,
+    barrier,
+    find_runtime,
+    keep_freed_memory,
+    leave,
+    reduce_gradients,
+    sum_across,
+)
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
 from blsp.training import step
-from blsp.training import step as lockstep
 from blsp.training.batches import prefetch
 from blsp.training.examples import Example
-from blsp.training.optimiser import (
-    State,
-    add_to_average,
-    begin_or_resume,
-    learning_rate,
-    save,
-    time_to_save,
-)
-from blsp.training.reporting import model_card, picture, progress_bar, report, say
-from blsp.training.run import Run, check_adapter, prepare, step_examples
+from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
+from blsp.training.reporting import draw_curves, model_card, print_once, progress_bar, report
+from blsp.training.run import Run, check_loss, prepare, step_examples
 from blsp.training.run_state import (
     StopSignal,
     add_to_window,
     begin_folder,
-    claimed,
+    claim_folder,
     deterministic,
     finish_stages,
     is_finished,
+    merge_skipped,
 )
 
-AHEAD = 3  # steps whose examples are read before they are needed
+STEPS_AHEAD = 3  # steps whose examples are read before they are needed
 
 
 class TrainingError(RuntimeError):
@@ -60,43 +60,43 @@ def train(settings: TrainSettings) -> None:
     if runtime.device.type == "cpu":
         keep_freed_memory()
     for stage in settings.stages or (settings,):
-        check_adapter(stage)
-    with deterministic(), StopSignal() as leaving:
+        check_loss(stage)
+    with deterministic(), StopSignal() as stop:
         for stage in settings.stages or (settings,):
             if is_finished(stage):
-                say(runtime, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
+                print_once(runtime, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
                 continue
-            with claimed(stage.out, runtime):
-                train_stage(stage, runtime, leaving)
-            if leaving.asked:
+            with claim_folder(stage.out, runtime):
+                train_stage(stage, runtime, stop)
+            if stop.requested:
                 break
         else:
             if settings.stages and runtime.rank == 0:
                 finish_stages(settings)
     leave(runtime)
-    leaving.raise_if_interrupted()
+    stop.raise_if_interrupted()
 
 
-def train_stage(settings: TrainSettings, runtime: Runtime, leaving: StopSignal) -> None:
-    """One run from wherever it stands to its end, or until it is asked to leave."""
+def train_stage(settings: TrainSettings, runtime: Runtime, stop: StopSignal) -> None:
+    """One run from its newest checkpoint (or from the start) to its end, or until a signal asks it to stop."""
     begin_folder(settings, runtime)
     run = prepare(settings, runtime)
     state = begin_or_resume(run)
     bar = progress_bar(run, state.progress)
-    with closing(prefetch(step_examples(run, state.progress.step), AHEAD)) as steps, bar:
+    with closing(prefetch(step_examples(run, state.progress.step), STEPS_AHEAD)) as steps, bar:
         for number, batches in steps:
             learn(run, state, number, batches)
             report(run, state, bar)
-            leaving.agree(runtime)
-            if state.progress.step == run.steps or leaving.asked or time_to_save(run, state):
+            stop.sync(runtime)
+            if state.progress.step == run.steps or stop.requested or time_to_save(run, state):
                 save(run, state)
-            if leaving.asked:
+            if stop.requested:
                 break
     if state.progress.step == run.steps:
         finish(run, state)
     else:
-        picture(run)
-        say(
+        draw_curves(run)
+        print_once(
             runtime,
             f"{settings.out}: saved at step {state.progress.step} of {run.steps}; the same command goes on",
         )
@@ -106,20 +106,20 @@ def train_stage(settings: TrainSettings, runtime: Runtime, leaving: StopSignal) 
 
 
 def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> None:
-    """Forward and backward over the micro-batches of step `number` (from 0), then one move of the adapter."""
-    rate = learning_rate(run.settings, number + 1, run.steps)
-    torch.manual_seed(
-        hash((run.settings.seed, number, run.runtime.rank)) & 0x7FFFFFFF
-    )  # dropout, if there is any
+    """Step `number` (from 0): forward and backward over this rank's micro-batches, then one move of the adapter."""
     examples = [example for batch in batches for example in batch]
-    counts, samples, seconds = count_across(run, examples)
-    loss, positions, padding = 0.0, 0.0, 0.0
-    together = run.settings.shard_llm and run.runtime.world > 1
-    for batch in lockstep.slots(batches, run.runtime) if together else batches:
-        if together and not any(example.response for example in batch):
-            lockstep.idle(run.prefixes)
-        if not batch:
-            continue
+    # Dropout, if the adapter has it, depends on the seed and the step alone, so that a resumed run draws the same
+    torch.manual_seed(hash((run.settings.seed, number, run.runtime.rank)) & 0x7FFFFFFF)
+
+    # Each loss is a mean over the whole step: its divisor is summed over all micro-batches and ranks beforehand
+    counts = step.counts_of(examples, run.objective)
+    spoken = sum(example.seconds for example in examples)
+    *totals, samples, seconds = sum_over_ranks(run.runtime, *counts.values(), len(examples), spoken)
+    counts = dict(zip(counts, map(int, totals), strict=True))
+
+    # Gradients add up over the micro-batches; each is freed before the next one is computed
+    loss, positions, padding = 0.0, 0, 0
+    for batch in micro_batches(run, batches):
         with step.autocast(run.runtime):
             sums = step.run(run.model, batch, run.objective, run.prefixes)
             share = step.objective_value(sums, counts, run.objective)
@@ -127,44 +127,45 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
             raise TrainingError(bad_loss(run, number, share.item(), batch))
         share.backward()
         loss, positions, padding = loss + share.item(), positions + sums.positions, padding + sums.padding
-    move(run, state, rate, number, examples)
-    loss, positions, padding = across(run.runtime, loss, positions, padding)
-    progress = add_to_window(state.progress, loss, int(positions), int(padding))
+
+    move_adapter(run, state, number, examples)
+    loss, total_positions, total_padding = sum_over_ranks(run.runtime, loss, positions, padding)
+    progress = add_to_window(state.progress, loss, int(total_positions), int(total_padding))
     state.progress = replace(
         progress,
         step=number + 1,
-        samples=progress.samples + samples,
+        samples=progress.samples + int(samples),
         audio_seconds=progress.audio_seconds + seconds,
         seconds=time.monotonic() - state.began,
     )
 
 
-def move(run: Run, state: State, rate: float, number: int, examples: list[Example]) -> None:
+def micro_batches(run: Run, batches: list[list[Example]]) -> Iterable[list[Example]]:
+    """This rank's micro-batches. All ranks run a sharded LLM together, so one with less to do joins in empty."""
+    together = run.settings.shard_llm and run.runtime.world > 1 and run.objective.runs_llm
+    for batch in step.pad_micro_batches(batches, run.runtime) if together else batches:
+        if together and not any(example.response for example in batch):
+            step.dummy_pass(run.prefixes)
+        if batch:
+            yield batch
+
+
+def move_adapter(run: Run, state: State, number: int, examples: list[Example]) -> None:
     """Sum the gradients over the ranks, clip them, step, and keep the running average of the last steps."""
     reduce_gradients(run.parameters, run.runtime)
     length = torch.nn.utils.clip_grad_norm_(run.parameters, run.settings.clip)
     if not torch.isfinite(length):
         raise TrainingError(bad_loss(run, number, length.item(), examples))
     for group in state.optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate(run.settings, number + 1, run.steps)
     state.optimiser.step()
     state.optimiser.zero_grad()
     if number >= run.steps - run.settings.average_last:
         add_to_average(run, state, number)
 
 
-def count_across(run: Run, examples: list[Example]) -> tuple[step.Counts, int, float]:
-    """What the step's sums are divided by, its samples and seconds of speech: over all ranks."""
-    mine = step.counts_of(examples, run.objective)
-    spoken = sum(example.seconds for example in examples)
-    responses, tokens, samples, seconds = across(
-        run.runtime, mine.responses, mine.tokens, len(examples), spoken
-    )
-    return step.Counts(int(responses), int(tokens)), int(samples), seconds
-
-
-def across(runtime: Runtime, *numbers: float) -> list[float]:
-    """Sums over all ranks."""
+def sum_over_ranks(runtime: Runtime, *numbers: float) -> list[float]:
+    """Each number summed over all ranks."""
     if runtime.world == 1:
         return list(numbers)
     return sum_across(torch.tensor(numbers, dtype=torch.float64), runtime).tolist()
@@ -179,18 +180,20 @@ def bad_loss(run: Run, number: int, value: float, examples: Iterable[Example]) -
     )
 
 
-# --- what is seen and kept --------------------------------------------------------------------------------
+# --- the end ----------------------------------------------------------------------------------------------
 
 
 def finish(run: Run, state: State) -> None:
-    """Write the adapter, its card and the curves."""
+    """Write the adapter, its card and the curves; say which rows of any rank were skipped."""
+    barrier(run.runtime)  # every rank has written its skip list
     if run.runtime.rank != 0:
         return
     out = run.settings.out
-    picture(run)
+    draw_curves(run)
     save_adapter(
         run.model, run.processor, out / "adapter", card=model_card(run.settings, out / "metrics.jsonl")
     )
+    merge_skipped(run.skipped, out)
     if run.skipped.count:
         print(f"{run.skipped.count} rows could not be learnt from: see {run.skipped.path}", file=sys.stderr)
     print(f"{out}: {state.progress.step} steps done; the adapter is {out / 'adapter'}")

@@ -1,25 +1,27 @@
-"""The three losses of the method, pure functions; and how to take them without all logits at once.
+"""The losses, as pure functions; and how to compute them without all logits at once.
 
-In:  logits at response positions, flat over the batch, and what they should be; or the adapter's own
-     posteriors.
-Out: ``(sum, count)``: the sum in nats (differentiable) and the number of things summed. The caller divides by
-     the count of the whole step, over all its micro-batches and ranks, so that 8 x 1 equals 1 x 8.
-Try: ``ce_loss(torch.zeros(1, 4), torch.tensor([2]))``  ->  ``(tensor(1.3863), 1)``
-Flow: continuations -> training/batches.py -> **losses.py** -> training/loop.py
+In:  logits at response positions, flat over the batch, and their targets; or the adapter's own output.
+Out: the sum in nats, differentiable. The caller divides it by a count of the whole step, over all micro-batches
+     and ranks, so that 8 x 1 equals 1 x 8 (law 5).
+Try: ``ce_loss(torch.zeros(1, 4), torch.tensor([2]))``  ->  ``tensor(1.3863)``
+Flow: training/step.py -> **losses.py** -> training/loop.py
 
-- ``ce``: cross-entropy on the LLM's own continuation (BLSP, 2309.00916).
-- ``kl``: divergence from the LLM that reads to the LLM that listens (BLSP-KD, 2405.19041), teacher run beside
-  the student or read from stored top-k log-probabilities.
-- ``ctc``: grounding; the adapter's posteriors over the LLM's tokens against the transcript (Graves et al.
-  2006).
+- ``ce``: cross-entropy of the LLM's own continuation (BLSP, 2309.00916).
+- ``kl``: divergence between the text route and the speech route (BLSP-KD, 2405.19041), with the teacher run beside
+  the student, or with stored top-k log-probabilities of the teacher.
+- ``ctc``: the transcript under the adapter's posteriors over the LLM's tokens (Graves et al. 2006).
+- ``embed``: distance from the embedding of the token that is spoken at each place; the LLM is not run.
 
-Letters: N response positions, V vocabulary, K stored top-k, B batch, S adapter places, C read-out classes, U
-target tokens, D LLM width.
+A new loss is a function here and an entry in `LOSSES` of step.py.
+
+Shapes: N response positions (embed: adapter places), V vocabulary, K stored top-k, B batch, S adapter places,
+C classes, U target tokens, X = 2U + 1 CTC states, D LLM width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -29,14 +31,17 @@ from torch.nn import functional as F
 
 from blsp.llm.language_model import at_least_float32, kl_divergence
 
-Total = tuple[Tensor, int]
+IMPOSSIBLE = -1e30  # log-probability of an impossible path; finite, so that no gradient becomes NaN
+COSINE_SCALE = 15.0  # the embed loss' logits are so many times the cosine of centred vectors
+FILLER_WEIGHT = 0.3  # weight of a place where no token is spoken, against one where one is
 
-IMPOSSIBLE = -1e30  # log-probability of a path that cannot be; finite, so that no gradient becomes NaN
+
+# --- at response positions --------------------------------------------------------------------------------
 
 
-def ce_loss(logits: Tensor, targets: Tensor) -> Total:
+def ce_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of ``targets`` (N,) under ``logits`` (N, V)."""
-    return F.cross_entropy(at_least_float32(logits), targets, reduction="sum"), targets.numel()
+    return F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
 
 
 def kl_loss(
@@ -44,109 +49,177 @@ def kl_loss(
     teacher_logits: Tensor,
     temperature: float = 1.0,
     student_temperature: float | None = None,
-) -> Total:
+) -> Tensor:
     """KL(teacher || student) over the whole vocabulary, (N, V) both, in nats at ``temperature``.
 
-    The student is taken at the teacher's temperature (Hinton et al. 2015) unless ``student_temperature`` is
-    given; with the student at 1 and the teacher's going to 0 this becomes ``ce_loss`` on the teacher's best
-    token.
+    The student has the teacher's temperature (Hinton et al. 2015) unless ``student_temperature`` is given. With the
+    student at 1 and the teacher's going to 0 this becomes ``ce_loss`` on the teacher's best token.
     """
-    teacher = torch.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)
-    student = torch.log_softmax(
-        at_least_float32(student_logits) / (student_temperature or temperature), dim=-1
-    )
-    return kl_divergence(teacher, student).sum(), student.shape[0]
+    teacher = torch.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)  # (N, V)
+    student_logits = at_least_float32(student_logits) / (student_temperature or temperature)
+    return kl_divergence(teacher, torch.log_softmax(student_logits, dim=-1)).sum()
 
 
 def topk_kl_loss(
     student_logits: Tensor, top_ids: Tensor, top_logp: Tensor, temperature: float = 1.0
-) -> Total:
+) -> Tensor:
     """KL(teacher || student) from the teacher's K best log-probabilities (N, K), taken at ``temperature``.
 
-    What is left of the vocabulary is one bucket on both sides, so this is a lower bound of `kl_loss` (the
-    log-sum inequality) that reaches it as K grows.
+    The rest of the vocabulary is one bucket on both sides, so this is a lower bound of `kl_loss` (the log-sum
+    inequality) that reaches it as K grows.
     """
-    logits = at_least_float32(student_logits) / temperature
-    teacher, teacher_tail = _teacher_with_tail(top_logp.to(logits.dtype))
+    logits = at_least_float32(student_logits) / temperature  # (N, V)
+    teacher, teacher_rest = _teacher_with_rest(top_logp.to(logits.dtype))  # (N, K), (N,)
     top = logits.gather(-1, top_ids.long())  # (N, K)
-    if top_ids.shape[-1] == logits.shape[-1]:
-        return (teacher.exp() * (teacher - torch.log_softmax(top, dim=-1))).sum(), logits.shape[0]
+    if top_ids.shape[-1] == logits.shape[-1]:  # no rest
+        return kl_divergence(teacher, torch.log_softmax(top, dim=-1)).sum()
+
+    # The student's K tokens and its rest, both in the logarithm, before normalisation
     rest = torch.logsumexp(logits.scatter(-1, top_ids.long(), -torch.inf), dim=-1)  # (N,)
-    norm = torch.logaddexp(torch.logsumexp(top, dim=-1), rest)
-    heads = (teacher.exp() * (teacher - top + norm[:, None])).sum(-1)
-    tails = teacher_tail * (teacher_tail.clamp_min(torch.finfo(logits.dtype).tiny).log() - rest + norm)
-    return (heads + tails).sum(), logits.shape[0]
+    norm = torch.logaddexp(torch.logsumexp(top, dim=-1), rest)  # (N,)
+
+    # p log(p / q) of the K tokens and of the rest; a rest of 0 adds 0
+    tokens = (teacher.exp() * (teacher - top + norm[:, None])).sum(-1)  # (N,)
+    tiny = torch.finfo(logits.dtype).tiny
+    bucket = teacher_rest * (teacher_rest.clamp_min(tiny).log() - rest + norm)  # (N,)
+    return (tokens + bucket).sum()
 
 
-def _teacher_with_tail(top_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, K) log-probabilities and (N,) the probability left over; rounding to float16 must not make the sum
-    pass 1.
+def _teacher_with_rest(top_logp: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, K) and the probability left over (N,).
+
+    They are stored in float16: where rounding makes their sum pass 1 they are normalised.
     """
-    total = torch.logsumexp(top_logp, dim=-1, keepdim=True)
+    total = torch.logsumexp(top_logp, dim=-1, keepdim=True)  # (N, 1)
     top_logp = top_logp - total.clamp_min(0)
     return top_logp, -torch.expm1(total.squeeze(-1).clamp_max(0))
 
 
+# --- on the adapter's own output --------------------------------------------------------------------------
+
+
 def ctc_loss(
     log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int
-) -> Total:
-    """Negative log-likelihood of ``targets`` (B, U; right-padded) under ``log_probs`` (B, S, C) of true
-    ``lengths`` (B,).
+) -> Tensor:
+    """-log p(targets), for ``targets`` (B, U; right-padded) and ``log_probs`` (B, S, C) of true ``lengths`` (B,).
 
-    Count: target tokens, where an empty target (no speech) counts as one. Every row must be possible
-    (`can_align`). Unlike ``torch.nn.functional.ctc_loss`` only the U + 1 classes of a row take part in the
-    recursion, so neither it nor its gradient walks over all C classes, and it is deterministic on every
-    device.
+    Every row must be possible (`can_align`).
+
+    Why not ``torch.nn.functional.ctc_loss``: here only the U + 1 classes of a row take part in the recursion, so
+    neither it nor its gradient walks over all C classes. With 14,000 classes, 32 clips of 50 places and 12 tokens,
+    value and gradient take 0.32 s here and 1.38 s there (torch 2.13, one busy CPU core). And torch's gradient is not
+    deterministic on CUDA, so a resumed run would not be the same to the bit (law 4).
     """
-    labels = torch.cat([torch.full_like(targets[:, :1], blank), targets], dim=1) if targets.shape[1] else None
-    if labels is None:
-        labels = torch.full((len(targets), 1), blank, dtype=torch.long, device=targets.device)
-    labels = labels.clamp(0, log_probs.shape[-1] - 1)
-    taken = at_least_float32(
-        log_probs.gather(-1, labels[:, None, :].expand(-1, log_probs.shape[1], -1))
-    )  # (B, S, 1 + U)
-    states = 2 * targets.shape[1] + 1
-    of_label = (torch.arange(states, device=targets.device) + 1) // 2
-    of_label[::2] = 0  # blank, token 1, blank, token 2, ..., blank
-    emissions = taken[:, :, of_label].transpose(0, 1)  # (S, B, 2U+1)
-    final = _forward_variables(emissions, lengths, labels[:, of_label])
-    ends = torch.stack([2 * target_lengths, (2 * target_lengths - 1).clamp_min(0)], dim=1)
-    last = final.gather(1, ends)
-    only_blank = (target_lengths == 0)[:, None] & torch.tensor([False, True], device=last.device)
-    nll = -torch.logsumexp(last.masked_fill(only_blank, IMPOSSIBLE), dim=1)
-    return nll.sum(), int(target_lengths.clamp_min(1).sum())
+    # Classes of each row's states: blank, token 1, blank, token 2, …, blank
+    blanks = torch.full((len(targets), 1), blank, dtype=torch.long, device=targets.device)
+    labels = torch.cat([blanks, targets.long()], dim=1).clamp(0, log_probs.shape[-1] - 1)  # (B, 1 + U)
+    states = torch.arange(2 * targets.shape[1] + 1, device=targets.device)  # (X,)
+    label_of_state = torch.where(states % 2 == 0, 0, (states + 1) // 2)  # U = 2: [0, 1, 0, 2, 0]
+
+    # Scores of those classes at each place
+    index = labels[:, None, :].expand(-1, log_probs.shape[1], -1)  # (B, S, 1 + U)
+    emissions = at_least_float32(log_probs.gather(-1, index))[:, :, label_of_state].transpose(
+        0, 1
+    )  # (S, B, X)
+    final = _forward_variables(emissions, lengths, labels[:, label_of_state])  # (B, X)
+
+    # A path ends in the last token or in the blank after it; an empty target has that blank alone
+    ends = torch.stack([2 * target_lengths, (2 * target_lengths - 1).clamp_min(0)], dim=1)  # (B, 2)
+    no_token = (target_lengths == 0)[:, None] & torch.tensor([False, True], device=final.device)
+    return -torch.logsumexp(final.gather(1, ends).masked_fill(no_token, IMPOSSIBLE), dim=1).sum()
 
 
 def _forward_variables(emissions: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
     """The CTC forward recursion: emissions (S, B, X), labels (B, X) -> log-probability of each state at the
     end (B, X).
     """
-    steps, batch, states = emissions.shape
-    reachable = torch.arange(states, device=emissions.device) < 2
-    alpha = torch.where(reachable, emissions[0], IMPOSSIBLE)
-    skip = torch.zeros(
-        batch, states, dtype=torch.bool, device=emissions.device
-    )  # over a blank, to another token
+    places, batch, states = emissions.shape
+    reachable = (
+        torch.arange(states, device=emissions.device) < 2
+    )  # a path begins with a blank or with token 1
+    alpha = torch.where(reachable, emissions[0], IMPOSSIBLE)  # (B, X)
+
+    # From a token straight to the next one, unless they are equal: then the blank between them is needed
+    skip = torch.zeros(batch, states, dtype=torch.bool, device=emissions.device)
     skip[:, 3::2] = labels[:, 3::2] != labels[:, 1:-2:2]
-    for t in range(1, steps):
-        one = F.pad(alpha[:, :-1], (1, 0), value=IMPOSSIBLE)
-        two = F.pad(alpha[:, :-2], (2, 0), value=IMPOSSIBLE).masked_fill(~skip, IMPOSSIBLE)[:, :states]
-        moved = torch.logsumexp(torch.stack([alpha, one, two]), dim=0) + emissions[t]
-        alpha = torch.where((t < lengths)[:, None], moved, alpha)
+
+    # Each state is reached from itself, from the state before, or over a blank
+    for place in range(1, places):
+        one_back = F.pad(alpha[:, :-1], (1, 0), value=IMPOSSIBLE)
+        two_back = F.pad(alpha[:, :-2], (2, 0), value=IMPOSSIBLE).masked_fill(~skip, IMPOSSIBLE)[:, :states]
+        moved = torch.logsumexp(torch.stack([alpha, one_back, two_back]), dim=0) + emissions[place]
+        alpha = torch.where((place < lengths)[:, None], moved, alpha)  # shorter rows stay as they ended
     return alpha
 
 
 def can_align(places: int, target: list[int]) -> bool:
-    """Whether CTC can spell ``target`` in so many places: a place a token and one between two equal ones."""
+    """Whether CTC can spell ``target`` in so many places: one a token, and one between two equal tokens."""
     return places >= max(1, len(target) + sum(a == b for a, b in pairwise(target)))
+
+
+def shortlist(
+    adapter: Any,
+    hidden: Tensor,
+    table: Tensor,
+    targets: Sequence[Sequence[int]],
+    negatives: int,
+) -> tuple[Tensor, list[list[int]]]:
+    """Log-probabilities (B, S, C) over the batch's own tokens and a sample of the others; targets among those C.
+
+    hidden (B, S, D), table (classes - 1, D), targets in read-out classes (blank is 0). Each drawn token stands for
+    others / negatives tokens, so the normaliser is right on average.
+    Example: targets [[3, 7], [40, 3]] become [[1, 2], [3, 1]]; class 0 stays blank, classes from 4 on are drawn.
+    """
+    # The batch's own tokens, and `negatives` others that are a function of the batch
+    own = sorted(set().union(*targets))
+    tokens = torch.tensor([token - 1 for token in own], dtype=torch.long)
+    others = torch.ones(len(table), dtype=torch.bool)
+    others[tokens] = False
+    drawn = _draw(others.nonzero().flatten(), negatives, seed=sum(map(sum, targets)))
+
+    # Drawn tokens weigh more: log(others / negatives) is added to their logits
+    logits = adapter.logits(hidden, table, torch.cat([tokens, drawn]).to(hidden.device))  # (B, S, C)
+    weight = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    weight[1 + len(own) :] = math.log(max(1, int(others.sum())) / negatives)
+    number = {token: place for place, token in enumerate(own, start=1)}
+    return (logits + weight).log_softmax(dim=-1), [[number[token] for token in row] for row in targets]
+
+
+def _draw(tokens: Tensor, count: int, seed: int) -> Tensor:
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+    return tokens[order[:count]]
+
+
+def embed_loss(
+    vectors: Tensor, classes: Tensor, candidates: Tensor, weight: Tensor, mean: Tensor, variance: float
+) -> Tensor:
+    """Weighted sum over places of how far ``vectors`` (N, D) are from the embeddings of their ``classes`` (N,).
+
+    candidates: (C, D) embeddings to tell apart, the targets among them. weight: (N,) of each place. mean (D,),
+    variance: of the LLM's whole table, the variance of a component. Cross-entropy over the candidates (nats) plus the
+    squared error in units of the variance.
+    """
+    vectors, candidates = at_least_float32(vectors) - mean, at_least_float32(candidates) - mean
+
+    # Which token: cosines without the mean that all embeddings share (uncentred, two random tokens have 0.46)
+    cosines = F.normalize(vectors, dim=-1) @ F.normalize(candidates, dim=-1).T  # (N, C)
+    wrong_token = F.cross_entropy(COSINE_SCALE * cosines, classes, reduction="none")  # (N,)
+
+    # How near: the LLM reads the vector itself, so its length counts too
+    distance = (vectors - candidates[classes]).square().mean(dim=-1) / variance  # (N,)
+
+    return (weight * (wrong_token + distance)).sum()
+
+
+# --- a part of the positions at a time --------------------------------------------------------------------
 
 
 def chunked(hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
     """Sum of ``loss_of(hidden[part], part)`` over parts of ``rows`` positions of ``hidden`` (N, D).
 
-    ``loss_of`` goes through the frozen vocabulary head; its (rows, V) logits die with the part. Since nothing
-    but ``hidden`` needs a gradient, that gradient (N, D) is taken on the way forward and no logits are kept
-    or recomputed.
+    ``loss_of`` goes through the frozen vocabulary head; its (rows, V) logits are freed after each part. Nothing but
+    ``hidden`` needs a gradient, so its gradient (N, D) is taken in the forward pass, and no logits are kept or
+    computed twice.
     """
     if not hidden.shape[0]:
         return hidden.sum()
@@ -156,20 +229,20 @@ def chunked(hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: in
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
-        total, gradients = [], []
+        totals, gradients = [], []
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             if not ctx.needs_input_grad[0]:
-                total.append(loss_of(hidden[part], part))
+                totals.append(loss_of(hidden[part], part))
                 continue
             with torch.enable_grad():
-                leaf = hidden[part].detach().requires_grad_()
+                leaf = hidden[part].detach().requires_grad_()  # (rows, D)
                 loss = loss_of(leaf, part)
             gradients.append(torch.autograd.grad(loss, leaf)[0])
-            total.append(loss.detach())
+            totals.append(loss.detach())
         if gradients:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.stack(total).sum()
+            ctx.save_for_backward(torch.cat(gradients))  # (N, D)
+        return torch.stack(totals).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:

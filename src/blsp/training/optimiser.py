@@ -1,8 +1,9 @@
-"""What moves from step to step: optimiser, learning rate, running average; where a run begins and goes on.
+"""AdamW, learning-rate schedules, the running average of the weights; and the state that they are saved in.
 
-In:  a prepared run, and its newest complete checkpoint if there is one. Out: `State`, saved as often as asked.
+In:  a prepared run, and its newest complete checkpoint if there is one.
+Out: `State`: what changes from step to step, saved as often as the settings say.
 Try: `state = begin_or_resume(run)`
-Flow: training/run.py -> **optimisation.py** (run_state.py) -> training/loop.py
+Flow: training/run.py -> **optimiser.py** (run_state.py) -> training/loop.py
 """
 
 from __future__ import annotations
@@ -66,29 +67,31 @@ def environment_here(run: Run) -> dict[str, object]:
 
 
 def new_optimiser(run: Run) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices and kernels only, as in the paper's trainer."""
-    decayed = [p for p in run.parameters if p.ndim > 1]
-    level = [p for p in run.parameters if p.ndim <= 1]
+    """AdamW; weight decay on matrices and kernels only, as in the paper's trainer: not on biases and norms."""
+    matrices = [p for p in run.parameters if p.ndim > 1]
+    vectors = [p for p in run.parameters if p.ndim <= 1]
     groups = [
-        {"params": decayed, "weight_decay": run.settings.weight_decay},
-        {"params": level, "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": run.settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=run.settings.lr, fused=True)
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
-    """The rate of step `step` (from 1): a linear warm-up, then a cosine to zero, or level."""
+    """The rate of step `step` (from 1): a linear warm-up, then to zero along a cosine or a line, or constant."""
     warmup = min(settings.warmup_steps, steps // 10)
     if step <= warmup:
         return settings.lr * step / warmup
     if settings.schedule == "constant":
         return settings.lr
-    done = (step - warmup) / (steps - warmup + 1)
+    done = (step - warmup) / (steps - warmup + 1)  # 0 at the end of the warm-up, below 1 in the last step
+    if settings.schedule == "linear":
+        return settings.lr * (1 - done)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def add_to_average(run: Run, state: State, number: int) -> None:
-    """Running mean of the adapter's weights."""
+    """Add the adapter's weights to their running mean; after the last step they become that mean."""
     count = state.progress.averaged + 1
     weights = dict(run.model.model.multi_modal_projector.named_parameters())
     for name, weight in weights.items():
@@ -97,15 +100,15 @@ def add_to_average(run: Run, state: State, number: int) -> None:
         else:
             state.average[name] += (weight.detach() - state.average[name]) / count
     state.progress = replace(state.progress, averaged=count)
-    if number == run.steps - 1:  # the end: what is measured, saved and shipped from here on is the average
+    if number == run.steps - 1:  # what is measured and saved after this is the mean
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(state.average[name])
 
 
 def time_to_save(run: Run, state: State) -> bool:
-    """By steps, and by the clock: when a checkpoint is written changes nothing in it. All ranks agree by
-    steps.
+    """Every `--save-every` steps, and when `--save-minutes` have passed. Only the first rank saves, so only its
+    clock counts; the moment of a checkpoint changes nothing in it.
     """
     waited = time.monotonic() - state.saved > 60 * run.settings.save_minutes
     return state.progress.step % run.settings.save_every == 0 or (waited and run.runtime.rank == 0)

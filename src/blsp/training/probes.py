@@ -1,16 +1,18 @@
-"""How far the LLM that listens is from the LLM that reads, measured on a few clips while training goes on.
+"""Probes: divergence between the text route and the speech route on a few clips, while training goes on.
 
-In:  examples from the training part and held-out ones, the model.
+In:  examples that are learnt from and examples that are held out, the model.
 Out: ``{"held_out_kl": …, "held_out_kl_shuffled": …, "held_out_top1": …, "held_out_wer": …, "train_kl": …}``.
 Try: ``measure(Probe("held_out", examples), prefixes, tokenizer, positions=4096)``
 Flow: training/loop.py every so many steps -> **probes.py** -> metrics.jsonl, curves.png
 
-`kl` is the mean over response tokens of KL(text || speech), temperature 1, whole vocabulary, nats; it
-predicts downstream accuracy (SALAD, 2510.13632). `kl_shuffled` is the same with every clip exchanged for
-another one: an adapter that merely became harmless does well there too, one that listens does badly. `wer` is
-the word error rate of the adapter's own read-out, where it has one.
+- `kl`: mean over response tokens of KL(text || speech), temperature 1, whole vocabulary, nats. It predicts accuracy on
+  tasks (SALAD, 2510.13632).
+- `kl_shuffled`: the same with the speech of another clip. An adapter that does not listen has the same `kl` and
+  `kl_shuffled`.
+- `top1`: share of response tokens for which both routes have the same likeliest token.
+- `wer`: word error rate of the read-out, for adapters that read out.
 
-Letters: N response positions, D LLM width.
+Shapes: N response positions of a micro-batch, n of an example, D LLM width.
 """
 
 from __future__ import annotations
@@ -25,20 +27,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from whisper_normalizer.basic import BasicTextNormalizer
 
-from blsp.llm.language_model import rows_per_chunk
+from blsp.llm import teacher_forcing
 from blsp.llm.prefix import PrefixCache
 from blsp.training.batches import cut
-from blsp.training.examples import Example
-from blsp.training.losses import kl_loss
+from blsp.training.examples import FRAMES_PER_SECOND, Example
 from blsp.training.step import response_states, speech_states, speech_vectors, transcript_vectors
 
 
 @dataclass
 class Probe:
-    """The clips of one part of the data, and what the LLM makes of their transcripts: computed once, for
-    good.
+    """The clips of one part of the data, and the states of their text route, computed once.
 
-    text: last hidden states (n, D) of the reading LLM at each answered example's response.
+    text: last hidden states (n, D) at the response of each answered example.
     """
 
     part: str
@@ -56,54 +56,48 @@ def measure(
 ) -> dict[str, float]:
     """The probes of one part of the data ("train" or "held_out"); those that it has examples for."""
     adapter = prefixes.llm.model.multi_modal_projector
-    learning = adapter.training
+    was_training = adapter.training
     adapter.eval()
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     if probe.answered:
-        found["kl"], found["top1"] = divergence(probe, probe.answered, prefixes, positions)
-        if others := shuffled(probe.answered):
-            found["kl_shuffled"], _ = divergence(probe, others, prefixes, positions)
+        figures["kl"], figures["top1"] = divergence(probe, probe.answered, prefixes, positions)
+        if others := exchange_speech(probe.answered):
+            figures["kl_shuffled"], _ = divergence(probe, others, prefixes, positions)
     spoken = {example.id: example for example in probe.examples if not example.no_speech}
     if spoken and prefixes.llm.model.reads_out:
-        found["wer"] = readout_wer(list(spoken.values()), prefixes, tokenizer, positions)
-    adapter.train(learning)
-    return {f"{probe.part}_{name}": round(value, 6) for name, value in found.items()}
+        figures["wer"] = readout_wer(list(spoken.values()), prefixes, tokenizer, positions)
+    adapter.train(was_training)
+    return {f"{probe.part}_{name}": round(value, 6) for name, value in figures.items()}
 
 
 def divergence(
-    probe: Probe, hearing: Sequence[Example], prefixes: PrefixCache, positions: int
+    probe: Probe, examples: Sequence[Example], prefixes: PrefixCache, positions: int
 ) -> tuple[float, float]:
     """Mean KL(text || speech) in nats and top-1 agreement over all response positions.
 
-    hearing: the probe's answered examples, or the same with other clips to be heard.
+    examples: the probe's answered examples, with their own speech or with that of other clips.
     """
-    total, agreed, count = 0.0, 0, 0
-    rows = rows_per_chunk(prefixes.llm.config.text_config.vocab_size)
-    for numbers in micro_batches(hearing, positions):
-        batch = [hearing[number] for number in numbers]
-        heard = prefixes.llm.model.listen(*speech_states(prefixes.llm, batch))
-        speech, _ = response_states(prefixes.llm, batch, speech_vectors(heard, range(len(batch))), prefixes)
-        text = _text_states(probe, numbers, batch, prefixes)
-        for start in range(0, len(speech), rows):
-            part = slice(start, start + rows)
-            student, teacher = (
-                prefixes.llm.compute_logits(speech[part]),
-                prefixes.llm.compute_logits(text[part]),
-            )
-            total += kl_loss(student, teacher)[0].item()
-            agreed += int((student.argmax(-1) == teacher.argmax(-1)).sum())
-            count += len(student)
-    return total / count, agreed / count
+    model, divergences, agreements = prefixes.llm, [], []
+    for numbers in micro_batches(examples, positions):
+        batch = [examples[number] for number in numbers]
+        audio = model.model.listen(*speech_states(model, batch))
+        vectors = speech_vectors(audio, range(len(batch)))
+        speech, _ = response_states(model, batch, vectors, prefixes)  # (N, D)
+        text = _text_states(probe, numbers, batch, prefixes)  # (N, D)
+        nats, agree = teacher_forcing.divergence(model, text, speech)
+        divergences += nats
+        agreements += agree
+    return sum(divergences) / len(divergences), sum(agreements) / len(agreements)
 
 
 def _text_states(
     probe: Probe, numbers: Sequence[int], batch: Sequence[Example], prefixes: PrefixCache
 ) -> Tensor:
-    """States (N, D) of the reading LLM at the responses of a micro-batch, from the first time on remembered."""
+    """States (N, D) of the text route at the responses of a micro-batch; kept after the first time."""
     if any(number not in probe.text for number in numbers):
         states, _ = response_states(prefixes.llm, batch, transcript_vectors(prefixes.llm, batch), prefixes)
-        found = states.split([len(example.response) for example in batch])
-        probe.text.update(zip(numbers, found, strict=True))
+        by_example = states.split([len(example.response) for example in batch])  # (n, D) each
+        probe.text.update(zip(numbers, by_example, strict=True))
     return torch.cat([probe.text[number] for number in numbers])
 
 
@@ -124,23 +118,31 @@ def readout_wer(
     return float(jiwer.wer([references[i] for i in kept], [hypotheses[i] for i in kept]))
 
 
-def shuffled(examples: Sequence[Example]) -> list[Example]:
-    """Every example with the speech of another utterance; nothing where there is but one utterance."""
-    if len({example.id for example in examples}) < 2:
-        return []
-    found = []
-    for place, example in enumerate(examples):
-        turned = [*examples[place + 1 :], *examples[:place]]
-        found.append(example.hearing(next(other for other in turned if other.id != example.id)))
-    return found
+def exchange_speech(examples: Sequence[Example]) -> list[Example]:
+    """Every example with the speech of another text; nothing where some example has no such partner."""
+    exchanged = []
+    for number, example in enumerate(examples):
+        others = [*examples[number + 1 :], *examples[:number]]
+        partner = next((other for other in others if _says_something_else(other, example)), None)
+        if partner is None:
+            return []
+        exchanged.append(example.with_speech_of(partner))
+    return exchanged
+
+
+def _says_something_else(other: Example, example: Example) -> bool:
+    return other.id != example.id and (not example.transcript or other.transcript != example.transcript)
 
 
 def micro_batches(examples: Sequence[Example], positions: int) -> Iterator[list[int]]:
-    """Numbers of examples that share a prefix, under the budget: speech counted at its encoder frames over
-    eight.
-    """
+    """Numbers of examples that share a prefix, under the budget; one position of speech for eight encoder frames."""
     prefixes = sorted({example.template.prefix_ids for example in examples})
     groups = np.array([prefixes.index(example.template.prefix_ids) for example in examples])
-    lengths = [round(e.seconds * 50 / 8) + len(e.template.suffix_ids) + len(e.response) for e in examples]
+    lengths = [
+        round(example.seconds * FRAMES_PER_SECOND / 8)
+        + len(example.template.suffix_ids)
+        + len(example.response)
+        for example in examples
+    ]
     for numbers in cut(np.arange(len(examples)), np.array(lengths), groups, positions):
         yield numbers.tolist()

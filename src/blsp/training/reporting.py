@@ -1,6 +1,7 @@
-"""What a run shows of itself: a bar, lines of metrics.jsonl with the probes, the picture of its curves.
+"""Reports of a run: lines of metrics.jsonl with the probes, the curves, a progress bar, the model card.
 
-In:  the run and its state after a step. Out: ``metrics.jsonl``, ``curves.png``, a progress bar on stderr.
+In:  the run and its state after a step.
+Out: ``metrics.jsonl``, ``curves.png``, a progress bar on stderr; at the end the README of the adapter's folder.
 Try: `report(run, state, bar)`
 Flow: training/loop.py after every step -> **reporting.py** -> the run folder
 """
@@ -23,48 +24,48 @@ from blsp.training.optimiser import State, learning_rate
 from blsp.training.run import Run
 from blsp.training.run_state import Progress, as_flags, empty_window
 
-PICTURE_SECONDS = 60  # at least, between two drawings of curves.png
+CURVES_SECONDS = 60  # at least, between two drawings of curves.png
 
 
 def report(run: Run, state: State, bar: tqdm) -> None:
-    """One line of metrics.jsonl every so many steps, with the probes every so many more."""
-    now, settings = state.progress, run.settings
-    last = now.step == run.steps
+    """Write a line of metrics.jsonl every `--log-every` steps; every `--probe-every` steps with the probes."""
+    progress, settings = state.progress, run.settings
     bar.update()
-    probing = now.step == 1 or now.step % settings.probe_every == 0 or last
-    if not (probing or now.step % settings.log_every == 0):
+    is_last = progress.step == run.steps
+    probing = progress.step == 1 or progress.step % settings.probe_every == 0 or is_last
+    if not (probing or progress.step % settings.log_every == 0):
         return
-    state.progress = empty_window(now)
+    state.progress = empty_window(progress)
     row = {
-        "step": now.step,
-        "loss": now.window_loss / now.window_steps,
-        "lr": learning_rate(settings, now.step, run.steps),
-        "samples": now.samples,
-        "audio_seconds": round(now.audio_seconds, 3),
-        "seconds": round(now.seconds, 3),
-        "padding": round(now.window_padding / max(1, now.window_positions), 4),
+        "step": progress.step,
+        "loss": progress.window_loss / progress.window_steps,
+        "lr": learning_rate(settings, progress.step, run.steps),
+        "samples": progress.samples,
+        "audio_seconds": round(progress.audio_seconds, 3),
+        "seconds": round(progress.seconds, 3),
+        "padding": round(progress.window_padding / max(1, progress.window_positions), 4),
     }
     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-    if probing and (run.runtime.rank == 0 or settings.shard_llm):  # a sharded LLM is run by all or by none
-        row |= measure(run)
+    if probing and (run.runtime.rank == 0 or settings.shard_llm):  # all ranks run a sharded LLM, or none
+        row |= measure_probes(run)
     if run.runtime.rank != 0:
         return
     if probing:
         bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()), file=sys.stderr)
     with open(settings.out / "metrics.jsonl", "a", encoding="utf-8") as out:
         out.write(json.dumps(row) + "\n")
-    if probing and time.monotonic() - state.drawn > PICTURE_SECONDS:
+    if probing and time.monotonic() - state.drawn > CURVES_SECONDS:
         state.drawn = time.monotonic()
-        picture(run)
+        draw_curves(run)
 
 
-def measure(run: Run) -> dict[str, float]:
+def measure_probes(run: Run) -> dict[str, float]:
     """The probes on held-out and training clips."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     with step.autocast(run.runtime):
         for probe in run.probes:
-            found |= probes.measure(probe, run.prefixes, run.processor.tokenizer, run.settings.batch_tokens)
-    return found
+            figures |= probes.measure(probe, run.prefixes, run.processor.tokenizer, run.settings.batch_tokens)
+    return figures
 
 
 def progress_bar(run: Run, progress: Progress) -> tqdm:
@@ -80,19 +81,19 @@ def progress_bar(run: Run, progress: Progress) -> tqdm:
     )
 
 
-def picture(run: Run) -> None:
-    """Draw curves.png from what metrics.jsonl holds."""
+def draw_curves(run: Run) -> None:
+    """Draw curves.png from metrics.jsonl; only the first rank does."""
     if run.runtime.rank == 0:
         draw(run.settings.out / "metrics.jsonl", run.settings.out / "curves.png")
 
 
-def say(runtime: Runtime, text: str) -> None:
-    """Print once, however many processes there are."""
+def print_once(runtime: Runtime, text: str) -> None:
+    """Print in the first rank alone."""
     if runtime.rank == 0:
         print(text)
 
 
-MEANINGS = {
+PROBE_MEANINGS = {
     "kl": "next-token divergence from the text route, nats per token",
     "kl_shuffled": "the same with every clip exchanged for another one",
     "top1": "top-1 agreement with the text route",
@@ -101,7 +102,7 @@ MEANINGS = {
 
 
 def model_card(settings: TrainSettings, metrics: Path) -> str:
-    """YAML head, how to use it, how it was trained, and the last probes."""
+    """The README of the adapter's folder: metadata, how to use it, how it was trained, and the last probes."""
     head = {
         "library_name": "transformers",
         "pipeline_tag": "audio-text-to-text",
@@ -141,7 +142,7 @@ def _probes(last: dict[str, float]) -> str:
     rows = [
         f"| {part.replace('_', '-')} | {meaning} | {last[f'{part}_{name}']:.4f} |"
         for part in ("held_out", "train")
-        for name, meaning in MEANINGS.items()
+        for name, meaning in PROBE_MEANINGS.items()
         if f"{part}_{name}" in last
     ]
     if not rows:

@@ -1,9 +1,9 @@
-"""Everything a run needs before its first step: model, data, plan, probes.
+"""Everything before the first step: model, objective, data, order of the data, probes.
 
-In:  the resolved settings of one run (or one stage) and the place it runs at.
-Out: `Run`.
+In:  the resolved settings of one run (or of one stage), and the `Runtime`.
+Out: `Run`; its parts never change. `step_examples`: the micro-batches of each step.
 Try: ``prepare(settings, find_runtime("cpu"))``
-Flow: settings -> **preparation.py** (sources.py, table.py, examples.py, batches.py) -> training/loop.py
+Flow: settings -> **run.py** (dataset.py, examples.py, batches.py, probes.py) -> training/loop.py
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from blsp.data.corpora.no_speech import no_speech
 from blsp.data.corpora.reading import ReadRequest
+from blsp.data.files import write_text
 from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.distributed import Runtime, barrier, shard_language_model
@@ -38,19 +40,27 @@ from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import SettingsError, TrainSettings
 from blsp.training.batches import DataFile, DataOrder, Rows, cut
-from blsp.training.dataset import DataError, Source, Table, choose_teacher, open_sources, open_table
-from blsp.training.examples import Example, ExampleReader, Targets, lengths_for
+from blsp.training.dataset import (
+    DataError,
+    Dataset,
+    Refused,
+    Source,
+    choose_teacher,
+    open_dataset,
+    open_sources,
+)
+from blsp.training.examples import Example, ExampleReader, RowMeasurer, RowTexts, Targets
 from blsp.training.probes import Probe
-from blsp.training.run_state import write_text
-from blsp.training.step import Objective
+from blsp.training.step import LOSSES, Objective
 from blsp.weights.digest import Weights, find_weights
 
-PROBE_ROWS = 24  # of each part: divergence to about a tenth of its value, in seconds
+PROBE_ROWS = 24  # of each part: the divergence to about a tenth of its value, in seconds
+NO_SPEECH_CLIPS = 64  # made for --no-speech
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """One run, ready for its first step (or for going on)."""
+    """One run, ready for its first step, or for the step after its newest checkpoint."""
 
     settings: TrainSettings
     runtime: Runtime
@@ -58,17 +68,16 @@ class Run:
     processor: BlspProcessor
     prefixes: PrefixCache
     objective: Objective
+    dataset: Dataset
+    order: DataOrder
     reader: ExampleReader
-    sources: list[Source]
-    table: Table
-    plan: DataOrder
     skipped: SkippedLog
-    probes: list[Probe]
+    probes: tuple[Probe, ...]
 
     @property
     def steps(self) -> int:
         """Optimiser steps from beginning to end."""
-        return self.settings.steps or max(1, round(self.settings.epochs * self.plan.steps_per_epoch))
+        return self.settings.steps or max(1, round(self.settings.epochs * self.order.steps_per_epoch))
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -76,51 +85,47 @@ class Run:
         return list(self.model.model.multi_modal_projector.parameters())
 
 
-def check_adapter(settings: TrainSettings) -> None:
-    """Raise SettingsError where the adapter is unknown or cannot learn by the loss."""
-    try:
-        reads_out = adapter_class(settings.adapter).reads_out
-    except ValueError as error:
-        raise SettingsError(f"--adapter: {error}") from error
-    if settings.loss == "ctc" and not reads_out:
-        able = ", ".join(name for name, kind in ADAPTERS.items() if kind.reads_out)
-        raise SettingsError(
-            f"--loss ctc: needs an adapter that reads out ({able}); {settings.adapter!r} does not"
-        )
-
-
 def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     """Open the data and the model; the first process writes what all of them read."""
-    folder = settings.out
-    folder.mkdir(parents=True, exist_ok=True)
-    teacher = choose_teacher(settings.data, settings.teacher) if settings.loss == "kl" else "online"
-    sources = open_sources(
-        settings.data, settings.data_weights, teacher=teacher, temperature=settings.temperature
-    )
-    if settings.shard_llm and settings.loss == "kl" and teacher == "online":
-        raise SettingsError(
-            "--shard-llm --loss kl: needs a stored teacher; write it with blsp continue --top-k"
-        )
+    # What is learnt, and from which files
+    stored = teacher_of(settings) == "stored"
+    sources = data_sources(settings, runtime, stored)
+    objective = objective_of(settings, stored)
+    targets = targets_of(settings, objective)
+
+    # The frozen parts and the adapter
     model, processor = open_model(settings, runtime, sources)
     check_teacher(sources, model)
-    objective = objective_of(settings, stored=teacher == "stored")
-    reader = reader_of(settings, model, processor)
-    if settings.no_speech:
-        sources = [*sources, _no_speech_source(settings, runtime)]
-    if settings.cache is not None:
-        # a run that goes on has looked at every row already
-        rows = [] if (folder / "table.json").exists() else [source.rows for source in sources]
-        reader.cache = open_features(settings.cache, model, processor, rows, runtime)
-    skipped = SkippedLog(settings.out if runtime.rank == 0 else f"{settings.out}.rank{runtime.rank}")
-    if runtime.rank == 0:
-        open_table(sources, reader, folder, skipped, settings.held_out, reader.pairs)
-    barrier(runtime)
-    table = open_table(sources, reader, folder, skipped, settings.held_out, reader.pairs)
     if settings.activation_checkpointing:
         model.model.language_model.activation_checkpointing_enable()
     prefixes = PrefixCache(model, reuse=not settings.shard_llm)
-    plan = plan_of(settings, sources, table)
-    probes = open_probes(reader, table, sources)
+
+    # Features and measured rows: both are in the folder when a run goes on
+    cache = None
+    if settings.cache is not None:
+        to_encode = [] if (settings.out / "table.json").exists() else [source.rows for source in sources]
+        cache = open_features(settings.cache, model, processor, to_encode, runtime)
+    end = end_token(model, processor.tokenizer)
+    texts = RowTexts(processor.tokenizer, end, model.config.no_speech_sentence)
+    measurer = RowMeasurer(targets, texts, cache, settings.max_seconds)
+    skipped = SkippedLog(settings.out if runtime.rank == 0 else f"{settings.out}.rank{runtime.rank}")
+    dataset = open_dataset(sources, measurer, settings.out, skipped, settings.held_out, runtime)
+
+    # The order of the rows, and the reader of their examples
+    classes = {token: 1 + row for row, token in enumerate(model.model.readout_ids())}
+    strides: Any = model.model.multi_modal_projector.strides
+    reader = ExampleReader(
+        targets,
+        texts,
+        dataset,
+        processor.feature_extractor,
+        partial(num_audio_tokens, strides=strides),
+        classes=classes if "readout" in targets else {},
+        cache=cache,
+        augmentation=settings.augment,
+        full_window=settings.pad_to_30s,
+        seed=settings.seed,
+    )
     return Run(
         settings,
         runtime,
@@ -128,119 +133,152 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
         processor,
         prefixes,
         objective,
+        dataset,
+        data_order(settings, dataset),
         reader,
-        sources,
-        table,
-        plan,
         skipped,
-        probes,
+        open_probes(reader),
     )
 
 
-# --- what is learnt, and from what ------------------------------------------------------------------------
+# --- what is learnt ---------------------------------------------------------------------------------------
+
+
+def check_loss(settings: TrainSettings) -> None:
+    """Raise SettingsError where the adapter or the loss is not known, or where they do not fit each other."""
+    try:
+        reads_out = adapter_class(settings.adapter).reads_out
+    except ValueError as error:
+        raise SettingsError(f"--adapter: {error}") from error
+    if settings.loss not in LOSSES:
+        raise SettingsError(f"--loss {settings.loss}: must be one of {', '.join(LOSSES)}")
+    if "readout" in LOSSES[settings.loss].needs and not reads_out:
+        able = ", ".join(name for name, kind in ADAPTERS.items() if kind.reads_out)
+        raise SettingsError(
+            f"--loss {settings.loss}: needs an adapter that reads out ({able}); {settings.adapter!r} does not"
+        )
+
+
+def teacher_of(settings: TrainSettings) -> str:
+    """Where the text route's distribution comes from: "stored" or "online"."""
+    if "teacher" not in LOSSES[settings.loss].needs:
+        return "online"
+    teacher = choose_teacher(settings.data, settings.teacher)
+    if settings.shard_llm and teacher == "online":
+        raise SettingsError(
+            f"--shard-llm --loss {settings.loss}: needs a stored teacher; write it with blsp continue --top-k"
+        )
+    return teacher
 
 
 def objective_of(settings: TrainSettings, stored: bool) -> Objective:
-    """ctc alone has weight 1; under ce and kl an adapter that reads out keeps `--ctc-weight` of it."""
-    weight = settings.ctc_weight if adapter_class(settings.adapter).reads_out else 0.0
-    weight = 1.0 if settings.loss == "ctc" else weight
-    return Objective(settings.loss, settings.temperature, stored, weight, settings.negatives)
+    """The loss with weight 1; an adapter that reads out keeps `--ctc-weight` of ctc beside a loss of the LLM."""
+    terms: dict[str, float] = {settings.loss: 1.0}
+    if LOSSES[settings.loss].runs_llm and settings.ctc_weight and adapter_class(settings.adapter).reads_out:
+        terms["ctc"] = settings.ctc_weight
+    return Objective(terms, settings.temperature, stored, settings.negatives)
 
 
-def reader_of(
-    settings: TrainSettings, model: BlspForConditionalGeneration, processor: BlspProcessor
-) -> ExampleReader:
-    """How rows become examples for this model and this loss."""
-    reads_out = model.model.reads_out
-    taught = Targets(
-        settings.loss, reads_out, reads_out and (settings.loss == "ctc" or settings.ctc_weight > 0)
+def targets_of(settings: TrainSettings, objective: Objective) -> Targets:
+    """What examples must hold for the loss, and may hold for its further terms."""
+    needs = LOSSES[settings.loss].needs
+    extras = frozenset().union(*(LOSSES[name].needs for name in objective.terms)) - needs
+    return Targets(needs, extras, objective.runs_llm, adapter_class(settings.adapter).reads_out)
+
+
+# --- data -------------------------------------------------------------------------------------------------
+
+
+def data_sources(settings: TrainSettings, runtime: Runtime, stored_teacher: bool) -> list[Source]:
+    """The files of --data, and made clips of silence and noise for --no-speech."""
+    sources = open_sources(
+        settings.data,
+        settings.data_weights,
+        teacher="stored" if stored_teacher else "online",
+        temperature=settings.temperature,
     )
-    strides = model.model.multi_modal_projector.strides
-    return ExampleReader(
-        taught=taught,
-        tokenizer=processor.tokenizer,
-        extractor=processor.feature_extractor,
-        num_audio_tokens=partial(num_audio_tokens, strides=strides),
-        end=end_token(model, processor.tokenizer),
-        no_speech_sentence=model.config.no_speech_sentence,
-        classes={token: 1 + index for index, token in enumerate(model.model.readout_ids())}
-        if taught.ctc
-        else {},
-        augmentation=settings.augment,
-        full_window=settings.pad_to_30s,
-        max_seconds=settings.max_seconds,
-        seed=settings.seed,
-    )
-
-
-def _no_speech_source(settings: TrainSettings, runtime: Runtime) -> Source:
-    """Made silence and noise, weighted to be `--no-speech` of the other rows."""
-    folder = settings.out / "no_speech"
+    if not settings.no_speech:
+        return sources
+    manifest = settings.out / "no_speech" / "no_speech.jsonl"
     if runtime.rank == 0:
-        write_no_speech(folder, settings.seed)
+        write_no_speech(manifest, settings.seed)
     barrier(runtime)
-    (source,) = open_sources([str(write_no_speech(folder, settings.seed))])
-    return replace(source, weight=settings.no_speech, share=True)
+    (silence,) = open_sources([str(manifest)])
+    return [*sources, replace(silence, weight=settings.no_speech, share=True)]
 
 
-def plan_of(settings: TrainSettings, sources: list[Source], table: Table) -> DataOrder:
+def write_no_speech(manifest: Path, seed: int) -> None:
+    """Make clips of silence and noise and their manifest, unless it is there."""
+    if manifest.exists():
+        return
+    folder = manifest.parent.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    request = ReadRequest("", "", None, None, made_audio=folder, limit=NO_SPEECH_CLIPS, seed=seed)
+    rows = (row for row in no_speech(request) if isinstance(row, Utterance))
+    write_manifest(folder / manifest.name, rows, relative_to=folder)
+
+
+def data_order(settings: TrainSettings, dataset: Dataset) -> DataOrder:
     """The order of the data; a source with `share` is weighted by the others' rows."""
-    counts = table.per_source
-    others = sum(round(n * s.weight) for n, s in zip(counts, sources, strict=True) if not s.share)
+    counted = list(zip(dataset.per_source, dataset.sources, strict=True))
+    others = sum(round(count * source.weight) for count, source in counted if not source.share)
     files, start = [], 0
-    for count, source in zip(counts, sources, strict=True):
+    for count, source in counted:
         weight = source.weight * others / max(1, count) if source.share else source.weight
         files.append(DataFile(start, count, weight))
         start += count
-    plan = DataOrder(tuple(files), settings.batch_size, settings.seed)
-    if not plan.per_epoch:
+    order = DataOrder(tuple(files), settings.batch_size, settings.seed)
+    if not order.per_epoch:
         raise DataError(f"{', '.join(settings.data)}: every file has weight 0")
-    return plan
+    return order
 
 
-def open_probes(reader: ExampleReader, table: Table, sources: list[Source]) -> list[Probe]:
-    """The clips that divergence is measured on, always the same ones; never augmented."""
+def open_probes(reader: ExampleReader) -> tuple[Probe, ...]:
+    """The clips that divergence is measured on: always the same ones, never augmented."""
     plain = replace(reader, augmentation=())
     probes = []
-    for part, rows in (("held_out", table.held_out), ("train", table.rows)):
-        order = np.random.default_rng(0).permutation(len(rows))[: 2 * PROBE_ROWS]
-        examples = [plain.example(rows[i], sources, epoch=0) for i in order if not rows[i]["no_speech"]]
-        probes.append(Probe(part, [e for e in examples if isinstance(e, Example)][:PROBE_ROWS]))
-    return probes
+    for part, rows in (("held_out", reader.dataset.held_out), ("train", reader.dataset.rows)):
+        examples: list[Example] = []
+        for row in rows[np.random.default_rng(0).permutation(len(rows))[: 2 * PROBE_ROWS]]:
+            try:
+                examples += [] if row["no_speech"] else [plain.example(row, epoch=0)]
+            except Refused:  # a few more rows are drawn than are needed
+                continue
+        probes.append(Probe(part, examples[:PROBE_ROWS]))
+    return tuple(probes)
 
 
 def step_examples(run: Run, first: int) -> Iterator[tuple[int, list[list[Example]]]]:
-    """(step, this process' micro-batches) from step `first` to the end; made by the prefetch thread."""
-    codes: dict[tuple[int, ...], int] = {}
+    """(step, this rank's micro-batches) from step `first` to the end; the prefetch thread runs it."""
+    prefix_numbers: dict[tuple[int, ...], int] = {}
+    rows_of, reader = run.dataset.rows, run.reader
 
     def lengths_of(rows: Rows) -> Rows:
-        return lengths_for(run.reader, run.table.rows[rows])
+        return reader.lengths(rows_of[rows])
 
-    for step, rows in enumerate(run.plan.steps(first, lengths_of), start=first):
+    for step, numbers in enumerate(run.order.steps(first, lengths_of), start=first):
         if step >= run.steps:
             return
-        places = run.table.rows[rows[run.runtime.rank :: run.runtime.world]]
-        groups = [codes.setdefault(run.reader.prompt_of(place).prefix_ids, len(codes)) for place in places]
-        batches = cut(
-            np.arange(len(places)),
-            lengths_for(run.reader, places),
-            np.array(groups),
-            run.settings.batch_tokens,
-        )
-        epoch = run.plan.epoch(step)
-        made = [[_example(run, places[i], epoch) for i in batch] for batch in batches]
-        kept = [[example for example in batch if example is not None] for batch in made]
-        yield step, [batch for batch in kept if batch]
+        rows = rows_of[numbers[run.runtime.rank :: run.runtime.world]]  # this rank's share
+        prefixes = [reader.template(row).prefix_ids for row in rows]
+        groups = np.array([prefix_numbers.setdefault(ids, len(prefix_numbers)) for ids in prefixes])
+        parts = cut(np.arange(len(rows)), reader.lengths(rows), groups, run.settings.batch_tokens)
+        epoch = run.order.epoch(step)
+        batches = [list(_read_examples(run, rows[part], epoch)) for part in parts]
+        yield step, [batch for batch in batches if batch]
 
 
-def _example(run: Run, place: np.void, epoch: int) -> Example | None:
-    """The example, or None with a line in the skip list: what could not be known from the header alone."""
-    example = run.reader.example(place, run.sources, epoch)
-    if isinstance(example, Example):
-        return example
-    row = run.sources[int(place["source"])].rows[int(place["row"])]
-    run.skipped.add(row.id, row.audio, example)
-    return None
+def _read_examples(run: Run, rows: NDArray[np.void], epoch: int) -> Iterator[Example]:
+    """The rows' examples; those that turn out to be unusable go to the skip list."""
+    for row in rows:
+        try:
+            yield run.reader.example(row, epoch)
+        except Refused as refusal:
+            utterance = run.dataset.utterance(row)
+            run.skipped.add(utterance.id, utterance.audio, str(refusal))
+
+
+# --- the model --------------------------------------------------------------------------------------------
 
 
 def open_model(
@@ -249,8 +287,8 @@ def open_model(
     """The frozen parts with a fresh adapter, or with the one to start from; only the adapter is trainable."""
     if runtime.dtype == torch.float16:
         raise SettingsError("--dtype float16: its gradients overflow; train in bfloat16 or float32")
-    whole = runtime
-    if settings.shard_llm:  # too large for this device until it is spread
+    target = runtime
+    if settings.shard_llm:  # too large for this device until it is sharded
         runtime = replace(runtime, device=torch.device("cpu"))
     audio_model, llm = find_weights(settings.audio_model), find_weights(settings.llm)
     options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
@@ -278,8 +316,8 @@ def open_model(
                 model.model.multi_modal_projector, model.config, tokens or every, processor.tokenizer
             )
     if settings.shard_llm:
-        shard_language_model(model.model.language_model, whole)
-        model.to(whole.device)
+        shard_language_model(model.model.language_model, target)
+        model.to(target.device)
     projector = model.model.multi_modal_projector
     projector.to(torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     projector.requires_grad_(True).train()
@@ -330,13 +368,13 @@ def _readout_vocabulary(
     path = settings.out / "vocabulary.json"
     if runtime.rank == 0 and not path.exists():
         tokenizer = load_tokenizer(llm)
-        found: set[int] = set()
+        tokens: set[int] = set()
         for source in sources:
             for row in source.rows:
-                found.update(transcript_ids(tokenizer, row.text) if row.text.strip() else ())
-        if not found:
+                tokens.update(transcript_ids(tokenizer, row.text) if row.text.strip() else ())
+        if not tokens:
             raise DataError(f"{', '.join(settings.data)}: no transcripts, so there is nothing to read out")
-        write_text(path, json.dumps(sorted(found)))
+        write_text(path, json.dumps(sorted(tokens)))
     barrier(runtime)
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -344,7 +382,7 @@ def _readout_vocabulary(
 def check_teacher(sources: list[Source], model: BlspForConditionalGeneration) -> None:
     """The continuations, and their stored teacher, must come from the LLM that is trained against.
 
-    Files that do not say who wrote them (behind a URL, or by other means) are taken at their word.
+    Files without that fact (written by a server, or by other means) are not checked.
     """
     for source in sources:
         digest = (Job(source.path).header() or {}).get("llm_sha256")
@@ -362,18 +400,3 @@ def end_token(model: BlspForConditionalGeneration, tokenizer: PreTrainedTokenize
     """The token that ends an answer: the tokenizer's end of sequence where the LLM stops at it."""
     ends = stop_ids(model)
     return tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-
-
-CLIPS = 64
-
-
-def write_no_speech(folder: Path, seed: int) -> Path:
-    """The manifest's path; what is there already is not made again."""
-    manifest = folder / "no_speech.jsonl"
-    if not manifest.exists():
-        folder = folder.resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        request = ReadRequest("", "", None, None, made_audio=folder, limit=CLIPS, seed=seed)
-        rows = (row for row in no_speech(request) if isinstance(row, Utterance))
-        write_manifest(manifest, rows, relative_to=folder)
-    return manifest

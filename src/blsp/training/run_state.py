@@ -1,19 +1,23 @@
-"""Everything a killed run needs to go on, to the bit.
+"""The run folder: settings, checkpoints, progress; and the signal that stops a run.
 
-In:  the adapter, the optimiser, the running average and how far the run has come.
+In:  the adapter, the optimiser, the running average and the progress of a run.
 Out: ``checkpoints/step-N/``, complete only when its ``state.json`` exists; the newest complete one read back.
 Try: ``newest_complete(Path("runs/x/checkpoints"))``
-Flow: training/loop.py saves here every so many steps and starts from here; what is drawn at random in a step
-      (data order, augmentation, dropout) is a function of (seed, step), so no generator's state has to be
-      kept.
+Flow: training/loop.py saves here every so many steps, and starts from here.
 
-A run goes on exactly only on the same kind of machine: versions, device, number of threads and of processes
-are stored, and a run that finds others refuses (`ResumeError`) unless told that close is good enough.
+All that is drawn at random in a step (data order, augmentation, dropout) is a function of (seed, step), so no
+generator's state has to be kept. A run is equal to the bit only on the same kind of machine: versions, device, number
+of threads and of processes are stored, and a run that differs in one of them is refused unless told that close is good
+enough.
+
+    OUT/settings.yaml   the resolved settings         OUT/checkpoints/step-N/adapter.safetensors
+    OUT/table.json      facts of the measured rows                           average.safetensors
+    OUT/metrics.jsonl   one line a logged step                               optimizer.pt
+    OUT/adapter/        the result                                           state.json    written last
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -21,8 +25,8 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from blsp.data.files import flush_to_disk, write_atomically, write_text
+from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences, lock_job
+from blsp.data.jsonl import read_rows
 from blsp.distributed import Runtime, barrier, sum_across
 from blsp.settings import TrainSettings
 from blsp.training.curves import draw
@@ -40,13 +47,12 @@ from blsp.training.curves import draw
 STATE = "state.json"
 
 
-class ResumeError(RuntimeError):
-    """The run folder and this process do not fit; the message names both values and the way out."""
+# --- progress ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. `window_*`: what has been added up since the last line of metrics.jsonl."""
+    """How far a run has come. `window_*`: sums since the last line of metrics.jsonl."""
 
     step: int = 0
     samples: int = 0
@@ -55,8 +61,27 @@ class Progress:
     averaged: int = 0  # steps whose weights are in the running average
     window_steps: int = 0
     window_loss: float = 0.0
-    window_positions: int = 0  # of the LLM's sequences (frames for ctc), padding included
+    window_positions: int = 0  # of the LLM's sequences (encoder frames where it is not run), padding included
     window_padding: int = 0  # those of them that are padding
+
+
+def add_to_window(progress: Progress, loss: float, positions: int, padding: int) -> Progress:
+    """One more step in the window of the next metrics line."""
+    return replace(
+        progress,
+        window_steps=progress.window_steps + 1,
+        window_loss=progress.window_loss + loss,
+        window_positions=progress.window_positions + positions,
+        window_padding=progress.window_padding + padding,
+    )
+
+
+def empty_window(progress: Progress) -> Progress:
+    """The window after its line was written."""
+    return replace(progress, window_steps=0, window_loss=0.0, window_positions=0, window_padding=0)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------
 
 
 def environment(world: int, device: str) -> dict[str, Any]:
@@ -75,14 +100,11 @@ def environment(world: int, device: str) -> dict[str, Any]:
 
 
 def check_environment(stored: dict[str, Any], here: dict[str, Any], folder: Path, inexact: bool) -> None:
-    """Raise `ResumeError` where `here` differs from what the checkpoint was made with, unless `inexact`."""
-    changed = [
-        f"{name} {stored.get(name)} -> {value}" for name, value in here.items() if stored.get(name) != value
-    ]
+    """Raise JobError where `here` differs from what the checkpoint was made with, unless `inexact`."""
+    changed = differences(stored, here)
     if changed and not inexact:
-        raise ResumeError(
-            f"{folder}: cannot go on to the bit, because of other: {', '.join(changed)}. Restore them "
-            "(OMP_NUM_THREADS sets the threads), or "
+        raise JobError(
+            f"{folder}: cannot go on to the bit ({changed}). Restore that (OMP_NUM_THREADS sets the threads), or "
             "pass --resume-inexact to go on with results that are close but not equal"
         )
 
@@ -96,9 +118,7 @@ def save_checkpoint(
     here: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Write ``folder/step-N`` and remove all but the newest `keep`; `state.json` comes last and makes it
-    count.
-    """
+    """Write ``folder/step-N``, `state.json` last, and remove all but the newest `keep`."""
     target = folder / f"step-{progress.step}"
     if target.exists():
         shutil.rmtree(target)
@@ -108,11 +128,11 @@ def save_checkpoint(
         save_file(average, target / "average.safetensors")
     torch.save(optimiser, target / "optimizer.pt")
     for file in target.iterdir():
-        _flush(file)
+        flush_to_disk(file)
     state = {"progress": asdict(progress), "environment": here}
-    write_text(target / STATE, json.dumps(state, indent=2) + "\n")
+    write_text(target / STATE, json.dumps(state, indent=2) + "\n", durable=True)
     for old in complete_checkpoints(folder)[:-keep]:
-        (old / STATE).unlink()  # first, so that a half-removed one does not count
+        (old / STATE).unlink()  # first: a half-removed checkpoint must not count
         shutil.rmtree(old)
     return target
 
@@ -144,62 +164,32 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that count, oldest first."""
-    found = (path for path in folder.glob("step-*") if path.name[5:].isdigit() and (path / STATE).exists())
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    """The complete checkpoints, oldest first."""
+    steps = (path for path in folder.glob("step-*") if path.name[5:].isdigit() and (path / STATE).exists())
+    return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
 def newest_complete(folder: Path) -> Path | None:
     """The checkpoint to go on from, if any."""
-    found = complete_checkpoints(folder)
-    return found[-1] if found else None
+    checkpoints = complete_checkpoints(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of ``metrics.jsonl`` after `step`, and a torn last one: those steps come again."""
+    """Drop the lines of ``metrics.jsonl`` after `step`, and a torn last line: those steps are computed again."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     if len(kept) != len(lines):
-        write_text(path, "".join(kept))
+        write_text(path, "".join(kept), durable=True)
 
 
-def add_to_window(progress: Progress, loss: float, positions: int, padding: int) -> Progress:
-    """One more step in the window of the next metrics line."""
-    return replace(
-        progress,
-        window_steps=progress.window_steps + 1,
-        window_loss=progress.window_loss + loss,
-        window_positions=progress.window_positions + positions,
-        window_padding=progress.window_padding + padding,
-    )
+# --- the folder -------------------------------------------------------------------------------------------
 
-
-def empty_window(progress: Progress) -> Progress:
-    """The window after its line was written."""
-    return replace(progress, window_steps=0, window_loss=0.0, window_positions=0, window_padding=0)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, flush to the disk, rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, path)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-FREE = frozenset(
-    {"out", "save_every", "save_minutes", "keep", "resume_inexact"}
-)  # may change when a run goes on
+MAY_CHANGE = frozenset({"out", "save_every", "save_minutes", "keep", "resume_inexact"})  # when a run goes on
 NOT_WRITTEN = frozenset({"config", "stages"})
+MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl")
 
 
 def as_flags(settings: TrainSettings) -> dict[str, Any]:
@@ -216,31 +206,24 @@ def _plain(value: Any) -> Any:
 
 
 def begin_folder(settings: TrainSettings, runtime: Runtime) -> None:
-    """Write ``settings.yaml``; in a folder that was begun with other settings, refuse (`ResumeError`)."""
+    """Write ``settings.yaml``; in a folder that was begun with other settings raise JobError."""
     if runtime.rank == 0:
         settings.out.mkdir(parents=True, exist_ok=True)
         if newest_complete(settings.out / "checkpoints") is not None:
             _refuse_other_settings(settings)
-        elif (settings.out / "settings.yaml").exists():  # nothing learnt yet: what a killed start left goes
-            for name in ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl"):
+        elif (settings.out / "settings.yaml").exists():  # killed before its first checkpoint: begin again
+            for name in MADE_AT_START:
                 (settings.out / name).unlink(missing_ok=True)
             shutil.rmtree(settings.out / "checkpoints", ignore_errors=True)
-        write_text(settings.out / "settings.yaml", _dump(as_flags(settings)))
+        write_text(settings.out / "settings.yaml", _dump(as_flags(settings)), durable=True)
     barrier(runtime)
 
 
 @contextmanager
-def claimed(folder: Path, runtime: Runtime) -> Iterator[None]:
-    """Keep a second run out of the folder for as long as this one lasts; a killed one leaves nothing behind."""
+def claim_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """Keep other runs out of the folder while this one lasts."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as lock:
-        if runtime.rank == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ResumeError(
-                    f"{folder}: another process is training here; wait for it, stop it, or choose another --out"
-                ) from error
+    with lock_job(folder) if runtime.rank == 0 else nullcontext():
         yield
 
 
@@ -249,13 +232,20 @@ def _refuse_other_settings(settings: TrainSettings) -> None:
     if not path.exists():
         return
     begun, now = yaml.safe_load(path.read_text(encoding="utf-8")), as_flags(settings)
-    names = [name for name in {**begun, **now} if name not in FREE and begun.get(name) != now.get(name)]
-    if names:
-        told = ", ".join(f"{name} {begun.get(name)} -> {now.get(name)}" for name in names)
-        raise ResumeError(
-            f"{settings.out}: was begun with other settings ({told}). Give the ones it was begun with, or "
+    begun = _new_flags(settings) | begun
+    changed = differences(begun, dict.fromkeys(begun) | now, MAY_CHANGE)
+    if changed:
+        raise JobError(
+            f"{settings.out}: was begun with other settings ({changed}). Give the ones it was begun with, or "
             f"begin a new run with another --out (--init-from {settings.out}/adapter builds on this one)"
         )
+
+
+def _new_flags(settings: TrainSettings) -> dict[str, Any]:
+    """The default of each flag that has one: a folder of an older version does not name the flags added since."""
+    known = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+    plain = {name: _plain(value) for name, value in known.items() if name not in NOT_WRITTEN}
+    return {name: value for name, value in plain.items() if value is not None and value != []}
 
 
 def _dump(flags: dict[str, Any]) -> str:
@@ -263,50 +253,57 @@ def _dump(flags: dict[str, Any]) -> str:
 
 
 def is_finished(settings: TrainSettings) -> bool:
-    """Whether the run has written its adapter; one that was made with other settings is refused."""
+    """Whether the run has written its adapter; raises JobError where it was made with other settings."""
     if not (settings.out / "adapter" / "config.json").exists():
         return False
     _refuse_other_settings(settings)
     return True
 
 
+def merge_skipped(skipped: SkippedLog, out: Path) -> None:
+    """Move the rows of the other ranks' skip lists into the first rank's."""
+    for path in sorted(out.parent.glob(f"{out.name}.rank*{SKIPPED_SUFFIX}")):
+        for _, row in read_rows(path):
+            skipped.add(row["id"], row["audio"], row["reason"])
+        path.unlink()
+
+
 def finish_stages(settings: TrainSettings) -> None:
     """The last stage's adapter, all stages' metrics and one picture, in the folder of the whole recipe."""
-    last = settings.stages[-1].out / "adapter"
-    fresh = settings.out / ".adapter.writing"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(last, fresh)
-    shutil.rmtree(settings.out / "adapter", ignore_errors=True)
-    fresh.rename(settings.out / "adapter")
-    lines, before = [], 0
+    with write_atomically(settings.out / "adapter") as partial:
+        shutil.copytree(settings.stages[-1].out / "adapter", partial)
+    lines, steps_before = [], 0
     for stage in settings.stages:
-        rows = [
-            json.loads(line)
-            for line in (stage.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        lines += [
-            json.dumps(row | {"step": row["step"] + before, "stage": stage.out.name}) + "\n" for row in rows
-        ]
-        before += rows[-1]["step"]
-    write_text(settings.out / "metrics.jsonl", "".join(lines))
+        rows = [row for _, row in read_rows(stage.out / "metrics.jsonl")]
+        for row in rows:
+            lines.append(
+                json.dumps(row | {"step": row["step"] + steps_before, "stage": stage.out.name}) + "\n"
+            )
+        steps_before += rows[-1]["step"]
+    write_text(settings.out / "metrics.jsonl", "".join(lines), durable=True)
     draw(settings.out / "metrics.jsonl", settings.out / "curves.png")
-    stages = [{"name": stage.out.name} | _without(as_flags(stage), "out") for stage in settings.stages]
-    write_text(settings.out / "settings.yaml", _dump({"out": str(settings.out), "stages": stages}))
+    stages = []
+    for stage in settings.stages:
+        flags = as_flags(stage)
+        del flags["out"]
+        stages.append({"name": stage.out.name} | flags)
+    write_text(
+        settings.out / "settings.yaml", _dump({"out": str(settings.out), "stages": stages}), durable=True
+    )
     print(f"{settings.out}: all {len(stages)} stages are finished; the adapter is {settings.out / 'adapter'}")
 
 
-def _without(flags: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in flags.items() if key != name}
+# --- while a run lasts ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Only algorithms that give the same bits each time, while a run lasts."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product is made
+    """Use only algorithms that give the same bits each time, while the block runs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's first matrix product
     switches: Any = torch.utils.deterministic
     before, filling = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    switches.fill_uninitialized_memory = False  # we read no uninitialised memory
+    switches.fill_uninitialized_memory = False  # no uninitialised memory is read
     try:
         yield
     finally:
@@ -315,41 +312,39 @@ def deterministic() -> Iterator[None]:
 
 
 class StopSignal:
-    """Hears SIGTERM and Ctrl-C while a run lasts: the step under way is finished and saved first.
+    """SIGTERM and Ctrl-C while a run lasts: the current step is finished and saved, then the run stops.
 
-    A second Ctrl-C leaves at once.
+    A second Ctrl-C stops at once.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._interrupted = False
-        self._before: dict[int, Any] = {}
+        self._handlers: dict[int, Any] = {}  # those that were set before
 
     def __enter__(self) -> StopSignal:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # others cannot have handlers, nor need them
+        if threading.current_thread() is threading.main_thread():  # other threads cannot have handlers
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._hear)
+                self._handlers[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _hear(self, number: int, _: object) -> None:
+    def _request(self, number: int, _: object) -> None:
         if number == signal.SIGINT:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
-        self.asked = True
+        self.requested = True
 
-    def agree(self, runtime: Runtime) -> None:
-        """All ranks leave when one is asked to."""
+    def sync(self, runtime: Runtime) -> None:
+        """All ranks stop when one of them is asked to."""
         if runtime.world > 1:
-            self.asked = bool(sum_across(torch.tensor(float(self.asked)), runtime).item())
+            self.requested = bool(sum_across(torch.tensor(float(self.requested)), runtime).item())
 
     def raise_if_interrupted(self) -> None:
-        """After saving: SIGTERM leaves with 0, Ctrl-C as an interruption."""
+        """After saving: SIGTERM exits with 0, Ctrl-C as an interruption."""
         if self._interrupted:
             raise KeyboardInterrupt

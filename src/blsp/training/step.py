@@ -1,25 +1,29 @@
-"""One micro-batch through the adapter and the frozen LLM, down to the sums that are minimised.
+"""One micro-batch through the adapter and the frozen LLM, down to its loss; and the table of losses.
 
-In:  examples that share a prompt prefix, the model, and what is learnt (`Objective`).
-Out: `Sums`: the loss sums of that micro-batch and how many positions were padding.
-Try: ``step.run(model, examples, objective, prefixes)``
-Flow: training/examples.py -> training/batches.py -> **step.py** (adapter -> LLM -> losses.py) ->
-      training/loop.py
+In:  examples that share a prompt prefix, the model, and what is minimised (`Objective`).
+Out: `Sums`: the sum of each loss over the micro-batch, and how many positions were computed.
+Try: ``step.run(model, examples, Objective({"ce": 1.0}), prefixes).terms["ce"]``
+Flow: training/examples.py -> training/batches.py -> **step.py** (adapter -> LLM -> losses.py) -> training/loop.py
 
-What is not paid twice: the prefix's key/values are computed once a run and shared by every batch; rows are
-``vectors | suffix | response without its last token``, right-padded, without invalid places; the vocabulary
-head runs at response positions only, in chunks. Nothing of that changes a number (law 8).
+    prefix         | speech   suffix    response      computed once and shared | one row, right-padded
+    [s y s t e m]  | [v v v v  s s s s  r1 r2 r3]     the states at the last s, r1, r2, r3 predict
+                                    ^^^^^^^^^^^^       r1, r2, r3, end
 
-Letters: B batch, T encoder frames, S adapter places, L sequence after the prefix, P prefix, N response
-positions, D LLM width, K stored top-k, C read-out classes.
+Nothing is computed twice: the key/values of the prefix are shared by all batches, adapter places without a vector
+are left out, and the vocabulary head runs at response positions alone. No number changes by it (law 8).
+
+A loss is one entry in `LOSSES` below and one function in losses.py. A module of your own can add one without a
+change here: ``LOSSES["mine"] = Loss(...)`` (docs/extending.md).
+
+Shapes: B batch, T encoder frames, E encoder width, M mel bins, Tm mel frames, S adapter places, n valid vectors of a
+clip, L sequence after the prefix, N response positions, D LLM width, V vocabulary, K stored top-k, C read-out classes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -32,65 +36,59 @@ from blsp.llm.prefix import PrefixCache, run_after_prefix
 from blsp.model.adapter_parts import BLANK, AdapterOutput
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech
-from blsp.training.examples import Example
-from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, topk_kl_loss
+from blsp.training.examples import Example, Need
+from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, shortlist, topk_kl_loss
 
-Loss = Literal["ctc", "ce", "kl"]
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss: its sum over a micro-batch, what the sum is divided by, and what it needs.
+
+    total: the differentiable sum over a micro-batch, a scalar. count: how many things an example adds to that sum;
+    the step's mean is the sum over all micro-batches and ranks, divided by the count over all of them.
+    runs_llm: whether the LLM runs along a response; if not, a plain manifest is enough. needs: what an example must
+    hold: "continuation" (`response`), "teacher" (the text route, run here or stored), "readout" (CTC classes),
+    "token_times" (places of the tokens). A row without it is skipped, with the reason.
+    """
+
+    total: Callable[[MicroBatch], Tensor]
+    count: Callable[[Example], int]
+    runs_llm: bool = True
+    needs: frozenset[Need] = frozenset({"continuation"})
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: mean response loss (`ce` or `kl`) + `ctc_weight` x mean ctc; for `ctc` that term
-    alone.
+    """What is minimised: the sum of weight x mean loss over `terms` (names in `LOSSES`).
+
+    temperature, stored_teacher: for kl. negatives: how many other tokens stand for all that a micro-batch does not
+    hold (ctc without the LLM); 0 takes all of them.
     """
 
-    loss: Loss
+    terms: Mapping[str, float]
     temperature: float = 1.0
     stored_teacher: bool = False
-    ctc_weight: float = 0.0
-    negatives: int = 0  # for `ctc`: see shortlist.py
+    negatives: int = 0
 
-
-@dataclass(frozen=True)
-class Counts:
-    """What the sums are divided by: of the whole step, over all micro-batches and ranks."""
-
-    responses: int = 0
-    tokens: int = 0
+    @property
+    def runs_llm(self) -> bool:
+        return any(LOSSES[name].runs_llm for name in self.terms)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Loss sums (scalars, differentiable) of a micro-batch; positions that went through the LLM (frames for
-    ctc).
+    """Of a micro-batch: the sum of each term (a scalar), and the positions of its passes through the LLM (encoder
+    frames where the LLM is not run), those of padding included.
     """
 
-    response: Tensor
-    ctc: Tensor
+    terms: dict[str, Tensor]
     positions: int = 0
     padding: int = 0
 
 
-def autocast(runtime: Runtime) -> torch.autocast:
-    """The adapter's float32 weights compute in bfloat16 where the frozen parts do."""
-    return torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.dtype == torch.bfloat16)
-
-
-def counts_of(examples: Sequence[Example], objective: Objective) -> Counts:
-    """What `run` would sum over these examples, known before anything is computed."""
-    responses = 0 if objective.loss == "ctc" else sum(len(example.response) for example in examples)
-    tokens = (
-        sum(max(1, len(e.readout)) for e in examples if e.readout is not None) if objective.ctc_weight else 0
-    )
-    return Counts(responses, tokens)
-
-
-def objective_value(sums: Sums, counts: Counts, objective: Objective) -> Tensor:
-    """The share of the step's loss that a micro-batch contributes; the step's `counts` make shares add up."""
-    # T^2 keeps the size of the gradient when the temperature changes (Hinton et al. 2015)
-    scale = objective.temperature**2 if objective.loss == "kl" else 1.0
-    response = scale * sums.response / max(1, counts.responses)
-    return response + objective.ctc_weight * sums.ctc / max(1, counts.tokens)
+def counts_of(examples: Sequence[Example], objective: Objective) -> dict[str, int]:
+    """What each term's sum is divided by; known before anything is computed."""
+    return {name: sum(map(LOSSES[name].count, examples)) for name in objective.terms}
 
 
 def run(
@@ -99,29 +97,80 @@ def run(
     objective: Objective,
     prefixes: PrefixCache,
 ) -> Sums:
-    """Sums of one micro-batch; all its examples have the same prefix."""
-    states, lengths = speech_states(model, examples)
-    if objective.loss == "ctc":
-        ctc = _grounding_term(model, states, lengths, examples, objective.negatives)
-        frames = states.shape[0] * states.shape[1]
-        return Sums(ctc.new_zeros(()), ctc, frames, frames - int(lengths.sum()))
-    heard = model.model.listen(states, lengths)
-    zero = heard.vectors.sum() * 0
-    ctc = (
-        _ctc_term(heard.log_probs, heard.num_audio_tokens, examples) if heard.log_probs is not None else zero
-    )
-    spoken = [row for row, example in enumerate(examples) if example.response]
-    if not spoken:
-        return Sums(zero, ctc)
-    answering = [examples[row] for row in spoken]
-    vectors = speech_vectors(heard, spoken)
-    hidden, padding = response_states(model, answering, vectors, prefixes)
-    positions = sum(
-        len(v) + len(e.template.suffix_ids) + len(e.response) - 1
-        for v, e in zip(vectors, answering, strict=True)
-    )
-    response = _response_loss(model, answering, hidden, objective, prefixes)
-    return Sums(response, ctc, positions + padding, padding)
+    """The sums of one micro-batch; all its examples have the same prompt prefix."""
+    batch = MicroBatch(model, examples, objective, prefixes)
+    terms = {name: LOSSES[name].total(batch) for name in objective.terms}
+    return Sums(terms, *batch.positions)
+
+
+def objective_value(sums: Sums, counts: Mapping[str, int], objective: Objective) -> Tensor:
+    """The micro-batch's share of the step's loss. `counts` are the whole step's, so that the shares add up."""
+    shares = [weight * sums.terms[name] / max(1, counts[name]) for name, weight in objective.terms.items()]
+    return torch.stack(shares).sum()
+
+
+def autocast(runtime: Runtime) -> torch.autocast:
+    """The adapter's float32 weights compute in bfloat16 where the frozen parts do."""
+    return torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.dtype == torch.bfloat16)
+
+
+# --- what a micro-batch computes --------------------------------------------------------------------------
+
+
+class MicroBatch:
+    """The tensors of a micro-batch; each is computed when a loss first asks for it, and shared by all losses."""
+
+    def __init__(
+        self,
+        model: BlspForConditionalGeneration,
+        examples: Sequence[Example],
+        objective: Objective,
+        prefixes: PrefixCache,
+    ) -> None:
+        self.model, self.examples, self.objective, self.prefixes = model, examples, objective, prefixes
+
+    @cached_property
+    def encoded(self) -> tuple[Tensor, Tensor]:
+        """Encoder states (B, T, E) and their lengths (B,)."""
+        return speech_states(self.model, self.examples)
+
+    @cached_property
+    def audio(self) -> AdapterOutput:
+        """The adapter's output, vectors (B, S, D)."""
+        return self.model.model.listen(*self.encoded)
+
+    @property
+    def zero(self) -> Tensor:
+        """A loss of 0 that still has a gradient, for a micro-batch that a term has nothing to learn from."""
+        return self.audio.vectors.sum() * 0
+
+    @cached_property
+    def answered(self) -> list[Example]:
+        """The examples with a response, in order."""
+        return [example for example in self.examples if example.response]
+
+    @cached_property
+    def response(self) -> tuple[Tensor, int, int]:
+        """States (N, D) that predict the responses of `answered`; positions of the pass, and its padding."""
+        rows = [row for row, example in enumerate(self.examples) if example.response]
+        vectors = speech_vectors(self.audio, rows)
+        hidden, padding = response_states(self.model, self.answered, vectors, self.prefixes)
+        ends = [len(e.template.suffix_ids) + len(e.response) - 1 for e in self.answered]
+        return hidden, sum(map(len, vectors)) + sum(ends) + padding, padding
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """(positions, padding) of what was run."""
+        if not self.objective.runs_llm:
+            states, lengths = self.encoded
+            frames = states.shape[0] * states.shape[1]
+            return frames, frames - int(lengths.sum())
+        return self.response[1:] if self.answered else (0, 0)
+
+    def chunked(self, hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Sum of ``loss_of(logits, part)`` over parts of `hidden` (N, D): see losses.chunked."""
+        rows = rows_per_chunk(self.model.config.text_config.vocab_size)
+        return chunked(hidden, lambda part, where: loss_of(self.model.compute_logits(part), where), rows)
 
 
 def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -130,26 +179,28 @@ def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Exampl
     if examples[0].features is not None:
         lengths = torch.tensor([len(example.features) for example in examples])  # type: ignore[arg-type]
         width = int(lengths.max())
-        states = np.zeros((len(examples), width, examples[0].features.shape[1]), dtype=np.float32)
+        states = np.zeros(
+            (len(examples), width, examples[0].features.shape[1]), dtype=np.float32
+        )  # (B, T, E)
         for row, example in enumerate(examples):
             states[row, : lengths[row]] = example.features
         return torch.from_numpy(states).to(device), lengths.to(device)
-    mels = [torch.from_numpy(example.mel) for example in examples]  # (M, Tm) each
+    mels = [torch.from_numpy(example.mel).T for example in examples]  # (Tm, M) each
     lengths = torch.tensor([example.mel_frames for example in examples], device=device)
-    padded = nn.utils.rnn.pad_sequence([mel.T for mel in mels], batch_first=True).transpose(1, 2).to(device)
-    mask = valid_mask(lengths, padded.shape[2])
+    padded = nn.utils.rnn.pad_sequence(mels, batch_first=True).transpose(1, 2).to(device)  # (B, M, Tm)
+    mask = valid_mask(lengths, padded.shape[2])  # (B, Tm)
     with torch.no_grad():
         return encode_speech(model.model.audio_tower, padded, mask, full_window=model.config.full_window)
 
 
-def speech_vectors(heard: AdapterOutput, rows: Sequence[int]) -> list[Tensor]:
-    """The valid vectors (n, D) of each of `rows`, invalid places taken out."""
-    counts = heard.valid.sum(dim=1).tolist()
-    return [heard.vectors[row, : counts[row]] for row in rows]
+def speech_vectors(audio: AdapterOutput, rows: Sequence[int]) -> list[Tensor]:
+    """The speech route: the valid vectors (n, D) of each of `rows`; the valid ones come first."""
+    counts = audio.valid.sum(dim=1).tolist()
+    return [audio.vectors[row, : counts[row]] for row in rows]
 
 
 def transcript_vectors(model: BlspForConditionalGeneration, examples: Sequence[Example]) -> list[Tensor]:
-    """The text route: the transcript's own token embeddings (n, D) in the speech's place."""
+    """The text route: the embeddings (n, D) of each transcript's tokens, in the place of the speech."""
     with torch.no_grad():
         return [embed(model, example.transcript) for example in examples]
 
@@ -160,155 +211,153 @@ def response_states(
     vectors: Sequence[Tensor],
     prefixes: PrefixCache,
 ) -> tuple[Tensor, int]:
-    """Last hidden states where responses are predicted, flat (N, D), and the padded positions."""
+    """Last hidden states (N, D) at the positions that predict the responses, row by row; and the padded positions."""
+    # One row an example: vectors, suffix, response without its last token (which predicts nothing)
     with torch.no_grad():
-        tails = [embed(model, [*e.template.suffix_ids, *e.response[:-1]]) for e in examples]
-    rows = [torch.cat([v.to(tail.dtype), tail]) for v, tail in zip(vectors, tails, strict=True)]
+        ends = [embed(model, [*e.template.suffix_ids, *e.response[:-1]]) for e in examples]
+    rows = [torch.cat([vector.to(end.dtype), end]) for vector, end in zip(vectors, ends, strict=True)]
     embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, L, D)
-    lengths = [len(row) for row in rows]
     prefix = prefixes.get(examples[0].template.prefix_ids)
     hidden = run_after_prefix(model, prefix, embeds).last_hidden_state  # (B, L, D)
-    width = embeds.shape[1]
-    places = [
+
+    # The last len(response) positions of each row predict its response; `hidden` is read as (B * L, D)
+    width, lengths = embeds.shape[1], [len(row) for row in rows]
+    predicting = [
         torch.arange(row * width + length - len(example.response), row * width + length)
         for row, (length, example) in enumerate(zip(lengths, examples, strict=True))
     ]
-    index = torch.cat(places).to(hidden.device)
+    index = torch.cat(predicting).to(hidden.device)  # (N,)
     return hidden.flatten(0, 1)[index], len(rows) * width - sum(lengths)
 
 
-def _response_loss(
-    model: BlspForConditionalGeneration,
-    examples: Sequence[Example],
-    hidden: Tensor,
-    objective: Objective,
-    prefixes: PrefixCache,
-) -> Tensor:
-    """Sum over response positions; `hidden` (N, D). Set answers (no speech) have no teacher and take ce."""
-    taught = [
-        objective.loss == "kl" and not example.no_speech for example in examples for _ in example.response
-    ]
-    split = torch.tensor(taught, device=hidden.device)
-    targets = torch.tensor([token for e in examples for token in e.response], device=hidden.device)
-    rows = rows_per_chunk(model.config.text_config.vocab_size)
-    total = hidden.sum() * 0
-    if not all(taught):
-        fixed = targets[~split]
-        total = total + chunked(
-            hidden[~split], lambda h, part: ce_loss(model.compute_logits(h), fixed[part])[0], rows
-        )
-    if any(taught):
-        answering = [example for example in examples if not example.no_speech]
-        total = total + _divergence(model, answering, hidden[split], objective, prefixes, rows)
+# --- ce and kl --------------------------------------------------------------------------------------------
+
+
+def _response_tokens(example: Example) -> int:
+    return len(example.response)
+
+
+def _ce(batch: MicroBatch) -> Tensor:
+    """Sum of the cross-entropy of all response tokens."""
+    if not batch.answered:
+        return batch.zero
+    return _cross_entropy(batch, batch.answered, batch.response[0])
+
+
+def _cross_entropy(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) -> Tensor:
+    """Sum over the responses of `examples`, predicted by `hidden` (N, D)."""
+    targets = torch.tensor([token for e in examples for token in e.response], device=hidden.device)  # (N,)
+    return batch.chunked(hidden, lambda logits, part: ce_loss(logits, targets[part]))
+
+
+def _kl(batch: MicroBatch) -> Tensor:
+    """Sum of T^2 x KL(text || speech) over all response tokens.
+
+    The set answer to a clip without speech has no text route: it takes the cross-entropy, at temperature 1.
+    """
+    if not batch.answered:
+        return batch.zero
+    hidden, total = batch.response[0], batch.zero
+    is_set = [example.no_speech for example in batch.answered for _ in example.response]
+    set_answer = torch.tensor(is_set, device=hidden.device)  # (N,)
+    silent = [example for example in batch.answered if example.no_speech]
+    spoken = [example for example in batch.answered if not example.no_speech]
+    if silent:
+        total = total + _cross_entropy(batch, silent, hidden[set_answer])
+    if spoken:
+        # T^2 keeps the size of the gradient when the temperature changes (Hinton et al. 2015)
+        scale = batch.objective.temperature**2
+        total = total + scale * _divergence(batch, spoken, hidden[~set_answer])
     return total
 
 
-def _divergence(
-    model: BlspForConditionalGeneration,
-    examples: Sequence[Example],
-    hidden: Tensor,
-    objective: Objective,
-    prefixes: PrefixCache,
-    rows: int,
-) -> Tensor:
-    """Sum of KL(text || speech) over `hidden` (N, D): from the stored top-k, or with the teacher run here."""
-    if objective.stored_teacher:
+def _divergence(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) -> Tensor:
+    """Sum of KL(text || speech) over `hidden` (N, D): the teacher from its stored top-k, or run here."""
+    temperature = batch.objective.temperature
+    if batch.objective.stored_teacher:
         top = [example.teacher for example in examples if example.teacher is not None]
         ids = torch.from_numpy(np.concatenate([ids for ids, _ in top]).astype(np.int64)).to(hidden.device)
-        logp = torch.from_numpy(np.concatenate([logp for _, logp in top])).to(hidden.device)
-        return chunked(
-            hidden,
-            lambda h, part: topk_kl_loss(
-                model.compute_logits(h), ids[part], logp[part], objective.temperature
-            )[0],
-            rows,
+        logp = torch.from_numpy(np.concatenate([logp for _, logp in top])).to(hidden.device)  # (N, K), as ids
+        return batch.chunked(
+            hidden, lambda logits, part: topk_kl_loss(logits, ids[part], logp[part], temperature)
         )
     with torch.no_grad():
-        read, _ = response_states(model, examples, transcript_vectors(model, examples), prefixes)
-    return chunked(
-        hidden,
-        lambda h, part: kl_loss(
-            model.compute_logits(h), model.compute_logits(read[part]), objective.temperature
-        )[0],
-        rows,
+        vectors = transcript_vectors(batch.model, examples)
+        text, _ = response_states(batch.model, examples, vectors, batch.prefixes)  # (N, D)
+    return batch.chunked(
+        hidden, lambda logits, part: kl_loss(logits, batch.model.compute_logits(text[part]), temperature)
     )
 
 
-def _grounding_term(
-    model: BlspForConditionalGeneration,
-    states: Tensor,
-    lengths: Tensor,
-    examples: Sequence[Example],
-    negatives: int,
-) -> Tensor:
-    """Sum of -log p(transcript), without vectors for the LLM."""
-    adapter = model.model.multi_modal_projector
-    table = model.model.readout_table()
+# --- ctc --------------------------------------------------------------------------------------------------
+
+
+def _readout_tokens(example: Example) -> int:
+    """Tokens of the CTC target; a clip without speech counts as one."""
+    return 0 if example.readout is None else max(1, len(example.readout))
+
+
+def _ctc(batch: MicroBatch) -> Tensor:
+    """Sum of -log p(transcript) over the examples that have a read-out target."""
+    rows = [row for row, example in enumerate(batch.examples) if example.readout is not None]
+    if not rows:
+        return batch.zero
+    targets: Sequence[Sequence[int]] = [batch.examples[row].readout or () for row in rows]
+    if batch.objective.runs_llm:  # the adapter was run for its vectors
+        log_probs, lengths = batch.audio.log_probs, batch.audio.num_audio_tokens
+        assert log_probs is not None  # only adapters that read out have this term
+        if len(rows) < len(batch.examples):
+            log_probs, lengths = log_probs[rows], lengths[rows]
+    else:
+        log_probs, lengths, targets = _posteriors(batch, targets)
+    padded = nn.utils.rnn.pad_sequence(
+        [torch.tensor(target, dtype=torch.long) for target in targets], batch_first=True
+    ).to(log_probs.device)  # (B, U)
+    sizes = torch.tensor([len(target) for target in targets], device=log_probs.device)  # (B,)
+    return ctc_loss(log_probs, lengths, padded, sizes, BLANK)
+
+
+def _posteriors(
+    batch: MicroBatch, targets: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor, Sequence[Sequence[int]]]:
+    """Log-probabilities (B, S, C), lengths (B,) and targets among the C classes, without vectors for the LLM."""
+    adapter, table = batch.model.model.multi_modal_projector, batch.model.model.readout_table()
     if table is None:
-        raise TypeError(f"{model.config.adapter}: ctc needs an adapter that reads out")
-    hidden, places = adapter.hidden_states(states.to(next(adapter.parameters()).dtype), lengths)
-    targets: Sequence[Sequence[int]] = [example.readout or () for example in examples]
+        raise TypeError(f"{batch.model.config.adapter}: ctc needs an adapter that reads out")
+    states, lengths = batch.encoded
+    hidden, places = adapter.hidden_states(
+        states.to(next(adapter.parameters()).dtype), lengths
+    )  # (B, S, D), (B,)
+    negatives = batch.objective.negatives
     if 0 < negatives < len(table) - len(set().union(*targets)):
         log_probs, targets = shortlist(adapter, hidden, table, targets, negatives)
     else:
         log_probs = adapter.logits(hidden, table).log_softmax(dim=-1)
-    return _alignment_term(log_probs, places, targets)
+    return log_probs, places, targets
 
 
-def _ctc_term(log_probs: Tensor, places: Tensor, examples: Sequence[Example]) -> Tensor:
-    """Sum of -log p(transcript) over the rows that have a read-out target (no speech: the empty one)."""
-    rows = [row for row, example in enumerate(examples) if example.readout is not None]
-    if not rows:
-        return log_probs.sum() * 0
-    if len(rows) < len(examples):
-        log_probs, places = log_probs[rows], places[rows]
-    return _alignment_term(log_probs, places, [examples[row].readout or () for row in rows])
+# --- the losses -------------------------------------------------------------------------------------------
+
+LOSSES: dict[str, Loss] = {
+    "ce": Loss(_ce, _response_tokens),
+    "kl": Loss(_kl, _response_tokens, needs=frozenset({"continuation", "teacher"})),
+    "ctc": Loss(_ctc, _readout_tokens, runs_llm=False, needs=frozenset({"readout"})),
+}
 
 
-def _alignment_term(log_probs: Tensor, places: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-    """Sum of -log p(targets) of log_probs (B, S, C) that are valid for `places` (B,)."""
-    each = [torch.tensor(target, dtype=torch.long) for target in targets]
-    padded = nn.utils.rnn.pad_sequence(each, batch_first=True).to(log_probs.device)
-    sizes = torch.tensor([len(target) for target in targets], device=log_probs.device)
-    return ctc_loss(log_probs, places, padded, sizes, BLANK)[0]
+# --- an LLM that is sharded over ranks --------------------------------------------------------------------
 
 
-def shortlist(
-    adapter: Any,
-    hidden: Tensor,
-    table: Tensor,
-    targets: Sequence[Sequence[int]],
-    negatives: int,
-) -> tuple[Tensor, list[list[int]]]:
-    """hidden (B, S, D), targets in read-out classes (blank is 0) -> log-probabilities (B, S, C), targets among C."""
-    own = sorted(set().union(*targets))
-    tokens = torch.tensor([each - 1 for each in own], dtype=torch.long)
-    others = torch.ones(len(table), dtype=torch.bool)
-    others[tokens] = False
-    sample = _draw(others.nonzero().flatten(), negatives, seed=sum(map(sum, targets)))
-    stands_for = math.log(max(1, int(others.sum())) / negatives)
-    logits = adapter.logits(hidden, table, torch.cat([tokens, sample]).to(hidden.device))
-    weight = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    weight[1 + len(own) :] = stands_for
-    number = {each: place for place, each in enumerate(own, start=1)}
-    return (logits + weight).log_softmax(dim=-1), [[number[each] for each in target] for target in targets]
-
-
-def _draw(tokens: Tensor, count: int, seed: int) -> Tensor:
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    return tokens[order[:count]]
-
-
-def slots(batches: list[list[Example]], runtime: Runtime) -> Iterator[list[Example]]:
-    """`batches`, then empty ones, as many as the rank with the most has."""
+def pad_micro_batches(batches: list[list[Example]], runtime: Runtime) -> Iterator[list[Example]]:
+    """`batches`, then empty ones, as many as the rank with the most has: a sharded LLM is run by all ranks at once."""
     most = torch.tensor(len(batches), device=runtime.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     yield from batches
     yield from ([] for _ in range(int(most) - len(batches)))
 
 
-def idle(prefixes: PrefixCache) -> None:
-    """Forward and backward over one position that nobody learns from."""
+def dummy_pass(prefixes: PrefixCache) -> None:
+    """Forward and backward over one position, whose result is not used: this rank's part in the others' pass."""
     weight = prefixes.llm.get_input_embeddings().weight
-    nothing = torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
-    run_after_prefix(prefixes.llm, None, nothing).last_hidden_state.sum().backward()
+    embeds = torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+    run_after_prefix(prefixes.llm, None, embeds).last_hidden_state.sum().backward()
