@@ -122,7 +122,7 @@ class Way:
     """One way to learn from the same samples: `learn(steps)` runs forward and backward on each, and moves once."""
 
     model: BlspForConditionalGeneration
-    loss: step.Loss = "ce"
+    loss: str = "ce"
     reuse: bool = True  # of the prefix's key/values
     all_logits: bool = False
     of: Callable[[Example], Example] = lambda each: each
@@ -138,7 +138,7 @@ class Way:
         """(positions, padding) of its passes."""
         self.model.config.full_window = self.full_window
         step.run_after_prefix = with_all_logits if self.all_logits else run_after_prefix
-        objective = step.Objective(self.loss, stored_teacher=self.loss == "kl")
+        objective = step.Objective({self.loss: 1.0}, stored_teacher=self.loss == "kl")
         rows = [each for part in steps for each in part]
         counts = step.counts_of(rows, objective)
         positions = padding = 0

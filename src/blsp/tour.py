@@ -192,11 +192,12 @@ def read_clips(manifest: Path) -> Rows:
 
 def training_rows(manifest: Path, held_out: int) -> Rows:
     """The rows that were trained on: all but those that `--held-out` keeps for its probes."""
-    from blsp.training.dataset import id_hash
+    from blsp.data.manifest import Utterance
+    from blsp.training.dataset import learnt_from
 
     rows = read_clips(manifest)
-    kept_back = sorted(id_hash(row["id"]) for row in rows)[:held_out]
-    return [row for row in rows if id_hash(row["id"]) not in kept_back]
+    learnt = {row.id for row in learnt_from([Utterance.from_json(row) for row in rows], held_out)}
+    return [row for row in rows if row["id"] in learnt]
 
 
 def divergence_text(metrics: str | Path) -> str:
