@@ -126,18 +126,9 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
         full_window=settings.pad_to_30s,
         seed=settings.seed,
     )
+    order, probes = data_order(settings, dataset), open_probes(reader)
     return Run(
-        settings,
-        runtime,
-        model,
-        processor,
-        prefixes,
-        objective,
-        dataset,
-        data_order(settings, dataset),
-        reader,
-        skipped,
-        open_probes(reader),
+        settings, runtime, model, processor, prefixes, objective, dataset, order, reader, skipped, probes
     )
 
 
