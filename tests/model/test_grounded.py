@@ -29,6 +29,14 @@ def test_what_is_unlikely_moves_no_vector() -> None:
     assert 1 < int(likely.sum()) < CLASSES  # some tokens take part, not all
 
 
+def test_an_expected_embedding_is_a_weighted_mean_of_token_embeddings() -> None:
+    """Blank's share of a frame does not shorten the vector: the tokens' posteriors are made to sum to 1."""
+    log_probs = torch.tensor([[[0.3, 0.42, 0.28]]], dtype=torch.float64).log()  # blank, two tokens
+    table = torch.randn(2, WIDTH, dtype=torch.float64)
+    (vector,) = read_out(log_probs, torch.tensor([1]), table).vectors[0]
+    torch.testing.assert_close(vector, 0.6 * table[0] + 0.4 * table[1], rtol=0, atol=1e-12)
+
+
 def test_a_clip_is_heard_alike_in_any_company() -> None:
     (first, table), (second, _) = peaked(1), peaked(2)
     lengths = torch.tensor([12])
