@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 
+import httpx
 import pytest
 from support.misbehaving_server import misbehaving_server
 from support.step_one import products, read_header, read_rows
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 
 from blsp.continuation import openai_engine
 from blsp.continuation.engines import Prompt
-from blsp.continuation.openai_engine import EngineError, OpenAIEngine, retry_after, user_message
+from blsp.continuation.openai_engine import EngineError, OpenAIEngine, user_message
 from blsp.continuation.writer import write_continuations
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import frame_prompt, transcript_ids
@@ -60,11 +61,18 @@ def test_retry_after_is_honoured() -> None:
     assert server.at[1] - server.at[0] >= 1.0
 
 
-def test_retry_after_may_be_a_date_or_nonsense() -> None:
+def test_a_long_retry_after_is_cut_to_two_minutes_and_a_date_is_left() -> None:
+    def pause(**headers: str) -> str:
+        reply = httpx.Response(
+            429, headers={name.replace("_", "-"): value for name, value in headers.items()}
+        )
+        openai_engine._set_pause(reply, attempt=3)
+        return reply.headers["Retry-After"]
+
     in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60))
-    assert 55 < retry_after(in_a_minute) <= 60  # type: ignore[operator]
-    assert retry_after("2.5") == 2.5 and retry_after("-3") == 0.0
-    assert retry_after(None) is retry_after("soon") is retry_after("nan") is None
+    assert pause(Retry_After="2.5") == "2.5" and pause(Retry_After="7200") == "120"
+    assert pause(Retry_After=in_a_minute) == in_a_minute and pause(Retry_After="soon") == "soon"
+    assert 4 <= float(pause()) / openai_engine.FIRST_PAUSE <= 8
 
 
 def test_requests_are_in_flight_together_and_no_more_than_allowed() -> None:

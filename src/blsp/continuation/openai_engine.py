@@ -1,51 +1,42 @@
-"""Step 1 behind any OpenAI-compatible URL: vLLM, SGLang, llama.cpp, a vendor.
+"""An LLM behind an OpenAI-compatible URL: vLLM, SGLang, llama.cpp, a vendor.
 
-In:  batches of `Prompt`, sent as chat messages with the words that the local route puts into its template.
-Out: `Written`, as answers come; any number of requests is in flight.
+In:  batches of `Prompt`, sent as chat messages with the words that the local engine puts into its template.
+Out: `Written`, as answers come; up to `in_flight` requests wait at the server at once.
 Try: `OpenAIEngine("http://localhost:8000/v1", "my-llm", Decoding()).write([[prompt] for prompt in prompts])`
-Flow: continuation/ — the large LLM's way into step 1; the writer records each answer as it arrives.
+Flow: work.py (batches) → **openai_engine.py** → work.py, which records each answer as it arrives
 
-Full queues (429), server errors, time-outs, dropped connections and broken replies are tried again, with
-exponential back-off and jitter, or after the time that `Retry-After` names; a refusal that no repetition
-cures (401, 404, 422, …) stops the job at once. Either way no row is lost: finished ones are recorded, and
-the next run asks the others. `continuation_ids` are what the server says it generated (vLLM does, given
-`{"return_token_ids": true}` in the body); where it does not say, rows have none, since tokenising the text
-again is not the same thing.
+The `openai` client sends a request again after 429, a server error, a time-out or a lost connection, and here after a
+broken reply too; it waits as long as `Retry-After` says (two minutes at most), or ever longer. A refusal that no
+repetition changes (401, 404, 422) stops the job at once. No row is lost in either case: finished ones are recorded,
+and the next run asks for the others. `continuation_ids` are what the server says it generated (vLLM does, given
+`{"return_token_ids": true}` in the body). Otherwise rows have none, since the text tokenised again is not the same.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from itertools import islice
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
+from openai import APIStatusError, AsyncOpenAI
 
 from blsp.continuation.engines import Prompt, Written
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds; doubled from one attempt to the next
-WORTH_REPEATING = {408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529}
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts; each pause is twice the one before
+LONGEST_WAIT = 120  # seconds that a server may ask for; the client does not wait longer
+SENT_AGAIN = {408, 409, 429}  # and server errors, 500 and above
 FINISHES = {"stop": "stop", "length": "length", "max_tokens": "length", "eos": "stop", "eos_token": "stop"}
 
 
 class EngineError(RuntimeError):
     """The server cannot be used; the message says what it answered and what to do."""
-
-
-class _TryAgain(Exception):
-    """An attempt failed in a way that a later one may not. seconds: what Retry-After asked for."""
-
-    def __init__(self, reason: str, seconds: float | None = None) -> None:
-        super().__init__(reason)
-        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -64,49 +55,72 @@ class OpenAIEngine:
     content: Callable[[Prompt], Any] | None = None  # the user's turn, where it is not plain words
 
     def write(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Written]]:
-        """The answers of each batch, in the order in which batches get done."""
-        waiting = iter(batches)
-        loop = asyncio.new_event_loop()
-        client = httpx.AsyncClient(
-            timeout=self.timeout,
-            headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
-            limits=httpx.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight),
-        )
-        running: set[asyncio.Task[list[Written]]] = set()
-        try:
-            while True:
-                for batch in islice(waiting, self.in_flight - len(running)):
-                    running.add(loop.create_task(self._answer_all(client, batch)))
-                if not running:
-                    return
-                first = asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                done, running = loop.run_until_complete(first)
-                failed = [task for task in done if task.exception()]
-                yield from (task.result() for task in done if not task.exception())
-                if failed:
-                    failed[0].result()
-        finally:
-            loop.run_until_complete(_leave(client, running))
-            loop.close()
-
-    async def _answer_all(self, client: httpx.AsyncClient, batch: Sequence[Prompt]) -> list[Written]:
-        return list(await asyncio.gather(*(self._answer(client, prompt) for prompt in batch)))
-
-    async def _answer(self, client: httpx.AsyncClient, prompt: Prompt) -> Written:
-        request = self._request(prompt)
-        for attempt in range(1, self.attempts + 1):
+        """The answers of each batch, in the order in which the batches are done."""
+        if urlsplit(self.url).scheme not in ("http", "https"):
+            raise EngineError(f"{self.url}: not a web address; write it like http://localhost:8000/v1")
+        with asyncio.Runner() as runner:
+            results: asyncio.Queue[list[Written] | Exception | None] = asyncio.Queue()
+            client, waiting, loop = self._client(), iter(batches), runner.get_loop()
+            workers = [loop.create_task(self._work(client, waiting, results)) for _ in range(self.in_flight)]
+            working = len(workers)
             try:
-                return self._read(prompt, await self._post(client, request))
-            except _TryAgain as failure:
-                if attempt == self.attempts:
-                    raise EngineError(
-                        f"{self.url}: no answer to {prompt.text[:60]!r} in {attempt} attempts; the last one: "
-                        f"{failure}. Finished rows are kept: start the same command again when the server is "
-                        "well, or with a lower --concurrency"
-                    ) from failure
-                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
-                await asyncio.sleep(pause if failure.seconds is None else failure.seconds + pause)
-        raise EngineError(f"{self.url}: may be asked {self.attempts} times; it must be at least once")
+                while working:
+                    result = runner.run(results.get())
+                    if isinstance(result, Exception):
+                        raise result
+                    if result is None:
+                        working -= 1
+                    else:
+                        yield result
+            finally:
+                runner.run(client.close())
+
+    def _client(self) -> AsyncOpenAI:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.in_flight)
+        return AsyncOpenAI(
+            api_key=self.api_key or "none",
+            base_url=self.url,
+            max_retries=self.attempts - 1,
+            http_client=_WholeReplies(timeout=self.timeout, limits=limits),
+        )
+
+    async def _work(
+        self, client: AsyncOpenAI, waiting: Iterator[Sequence[Prompt]], results: asyncio.Queue[Any]
+    ) -> None:
+        """Take batches until there are none; the last result is None, or the error that ends the job."""
+        try:
+            for batch in waiting:
+                answers = await asyncio.gather(*(self._answer(client, prompt) for prompt in batch))
+                results.put_nowait(list(answers))
+            results.put_nowait(None)
+        except Exception as error:
+            results.put_nowait(error)
+
+    async def _answer(self, client: AsyncOpenAI, prompt: Prompt) -> Written:
+        try:
+            reply: Any = await client.post("/chat/completions", body=self._request(prompt), cast_to=object)
+        except APIStatusError as error:
+            response = error.response
+            said = response.extensions.get("fault") or f"HTTP {response.status_code} {response.text[:200]!r}"
+            if response.status_code < 500 and response.status_code not in SENT_AGAIN:
+                raise EngineError(f"{self.url} refuses the request: {said}") from error
+            raise EngineError(
+                f"{self.url}: no answer to {prompt.text[:60]!r} in {self.attempts} attempts; the last one: {said}. "
+                "Finished rows are kept: start the same command again when the server works, or with a lower "
+                "--concurrency"
+            ) from error
+        choice = reply["choices"][0]
+        text, finish, ids = (
+            choice["message"].get("content") or "",
+            choice["finish_reason"],
+            choice.get("token_ids"),
+        )
+        refused = None if finish in FINISHES else f"the server ended with finish_reason {finish!r}"
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            refused = "the server's text holds half of a surrogate pair, which no file can hold"
+        if ids and ids[-1] in self.stop_ids:
+            ids = ids[:-1]
+        return Written(prompt.key, text, ids, FINISHES.get(finish, "length"), refused=refused)
 
     def _request(self, prompt: Prompt) -> dict[str, Any]:
         words = user_message(prompt.instruction, prompt.order, prompt.text)
@@ -121,70 +135,59 @@ class OpenAIEngine:
         } | self.body
         return {name: value for name, value in request.items() if value is not None}
 
-    async def _post(self, client: httpx.AsyncClient, request: dict[str, Any]) -> Any:
-        """The reply's JSON; `_TryAgain` where another attempt may help, `EngineError` where none will."""
+
+class _WholeReplies(httpx.AsyncClient):
+    """The HTTP client below openai's. What is not a whole chat completion in time becomes a server error, which
+    openai's client sends again."""
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        fault = None
         try:
-            async with asyncio.timeout(
-                self.timeout
-            ):  # httpx times each read: a dripping server would never end
-                reply = await client.post(self.url.rstrip("/") + "/chat/completions", json=request)
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            like = "http://localhost:8000/v1"
-            raise EngineError(f"{self.url}: not a web address ({error}); write it like {like}") from None
+            # httpx times each read alone: a server that sends a byte now and then would never end
+            async with asyncio.timeout(self.timeout.read):
+                reply = await super().send(request, **options)
+            fault = _fault_of(reply) if reply.status_code == 200 else None
         except (httpx.TransportError, TimeoutError) as error:
-            raise _TryAgain(f"{type(error).__name__} {error}".strip()) from error
-        if reply.status_code in WORTH_REPEATING or reply.status_code >= 500:
-            raise _TryAgain(_said(reply), retry_after(reply.headers.get("Retry-After")))
-        if reply.status_code != 200:
-            raise EngineError(f"{self.url} refuses the request: {_said(reply)}")
-        try:
-            return reply.json()
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise _TryAgain(f"a reply that is not JSON: {reply.text[:80]!r}") from error
-
-    def _read(self, prompt: Prompt, reply: Any) -> Written:
-        try:
-            choice = reply["choices"][0]
-            text, finish = choice["message"].get("content") or "", choice.get("finish_reason")
-            ids = choice.get("token_ids")
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _TryAgain(f"a reply without choices: {str(reply)[:80]!r}") from error
-        if not isinstance(text, str) or not (ids is None or isinstance(ids, list)):
-            raise _TryAgain(f"a reply whose content is not text: {str(choice)[:80]!r}")
-        if finish is None:
-            raise _TryAgain("a reply without finish_reason, so that its end is unknown")
-        refused = None if finish in FINISHES else f"the server ended with finish_reason {finish!r}"
-        if ids and ids[-1] in self.stop_ids:
-            ids = ids[:-1]
-        return Written(prompt.key, text, ids, FINISHES.get(finish, "length"), refused=refused)
+            fault = f"{type(error).__name__} {error}".strip()
+        if fault:
+            reply = httpx.Response(502, request=request, extensions={"fault": fault})
+        reply.headers["Content-Type"] = "application/json"  # some servers do not say so
+        _set_pause(reply, int(request.headers.get("x-stainless-retry-count", 0)))
+        return reply
 
 
-async def _leave(client: httpx.AsyncClient, running: set[asyncio.Task[list[Written]]]) -> None:
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-    await client.aclose()
+def _fault_of(reply: httpx.Response) -> str | None:
+    """What is broken in a reply that should be a chat completion; None where it is one."""
+    try:
+        body = reply.json()
+    except ValueError:
+        return f"a reply that is not JSON: {reply.text[:80]!r}"
+    try:
+        choice = body["choices"][0]
+        text, finish, ids = (
+            choice["message"].get("content"),
+            choice.get("finish_reason"),
+            choice.get("token_ids"),
+        )
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return f"a reply without choices: {str(body)[:80]!r}"
+    if not isinstance(text or "", str) or not isinstance(ids or [], list):
+        return f"a reply whose content is not text: {str(choice)[:80]!r}"
+    return "a reply without finish_reason, so that its end is unknown" if finish is None else None
+
+
+def _set_pause(reply: httpx.Response, attempt: int) -> None:
+    """Say how long to wait before the next attempt, where the server does not, or asks for too long."""
+    asked = reply.headers.get("Retry-After")
+    if asked is None:
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.5, 1.0)
+        reply.headers["Retry-After"] = f"{pause:.3f}"
+    else:
+        with suppress(ValueError):  # a date, or no number at all: openai's client reads it
+            reply.headers["Retry-After"] = str(min(float(asked), LONGEST_WAIT))
 
 
 def user_message(instruction: str, order: Order, text: str) -> str:
     """The user's turn as `llm/prompt.py` splices it, for a server that applies the template itself."""
     instruction, text = instruction.strip(), " " + text.strip()
     return f"{text}\n{instruction}" if order == "speech-first" else instruction + text
-
-
-def retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for: a number or a date (RFC 9110); None when absent."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):
-            return None
-    return min(max(seconds, 0.0), 3600.0) if seconds == seconds else None
-
-
-def _said(reply: httpx.Response) -> str:
-    return f"HTTP {reply.status_code} {reply.text[:200]!r}"
