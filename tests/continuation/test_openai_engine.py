@@ -75,13 +75,36 @@ def test_a_long_retry_after_is_cut_to_two_minutes_and_a_date_is_left() -> None:
     assert 4 <= float(pause()) / openai_engine.FIRST_PAUSE <= 8
 
 
+def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for() -> None:
+    with misbehaving_server(["drip"]) as server:
+        ((written,),) = engine(server.url, timeout=1.0).write(prompts(1))
+    assert written.text == "You said: Repeat: words 0" and len(server.asked) == 2
+    assert server.at[1] - server.at[0] < 4
+
+
+def test_half_a_surrogate_pair_is_refused_and_not_the_end_of_the_job() -> None:
+    broken = '{"choices": [{"message": {"content": "a \\ud800"}, "finish_reason": "stop"}]}'
+    with misbehaving_server([broken]) as server:
+        written = [
+            answer for answers in engine(server.url, in_flight=1).write(prompts(2)) for answer in answers
+        ]
+    assert [answer.refused is None for answer in written] == [False, True]
+
+
 def test_requests_are_in_flight_together_and_no_more_than_allowed() -> None:
     with misbehaving_server([], pause=0.3) as server:
         assert len(list(engine(server.url, in_flight=16, timeout=60.0).write(prompts(48)))) == 48
     assert 8 <= server.most_together <= 16
 
 
-def test_prompts_are_taken_as_places_get_free() -> None:
+def test_many_requests_share_no_large_pool() -> None:
+    """httpx looks through a whole pool at each request: with one pool, 512 in flight were slower than 64."""
+    with misbehaving_server([], pause=2.0) as server:
+        answers = list(engine(server.url, in_flight=100, timeout=60.0).write(prompts(150)))
+    assert len(answers) == 150 and 64 < server.most_together <= 100
+
+
+def test_prompts_are_taken_as_requests_are_answered() -> None:
     taken = []
 
     def source():  # type: ignore[no-untyped-def]
@@ -97,7 +120,7 @@ def test_prompts_are_taken_as_places_get_free() -> None:
 
 
 @pytest.mark.parametrize("misdeed", ["500", "hang", "drop", "{", "429"])
-def test_an_end_of_patience_is_told(misdeed: str) -> None:
+def test_the_last_of_several_failures_is_told(misdeed: str) -> None:
     with misbehaving_server([misdeed] * 3) as server, pytest.raises(EngineError, match="in 3 attempts"):
         list(engine(server.url, attempts=3, timeout=0.3).write(prompts(1)))
 

@@ -45,6 +45,8 @@ class Misbehaving:
             return JSONResponse({"error": {"message": f"failure {misdeed}"}}, int(misdeed))
         if misdeed == "hang":
             await asyncio.sleep(3600)
+        if misdeed == "drip":
+            return StreamingResponse(self._dripped(), media_type="application/json")
         if misdeed == "drop":
             return StreamingResponse(self._dropped(), media_type="application/json")
         return Response(misdeed, media_type="application/json")  # a reply that is not what it should be
@@ -52,6 +54,11 @@ class Misbehaving:
     async def _dropped(self) -> Any:
         yield b'{"choices": [{"mess'
         raise ConnectionResetError("dropped on purpose")
+
+    async def _dripped(self) -> Any:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.2)
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         """The echo of the user's words, as a chat completion."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from blsp.llm.prompt import Order
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts; each pause is twice the one before
 LONGEST_WAIT = 120  # seconds that a server may ask for; the client does not wait longer
+POOL = 16  # requests that share connections: httpx looks through all of a pool's connections at each request
 SENT_AGAIN = {408, 409, 429}  # and server errors, 500 and above
 FINISHES = {"stop": "stop", "length": "length", "max_tokens": "length", "eos": "stop", "eos_token": "stop"}
 
@@ -60,8 +62,12 @@ class OpenAIEngine:
             raise EngineError(f"{self.url}: not a web address; write it like http://localhost:8000/v1")
         with asyncio.Runner() as runner:
             results: asyncio.Queue[list[Written] | Exception | None] = asyncio.Queue()
-            client, waiting, loop = self._client(), iter(batches), runner.get_loop()
-            workers = [loop.create_task(self._work(client, waiting, results)) for _ in range(self.in_flight)]
+            waiting, loop, verify = iter(batches), runner.get_loop(), httpx.create_ssl_context()
+            clients = [self._client(verify) for _ in range(-(-self.in_flight // POOL))]
+            workers = [
+                loop.create_task(self._work(clients[number % len(clients)], waiting, results))
+                for number in range(self.in_flight)
+            ]
             working = len(workers)
             try:
                 while working:
@@ -73,15 +79,18 @@ class OpenAIEngine:
                     else:
                         yield result
             finally:
-                runner.run(client.close())
+                for client in clients:
+                    runner.run(client.close())
 
-    def _client(self) -> AsyncOpenAI:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.in_flight)
+    def _client(self, verify: ssl.SSLContext) -> AsyncOpenAI:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=POOL)
+        # openai's types name httpx2, the successor of httpx; it takes both
+        http_client: Any = _WholeReplies(timeout=self.timeout, limits=limits, verify=verify)
         return AsyncOpenAI(
             api_key=self.api_key or "none",
             base_url=self.url,
             max_retries=self.attempts - 1,
-            http_client=_WholeReplies(timeout=self.timeout, limits=limits),
+            http_client=http_client,
         )
 
     async def _work(

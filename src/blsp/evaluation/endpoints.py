@@ -132,7 +132,7 @@ def _engine(endpoint: Endpoint, max_new_tokens: int, content: Callable[[Prompt],
     try:
         from blsp.continuation.openai_engine import OpenAIEngine
     except ImportError as error:
-        raise ImportError("--peer and --judge need httpx: pip install httpx") from error
+        raise ImportError("--peer and --judge need the openai package: pip install openai") from error
     return OpenAIEngine(
         endpoint.url,
         endpoint.model,
