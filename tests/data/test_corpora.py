@@ -25,8 +25,8 @@ from blsp.data.audio import is_silent, load_audio
 from blsp.data.corpora import no_speech
 from blsp.data.corpora.reading import Corpus, CorpusError, Lookup, ReadRequest, iso, make_row
 from blsp.data.corpora.recognition import read_json_array
+from blsp.data.files import read_rows
 from blsp.data.jobs import Job, JobError, Parts
-from blsp.data.jsonl import read_rows
 from blsp.data.manifest import Manifest, ManifestError, Utterance, write_manifest
 from blsp.data.prepare import prepare
 from blsp.settings import PrepareSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blsp import cli
-from blsp.data.jsonl import read_rows
+from blsp.data.files import read_rows
 
 CLIP = Path(__file__).parents[1] / "clips" / "hello.wav"
 

@@ -16,9 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blsp.data import jobs
-from blsp.data.files import digest_of, file_digest, text_digest, write_atomically, write_json, write_text
+from blsp.data.files import (
+    ManifestError,
+    digest_of,
+    file_digest,
+    read_rows,
+    text_digest,
+    write_atomically,
+    write_json,
+    write_text,
+)
 from blsp.data.jobs import Job, JobError, Parts, RecordLog, RowLog, SkippedLog, differences, lock_job
-from blsp.data.jsonl import ManifestError, read_rows
 
 # --- files ------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blsp.data import row_index
-from blsp.data.jsonl import read_rows
+from blsp.data.files import read_rows
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, ManifestError, Utterance, write_manifest
 from blsp.data.row_index import index_path
 

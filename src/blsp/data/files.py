@@ -1,9 +1,10 @@
-"""Atomic writes and digests of files.
+"""Files: JSON Lines, atomic writes, digests.
 
-In:  a path and what it shall hold; or values and files to be named by their content.
-Out: files and folders that appear whole or not at all; SHA-256 digests in hexadecimal.
-Try: `write_json("settings.json", {"seed": 1})`
-Flow: data/ — under everything that writes; `jobs.py` builds on it.
+In:  a path; what it shall hold, or values to be named by their content.
+Out: rows, one JSON object a line, or a `ManifestError` that names file, line and way out; files and folders
+     that appear whole or not at all; SHA-256 digests in hexadecimal.
+Try: `write_json("settings.json", {"seed": 1})`, `for line, row in read_rows("train.jsonl"): ...`
+Flow: data/ — under everything that reads and writes; `jobs.py` and `manifest.py` build on it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+# --- atomic writes ----------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -67,6 +73,9 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+# --- digests ----------------------------------------------------------------------------------------------
+
+
 def digest_of(value: Any) -> str:
     """SHA-256 of a JSON value; the order of names does not matter. What JSON cannot hold counts as its text."""
     return text_digest(json.dumps(value, sort_keys=True, default=str))
@@ -84,3 +93,74 @@ def file_digest(*paths: Path) -> str:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+# --- JSON Lines -------------------------------------------------------------------------------------------
+
+
+class ManifestError(ValueError):
+    """A manifest or one of its rows is not usable; the message names the file, the line and the way out."""
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make one for each row
+
+
+def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, JSON object) of every row of one file, one at a time; blank lines are skipped."""
+    try:
+        with open(path, "rb") as lines:
+            for number, raw in enumerate(lines, start=1):
+                if number == 1:
+                    raw = raw.removeprefix(BYTE_ORDER_MARK)
+                if raw.strip():
+                    yield number, parse_row(raw, f"{os.fspath(path)}:{number}")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ManifestError):
+            raise
+        raise ManifestError(f"{os.fspath(path)!r}: cannot be read ({error})") from error
+
+
+def parse_row(raw: bytes, where: str) -> dict[str, Any]:
+    """One line of JSONL as a JSON object; anything else is a `ManifestError` that begins with `where`."""
+    try:
+        text = raw.decode("utf-8")
+        row = DECODER.decode(text)
+        if "\\u" in text:
+            json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
+    except UnicodeDecodeError as error:
+        raise ManifestError(
+            f"{where}: is not UTF-8 (byte {error.start}); convert the file to UTF-8"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise ManifestError(
+            f"{where}: holds half of a surrogate pair (\\ud800…); write the character whole"
+        ) from error
+    except json.JSONDecodeError as error:
+        torn = "; the file ends in the middle of this row: remove it or write it again"
+        torn = "" if raw.endswith(b"\n") else torn
+        raise ManifestError(f"{where}: is not JSON ({error.msg} at column {error.colno}){torn}") from error
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{where}: is not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ManifestError(f"{where}: must be a JSON object {{...}}, not {show(row)}")
+    return row
+
+
+def show(value: Any) -> str:
+    """A value as messages print it, shortened."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def dump_row(row: dict[str, Any], where: str) -> bytes:
+    """One line of JSONL, newline included."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ManifestError(
+            f"{where}: the row {show(row.get('id'))} cannot be written as JSON ({error})"
+        ) from error

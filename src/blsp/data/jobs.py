@@ -46,12 +46,11 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from blsp.data.files import digest_of, write_json
-from blsp.data.jsonl import dump_row, read_rows, show
+from blsp.data.files import digest_of, dump_row, read_rows, show, write_json
 
 SKIPPED_SUFFIX = ".skipped.jsonl"
 WAIT = 0.5  # seconds between two looks for what another rank writes
@@ -84,7 +83,7 @@ class RowLog:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> RowLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -164,9 +163,6 @@ class RecordLog(RowLog):
         """Write whole lines, in one call to the system."""
         super().append(*rows)
         self.rows.update({row["id"]: row for row in rows})
-
-    def __enter__(self) -> RecordLog:
-        return self
 
 
 # --- one job ----------------------------------------------------------------------------------------------

@@ -22,9 +22,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, overload
 
-from blsp.data.files import write_atomically
+from blsp.data.files import ManifestError, dump_row, parse_row, read_rows, show, write_atomically
 from blsp.data.jobs import SKIPPED_SUFFIX
-from blsp.data.jsonl import ManifestError, dump_row, parse_row, read_rows, show
 from blsp.data.row_index import INDEX_SUFFIX, open_index, refuse_shared_keys
 
 ROWS_READ = 256  # rows fetched at a time when all are read in order

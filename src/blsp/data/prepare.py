@@ -27,11 +27,10 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio
-from blsp.data.corpora import folders, hub, lhotse, no_speech, recognition, translation, understanding
+from blsp.data.corpora import folders, hub, no_speech, recognition, translation, understanding
 from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, Rows
-from blsp.data.files import digest_of
+from blsp.data.files import digest_of, read_rows
 from blsp.data.jobs import Job
-from blsp.data.jsonl import read_rows
 from blsp.data.manifest import Utterance
 from blsp.data.row_index import index_path, open_index
 
@@ -53,7 +52,7 @@ READERS: dict[str, Callable[[ReadRequest], Rows]] = {
     "snips": understanding.snips,
     "folder": folders.audio_and_text,
     "kaldi": folders.kaldi,
-    "lhotse": lhotse.lhotse,
+    "lhotse": folders.lhotse,
     "hf": hub.hugging_face,
     "no-speech": no_speech.no_speech,
 }

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from blsp.data.files import write_atomically
-from blsp.data.jsonl import BYTE_ORDER_MARK, ManifestError, parse_row, show
+from blsp.data.files import BYTE_ORDER_MARK, ManifestError, parse_row, show, write_atomically
 
 INDEX_SUFFIX = ".idx"
 FORMAT = 2  # 1 was no database

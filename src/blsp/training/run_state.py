@@ -37,9 +37,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blsp.data.files import flush_to_disk, write_atomically, write_text
+from blsp.data.files import flush_to_disk, read_rows, write_atomically, write_text
 from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences, lock_job
-from blsp.data.jsonl import read_rows
 from blsp.distributed import Runtime, barrier, sum_across
 from blsp.settings import TrainSettings
 from blsp.training.curves import draw

@@ -4,8 +4,7 @@
     recognition.py    LibriSpeech, GigaSpeech, TED-LIUM 3
     translation.py    Common Voice, CoVoST 2, MuST-C, FLEURS
     understanding.py  Fluent Speech Commands, SLURP, SNIPS
-    folders.py        a folder of audio and text files, a Kaldi data directory
-    lhotse.py         Lhotse cuts, or recordings and supervisions
+    folders.py        a folder of audio and text files, a Kaldi data directory, Lhotse manifests
     hub.py            any Hugging Face dataset
     no_speech.py      clips of silence, noise and babble, made here
 

@@ -1,20 +1,24 @@
-"""Readers of your own data: a folder of audio and text files, a Kaldi data directory.
+"""Readers of your own data: a folder of audio and text files, a Kaldi data directory, Lhotse manifests.
 
-In:  a folder.
+In:  a folder; for Lhotse also a file of cuts.
 Out: utterances, one at a time.
 Try: `next(audio_and_text(ReadRequest(root="my_recordings", ...)))`, with my_recordings/a.wav beside a.txt
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
 A Kaldi directory is read as its documentation describes it (kaldi-asr.org/doc/data_prep.html: wav.scp, text,
-and optionally segments, utt2spk, utt2lang).
+and optionally segments, utt2spk, utt2lang). Lhotse's format is plain JSON (lhotse.readthedocs.io,
+"Representing a corpus" and "Cuts"), so the library is not needed.
 """
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +36,11 @@ from blsp.data.corpora.reading import (
     read_lines,
     subfolders,
 )
+from blsp.data.files import ManifestError, parse_row
 
 FOLDER = Corpus("recordings", "your own disk: audio files (wav, mp3, m4a, opus, ...) beside .txt files")
 KALDI = Corpus("a Kaldi data directory", "https://kaldi-asr.org/doc/data_prep.html (its layout)")
+LHOTSE = Corpus("Lhotse manifests", "https://lhotse.readthedocs.io (their format)")
 
 TEXT_SUFFIXES = (".txt", ".lab")
 # commands of wav.scp that only decode a file: flac -c -d -s FILE |, sph2pipe -f wav -p FILE |, cat FILE |
@@ -173,3 +179,116 @@ def _split_once(content: str) -> tuple[str, str]:
     """Name and rest of a line; Kaldi parts them with blanks or a tab."""
     name, *rest = content.split(maxsplit=1) or [""]
     return name, (rest[0].strip() if rest else "")
+
+
+# --- Lhotse -----------------------------------------------------------------------------------------------
+
+
+def lhotse(request: ReadRequest) -> Rows:
+    """PREFIX_cuts_SPLIT.jsonl(.gz), or else PREFIX_recordings_SPLIT and PREFIX_supervisions_SPLIT, joined."""
+    root = LHOTSE.need(request.folder)
+    if root.is_file():
+        yield from _from_cuts(root)
+        return
+    for split in request.splits:
+        cuts = _find(root, "cuts", split)
+        if cuts is not None:
+            yield from _from_cuts(cuts)
+            continue
+        recordings, supervisions = _find(root, "recordings", split), _find(root, "supervisions", split)
+        if recordings is None or supervisions is None:
+            there = ", ".join(sorted(path.name for path in root.glob("*.jsonl*"))[:8]) or "no .jsonl file"
+            raise CorpusError(
+                f"{root}: no cuts and no recordings with supervisions of {split!r}; it has {there}"
+            )
+        yield from _from_supervisions(recordings, supervisions)
+
+
+def _find(root: Path, kind: str, split: str) -> Path | None:
+    """The one file of a kind and part, such as librispeech_recordings_train-clean-5.jsonl.gz or
+    cuts_dev.jsonl."""
+    word = r"(^|[_.]){}([_.]|$)"
+    named = [path for path in sorted(root.glob("*.jsonl*")) if re.search(word.format(kind), path.name)]
+    files = [path for path in named if re.search(word.format(re.escape(split)), path.name)]
+    if len(files) > 1:
+        raise CorpusError(
+            f"{root}: {files[0].name} and {files[1].name} both are {kind} of {split!r}; name one file"
+        )
+    return files[0] if files else None
+
+
+def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a .jsonl or .jsonl.gz file."""
+    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115
+    try:
+        with opened as lines:
+            for line, raw in enumerate(lines, start=1):
+                if raw.strip():
+                    yield f"{path}:{line}", parse_row(raw, f"{path}:{line}")
+    except (ManifestError, OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{error}" if str(path) in str(error) else f"{path}: damaged ({error})") from error
+
+
+def _from_cuts(path: Path) -> Rows:
+    """A cut's supervisions; their times count from the cut's start."""
+    for where, cut in _objects(path):
+        recording = cut.get("recording")
+        if not isinstance(recording, dict):
+            kind = cut.get("type", "no recording")
+            yield Dropped(str(cut.get("id")), "", f"no single recording: the cut is a {kind}")
+            continue
+        with _as_published(where):
+            for supervision in cut.get("supervisions", []):
+                yield _utterance(supervision, recording, float(cut.get("start", 0.0)), path)
+
+
+def _from_supervisions(recordings: Path, supervisions: Path) -> Rows:
+    listed = ((str(recording.get("id")), json.dumps(recording)) for _, recording in _objects(recordings))
+    with Lookup(listed) as known:
+        for where, supervision in _objects(supervisions):
+            recording = known.get(str(supervision.get("recording_id")))
+            if recording is None:
+                reason = f"no recording: {supervision.get('recording_id')} is not in {recordings.name}"
+                yield Dropped(str(supervision.get("id")), "", reason)
+            else:
+                with _as_published(where):
+                    yield _utterance(supervision, json.loads(recording), 0.0, recordings)
+
+
+@contextmanager
+def _as_published(where: str) -> Iterator[None]:
+    """A field that is missing or of another kind is an error about that line."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise CorpusError(f"{where}: not a Lhotse supervision with its recording ({error!r})") from error
+
+
+def _utterance(supervision: dict[str, Any], recording: dict[str, Any], offset: float, path: Path) -> Row:
+    id = str(supervision["id"])
+    start, duration = offset + float(supervision["start"]), float(supervision["duration"])
+    sources, seconds = recording["sources"], float(recording["duration"])
+    unfit = _why_unfit(recording, sources)
+    if unfit:
+        return Dropped(id, str(recording.get("id")), f"unfit recording: {unfit}")
+    audio = Path(str(sources[0]["source"]))
+    whole = start <= 0 and abs(duration - seconds) < 0.001
+    audio = path.parent / audio if (path.parent / audio).exists() else audio.absolute()
+    times = {} if whole else {"start": round(max(0.0, start), 6), "duration": round(duration, 6)}
+    fields: dict[str, Any] = {
+        "language": iso(supervision.get("language")),
+        "speaker": supervision.get("speaker"),
+        **times,
+    }
+    return make_row(id, audio, str(supervision.get("text") or ""), **fields)
+
+
+def _why_unfit(recording: dict[str, Any], sources: Any) -> str | None:
+    """Why the recording cannot be read as one file with one voice, or None."""
+    if len(sources) != 1 or sources[0].get("type") != "file":
+        return "its audio is not one file"
+    if len(sources[0].get("channels", [0])) > 1:
+        return "it has several channels, of which a supervision means one"
+    if recording.get("transforms"):
+        return "it is transformed on the fly (speed, volume); save it as audio first"
+    return None

@@ -33,7 +33,7 @@ from blsp.data.corpora.reading import (
     stems,
     subfolders,
 )
-from blsp.data.jsonl import parse_row
+from blsp.data.files import parse_row
 
 FLUENT = Corpus(
     "Fluent Speech Commands",
