@@ -14,7 +14,7 @@ from support.tiny_models import save_language_model
 from support.training_examples import write_data
 
 from blsp.data.audio import write_wav
-from blsp.data.jobs import JobError
+from blsp.data.jobs import JobError, SkippedLog
 from blsp.distributed import find_runtime
 from blsp.features.cache import FeatureCache
 from blsp.model.adapter_parts import CachedValue
@@ -25,7 +25,9 @@ from blsp.training import loop, reporting, step
 from blsp.training.dataset import DataError
 from blsp.training.loop import TrainingError, train
 from blsp.training.optimiser import learning_rate
-from blsp.training.run_state import claim_folder, newest_complete
+from blsp.training.run import objective_of
+from blsp.training.run_state import claim_folder, merge_skipped, newest_complete
+from blsp.training.step import Objective
 
 
 @pytest.fixture(scope="module")
@@ -341,3 +343,74 @@ def test_features_of_the_run_are_found_again_by_the_cache(settings, tmp_path: Pa
     train(cached)
     train(replace(cached, out=tmp_path / "second"))
     assert isinstance(FeatureCache(tmp_path / "features", "other encoder"), FeatureCache)
+
+
+def test_the_linear_schedule_is_a_line_to_zero(settings) -> None:
+    run = replace(settings, schedule="linear", warmup_steps=2, lr=1.0)
+    rates = [learning_rate(run, step, 21) for step in range(1, 22)]
+    assert rates[:3] == [0.5, 1.0, pytest.approx(0.95)]
+    assert all(a - b == pytest.approx(0.05) for a, b in pairwise(rates[1:]))
+    assert rates[-1] == pytest.approx(0.05)
+
+
+def test_the_gradient_is_clipped_before_the_step(settings, monkeypatch) -> None:
+    norms = []
+    step_of = torch.optim.AdamW.step
+
+    def watched(optimiser, *arguments):
+        gradients = [p.grad for group in optimiser.param_groups for p in group["params"]]
+        norms.append(float(torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))))
+        return step_of(optimiser, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    train(replace(settings, steps=2, clip=1e-3))
+    train(replace(settings, out=settings.out.with_name("free"), steps=2, clip=1e9))
+    assert norms[:2] == [pytest.approx(1e-3, rel=1e-3)] * 2 and min(norms[2:]) > 0.01
+
+
+def test_weight_decay_is_on_matrices_alone(settings, monkeypatch) -> None:
+    decays: dict[str, float] = {}
+    learn = loop.learn
+
+    def watched(run, state, *arguments):
+        names = {id(p): name for name, p in run.model.model.multi_modal_projector.named_parameters()}
+        for group in state.optimiser.param_groups:
+            decays.update({names[id(p)]: group["weight_decay"] for p in group["params"]})
+        learn(run, state, *arguments)
+
+    monkeypatch.setattr(loop, "learn", watched)
+    train(replace(settings, steps=1, weight_decay=0.07))
+    assert {"norm.weight", "norm.bias", "stack.convs.0.bias"} <= set(decays)
+    for name, decay in decays.items():
+        assert decay == (0.0 if name.startswith("norm.") or name.endswith("bias") else 0.07)
+
+
+def test_the_weight_of_ctc_is_the_settings_(settings) -> None:
+    reads_out = replace(settings, adapter="grounded", loss="kl", temperature=2.0)
+    assert objective_of(reads_out, stored=False) == Objective({"kl": 1.0, "ctc": 0.3}, temperature=2.0)
+    assert objective_of(replace(reads_out, ctc_weight=0.0), stored=True).terms == {"kl": 1.0}
+    assert objective_of(replace(reads_out, loss="ctc", ctc_weight=0.1), stored=False).terms == {"ctc": 1.0}
+    assert objective_of(replace(settings, ctc_weight=0.5), stored=False).terms == {"ce": 1.0}
+
+
+def test_settings_of_an_older_version_that_lack_a_flag_are_the_same(settings: TrainSettings) -> None:
+    train(replace(settings, steps=1))
+    file = settings.out / "settings.yaml"
+    older = {name: value for name, value in yaml.safe_load(file.read_text()).items() if name != "schedule"}
+    file.write_text(yaml.safe_dump(older))
+    train(replace(settings, steps=1))
+    with pytest.raises(JobError, match="schedule was 'cosine', is 'linear'"):
+        train(replace(settings, steps=1, schedule="linear"))
+
+
+def test_skip_lists_of_all_ranks_become_one(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    for rank, ids in ((1, ["a", "b"]), (2, ["b", "c"])):
+        with SkippedLog(f"{out}.rank{rank}") as log:
+            for id in ids:
+                log.add(id, f"{id}.wav", f"rank {rank}")
+    with SkippedLog(out) as skipped:
+        skipped.add("d", "d.wav", "rank 0")
+        merge_skipped(skipped, out)
+        assert skipped.count == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["run.skipped.jsonl"]
