@@ -29,7 +29,7 @@ from blsp.distributed import Runtime
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import stop_ids
-from blsp.llm.prompt import frame_prompt, transcript_ids
+from blsp.llm.prompt import prompt_template, transcript_ids
 from blsp.model.loading import load_language_model
 from blsp.weights.digest import find_weights
 
@@ -87,7 +87,7 @@ def main() -> None:
 def measure(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: argparse.Namespace) -> dict:
     """Both ways in turn, on fresh transcripts each round."""
     instruction = instruction_for("continue")
-    frame = frame_prompt(tokenizer, instruction, ORDER)
+    frame = prompt_template(tokenizer, instruction, ORDER)
     decoding = Decoding(max_new_tokens=settings.max_new_tokens)
     speeds: dict[str, list[float]] = {"ours": [], "baseline": []}
     same = compared = 0

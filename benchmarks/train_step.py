@@ -37,7 +37,7 @@ from blsp.data.audio import SAMPLE_RATE, load_audio
 from blsp.distributed import Runtime, keep_freed_memory
 from blsp.llm.instructions import instruction_for
 from blsp.llm.prefix import Prefix, PrefixCache, run_after_prefix
-from blsp.llm.prompt import Order, frame_prompt, transcript_ids
+from blsp.llm.prompt import Order, prompt_template, transcript_ids
 from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.checkpoint import new_blsp
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
@@ -67,7 +67,7 @@ def plan_steps(processor: Any, strides: Sequence[int], steps: int) -> list[list[
     response = draw.integers(24, 40, POPULATION, endpoint=True)
     frames = np.array([encoder_frames(mel_frames(int(size))) for size in clip])
     speech = num_audio_tokens(frames, strides)
-    tail = len(frame_prompt(processor.tokenizer, instruction_for("continue"), ORDER).suffix_ids) - 1
+    tail = len(prompt_template(processor.tokenizer, instruction_for("continue"), ORDER).suffix_ids) - 1
     lengths = speech + tail + response
     plan = DataOrder((DataFile(0, POPULATION),), BATCH, seed=0)
     epoch = list(islice(plan.steps(0, lambda rows: lengths[rows]), plan.steps_per_epoch))
@@ -81,7 +81,7 @@ def examples(
 ) -> list[Example]:
     """Rows as the loop sees them, with the features, the mel, and a stored teacher: real speech, cut to size."""
     draw = np.random.default_rng(0)
-    frame = frame_prompt(processor.tokenizer, instruction_for("continue"), ORDER)
+    frame = prompt_template(processor.tokenizer, instruction_for("continue"), ORDER)
     text = transcript_ids(processor.tokenizer, "I have come to see the old man who lives by the river.")
     vocabulary = model.config.text_config.vocab_size
     lines = (SPEECH / "train.jsonl").read_text(encoding="utf-8").splitlines()[:RECORDINGS]

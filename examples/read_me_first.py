@@ -24,7 +24,7 @@ from torch.nn import functional as F
 import blsp
 from blsp.data.audio import load_audio
 from blsp.distributed import find_runtime
-from blsp.llm.prompt import frame_prompt, transcript_ids
+from blsp.llm.prompt import prompt_template, transcript_ids
 from blsp.model.checkpoint import load_blsp, new_blsp
 from blsp.model.speech_encoder import encode_speech, mel_features
 from blsp.weights.digest import find_weights
@@ -51,7 +51,7 @@ class Parts:
         self.encoder, self.llm = model.model.audio_tower, model.model.language_model
         self.adapter = model.model.multi_modal_projector
         self.table = model.get_input_embeddings().weight  # (V, D)
-        self.prompt = frame_prompt(self.tokenizer, CONTINUE, "instruction-first")  # ids around the speech
+        self.prompt = prompt_template(self.tokenizer, CONTINUE, "instruction-first")  # ids around the speech
 
     def encode(self, audio: Path) -> Tensor:
         """Encoder states (T, E): computed once, because the encoder never changes."""

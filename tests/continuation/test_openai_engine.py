@@ -20,7 +20,7 @@ from blsp.continuation.engines import Prompt
 from blsp.continuation.openai_engine import EngineError, OpenAIEngine, user_message
 from blsp.continuation.writer import write_continuations
 from blsp.llm.decoding import Decoding
-from blsp.llm.prompt import frame_prompt, transcript_ids
+from blsp.llm.prompt import prompt_template, transcript_ids
 from blsp.settings import ContinueSettings
 
 Settings = Callable[..., ContinueSettings]
@@ -157,7 +157,7 @@ def test_what_is_asked() -> None:
 def test_the_words_are_those_of_the_local_route(stopping_llm: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(stopping_llm)
     for order in ("speech-first", "instruction-first"):
-        frame = frame_prompt(tokenizer, "Please repeat:", order)  # type: ignore[arg-type]
+        frame = prompt_template(tokenizer, "Please repeat:", order)  # type: ignore[arg-type]
         local = [*frame.prefix_ids, *transcript_ids(tokenizer, "hello world"), *frame.suffix_ids]
         message = {"role": "user", "content": user_message("Please repeat:", order, "hello world")}  # type: ignore[arg-type]
         remote = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)

@@ -19,7 +19,7 @@ from blsp.data.jobs import JobError
 from blsp.data.manifest import CONTINUATION_KEY, Manifest
 from blsp.distributed import Runtime
 from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
-from blsp.llm.prompt import frame_prompt, transcript_ids
+from blsp.llm.prompt import prompt_template, transcript_ids
 from blsp.settings import ContinueSettings, SettingsError
 
 Settings = Callable[..., ContinueSettings]
@@ -70,7 +70,7 @@ def test_what_is_written_is_what_the_llm_generates(written: Path, stopping_llm: 
     for row in read_rows(written)[::9]:
         if row["id"] == "silence":
             continue
-        frame = frame_prompt(tokenizer, row["instruction"], row["order"])
+        frame = prompt_template(tokenizer, row["instruction"], row["order"])
         ids = torch.tensor([[*frame.prefix_ids, *transcript_ids(tokenizer, row["text"]), *frame.suffix_ids]])
         plain = llm.generate(ids, max_new_tokens=10, do_sample=False)[0, ids.shape[1] :].tolist()
         stopped = row["finish"] == "stop"
@@ -119,7 +119,7 @@ def test_top_k_is_the_teachers_distribution(written: Path, stopping_llm: str) ->
         assert ids.shape == logp.shape == (len(row["continuation_ids"]) + (row["finish"] == "stop"), 5)
         assert ids[: len(row["continuation_ids"]), 0].tolist() == row["continuation_ids"]
         if number % 7 == 0:
-            frame = frame_prompt(tokenizer, row["instruction"], row["order"])
+            frame = prompt_template(tokenizer, row["instruction"], row["order"])
             prompt = [*frame.prefix_ids, *transcript_ids(tokenizer, row["text"]), *frame.suffix_ids]
             logits = llm(torch.tensor([prompt + row["continuation_ids"]])).logits[0, len(prompt) - 1 :]
             top = logits.log_softmax(-1).topk(5)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.tiny_models import IM_END, IM_START, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from blsp.llm.prompt import ORDERS, PromptError, Speech, frame_prompt, render, text_ids, transcript_ids
+from blsp.llm.prompt import ORDERS, PromptError, Speech, prompt_template, render, text_ids, transcript_ids
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", AUDIO_TOKEN, "<start_of_turn>", "<end_of_turn>"]
@@ -52,7 +52,7 @@ def test_roles_and_clips_cannot_be_forged(tokenizer, texts: list[str], clips: in
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_frame_is_the_template_cut_at_the_speech(tokenizer, order: str) -> None:
-    frame = frame_prompt(tokenizer, " Please repeat: ", order)
+    frame = prompt_template(tokenizer, " Please repeat: ", order)
     text = tokenizer.decode(
         [*frame.prefix_ids, *transcript_ids(tokenizer, "hello  world "), *frame.suffix_ids]
     )
@@ -65,7 +65,7 @@ def test_the_frame_is_the_template_cut_at_the_speech(tokenizer, order: str) -> N
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_without_an_instruction_the_speech_is_the_turn(tokenizer, order: str) -> None:
-    frame = frame_prompt(tokenizer, "", order)
+    frame = prompt_template(tokenizer, "", order)
     assert tokenizer.decode(frame.prefix_ids) == "<|im_start|>user\n"
     assert tokenizer.decode(frame.suffix_ids) == "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -88,14 +88,14 @@ def test_an_empty_transcript_is_no_token(tokenizer) -> None:
 
 def test_what_cannot_be_framed_is_refused(tokenizer) -> None:
     with pytest.raises(PromptError, match="order"):
-        frame_prompt(tokenizer, "say", "sideways")
+        prompt_template(tokenizer, "say", "sideways")
     plain = tiny_tokenizer()
     plain.chat_template = None
     with pytest.raises(PromptError, match="no chat template"):
-        frame_prompt(plain, "say", "speech-first")
+        prompt_template(plain, "say", "speech-first")
     plain.chat_template = "{{ messages[0]['content'].split()[0] | length }}"
     with pytest.raises(PromptError, match="template"):
-        frame_prompt(plain, "say", "speech-first")
+        prompt_template(plain, "say", "speech-first")
     plain.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(PromptError, match="System role not supported"):
-        frame_prompt(plain, "say", "speech-first")
+        prompt_template(plain, "say", "speech-first")

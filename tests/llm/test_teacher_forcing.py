@@ -9,7 +9,7 @@ import torch
 from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 
 from blsp.inference.listener import Listener, Question
-from blsp.llm.prompt import frame_prompt, text_ids, transcript_ids
+from blsp.llm.prompt import prompt_template, text_ids, transcript_ids
 from blsp.llm.teacher_forcing import option_scores
 
 OPTIONS = [("yes", "no", "maybe tomorrow or never"), ("a", "how many days are in a week"), ("hello world",)]
@@ -34,7 +34,7 @@ def test_scores_equal_whole_sequences(tiny_models_folder: Path, family: str, row
 
 @torch.no_grad()
 def _alone(listener: Listener, instruction: str, text: str, option: str) -> float:
-    frame = frame_prompt(listener.tokenizer, instruction, "instruction-first")
+    frame = prompt_template(listener.tokenizer, instruction, "instruction-first")
     question = [*frame.prefix_ids, *transcript_ids(listener.tokenizer, text), *frame.suffix_ids]
     answer = text_ids(listener.tokenizer, option)
     logits = listener.model(input_ids=torch.tensor([question + answer])).logits[0].log_softmax(dim=-1)

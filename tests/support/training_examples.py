@@ -17,7 +17,7 @@ from support.tiny_models import SPOKEN, speech_like
 
 from blsp.continuation.topk import topk_folder
 from blsp.data.audio import write_wav
-from blsp.llm.prompt import frame_prompt, transcript_ids
+from blsp.llm.prompt import prompt_template, transcript_ids
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import mel_features, mel_frames
 from blsp.training.examples import Example
@@ -32,7 +32,7 @@ def make_examples(
 ) -> list[Example]:
     """Clips of 0.4 to 2 seconds with transcripts of one to four words and answers of one to nine tokens."""
     generator = np.random.default_rng(seed)
-    frame = frame_prompt(processor.tokenizer, INSTRUCTION, order)
+    frame = prompt_template(processor.tokenizer, INSTRUCTION, order)
     examples = []
     for number in range(count):
         audio = speech_like(float(generator.uniform(0.4, 2.0)), seed=seed * 100 + number)

@@ -13,7 +13,7 @@ from transformers import WhisperFeatureExtractor
 from blsp.continuation.topk import TopKError
 from blsp.data.jobs import SkippedLog
 from blsp.distributed import find_runtime
-from blsp.llm.prompt import frame_prompt, text_ids, transcript_ids
+from blsp.llm.prompt import prompt_template, text_ids, transcript_ids
 from blsp.training.dataset import (
     ROW,
     DataError,
@@ -63,7 +63,7 @@ def test_an_answer_cut_at_the_limit_teaches_no_end(tmp_path: Path) -> None:
         utterance, example = dataset.utterance(row), reader.example(row, epoch=0)
         ended = utterance.extra["finish"] == "stop"
         assert example.response == utterance.extra["continuation_ids"] + [IM_END] * ended
-        assert example.template == frame_prompt(TOKENIZER, INSTRUCTION, utterance.extra["order"])
+        assert example.template == prompt_template(TOKENIZER, INSTRUCTION, utterance.extra["order"])
         assert row["tokens_after_audio"] == len(example.template.suffix_ids) + len(example.response) - 1
         assert example.transcript == transcript_ids(TOKENIZER, utterance.text)
         assert row["encoder_frames"] == -(-example.mel_frames // 2)

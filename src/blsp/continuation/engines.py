@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blsp.llm.decoding import Decoding, Request, Result, decode
 from blsp.llm.language_model import embed, stop_ids
 from blsp.llm.prefix import PrefixCache
-from blsp.llm.prompt import Order, frame_prompt, transcript_ids
+from blsp.llm.prompt import Order, prompt_template, transcript_ids
 from blsp.llm.teacher_forcing import answer_states, top_k_states
 
 
@@ -73,7 +73,7 @@ def requests_of(
 ) -> list[Request]:
     """Each prompt as the decode loop takes it. Equal prefixes of a batch are one object, so that rows share them."""
     names = dict.fromkeys((prompt.instruction, prompt.order) for prompt in prompts)
-    templates = {name: frame_prompt(tokenizer, *name) for name in names}
+    templates = {name: prompt_template(tokenizer, *name) for name in names}
     by_ids = {ids: prefixes.get(ids) for ids in {t.prefix_ids: None for t in templates.values()}}
     requests = []
     for prompt in prompts:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import Utterance
 from blsp.llm.instructions import instruction_for
-from blsp.llm.prompt import Order, frame_prompt, transcript_ids
+from blsp.llm.prompt import Order, prompt_template, transcript_ids
 
 _TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")  # <SIL>, <MUSIC>, [noise]
 TEMPLATE_LENGTHS = 1024  # instructions whose length is remembered; rows may bring one each
@@ -144,7 +144,7 @@ class PromptLengths:
         return self._template_length(spec.instruction, spec.order) + transcript
 
     def _count_template(self, instruction: str, order: Order) -> int:
-        template = frame_prompt(self._tokenizer, instruction, order)
+        template = prompt_template(self._tokenizer, instruction, order)
         return len(template.prefix_ids) + len(template.suffix_ids)
 
 

@@ -29,7 +29,7 @@ from blsp.llm.decoding import Decoder, Decoding, Event, Request, decode
 from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import embed, stop_ids
 from blsp.llm.prefix import PrefixCache
-from blsp.llm.prompt import Order, frame_prompt, transcript_ids
+from blsp.llm.prompt import Order, prompt_template, transcript_ids
 from blsp.llm.text_stream import TextStream, answer_text
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.checkpoint import load_blsp
@@ -170,7 +170,7 @@ class Listener:
 
     def rescore(self, clips: Sequence[AudioEmbeds]) -> list[str]:
         """Of each clip's hypotheses the one that is likeliest with the LLM's score added; "" for no speech."""
-        prefix = self.prefixes.get(frame_prompt(self.tokenizer, "", "speech-first").prefix_ids)
+        prefix = self.prefixes.get(prompt_template(self.tokenizer, "", "speech-first").prefix_ids)
         chosen = [weighed(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in clips]
         return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
 
@@ -217,7 +217,7 @@ class Listener:
         self, key: Any, question: Question, audio_embeds: AudioEmbeds | None, decoding: Decoding
     ) -> Request:
         """The question for the decoder, with a clip or (without one) the question's text between the same ids."""
-        template = frame_prompt(self.tokenizer, question.instruction, question.order)
+        template = prompt_template(self.tokenizer, question.instruction, question.order)
         if audio_embeds is not None:
             content = audio_embeds.vectors.to(self.model.lm_head.weight.dtype)  # (n, D)
         else:

@@ -1,12 +1,12 @@
-"""Every instruction text, in one place.
+"""Instruction texts of all behaviours, and the sentence for clips without speech.
 
 In:  a behaviour's name: continue, repeat, answer, keywords, translate:<language>.
 Out: the instruction that the LLM gets beside a transcript (step 1) or beside speech (step 2, inference).
 Try: `instruction_for("translate:de")` -> 'Please translate the following text into German.'
-Flow: continuation/ — the writer asks these; training, the judge and the command line take them from here.
+Flow: **instructions.py** → prompt.py; step 1 asks with these texts, training, the judge and the commands take them too.
 
-The same words go with the transcript and with the speech, so no text says "audio" or "transcript" where the
-other route would make it false. `continue` is the paper's (arXiv 2309.00916), to the letter. The others were
+The same words stand beside the transcript and beside the speech, so no text says "audio" or "transcript", which
+would be false on one of the two routes. `continue` is the paper's (arXiv 2309.00916), word for word. The others were
 chosen on text alone, for the smallest LLM we ship with (docs/log.md, "Wording of the instructions").
 """
 
@@ -40,10 +40,10 @@ class BehaviourError(ValueError):
 
 
 def instruction_for(behaviour: str) -> str:
-    """The instruction of `behaviour`; a language is an ISO 639-1 code (`translate:de`) or a name."""
+    """The instruction of `behaviour`; a language is an ISO 639-1 code (`translate:de`) or an English name."""
     name, _, language = behaviour.partition(":")
     if name not in BEHAVIOURS or (name == "translate") != bool(language):
-        known = ", ".join("translate:<language>" if each == "translate" else each for each in BEHAVIOURS)
+        known = ", ".join("translate:<language>" if name == "translate" else name for name in BEHAVIOURS)
         raise BehaviourError(f"behaviour {behaviour!r}: must be one of {known}")
     return BEHAVIOURS[name].format(language=language_name(language)) if language else BEHAVIOURS[name]
 

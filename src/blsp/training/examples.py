@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
 from blsp.data.manifest import Utterance
-from blsp.llm.prompt import PromptTemplate, frame_prompt, text_ids, transcript_ids
+from blsp.llm.prompt import PromptTemplate, prompt_template, text_ids, transcript_ids
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
 from blsp.training.augmentation import Kind, augment, hide_spans
 from blsp.training.dataset import ROW, Dataset, Measures, Refused
@@ -107,8 +107,8 @@ class RowTexts:
         """The prompt around the speech."""
         key = (instruction, order)
         if key not in self._templates:
-            checked: Any = order  # `frame_prompt` refuses an order that it does not know
-            self._templates[key] = frame_prompt(self.tokenizer, instruction, checked)
+            checked: Any = order  # `prompt_template` refuses an order that it does not know
+            self._templates[key] = prompt_template(self.tokenizer, instruction, checked)
         return self._templates[key]
 
     def response(self, row: Utterance) -> list[int]:
