@@ -144,7 +144,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _is_space(token: object) -> bool:
-    """True for runs of spaces and line breaks, which some tokenizers (Gemma, Phi) add as tokens: they are plain text."""
+    """True for a run of spaces or line breaks: some tokenizers (Gemma, Phi) add such tokens, but they are plain text."""
     return not str(token).strip(" \n\t\r\u2581")
 
 
