@@ -144,7 +144,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _is_space(token: object) -> bool:
-    """Whether a token is a run of spaces or line breaks: some tokenizers (Gemma, Phi) add those; they are plain text."""
+    """Whether a token is a run of spaces or line breaks, which some tokenizers (Gemma, Phi) add: plain text too."""
     return not str(token).strip(" \n\t\r\u2581")
 
 
