@@ -194,7 +194,7 @@ def test_a_sharded_llm_gives_the_same_logits_and_gradients() -> None:
 def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
     program = tmp_path / "ranks.py"
     program.write_text(
-        "import torch\nfrom blsp.distributed import *\nplace = find_runtime('cpu')\n"
+        "import torch\nfrom blsp.distributed import *\nruntime = find_runtime('cpu')\n"
         "print(int(sum_across(torch.tensor([runtime.rank + 1]), runtime)), flush=True)\nleave(runtime)\n"
     )
     command = [

@@ -1,18 +1,20 @@
-"""Device, number format and ranks of this process; what the ranks do together.
+"""Device, number format and rank of this process, and the operations that ranks do together.
 
-One launcher for every heavy job: `torchrun` or `accelerate launch` start the processes and tell each its
-place through the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them there
-is one process. Ranks share work by row and meet in a few sums. Nothing else of ours knows of ranks.
+One launcher for every heavy job: `torchrun` or `accelerate launch` start the processes and give each its rank
+through the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them there is one process.
+Ranks share work by row and meet in a few sums.
 
 In:    the names of a device and a number format, or "auto"; the launcher's environment variables.
-Out:   a `Runtime`, which every function that computes is given.
+Out:   a `Runtime`, which every function that computes gets as an argument.
 Try:   torchrun --nproc-per-node 2 -m blsp encode --manifest in.jsonl --audio-model A --cache DIR
-Flow:  a command finds its place first, then loads models onto it.
+Flow:  a command finds its runtime first, then loads models onto it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,10 +27,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-import ctypes
-import platform
 
-PATIENCE = timedelta(days=1)  # ranks may finish their shares hours apart; a dead one is the launcher's matter
+# Ranks may finish their shares hours apart. The launcher, not this time-out, notices a rank that has died.
+COLLECTIVE_TIMEOUT = timedelta(days=1)
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -48,36 +49,37 @@ class Runtime:
 
 
 def find_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
-    """This process's place; joins the other ranks when a launcher started several.
+    """This process's runtime; joins the other ranks when a launcher started several.
 
     `device`: "auto" (CUDA where there is one, else CPU), or any torch device. `dtype`: "auto" is bfloat16 on
     a CUDA device that computes in it, float32 otherwise (float16 overflows in some LLMs: only by name);
     "fastest" is bfloat16 on a processor that multiplies it too, where figures then depend on the processor.
     """
     rank, world, local = (
-        _whole(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        _from_environment(name, default)
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    found = _find_device(device, local)
+    own_device = _find_device(device, local)
     if dtype in ("auto", "fastest"):
-        dtype = "bfloat16" if _multiplies_bfloat16(found, processors=dtype == "fastest") else "float32"
+        dtype = "bfloat16" if _has_bfloat16(own_device, processors=dtype == "fastest") else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; choose auto, fastest or one of {', '.join(DTYPES)}")
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
+    if own_device.type == "cuda":
+        torch.cuda.set_device(own_device)
     if world > 1 and not dist.is_initialized():
-        _join(found)
-    return Runtime(found, DTYPES[dtype], rank, world)
+        _join(own_device)
+    return Runtime(own_device, DTYPES[dtype], rank, world)
 
 
-def _multiplies_bfloat16(device: torch.device, *, processors: bool) -> bool:
-    """Whether the device has instructions for it: CUDA from Ampere on, processors with AVX-512 BF16 or AMX."""
+def _has_bfloat16(device: torch.device, *, processors: bool) -> bool:
+    """Whether the device multiplies it in hardware: CUDA from Ampere on, processors with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has = torch.cpu.get_capabilities() if processors and device.type == "cpu" else {}
-    return bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+    instructions = torch.cpu.get_capabilities() if processors and device.type == "cpu" else {}
+    return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
 
 
-def _whole(name: str, default: int) -> int:
+def _from_environment(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
         raise ValueError(
@@ -109,14 +111,14 @@ def _join(device: torch.device) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is set but {' and '.join(missing)} not; start the ranks with torchrun")
-    if device.type == "cuda":  # gloo beside it, for what lies on the CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=device)
+    if device.type == "cuda":  # gloo beside nccl, for tensors on the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
 
 
 def leave(runtime: Runtime) -> None:
-    """Take leave of the other ranks, at the end of the program."""
+    """Destroy the process group, at the end of the program."""
     if runtime.world > 1 and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -152,6 +154,7 @@ def reduce_gradients(params: Iterable[nn.Parameter], runtime: Runtime) -> None:
     trained = [p for p in params if p.requires_grad]
     if not trained:
         return
+    # One flat message: a 1 for each parameter that has a gradient here, then all gradients one after another.
     dtype = reduce(torch.promote_types, (p.dtype for p in trained))
     flat = torch.zeros(len(trained) + sum(p.numel() for p in trained), dtype=dtype, device=trained[0].device)
     has_gradient, *gradients = flat.split([len(trained), *(p.numel() for p in trained)])
@@ -160,17 +163,17 @@ def reduce_gradients(params: Iterable[nn.Parameter], runtime: Runtime) -> None:
             has_gradient[i] = 1
             piece.copy_(p.grad.flatten())
     dist.all_reduce(flat)
-    for held, p, piece in zip(has_gradient.tolist(), trained, gradients, strict=True):
-        p.grad = piece.view_as(p).to(p.dtype, copy=True) if held else None
+    for ranks, p, piece in zip(has_gradient.tolist(), trained, gradients, strict=True):
+        p.grad = piece.view_as(p).to(p.dtype, copy=True) if ranks else None
 
 
 def shard_language_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
     """Spread the decoder layers of a large frozen LLM over the ranks (FSDP2); each is gathered while it runs.
 
-    Embeddings, final norm and head stay whole on each rank: they are called on their own (prefix, response
-    logits) and are small beside the layers. Every rank must call the model equally often, or the others wait
-    for ever; and what is kept in a key/value cache must be made without gradient, as a constant prefix is
-    (FSDP watches outputs, not caches). In place; returns it.
+    Embeddings, final norm and head stay whole on each rank: they are called apart from the layers (prefix,
+    response logits) and are small beside them. Every rank must call the model equally often, or the others wait for
+    ever. Key/values that are kept in a cache must be computed without gradient: FSDP hooks into outputs, not into
+    caches. The model is changed in place and returned.
     """
     if runtime.world == 1:
         return model
@@ -194,28 +197,25 @@ def shard_language_model(model: PreTrainedModel, runtime: Runtime) -> PreTrained
     return model
 
 
-TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # mallopt's names for them (malloc.h of glibc)
-NEVER = 2**31 - 1  # bytes at the heap's end that may lie free
-GROWTH = 2**26  # bytes by which the heap grows at least
-LARGEST_KEPT = 2**30  # bytes: larger blocks come from the system and go back to it
+# mallopt's parameters (malloc.h of glibc): blocks up to 1 GiB come from the heap; the heap never shrinks by itself;
+# it grows by 64 MiB at least.
+MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed, and torch ask for huge pages; elsewhere nothing happens: False.
+    """Keep freed CPU memory in the process (glibc) and let torch ask for huge pages; False where there is no glibc.
 
-    The resident size then stays where the largest step has brought it. torch reads its switch once, with its
-    first tensor.
+    It saves a sixth of a training step on the CPU. Call it before the first tensor: torch reads its switch once.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     libc = ctypes.CDLL(None)
-    wanted = {MMAP_THRESHOLD: LARGEST_KEPT, TRIM_THRESHOLD: NEVER, TOP_PAD: GROWTH}
-    return all([libc.mallopt(name, value) == 1 for name, value in wanted.items()])
+    return all([libc.mallopt(option, value) == 1 for option, value in MALLOC_OPTIONS.items()])
 
 
 def give_back_freed_memory() -> bool:
-    """Let glibc return free pages to the system, those between pages in use too; elsewhere False."""
+    """Return freed pages to the system, also those between pages in use (glibc); elsewhere nothing happens: False."""
     if platform.libc_ver()[0] != "glibc":
         return False
     ctypes.CDLL(None).malloc_trim(0)
