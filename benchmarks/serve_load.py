@@ -1,14 +1,14 @@
-"""The server under load: throughput, waiting, crossed answers, refusals past the queue, memory.
+"""Benchmark of the server under load: throughput, waiting, mixed-up answers, refusals, memory.
 
 In:  an adapter folder (default: the shipped one) and the recordings in `examples/speech`.
 Out: one JSON object on the last line.
 Try: `python -m benchmarks.serve_load --share 0.05` (a twentieth); `make bench-serve` runs it whole.
-Flow: benchmarks/ — serving.py starts the server and its clients.
+Flow: support/serving.py (server and clients) → **serve_load.py**
 
-Every question is first asked alone (the library, one at a time, which also gives each step's top-2 margin). An answer
-in company must be that one, up to the first step that was a tie when alone (margin under 1e-3): other batch shapes
-round differently, and greedy decoding may then go either way. Anything else counts as crossed. There are more than
-twice as many questions, in turn, as the server keeps key/values of, so that none is answered from memory.
+Every question is first asked alone, by the library, which also gives the margin between the best two tokens of each
+step. In a batch the answer must be the same, up to the first step with a margin below 1e-3: other batch shapes round
+differently there, and greedy decoding may take either token. Any other answer counts as `crossed`. There are more
+than twice as many questions as the server keeps key/values of, so that no answer comes from its cache.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from blsp.settings import DEFAULT_MODEL
 
 INSTRUCTIONS = ("Please repeat the following words:", "Answer the following:", "Continue the following text:")
 QUESTIONS = 70
-NEW_TOKENS = (8, 16, 24, 32)  # of the questions in turn: rows join and leave at different times
+NEW_TOKENS = (8, 16, 24, 32)  # of the questions, in rotation: rows join and leave at different times
 CLIENTS = (1, 4, 16, 64)
 TIE = 1e-3  # nats between the best two tokens
 
 
 @dataclass(frozen=True)
 class Alone:
-    """An answer without company: its text, and how much of it is decided before the first tie."""
+    """An answer without a batch: its text, and the part of it before the first tie."""
 
     text: str
     decided: str
@@ -49,11 +49,11 @@ class Alone:
 
 def answer_alone(listener: Listener, wav: bytes, instruction: str, new_tokens: int) -> Alone:
     """One answer by the library, greedily, with the margins of its steps."""
-    (heard,) = listener.embed_audio([wav])
-    if not heard.speech:
+    (embeds,) = listener.embed_audio([wav])
+    if not embeds.speech:
         sentence = listener.model.config.no_speech_sentence
         return Alone(sentence, sentence)
-    laid = lay_out(listener, [user_turn([f"{instruction}\n", heard])])
+    laid = lay_out(listener, [user_turn([f"{instruction}\n", embeds])])
     decoding = replace(listener.decoding, max_new_tokens=new_tokens, top_k_logprobs=2)
     request = request_for(listener, 0, laid, decoding, Memory(1))
     ids: list[int] = []
@@ -71,15 +71,15 @@ def answer_alone(listener: Listener, wav: bytes, instruction: str, new_tokens: i
 def throughput(
     server: Server, questions: Sequence[Any], clients: int, requests: int
 ) -> tuple[dict[str, Any], list[Served]]:
-    """Requests and tokens a second, and the wait for the first token."""
+    """Requests and tokens per second, and the time to the first token."""
     began = time.monotonic()
     served = asyncio.run(crowd(server.url, questions, clients, requests, NEW_TOKENS))
     seconds = time.monotonic() - began
-    good = [each for each in served if each.status == 200]
-    waits = sorted(each.first for each in good)
+    good = [answer for answer in served if answer.status == 200]
+    waits = sorted(answer.first for answer in good)
     figures = {
         "requests_per_second": round(len(good) / seconds, 3),
-        "tokens_per_second": round(sum(each.tokens for each in good) / seconds, 1),
+        "tokens_per_second": round(sum(answer.tokens for answer in good) / seconds, 1),
         "first_token_median_s": round(statistics.median(waits), 3),
         "first_token_p95_s": round(waits[int(0.95 * (len(waits) - 1))], 3),
         "requests": requests,
@@ -89,15 +89,15 @@ def throughput(
 
 
 def refusals(model: str, questions: Sequence[Any]) -> dict[str, Any]:
-    """48 at once where 4 are served and 8 may wait: the others are told when to come back."""
+    """48 requests where 4 run and 8 may wait: the others get status 429 and a time to try again."""
     with serving(["--model", model, "--max-batch", "4", "--queue", "8"]) as server:
         served = asyncio.run(crowd(server.url, questions, 48, 48, NEW_TOKENS))
-    turned_away = [each for each in served if each.status == 429]
+    refused = [answer for answer in served if answer.status == 429]
     return {
-        "answered": sum(each.status == 200 for each in served),
-        "turned_away": len(turned_away),
-        "with_retry_after": sum(each.retry_after for each in turned_away),
-        "other": sum(each.status not in (200, 429) for each in served),
+        "answered": sum(answer.status == 200 for answer in served),
+        "turned_away": len(refused),
+        "with_retry_after": sum(answer.retry_after for answer in refused),
+        "other": sum(answer.status not in (200, 429) for answer in served),
     }
 
 
@@ -106,7 +106,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--share", type=float, default=1.0, help="of the requests")
+    parser.add_argument("--share", type=float, default=1.0, help="the part of the requests to send")
     options = parser.parse_args()
     clips = recordings(QUESTIONS)
     wordings = [INSTRUCTIONS[number % len(INSTRUCTIONS)] for number in range(QUESTIONS)]
@@ -130,14 +130,17 @@ def main() -> None:
             _, more = throughput(server, questions, 16, half)
             good += more
             resident.append(server.memory_mb())
-        figures["memory"] = {"requests": 2 * half, "resident_mb": [round(each, 1) for each in resident]}
+        figures["memory"] = {
+            "requests": 2 * half,
+            "resident_mb": [round(megabytes, 1) for megabytes in resident],
+        }
     one = figures["clients"][1]["requests_per_second"]
     figures["ratio"] = {
-        n: round(each["requests_per_second"] / one, 2) for n, each in figures["clients"].items()
+        n: round(measured["requests_per_second"] / one, 2) for n, measured in figures["clients"].items()
     }
     figures["compared"] = len(good)
-    other = [each for each in good if each.text.strip() != alone[each.question].text]
-    figures["crossed"] = sum(not alone[each.question].agrees(each.text.strip()) for each in other)
+    other = [answer for answer in good if answer.text.strip() != alone[answer.question].text]
+    figures["crossed"] = sum(not alone[answer.question].agrees(answer.text.strip()) for answer in other)
     figures["diverged_at_a_tie"] = len(other) - figures["crossed"]
     figures["past_the_queue"] = refusals(options.model, questions)
     print(json.dumps(figures))

@@ -1,10 +1,10 @@
-"""The server under bad requests: no failure of its own, and the next good request answered.
+"""Benchmark of the server under bad requests: it must not fail, and must answer the next good request.
 
-In:  an adapter folder (default: the shipped one). Out: one JSON object on the last line; exit code 1 on a defect. How
-     much memory and how many open files were lost stands there too, for a person to judge.
+In:  an adapter folder (default: the shipped one). Out: one JSON object on the last line; exit code 1 on a defect. It
+     also holds the growth of memory and open files, which a person has to judge.
 Try: `python -m benchmarks.serve_robustness --share 0.05` (a twentieth); `make bench-serve` runs it whole.
-Flow: benchmarks/ — hostile.py makes the requests, serving.py the server; schemathesis makes more of its own from the
-      OpenAPI document.
+Flow: support/hostile.py (requests), support/serving.py (server) → **serve_robustness.py**; schemathesis makes more
+      requests from the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from benchmarks.support.serving import Server, recordings, serving, spoken_quest
 from blsp.settings import DEFAULT_MODEL
 
 ATTEMPTS = 1000
-BY_SCHEMATHESIS = 40  # examples an operation
+BY_SCHEMATHESIS = 40  # examples per operation
 EVERY = 25  # attempts between two good requests
 LIMITS = ["--max-upload-mb", "2", "--max-audio-seconds", "120", "--max-new-tokens", "8", "--deadline", "60"]
-LIMITS += ["--prefix-cache", "2"]  # what is kept on purpose must not hide what is lost
+LIMITS += ["--prefix-cache", "2"]  # a small cache, so that its growth does not hide a leak
 BY_DESIGN = {503, 504}
 
 
 def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
-    """`count` bad requests; every so often a good one, whose answer must not change."""
+    """`count` bad requests; after every `EVERY` of them a good one, whose answer must not change."""
     statuses: Counter[int] = Counter()
     defects: list[str] = []
     good = {"messages": spoken_question(wav, "Please repeat the following words:"), "max_tokens": 8}
     answers = set()
     slowest = 0.0
-    silent: list[socket.socket] = []  # clients that send no more, and wait
+    silent: list[socket.socket] = []  # clients that stay connected and send nothing more
     with httpx.Client(base_url=url, timeout=120) as client:
         for number, attempt in zip(range(count), attempts(wav, seed), strict=False):
             if attempt.linger:
@@ -68,7 +68,7 @@ def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
         status = status_of(connection)
         statuses[status] += 1
         if 500 <= status < 599 and status not in BY_DESIGN:
-            defects.append(f"a silent client was told {status}")
+            defects.append(f"a silent client got {status}")
     if len(answers) != 1 or next(iter(answers))[0] != 200:
         defects.append(f"the good request was answered in more than one way: {sorted(answers)}")
     by_status = {str(status): number for status, number in sorted(statuses.items())}
@@ -93,11 +93,11 @@ def send(client: httpx.Client, url: str, attempt: Attempt) -> int:
 
 
 def begin(url: str, attempt: Attempt) -> socket.socket:
-    """A connection on which the beginning of a request was sent."""
-    place = urlsplit(url)
-    head = f"POST {attempt.path} HTTP/1.1\r\nhost: {place.netloc}\r\ncontent-type: application/json\r\n"
+    """A connection on which only the beginning of a request was sent."""
+    server = urlsplit(url)
+    head = f"POST {attempt.path} HTTP/1.1\r\nhost: {server.netloc}\r\ncontent-type: application/json\r\n"
     head += f"content-length: {len(attempt.body)}\r\n\r\n"
-    connection = socket.create_connection((place.hostname, place.port), timeout=120)
+    connection = socket.create_connection((server.hostname, server.port), timeout=120)
     connection.sendall(head.encode() + attempt.body[: attempt.leave])
     return connection
 
@@ -109,14 +109,14 @@ def vanish(url: str, attempt: Attempt) -> int:
 
 
 def status_of(connection: socket.socket) -> int:
-    """What a silent client is told in the end; 0: nothing, the connection was closed."""
+    """The status that a silent client gets in the end; 0: none, the connection was closed."""
     with connection:
         line = connection.makefile("rb").readline().split()
     return int(line[1]) if len(line) > 1 else 0
 
 
 def by_schemathesis(url: str, examples: int) -> bool:
-    """True if schemathesis got no server error out of the routes that the OpenAPI document names."""
+    """True if schemathesis found no server error in the routes of the OpenAPI document."""
     command = [
         str(Path(sys.executable).with_name("schemathesis")),
         "run",
@@ -147,11 +147,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--share", type=float, default=1.0, help="of the requests")
+    parser.add_argument("--share", type=float, default=1.0, help="the part of the requests to send")
     options = parser.parse_args()
     wav = max(recordings(8), key=len)
     with serving(["--model", options.model, *LIMITS]) as server:
-        attack(server.url, wav, 100, seed=1)  # memory is compared after everything has been done once
+        attack(server.url, wav, 100, seed=1)  # memory is compared after one round of all kinds of requests
         before, files = server.memory_mb(), open_files(server)
         figures = attack(server.url, wav, round(ATTEMPTS * options.share))
         figures["memory_growth_mb"] = round(server.memory_mb() - before, 1)

@@ -121,6 +121,16 @@ def test_every_package_names_its_files() -> None:
         assert not missing, f"{init}: its docstring does not name {', '.join(missing)}"
 
 
+def test_the_page_on_architecture_names_every_file() -> None:
+    page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = re.split(r"^  (\w+)/ ", page.split("```")[1], flags=re.MULTILINE)  # top, room, its text, room, …
+    rooms = {"": tree[0]} | dict(zip(tree[1::2], tree[2::2], strict=True))
+    for module in MODULES:
+        room = module.parts[0] if len(module.parts) > 1 else ""
+        name = module.name if module.parts[1:2] != ("corpora",) else module.stem
+        assert module.name == "__init__.py" or name in rooms[room], f"docs/architecture.md: no line for {module}"
+
+
 def test_test_files_have_names_of_their_own() -> None:
     names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
     assert sorted(names) == sorted(set(names)), "pytest imports test files by their bare name"

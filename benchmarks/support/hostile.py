@@ -1,4 +1,4 @@
-"""Requests that no honest client sends: broken JSON, lying files, forged roles, clients that leave.
+"""Bad requests: broken JSON, damaged or false files, forged roles, clients that leave.
 
 In:  a recording and a seed. Out: `Attempt`s for serve_robustness.py, the same for the same seed.
 Try: `next(attempts(wav, seed=0))`
@@ -25,17 +25,20 @@ CHAT, TRANSCRIBE = "/v1/chat/completions", "/v1/audio/transcriptions"
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request: a JSON body as bytes, or an uploaded file. `leave`: the client sends no more than so many bytes."""
+    """One request: a JSON body as bytes, or an uploaded file. `leave`: the client sends only this many bytes.
+
+    linger: it then stays connected, and silent, until the server ends the request.
+    """
 
     path: str
     body: bytes = b""
     upload: tuple[str, bytes] | None = None
     leave: int | None = None
-    linger: bool = False  # stays connected, and silent, until the server has had enough
+    linger: bool = False
 
 
 def attempts(wav: bytes, seed: int) -> Iterator[Attempt]:
-    """Without end."""
+    """An endless row of bad requests."""
     draw = random.Random(seed)
     while True:
         yield draw.choice(KINDS)(draw, wav)
@@ -132,7 +135,7 @@ def hostile_json(draw: random.Random, wav: bytes) -> Attempt:
     body = draw.choice(
         [
             b"", b"{", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"messages":' + b"[" * 2000,
-            *(json.dumps(each).encode() for each in (
+            *(json.dumps(value).encode() for value in (
                 {}, {"messages": None}, {"messages": []}, {"messages": deep}, {"messages": [{}]},
                 {"messages": [{"role": "user"}]}, {"messages": [{"role": "root", "content": "x"}]},
                 {"messages": [{"role": "user", "content": deep}]},
@@ -168,7 +171,7 @@ def hostile_url(draw: random.Random, wav: bytes) -> Attempt:
 
 
 def vanishing(draw: random.Random, wav: bytes) -> Attempt:
-    """Goes away in the middle of its request, or of the answer."""
+    """A client that leaves in the middle of its request, or of the answer."""
     good = chat(
         [{"type": "input_audio", "input_audio": {"data": base64.b64encode(wav).decode(), "format": "wav"}}]
     )
@@ -180,7 +183,7 @@ def too_large(draw: random.Random, wav: bytes) -> Attempt:
 
 
 def slow(draw: random.Random, wav: bytes) -> Attempt:
-    """Sends a beginning and then nothing more, for longer than the server waits."""
+    """A client that sends a beginning and then nothing, for longer than the server waits."""
     good = chat([{"type": "text", "text": "hello"}])
     return Attempt(CHAT, body=good.body, leave=draw.randrange(len(good.body)), linger=True)
 

@@ -1,8 +1,8 @@
-"""What the benchmarks of the server share: a server in a process of its own, and clients that measure.
+"""Server process and measuring clients, for the benchmarks of the server.
 
-In:  flags of `blsp serve`; questions. Out: a running server's address and process; what each client got, and when.
+In:  flags of `blsp serve`; questions. Out: the address and process of a running server; each answer, with times.
 Try: ``with serving(["--model", "models/blsp-tiny"]) as server: …``
-Flow: benchmarks/ — serve_load.py and serve_robustness.py use it; tests/serving runs both on a small scale.
+Flow: **serving.py** → serve_load.py, serve_robustness.py; tests/serving runs both with few requests
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Server:
 
 @contextmanager
 def serving(flags: Sequence[str]) -> Iterator[Server]:
-    """`blsp serve` on a free port until the block is left; then it must end with 0."""
+    """`blsp serve` on a free port until the block ends; then it must exit with 0."""
     command = [sys.executable, "-m", "blsp", "serve", "--port", "0", *flags]
     with subprocess.Popen(
         command,
@@ -67,7 +67,7 @@ def serving(flags: Sequence[str]) -> Iterator[Server]:
 
 
 def recordings(count: int) -> list[bytes]:
-    """Real recordings that no adapter has learnt from, as WAV files, in the order of their lists (70 at most)."""
+    """Real recordings that no adapter was trained on, as WAV files, in the order of their lists (70 at most)."""
     lists = [(SPEECH / name).read_text(encoding="utf-8") for name in ("asterisk.jsonl", "heldout.jsonl")]
     lines = "".join(lists).splitlines()[:count]
     return [as_wav(load_audio(SPEECH / json.loads(line)["audio"])) for line in lines]
@@ -87,7 +87,7 @@ def spoken_question(wav: bytes, text: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Served:
-    """What one request got: `status` (0: the connection broke), the text, seconds, tokens."""
+    """The answer to one request: `status` (0: the connection broke), the text, seconds, tokens."""
 
     question: int
     status: int
@@ -121,9 +121,9 @@ async def ask(client: httpx.AsyncClient, number: int, messages: Any, new_tokens:
 async def crowd(
     url: str, questions: Sequence[Any], clients: int, requests: int, new_tokens: int | Sequence[int]
 ) -> list[Served]:
-    """`requests` answers by `clients` that each ask again as soon as they have been answered.
+    """`requests` answers to `clients` that ask the next question as soon as they have an answer.
 
-    new_tokens: how long answers may be; several: one for each question, in turn.
+    new_tokens: the most tokens of an answer; several numbers: for the questions in rotation.
     """
     lengths = [new_tokens] if isinstance(new_tokens, int) else new_tokens
     numbers = iter(range(requests))

@@ -1,7 +1,7 @@
 """BLSP for everyone: teach a frozen text LLM to listen.
 
-Importing `blsp` does nothing: no torch, no network, no work. The public names below are fetched from their
-modules when they are first asked for.
+Importing `blsp` does nothing: no torch, no network, no work. The public names below are imported from their
+modules when they are first used. docs/architecture.md lists every file.
 
     import blsp
     listener = blsp.load()                      # the shipped adapter
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Fetch a public name from the module that defines it (PEP 562)."""
+    """Import a public name from the module that defines it (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'blsp' has no attribute {name!r}; it has {', '.join(_HOME)}")
     return getattr(import_module(_HOME[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m blsp` is `blsp`."""
+"""Entry point of `python -m blsp`, which is the command `blsp`."""
 
 import sys
 

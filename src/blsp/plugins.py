@@ -26,19 +26,13 @@ class PluginError(ImportError):
 
 def load_plugins() -> None:
     """Import every plugin once; raises PluginError for one that is not there or fails."""
-    for entry in entry_points(group=ENTRY_POINTS):
-        _load(entry.value, entry.load)
-    for name in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
-        _load(
-            name, lambda name=name: _import_file(Path(name)) if name.endswith(".py") else import_module(name)
-        )
-
-
-def _load(name: str, load: object) -> None:
-    try:
-        load()  # type: ignore[operator]
-    except Exception as error:
-        raise PluginError(f"plugin {name}: {type(error).__name__}: {error} (named in {VARIABLE})") from error
+    installed = [entry.module for entry in entry_points(group=ENTRY_POINTS)]
+    named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    for name in installed + named:
+        try:
+            _import_file(Path(name)) if name.endswith(".py") else import_module(name)
+        except Exception as error:
+            raise PluginError(f"plugin {name} (of {VARIABLE}): {type(error).__name__}: {error}") from error
 
 
 def _import_file(path: Path) -> None:

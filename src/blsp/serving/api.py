@@ -120,7 +120,7 @@ NEUTRAL: dict[str, Any] = {  # fields that are not supported, and their value th
 }
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that NEUTRAL can be checked
     model: str | None = None
     messages: list[Message] = Field(min_length=1, max_length=512)
     max_tokens: int | None = Field(None, ge=1)
@@ -132,23 +132,11 @@ class ChatRequest(BaseModel):
     stop: Text | list[Text] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    # not supported, and would change the answer: any other value than in NEUTRAL is refused
-    n: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
-    tools: Any = None
-    functions: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    audio: Any = None
-    logit_bias: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
 
     @model_validator(mode="after")
     def _only_supported_fields(self) -> ChatRequest:
         for name, neutral in NEUTRAL.items():
-            if (value := getattr(self, name)) and value != neutral:
+            if (value := (self.model_extra or {}).get(name)) and value != neutral:
                 raise ValueError(f"{name}: not supported by this server; leave it out")
         if self.messages[-1].role != "user":
             raise ValueError("messages: the last one must be the user's")

@@ -15,13 +15,13 @@ with its own flags added. It writes to OUT/stages/NAME and starts from the stage
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import inspect
 import re
 import sys
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -203,12 +203,9 @@ def _join_repeated(kind: type, flags: Sequence[str]) -> list[str]:
 
 def _config_file(flags: Sequence[str]) -> Path | None:
     """The file that --config names, the last one if several do."""
-    file = None
-    for flag, following in zip_longest(flags, flags[1:]):
-        if flag.startswith("--config="):
-            file = Path(flag.removeprefix("--config="))
-        elif flag == "--config" and following is not None:
-            file = Path(following)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    file: Path | None = parser.parse_known_args(list(flags))[0].config
     return file
 
 
