@@ -128,7 +128,9 @@ def test_the_page_on_architecture_names_every_file() -> None:
     for module in MODULES:
         room = module.parts[0] if len(module.parts) > 1 else ""
         name = module.name if module.parts[1:2] != ("corpora",) else module.stem
-        assert module.name == "__init__.py" or name in rooms[room], f"docs/architecture.md: no line for {module}"
+        assert module.name == "__init__.py" or name in rooms[room], (
+            f"docs/architecture.md: no line for {module}"
+        )
 
 
 def test_test_files_have_names_of_their_own() -> None:
