@@ -1,4 +1,4 @@
-"""The divergence is the textbook's, its end included; layers and pictures say what they claim."""
+"""Divergence equals the textbook formula, the answer's end included; layer figures and the projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cascade asks the same LLM about what a recogniser wrote; peers and the judge speak OpenAI's language."""
+"""The cascade gives the recogniser's words to the same LLM; peers and the judge are asked over OpenAI's API."""
 
 from __future__ import annotations
 

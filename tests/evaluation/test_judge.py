@@ -1,4 +1,4 @@
-"""The judge: what a perfect, a deaf and a confused model get; the contract's files; the same numbers twice."""
+"""`blsp evaluate`: figures of perfect, deaf and exchanged inputs; the files of the contract; equal figures twice."""
 
 from __future__ import annotations
 

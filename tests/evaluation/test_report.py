@@ -1,4 +1,4 @@
-"""What a person reads: figures in their units, tables that line up, and no claim where there is no evidence."""
+"""The report: figures in their units, aligned tables, and no claim where there is no evidence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every metric on answers whose worth is known."""
+"""Every metric on answers with known scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks are data: what YAML may say, and what it is told when it may not."""
+"""Tasks in YAML: valid ones, and the messages about invalid ones."""
 
 from __future__ import annotations
 

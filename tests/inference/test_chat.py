@@ -63,8 +63,8 @@ def test_a_talk_with_recordings(talk: Conversation, tmp_path: Path) -> None:
     write_wav(tmp_path / "a clip.wav", speech_like(1.0))
     lines = _screen(talk, f'repeat: "{tmp_path}/a clip.wav"', "and now?")
     listener = talk.listener
-    heard = listener.readout(listener.embed_audio([tmp_path / "a clip.wav"]))[0]
-    assert lines[0] == f"[heard: {heard}]"
+    readout = listener.readout(listener.embed_audio([tmp_path / "a clip.wav"]))[0]
+    assert lines[0] == f"[heard: {readout}]"
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
 
 

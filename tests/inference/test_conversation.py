@@ -1,4 +1,4 @@
-"""Conversations: reusing key/values from turn to turn changes no answer, and nothing that is said forges a role."""
+"""Conversations: reused key/values change no answer, and no text can imitate a role."""
 
 from __future__ import annotations
 
@@ -153,4 +153,4 @@ def test_the_memory_is_bounded_in_positions_too(listener: Listener) -> None:
         _say(
             Conversation(listener, system=f"Be {n}. " + "hello " * 30, decoding=decoding, memory=memory), "hi"
         )
-    assert len(memory._stored) == 1, "each is longer than half of what may be kept"
+    assert len(memory._stored) == 1, "each is longer than half of what may be stored"

@@ -25,7 +25,7 @@ Generate = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
-    """Eleven rows: speech, text, a cut, an instruction of its own, silence, and three that cannot be heard."""
+    """Eleven rows: speech, text, a cut, an instruction of its own, silence, and three that cannot be read."""
     for number, seconds in enumerate((0.9, 0.5, 2.0, 1.2, 0.7)):
         write_wav(tmp_path / f"{number}.wav", speech_like(seconds, number))
     write_wav(tmp_path / "silence.wav", speech_like(1.0) * 0)

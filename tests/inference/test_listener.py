@@ -1,4 +1,4 @@
-"""The high-level door: answers, streams, prefixes kept within bounds, and errors that say what is wrong."""
+"""The `Listener`: answers, streams, a bounded cache of prefixes, and errors that say what is wrong."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ import numpy as np
 import soundfile
 
 from blsp.continuation.engines import Prompt
+from blsp.continuation.openai_engine import OpenAIEngine
 from blsp.data.audio import SAMPLE_RATE
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, AnswerLog, Answers
@@ -128,11 +129,7 @@ def read_mark(text: str) -> float:
     return float(number[0]) if number else float("nan")
 
 
-def _engine(endpoint: Endpoint, max_new_tokens: int, content: Callable[[Prompt], Any]) -> Any:
-    try:
-        from blsp.continuation.openai_engine import OpenAIEngine
-    except ImportError as error:
-        raise ImportError("--peer and --judge need the openai package: pip install openai") from error
+def _engine(endpoint: Endpoint, max_new_tokens: int, content: Callable[[Prompt], Any]) -> OpenAIEngine:
     return OpenAIEngine(
         endpoint.url,
         endpoint.model,
