@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -265,6 +266,16 @@ def test_the_lock_file_of_another_version(tmp_path: Path) -> None:
         (tmp_path / ".lock").write_text("")
         with pytest.raises(JobError, match="another process is at work"), lock_job(tmp_path):
             pass
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(jobs.FileLock, "acquire", refuse)
+    with Job(tmp_path / "out.jsonl") as job:
+        job.begin({"seed": 1})
+    assert job.header() == {"seed": 1}
 
 
 def test_fcntl_is_not_needed_to_import_the_module() -> None:

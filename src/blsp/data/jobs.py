@@ -35,6 +35,7 @@ Rows found by their id, for one question (evaluate, tour):
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -183,6 +184,11 @@ def lock_job(output: Path) -> Iterator[None]:
         raise JobError(
             f"{output}: {_holder(path)} here; wait for it, stop it, or choose another --out"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        yield  # some network file systems have no locks: the user must not start a second process there
+        return
     try:
         now, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         with suppress(OSError):
@@ -203,7 +209,7 @@ def _holder(lock: Path) -> str:
             f"process {holder['process']} on {holder['host']} ({holder['command']}) has been at work since "
             f"{holder['since']}"
         )
-    except (OSError, ValueError):  # Windows lets nobody read a locked file
+    except (OSError, ValueError, KeyError, TypeError):  # Windows lets nobody read a locked file
         return "another process is at work"
 
 
