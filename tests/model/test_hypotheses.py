@@ -13,7 +13,7 @@ from support.tiny_models import FAMILIES
 
 from blsp.llm.prefix import compute_prefix
 from blsp.model.adapter_parts import Hypothesis
-from blsp.model.hypotheses import LANGUAGE, LENGTH, log_likelihoods, n_best, weighed
+from blsp.model.hypotheses import LANGUAGE, LENGTH, choose, log_likelihoods, n_best
 
 
 def collapsed(path: tuple[int, ...]) -> tuple[int, ...]:
@@ -61,6 +61,6 @@ def test_the_llm_decides_between_hypotheses_that_sound_alike(pair_of) -> None:
     hypotheses = [Hypothesis((token, 20), -1.0) for token in range(30, 60)]
     likelihoods = log_likelihoods(model, prefix, [each.tokens for each in hypotheses])
     best = likelihoods.index(max(likelihoods))
-    assert weighed(model, prefix, hypotheses) == hypotheses[best].tokens
+    assert choose(model, prefix, hypotheses) == hypotheses[best].tokens
     louder = Hypothesis((3,), LANGUAGE * 1000 + LENGTH)
-    assert weighed(model, prefix, [*hypotheses, louder]) == (3,)
+    assert choose(model, prefix, [*hypotheses, louder]) == (3,)

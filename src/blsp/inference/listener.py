@@ -33,7 +33,7 @@ from blsp.llm.prompt import Order, prompt_template, transcript_ids
 from blsp.llm.text_stream import TextStream, answer_text
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.checkpoint import load_blsp
-from blsp.model.hypotheses import weighed
+from blsp.model.hypotheses import choose
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import encode_speech, mel_features
@@ -171,7 +171,7 @@ class Listener:
     def rescore(self, clips: Sequence[AudioEmbeds]) -> list[str]:
         """Of each clip's hypotheses the one that is likeliest with the LLM's score added; "" for no speech."""
         prefix = self.prefixes.get(prompt_template(self.tokenizer, "", "speech-first").prefix_ids)
-        chosen = [weighed(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in clips]
+        chosen = [choose(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in clips]
         return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
 
     def _repeat(self, clips: Sequence[AudioEmbeds], max_new_tokens: int, batch_size: int) -> list[str]:

@@ -1,16 +1,26 @@
-"""The frozen ears, the adapter, the frozen mind.
+"""The model: a frozen Whisper encoder, an adapter, and a frozen LLM.
 
-`register()` makes transformers' Auto classes and pipelines know the model:
-
-    blsp.register()
-    pipeline("any-to-any", model="models/blsp-tiny")
+modeling_blsp.py        the model, as a transformers class
+configuration_blsp.py   its configuration: the frozen parts by name and digest, the adapter
+processing_blsp.py      text and speech to the model's inputs
+speech_encoder.py       the Whisper encoder on the true length of the speech
+adapter.py              the adapters `conv` and `stack`, and ADAPTERS, the dictionary of all of them
+adapter_parts.py        what adapters share: their output, the convolution stack
+grounded.py             the adapter `grounded`: CTC over the LLM's own token embeddings
+hypotheses.py           possible transcripts of a read-out, scored by the LLM
+loading.py              frozen parts by name; a whole model from an adapter folder
+checkpoint.py           new models, adapter folders, merged exports
 """
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Register BLSP with AutoConfig, AutoModel, AutoModelForMultimodalLM and AutoProcessor; may be called again."""
+    """Make transformers' Auto classes know the model type `blsp`; calling it again changes nothing.
+
+    AutoConfig, AutoModel, AutoModelForMultimodalLM and AutoProcessor then load a checkpoint folder of this project,
+    and so do pipelines: `blsp.register(); pipeline("any-to-any", model="models/blsp-tiny")`.
+    """
     from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
     from blsp.model.configuration_blsp import BlspConfig

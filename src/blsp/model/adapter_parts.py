@@ -3,7 +3,7 @@
 In:  encoder states (B, T, E) and their lengths (B,).
 Out: `AdapterOutput` for a batch, `AudioEmbeds` for one clip of it.
 Try: `plain_output(torch.zeros(2, 9, 64), torch.tensor([9, 4])).valid`
-Flow: speech_encoder.py → adapter.py, grounded.py (**adapter_parts.py**) → modeling_blsp.py.
+Flow: speech_encoder.py → **adapter_parts.py** in adapter.py and grounded.py → modeling_blsp.py
 
 Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width, K read-out classes.
 """

@@ -1,15 +1,16 @@
-"""What else a clip may have said: the likeliest token sequences of a read-out, and what the LLM thinks of them.
+"""Possible transcripts of a clip: the likeliest token sequences of a read-out, scored by the LLM.
 
 In:  CTC log-probabilities of one clip (S, K); sequences of the LLM's tokens.
 Out: hypotheses, best first; the log-likelihood of each under the LLM.
 Try: `n_best(log_probs, beam=8)`
-Flow: model/grounded.py (posteriors) → **hypotheses.py** → inference/listener.py (`transcribe`).
+Flow: grounded.py (log-probabilities) → **hypotheses.py** → inference/listener.py (`transcribe`).
 
-The read-out's best path takes each frame for itself. Prefix beam search (Graves et al. 2006, §3.2; Hannun et
-al. 2014, algorithm 1, without a language model) adds up all paths of a sequence and keeps the best few; which
-of them somebody would have said, the LLM knows.
+The best path of a read-out takes the likeliest class of each frame. Several paths can stand for one sequence, and
+prefix beam search (Graves et al. 2006, §3.2; Hannun et al. 2014, algorithm 1, without a language model) adds up
+their probabilities and keeps the best few sequences. Which of them is likely as a user's words, the LLM says.
 
-Letters: S frames of the stack, K classes (blank first), N hypotheses, I inner nodes of their tree, P prefix length.
+Shapes: S frames of the stack, K classes (blank first), N hypotheses, I inner nodes of their tree, P prefix length,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,41 +28,49 @@ from blsp.llm.language_model import embed, log_probabilities, stop_ids
 from blsp.llm.prefix import Prefix, run_after_prefix
 from blsp.model.adapter_parts import BLANK, AdapterOutput, Hypothesis
 
-# both chosen on fotaq's development part
-LANGUAGE = 0.4  # weight of the LLM's log-likelihood beside the read-out's
-LENGTH = 1.5  # nats a token, against what every further token costs under both
-CLASSES = 8  # likeliest classes of a frame that are followed
-SURE = math.log(0.999)  # a frame as blank as this changes no hypothesis
+# both chosen on the development part of fotaq
+LANGUAGE = 0.4  # weight of the LLM's log-likelihood beside that of the read-out
+LENGTH = 1.5  # nats added for each token, since every token lowers both log-likelihoods
+CLASSES = 8  # the likeliest classes of a frame; the others are left out of the search
+SURE = math.log(0.999)  # a frame with more blank than this changes no hypothesis
+
+# token prefix -> log-probability of its paths that end in blank, and of those that end in its last token
+Beams = dict[tuple[int, ...], tuple[float, float]]
 
 
 def n_best(log_probs: Tensor, beam: int) -> list[Hypothesis]:
-    """The `beam` likeliest sequences of (S, K), best first; tokens are rows of the read-out table."""
-    values, classes = log_probs.float().topk(min(CLASSES, log_probs.shape[1]), dim=-1)
+    """The `beam` likeliest sequences of log_probs (S, K), best first; tokens are rows of the read-out table."""
+    values, classes = log_probs.float().topk(min(CLASSES, log_probs.shape[1]), dim=-1)  # (S, CLASSES)
     blanks = log_probs[:, BLANK].tolist()
-    found: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}  # ending in blank, in a token
+    beams: Beams = {(): (0.0, -math.inf)}
     for blank, frame in zip(blanks, zip(values.tolist(), classes.tolist(), strict=True), strict=True):
         if blank > SURE:
-            found = {prefix: (_log_add(*ends) + blank, -math.inf) for prefix, ends in found.items()}
+            beams = {prefix: (_log_add(*ends) + blank, -math.inf) for prefix, ends in beams.items()}
             continue
-        found = _extended(found, blank, [(c, v) for v, c in zip(*frame, strict=True) if c != BLANK], beam)
-    best = sorted(found.items(), key=lambda item: -_log_add(*item[1]))[:beam]
-    return [Hypothesis(tuple(each - 1 for each in prefix), _log_add(*ends)) for prefix, ends in best]
+        tokens = [(label, value) for value, label in zip(*frame, strict=True) if label != BLANK]
+        beams = _extended(beams, blank, tokens, beam)
+    best = sorted(beams.items(), key=lambda item: -_log_add(*item[1]))[:beam]
+    # class 1 + i is row i of the table
+    return [Hypothesis(tuple(label - 1 for label in prefix), _log_add(*ends)) for prefix, ends in best]
 
 
-def _extended(
-    found: dict[tuple[int, ...], tuple[float, float]],
-    blank: float,
-    tokens: list[tuple[int, float]],
-    beam: int,
-) -> dict[tuple[int, ...], tuple[float, float]]:
-    """One frame further; the `beam` best prefixes."""
+def _extended(beams: Beams, blank: float, tokens: Sequence[tuple[int, float]], beam: int) -> Beams:
+    """The `beam` best prefixes after one more frame, given the log-probabilities of blank and of its tokens.
+
+    A prefix with its last token t can go on in three ways:
+
+        blank          the same prefix, ending in blank
+        t              the same prefix, ending in t: the run of t goes on
+        t after blank  prefix + t: equal tokens are two only if a blank is between them
+        another token  prefix + that token, whatever the prefix ends in
+    """
     after: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [-math.inf, -math.inf])
-    for prefix, (in_blank, in_token) in found.items():
+    for prefix, (in_blank, in_token) in beams.items():
         either = _log_add(in_blank, in_token)
         after[prefix][0] = _log_add(after[prefix][0], either + blank)
         for token, value in tokens:
             repeated = bool(prefix) and prefix[-1] == token
-            if repeated:  # the same token goes on; a second one needs a blank between
+            if repeated:
                 after[prefix][1] = _log_add(after[prefix][1], in_token + value)
             longer = (*prefix, token)
             before = in_blank if repeated else either
@@ -72,6 +81,7 @@ def _extended(
 
 
 def _log_add(a: float, b: float) -> float:
+    """log(exp(a) + exp(b)), without overflow."""
     high, low = (a, b) if a > b else (b, a)
     return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
@@ -91,12 +101,12 @@ def hypotheses_of(
     return tuple(replace(h, tokens=tuple(vocabulary[i] for i in h.tokens)) for h in hypotheses)
 
 
-def weighed(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:
-    """The tokens of the hypothesis that read-out and LLM together find likeliest."""
-    read = log_likelihoods(llm, prefix, [each.tokens for each in hypotheses])
+def choose(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:
+    """The tokens of the hypothesis that is likeliest for read-out and LLM together."""
+    likelihoods = log_likelihoods(llm, prefix, [hypothesis.tokens for hypothesis in hypotheses])
     scores = [
-        each.log_prob + LANGUAGE * likelihood + LENGTH * len(each.tokens)
-        for each, likelihood in zip(hypotheses, read, strict=True)
+        hypothesis.log_prob + LANGUAGE * likelihood + LENGTH * len(hypothesis.tokens)
+        for hypothesis, likelihood in zip(hypotheses, likelihoods, strict=True)
     ]
     return hypotheses[scores.index(max(scores))].tokens
 
@@ -107,17 +117,21 @@ def log_likelihoods(
 ) -> list[float]:
     """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0.
 
-    Hypotheses differ in a word or two, so the LLM reads their tree: a beginning that several share, once; an end
-    that nothing follows, not at all.
+    Hypotheses differ in a word or two, so the LLM runs over the tree of their tokens, in one pass. A beginning that
+    several share is run once; a last token, which predicts nothing, is not run.
+
+        sequences  the cat sat, the cat is       tree  (root) → the → cat → sat
+        inner nodes, which are run: root, the, cat                        ↘ is
     """
     tokens, parents, ends = _tree(sequences)
     device = llm.get_input_embeddings().weight.device
-    depths, seen = [0], torch.eye(len(tokens) + 1, dtype=torch.bool)  # the nodes that a node comes after
+    # a node attends to itself and to the nodes on its way to the root; its position is its depth
+    depths, seen = [0], torch.eye(len(tokens) + 1, dtype=torch.bool)
     for node, parent in enumerate(parents, start=1):
         depths.append(depths[parent] + 1)
         seen[node] |= seen[parent]
     inner = sorted({0, *parents})
-    place = {node: index for index, node in enumerate(inner)}
+    row_of = {node: row for row, node in enumerate(inner)}
     # the prefix's last token predicts the first ones: it is the tree's root (an end of text, without a prefix)
     before = prefix.cut(len(prefix) - 1) if prefix else None
     ids = [prefix.ids[-1] if prefix else stop_ids(llm)[0], *tokens]
@@ -128,15 +142,16 @@ def log_likelihoods(
     offsets = torch.tensor([[depths[node] for node in inner]], device=device)  # (1, I)
     hidden = run_after_prefix(llm, before, embeds, mask=additive[None, None], offsets=offsets)
     scores = log_probabilities(llm, hidden.last_hidden_state[0])  # (I, V)
+    # a node's log-likelihood is its parent's, plus the log-probability of its token after the parent
     totals = [0.0]
-    edges = scores[[place[parent] for parent in parents], tokens].tolist()
+    edges = scores[[row_of[parent] for parent in parents], tokens].tolist()
     for parent, score in zip(parents, edges, strict=True):
         totals.append(totals[parent] + score)
     return [totals[end] for end in ends]
 
 
 def _tree(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
-    """Tokens and parents of the M - 1 nodes after the root (node 0), parents first; the node of each sequence's end."""
+    """Token and parent of each node after the root (node 0), parents first; the last node of each sequence."""
     tokens: list[int] = []
     parents: list[int] = []
     known: dict[tuple[int, int], int] = {}  # (parent, token) -> node

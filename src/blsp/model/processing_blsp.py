@@ -1,7 +1,7 @@
-"""From text and speech to the model's inputs, and back to text.
+"""Processor: text and speech to the model's inputs, and tokens back to text.
 
 In:  text with `<|audio|>` where a clip belongs (or a conversation, through `apply_chat_template`), and clips.
-Out: `input_ids` with a placeholder for every vector, `attention_mask`, `input_features`, `input_features_mask`.
+Out: `input_ids` with a placeholder for every audio token, `attention_mask`, `input_features`, `input_features_mask`.
 Try: `processor(text=prompt, audio=[array], sampling_rate=16000, return_tensors="pt")`
 Flow: audio and text → **inputs** → `BlspForConditionalGeneration`.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
 
@@ -40,7 +41,7 @@ class BlspProcessor(ProcessorMixin):
     """A Whisper feature extractor and the LLM's tokenizer.
 
     Args:
-        strides: the adapter's reduction, factor by factor, from encoder frames to places: each rounds up.
+        strides: of the adapter; they tell how many audio tokens a clip has.
         full_window: pad the encoder's input to 30 s (must agree with the model's configuration).
     """
 
@@ -57,7 +58,7 @@ class BlspProcessor(ProcessorMixin):
         self.audio_token = AUDIO_TOKEN
         if AUDIO_TOKEN not in tokenizer.get_vocab():
             tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
-        if tokenizer.pad_token is None:  # padding is masked: any token will do
+        if tokenizer.pad_token is None:  # padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         if chat_template is None and tokenizer.chat_template:
@@ -66,10 +67,7 @@ class BlspProcessor(ProcessorMixin):
 
     def num_audio_tokens(self, samples: int) -> int:
         """Placeholders of a clip of `samples` 16 kHz samples."""
-        frames = encoder_frames(mel_frames(samples))
-        for stride in self.strides:
-            frames = -(-frames // stride)
-        return frames
+        return num_audio_tokens(encoder_frames(mel_frames(samples)), self.strides)
 
     def __call__(
         self,
@@ -83,14 +81,14 @@ class BlspProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Text (one or a list) with one `<|audio|>` per clip; clips as 16 kHz arrays, or any rate with `sampling_rate`.
 
-        Batches are padded on the left, as generation wants it.
+        Batches are padded on the left, as generation needs it.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         clips = self._clips(audio, sampling_rate)
-        wanted = sum(piece.count(AUDIO_TOKEN) for piece in texts)
-        if wanted != len(clips):
+        count = sum(piece.count(AUDIO_TOKEN) for piece in texts)
+        if count != len(clips):
             raise ValueError(
-                f"{wanted} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place"
+                f"{count} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place"
             )
         counts = iter([self.num_audio_tokens(len(clip)) for clip in clips])
         expanded = ["".join(self._expand(piece, counts)) for piece in texts]
@@ -110,7 +108,7 @@ class BlspProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _expand(self, text: str, counts: Any) -> list[str]:
-        """Each `<|audio|>` repeated as often as its clip has places."""
+        """The text in pieces, each `<|audio|>` repeated for every audio token of its clip."""
         first, *rest = text.split(AUDIO_TOKEN)
         return [first, *(AUDIO_TOKEN * next(counts) + piece for piece in rest)]
 

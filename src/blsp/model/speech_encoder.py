@@ -1,16 +1,16 @@
-"""The frozen ears: a Whisper encoder run on the true length of the speech, with a mask.
+"""The frozen Whisper encoder, run on the true length of the speech, with a mask.
 
 In:  16 kHz mono float32 arrays; a `WhisperFeatureExtractor`; a `WhisperEncoder`.
 Out: encoder states (B, T, E) at 50 frames/s, and how many frames of each row are valid.
 Try: `states, lengths = encode_speech(tower, *mel_features(extractor, [audio]))`
 Flow: audio → **mel → encoder states** → adapter.
 
-Whisper was trained on 30 s windows; the paper pads every clip to that (`full_window`). Here a clip costs
-what it lasts: padding is masked in the attention and zeroed again after the first convolution (whose bias
-would otherwise leak into the second one's edge), so a batch gives what its rows give one by one.
-Speech beyond 30 s is cut into windows whose states are joined again.
+Whisper was trained on windows of 30 s, and the paper pads every clip to 30 s (`full_window`). Here the cost of a
+clip depends on its length: padding is masked in the attention, and set to zero again after the first convolution,
+whose bias would otherwise reach the last speech frame through the second one. So a batch gives the same as its rows
+one by one. Speech beyond 30 s is cut into windows, and their states are joined.
 
-Letters: B batch, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width, W windows.
+Shapes: B batch, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width, W windows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from blsp.llm.language_model import valid_mask
 
 HOP_SAMPLES = 160  # one mel frame each 10 ms at 16 kHz
 WINDOW_MEL_FRAMES = 3000  # 30 s: as many positions as Whisper's encoder has, times two
-WINDOWS_AT_A_TIME = 8  # of long recordings, so that an hour takes no more memory than four minutes
+WINDOWS_AT_A_TIME = 8  # of a long recording: an hour takes no more memory than four minutes
 FEATURES_VERSION = "mel-1"  # enters the feature cache's key: raise it when the numbers change
 
 
@@ -46,9 +46,9 @@ def mel_features(
 ) -> tuple[Tensor, Tensor]:
     """Log-mel features of each clip on its true length, right-padded with zeros.
 
-    Every clip is followed by silence while its spectrum is taken, so the frames are those of Whisper's own
-    30 s input, cut where the speech ends. With `full_window` each window is filled up to 30 s and only the
-    mask tells the true length.
+    Each clip is followed by silence while its spectrum is computed, so the frames equal those of Whisper's own
+    30 s input up to the end of the speech. With `full_window` each window is filled up to 30 s, and only the
+    mask has the true length.
 
     Returns: features (B, M, Tm) float32 and mask (B, Tm) bool.
     """
@@ -81,10 +81,10 @@ def _log_mel(extractor: WhisperFeatureExtractor, audio: np.ndarray, frames: int)
 def encode_speech(
     tower: WhisperEncoder, input_features: Tensor, mask: Tensor, *, full_window: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Run the encoder on (B, M, Tm) features whose valid frames `mask` (B, Tm) names (valid ones first).
+    """Run the encoder on features (B, M, Tm); mask (B, Tm) is True for valid frames, which come first.
 
-    With `full_window` the features must be whole windows of `mel_features(…, full_window=True)`: what follows
-    the speech is attended, and zeros are not the mel features of silence.
+    With `full_window` the features must be whole windows of `mel_features(…, full_window=True)`: the encoder
+    attends to the silence after the speech, and zeros are not the mel features of silence.
 
     Returns: states (B, T, E), zero where invalid, and lengths (B,) in encoder frames.
     """
@@ -96,6 +96,7 @@ def encode_speech(
         )
     if width <= WINDOW_MEL_FRAMES:
         return _encode_window(tower, input_features, mel_lengths, full_window)
+    # windows of 30 s become rows of a batch; those without speech are left out
     count = -(-width // WINDOW_MEL_FRAMES)
     padded = nn.functional.pad(input_features, (0, count * WINDOW_MEL_FRAMES - width))
     windows = padded.unflatten(2, (count, WINDOW_MEL_FRAMES)).transpose(1, 2).flatten(0, 1)  # (B*W, M, 3000)
@@ -113,7 +114,7 @@ def encode_speech(
 def _encode_window(
     tower: WhisperEncoder, features: Tensor, mel_lengths: Tensor, full_window: bool
 ) -> tuple[Tensor, Tensor]:
-    """At most 30 s: `WhisperEncoder.forward` in parts, since the whole accepts 3000 frames only."""
+    """States of at most 30 s: `WhisperEncoder.forward` in parts, since the whole accepts 3000 frames only."""
     lengths = (mel_lengths + 1) // 2
     features = features.to(tower.conv1.weight.dtype)
     attended = torch.full_like(mel_lengths, features.shape[2]) if full_window else mel_lengths
