@@ -5,7 +5,7 @@ Out: one JSON object on the last line: tokens a second of both, their ratio, how
 Try: `python benchmarks/generate_step1.py` (about four minutes on two quiet cores)
 Flow: benchmarks/ — `make bench` gathers it into results/bench.json.
 
-The baseline is what one writes first: batches of eight in input order, left-padded, the whole prompt in each
+The baseline is the usual first version: batches of eight in input order, left-padded, the whole prompt in each
 row, every row kept until the last one has ended. Ours is the engine of `blsp continue` with its plan: sorted,
 batches of 64, the prefix's key/values shared, finished rows leave. Both take turns; medians are reported.
 Tokens are those of the answers (the end included), not what is computed in rows that have ended.
@@ -58,7 +58,7 @@ def write_plainly(llm: PreTrainedModel, prompts: list[list[int]], new_tokens: in
             input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0
         )
         for row in written[:, width:].tolist():
-            end = next((place for place, token in enumerate(row) if token in stops), len(row))
+            end = next((step for step, token in enumerate(row) if token in stops), len(row))
             answers.append(row[:end])
     return answers
 
@@ -87,13 +87,15 @@ def main() -> None:
 def measure(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: argparse.Namespace) -> dict:
     """Both ways in turn, on fresh transcripts each round."""
     instruction = instruction_for("continue")
-    frame = prompt_template(tokenizer, instruction, ORDER)
+    template = prompt_template(tokenizer, instruction, ORDER)
     decoding = Decoding(max_new_tokens=settings.max_new_tokens)
     speeds: dict[str, list[float]] = {"ours": [], "baseline": []}
     same = compared = 0
     for number in range(settings.rounds):
         texts = transcripts(settings.prompts, seed=number)
-        ids = [[*frame.prefix_ids, *transcript_ids(tokenizer, text), *frame.suffix_ids] for text in texts]
+        ids = [
+            [*template.prefix_ids, *transcript_ids(tokenizer, text), *template.suffix_ids] for text in texts
+        ]
 
         begun = time.perf_counter()
         plain = write_plainly(llm, ids[: settings.baseline_prompts], settings.max_new_tokens)
@@ -120,7 +122,7 @@ def measure(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
         "tokens_per_second": round(ours, 1),
         "baseline_tokens_per_second": round(baseline, 1),
         "same_answers": round(same / compared, 3),
-        "rounds": {name: [round(speed, 1) for speed in each] for name, each in speeds.items()},
+        "rounds": {name: [round(speed, 1) for speed in of_rounds] for name, of_rounds in speeds.items()},
         "batch_size": settings.batch_size,
         "threads": torch.get_num_threads(),
     }

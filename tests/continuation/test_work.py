@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from blsp.continuation.engines import Top, Written
 from blsp.continuation.requests import PlannedPrompt, PromptSpec, prompt_digest
 from blsp.continuation.work import AnswerLog, AnswerReader, PromptPlan, open_parts, read_answers, write_plan
+from blsp.data.files import digest_of
 from blsp.data.jobs import Parts
 
 K = 2
@@ -171,3 +173,15 @@ def test_zeros_after_a_power_cut_are_not_answers(tmp_path: Path) -> None:
     with AnswerLog(parts, 0, 0) as log:
         log.add([Written(1, "b", None, "length", refused="no")])
     assert recorded(parts) == [0, 1]
+
+
+@pytest.mark.parametrize("facts", [{"seed": 1}, {"seed": 2}])
+def test_answers_of_version_0_1_are_kept_where_the_job_is_the_same(tmp_path: Path, facts: dict) -> None:
+    """Its plan was a folder that named the job; its answers were written as today."""
+    plan = tmp_path / "parts" / "plan"
+    plan.mkdir(parents=True)
+    (plan / "state.json").write_text(json.dumps({"identity": digest_of({"seed": 1})}))
+    answer = {"key": 4, "left": 0, "text": "a", "ids": [1], "finish": "stop"}
+    (plan.parent / "part-00000.jsonl").write_text(json.dumps(answer) + "\n")
+    parts = open_parts(plan.parent, facts, 0)
+    assert recorded(parts) == ([4] if facts == {"seed": 1} else []) and not plan.exists()

@@ -1,10 +1,10 @@
-"""The text LLM behind one method: batches of prompts in, batches of answers out.
+"""The LLM in this process as an engine: batches of prompts in, batches of answers out.
 
-In:  an iterable of batches of `Prompt`; a batch is computed at once and never regrouped.
-Out: one list of `Written` a batch, as batches get done (a remote engine overtakes, local ones keep order).
+In:  an iterable of batches of `Prompt`. A batch is computed at once and never regrouped.
+Out: one list of `Written` for each batch, as the batches are done (behind a URL in any order, here in theirs).
 Try: `TransformersEngine(llm, tokenizer, Decoding()).write([[Prompt(0, "Say:", "instruction-first", "hi")]])`
-Flow: continuation/ — step 1. `TransformersEngine` writes with the LLM in this process, `ScoringEngine` adds
-      the teacher's top-k to answers that exist, `OpenAIEngine` (openai_engine.py) asks a URL.
+Flow: work.py (batches) → **engines.py** (`TransformersEngine` writes answers, `ScoringEngine` adds the teacher's
+      top-k to answers that exist) or openai_engine.py → work.py (answer logs)
 
 Shapes: N answer steps, K top-k, D LLM width.
 """
@@ -28,7 +28,7 @@ from blsp.llm.teacher_forcing import answer_states, top_k_states
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question to the LLM. `answer` and `finish` are set where an answer exists and is to be scored."""
+    """One prompt for the LLM. `answer` and `finish` are set where an answer exists and is to be scored."""
 
     key: int
     instruction: str
@@ -49,7 +49,7 @@ class Top:
 
 @dataclass(frozen=True)
 class Written:
-    """One answer. ids None: the engine does not say which tokens it wrote. refused: why there is none."""
+    """One answer. ids None: the engine does not say which tokens it wrote. refused: why there is no answer."""
 
     key: int
     text: str
@@ -72,15 +72,16 @@ def requests_of(
     decoding: Decoding | None = None,
 ) -> list[Request]:
     """Each prompt as the decode loop takes it. Equal prefixes of a batch are one object, so that rows share them."""
+    # one template for each instruction and order, one prefix for each template's ids
     names = dict.fromkeys((prompt.instruction, prompt.order) for prompt in prompts)
     templates = {name: prompt_template(tokenizer, *name) for name in names}
-    by_ids = {ids: prefixes.get(ids) for ids in {t.prefix_ids: None for t in templates.values()}}
+    prefix_of = {ids: prefixes.get(ids) for ids in {t.prefix_ids: None for t in templates.values()}}
     requests = []
     for prompt in prompts:
         template = templates[prompt.instruction, prompt.order]
         embeds = embed(prefixes.llm, [*transcript_ids(tokenizer, prompt.text), *template.suffix_ids])
-        own = replace(decoding or Decoding(), seed=prompt.seed)
-        requests.append(Request(prompt.key, embeds, by_ids[template.prefix_ids], own))
+        seeded = replace(decoding or Decoding(), seed=prompt.seed)
+        requests.append(Request(prompt.key, embeds, prefix_of[template.prefix_ids], seeded))
     return requests
 
 
@@ -125,7 +126,7 @@ class ScoringEngine:
     def write(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Written]]:
         for batch in batches:
             requests = requests_of(self._prefixes, self._tokenizer, batch)
-            groups: dict[int, list[tuple[Prompt, Request]]] = {}  # those with one prefix are run together
+            groups: dict[int, list[tuple[Prompt, Request]]] = {}  # prompts with one prefix are run together
             for prompt, request in zip(batch, requests, strict=True):
                 groups.setdefault(id(request.prefix), []).append((prompt, request))
             yield [written for group in groups.values() for written in self._score(group)]
