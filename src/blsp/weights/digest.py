@@ -9,7 +9,7 @@ In:    a folder, an `embedded:` name, or a hub id (fetched once into Hugging Fac
 Out:   `Weights`; its digest is 64 hexadecimal digits, remembered on disk by path, size and time of the files, since
        16 GB take a while.
 Try:   from blsp.weights.digest import find_weights; print(find_weights("embedded:whisper-tiny.en").sha256)
-Flow:  a command resolves its names here, once; model/checkpoint.py loads from the folder and stores the digest,
+Flow:  a command resolves its names here, once; model/loading.py loads from the folder and compares the digest,
        features/ keys its cache by it.
 """
 

