@@ -8,8 +8,7 @@ Flow: training/dataset.py -> **examples.py** -> training/step.py
 
 Examples are numpy arrays and lists. Torch computes nothing here, so that a thread can read them ahead.
 
-Shapes: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response tokens, K stored top-k,
-U transcript tokens.
+Shapes: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response tokens, K stored top-k.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from blsp.training.augmentation import Kind, augment, hide_spans
 from blsp.training.dataset import ROW, Dataset, Measures, Refused
 from blsp.training.losses import can_align
 
-Need = Literal["continuation", "teacher", "readout", "token_times"]
+Need = Literal["continuation", "teacher", "readout"]
 
 FRAMES_PER_SECOND = 50  # of the encoder
 ANY_TEMPLATE = np.iinfo(
@@ -195,9 +194,7 @@ class RowMeasurer:
             raise Refused("no audio")
         if row.no_speech:
             return 0, len(self.texts.no_speech)
-        if not row.text.strip() and any(
-            need in self.targets for need in ("teacher", "readout", "token_times")
-        ):
+        if not row.text.strip() and any(need in self.targets for need in ("teacher", "readout")):
             raise Refused("no transcript")
         if not self.targets.runs_llm:
             return max(1, len(row.text) // 4), 0  # an estimate: only the speech's length counts then

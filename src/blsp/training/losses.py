@@ -10,11 +10,10 @@ Flow: training/step.py -> **losses.py** -> training/loop.py
 - ``kl``: divergence between the text route and the speech route (BLSP-KD, 2405.19041), with the teacher run beside
   the student, or with stored top-k log-probabilities of the teacher.
 - ``ctc``: the transcript under the adapter's posteriors over the LLM's tokens (Graves et al. 2006).
-- ``embed``: distance from the embedding of the token that is spoken at each place; the LLM is not run.
 
 A new loss is a function here and an entry in `LOSSES` of step.py.
 
-Shapes: N response positions (embed: adapter places), V vocabulary, K stored top-k, B batch, S adapter places,
+Shapes: N response positions, V vocabulary, K stored top-k, B batch, S adapter places,
 C classes, U target tokens, X = 2U + 1 CTC states, D LLM width.
 """
 
@@ -32,8 +31,6 @@ from torch.nn import functional as F
 from blsp.llm.language_model import at_least_float32, kl_divergence
 
 IMPOSSIBLE = -1e30  # log-probability of an impossible path; finite, so that no gradient becomes NaN
-COSINE_SCALE = 15.0  # the embed loss' logits are so many times the cosine of centred vectors
-FILLER_WEIGHT = 0.3  # weight of a place where no token is spoken, against one where one is
 
 
 # --- at response positions --------------------------------------------------------------------------------
@@ -188,27 +185,6 @@ def shortlist(
 def _draw(tokens: Tensor, count: int, seed: int) -> Tensor:
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
     return tokens[order[:count]]
-
-
-def embed_loss(
-    vectors: Tensor, classes: Tensor, candidates: Tensor, weight: Tensor, mean: Tensor, variance: float
-) -> Tensor:
-    """Weighted sum over places of how far ``vectors`` (N, D) are from the embeddings of their ``classes`` (N,).
-
-    candidates: (C, D) embeddings to tell apart, the targets among them. weight: (N,) of each place. mean (D,),
-    variance: of the LLM's whole table, the variance of a component. Cross-entropy over the candidates (nats) plus the
-    squared error in units of the variance.
-    """
-    vectors, candidates = at_least_float32(vectors) - mean, at_least_float32(candidates) - mean
-
-    # Which token: cosines without the mean that all embeddings share (uncentred, two random tokens have 0.46)
-    cosines = F.normalize(vectors, dim=-1) @ F.normalize(candidates, dim=-1).T  # (N, C)
-    wrong_token = F.cross_entropy(COSINE_SCALE * cosines, classes, reduction="none")  # (N,)
-
-    # How near: the LLM reads the vector itself, so its length counts too
-    distance = (vectors - candidates[classes]).square().mean(dim=-1) / variance  # (N,)
-
-    return (weight * (wrong_token + distance)).sum()
 
 
 # --- a part of the positions at a time --------------------------------------------------------------------

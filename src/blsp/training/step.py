@@ -47,8 +47,8 @@ class Loss:
     total: the differentiable sum over a micro-batch, a scalar. count: how many things an example adds to that sum;
     the step's mean is the sum over all micro-batches and ranks, divided by the count over all of them.
     runs_llm: whether the LLM runs along a response; if not, a plain manifest is enough. needs: what an example must
-    hold: "continuation" (`response`), "teacher" (the text route, run here or stored), "readout" (CTC classes),
-    "token_times" (places of the tokens). A row without it is skipped, with the reason.
+    hold: "continuation" (`response`), "teacher" (the text route, run here or stored), "readout" (CTC classes). A row
+    without it is skipped, with the reason.
     """
 
     total: Callable[[MicroBatch], Tensor]
