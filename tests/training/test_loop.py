@@ -414,3 +414,11 @@ def test_skip_lists_of_all_ranks_become_one(tmp_path: Path) -> None:
         merge_skipped(skipped, out)
         assert skipped.count == 4
     assert [path.name for path in tmp_path.iterdir()] == ["run.skipped.jsonl"]
+
+
+def test_each_step_has_its_own_seed_of_dropout(settings, monkeypatch) -> None:
+    seeds: list[int] = []
+    run = step.run
+    monkeypatch.setattr(step, "run", lambda *given: (seeds.append(torch.initial_seed()), run(*given))[1])
+    train(replace(settings, steps=3, batch_tokens=100_000, probe_every=100))
+    assert len(set(seeds)) == 3
