@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import FAMILIES
 
+from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import compute_prefix
 from blsp.model.adapter_parts import Hypothesis
 from blsp.model.hypotheses import LANGUAGE, LENGTH, choose, log_likelihoods, n_best
@@ -64,3 +65,13 @@ def test_the_llm_decides_between_hypotheses_that_sound_alike(pair_of) -> None:
     assert choose(model, prefix, hypotheses) == hypotheses[best].tokens
     louder = Hypothesis((3,), LANGUAGE * 1000 + LENGTH)
     assert choose(model, prefix, [*hypotheses, louder]) == (3,)
+
+
+@torch.no_grad()
+def test_without_a_prefix_a_sequence_follows_an_end_of_text(pair_of) -> None:
+    """A chat template may put nothing before the speech."""
+    model, _ = pair_of("grounded")
+    end, ids = stop_ids(model)[0], [8, 9, 7]
+    logp = model(input_ids=torch.tensor([[end, *ids]])).logits[0].log_softmax(dim=-1)
+    expected = sum(float(logp[i, token]) for i, token in enumerate(ids))
+    assert log_likelihoods(model, None, [ids, []]) == pytest.approx([expected, 0.0], abs=1e-6)
