@@ -39,7 +39,6 @@ COLUMNS = {  # of the table: the name of a figure, and where it lies in results.
     "another clip's": ("alignment", "kl_shuffled"),
     "repeat WER": ("tasks", "repeat", "speech", "wer"),
     "answer chrF": ("tasks", "answer", "speech", "chrf"),
-    "instructions apart": ("alignment", "instruction_separation"),
 }
 
 

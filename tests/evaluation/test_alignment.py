@@ -8,16 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.speech_copies import shuffled, transcripts_as_speech
+from support.speech_copies import TEXTS, Exact, shuffled, transcripts_as_speech
 from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 
-from blsp.evaluation.alignment import Comparison, by_position, summarise
+from blsp.data.manifest import Utterance
+from blsp.evaluation.alignment import Comparison, baseline_inputs, by_position, summarise
 from blsp.evaluation.answers import Answer
 from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.layers import linear_cka, project
+from blsp.evaluation.report import write_report
 from blsp.evaluation.tasks import Suite
 from blsp.inference.listener import Listener, Question
 from blsp.llm.teacher_forcing import answer_states, answer_tokens, divergence, layer_states
+from blsp.model.adapter_parts import AudioEmbeds
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,11 +63,16 @@ def test_divergence_is_the_textbooks(listener: Listener) -> None:
 
 
 def test_figures_are_means_over_tokens_not_over_clips() -> None:
-    clips = [Comparison((1.0, 1.0, 1.0), (True, True, False), 6.0), Comparison((5.0,), (False,), 2.0)]
+    clips = [
+        Comparison((1.0, 1.0, 1.0), (True, True, False), {"shuffled": 6.0, "cascade": 0.0}),
+        Comparison((5.0,), (False,), {"shuffled": 2.0, "cascade": 2.0}),
+    ]
     figures = summarise(clips, samples=100, seed=0)
     assert (figures["kl"], figures["top1_agreement"], figures["kl_shuffled"]) == (2.0, 0.5, 2.0)
     assert (figures["n"], figures["tokens"]) == (2, 4)
     assert figures["kl_ci"] == [1.0, 5.0]
+    assert (figures["kl_cascade"], figures["kl_minus_cascade"]) == (0.5, 1.5)
+    assert figures["kl_minus_cascade_ci"] == [1.0, 3.0]  # paired: (3 - 0) / 3 and (5 - 2) / 1
     assert by_position(clips) == {"kl": [3.0, 1.0, 1.0], "top1_agreement": [0.5, 1.0, 0.0], "n": [2, 1, 1]}
 
 
@@ -98,3 +106,37 @@ def test_the_projection_keeps_clusters_apart_and_is_always_the_same() -> None:
     spread = points.reshape(3, 30, 2).std(axis=1).max()
     assert min(np.linalg.norm(centres[i] - centres[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 2 * spread
     assert project(states[:3]).shape == (3, 2)
+
+
+def test_baselines_stand_in_the_place_of_the_speech(
+    evaluation_of: Callable[..., Evaluation], suite: Suite, tiny_models_folder: Path
+) -> None:
+    """A recogniser that writes the transcripts is at 0; a read-out as text has that text's own divergence."""
+    listener = Listener(*tiny_blsp(tiny_models_folder, adapter="grounded"))
+    only = Suite("alignment", (), suite.alignment)
+    evaluation = evaluation_of(listener=listener, routes=("text", "cascade", "speech"), recogniser=Exact())
+    results = judge(evaluation, only)
+    figures = results.to_json()["alignment"]
+    assert figures["kl_cascade"] == 0.0 and figures["kl_cascade_ci"] == [0.0, 0.0]
+    assert figures["kl_minus_cascade"] == figures["kl"]
+    assert figures["kl_deaf"] > 0.05 and figures["kl_readout"] > 0.05
+    for clips in results.alignment.comparisons.values() if results.alignment else ():
+        assert all(
+            set(clip.baselines) == {"shuffled", "cascade", "readout", "deaf"} for clip in clips.values()
+        )
+    write_report(results, evaluation.folder)
+    report = (evaluation.folder / "report.md").read_text()
+    assert "| speech − cascade " in report and "| deaf " in report
+
+
+def test_the_deaf_control_does_not_depend_on_the_recording(listener: Listener) -> None:
+    speech = transcripts_as_speech(listener)(
+        [Utterance(str(i), "", text) for i, text in enumerate(TEXTS[:3])]
+    )
+    inputs = baseline_inputs(listener, speech)
+    assert set(inputs) == {"shuffled", "deaf"}  # conv has no read-out
+    vectors = [clip.vectors for clip in inputs["deaf"] if isinstance(clip, AudioEmbeds)]
+    assert [len(rows) for rows in vectors] == [
+        len(clip.vectors) for clip in speech if not isinstance(clip, str)
+    ]
+    assert len(torch.cat(vectors).unique(dim=0)) == 1

@@ -57,7 +57,7 @@ def test_the_contracts_files(evaluation_of: MakeEvaluation, suite: Suite, tmp_pa
                 low, high = found["tasks"][task][route][f"{name}_ci"]
                 assert low <= found["tasks"][task][route][name] <= high
                 assert found["tasks"][task][route]["n"] == 7
-    assert {"kl", "kl_ci", "top1_agreement", "by_position", "layers", "instruction_separation"} <= set(
+    assert {"kl", "kl_ci", "top1_agreement", "by_position", "layers", "kl_shuffled", "kl_deaf"} <= set(
         found["alignment"]
     )
     assert set(found["signatures"]["st-en-fr"]) == {"bleu", "chrf"}

@@ -59,6 +59,15 @@ class Parrot:
         return [{"en/0": "misheard", "en/1": ""}.get(row.id, row.text) for row in rows]
 
 
+class Exact(Parrot):
+    """A recogniser that writes the transcript."""
+
+    name = "exact"
+
+    def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
+        return [row.text for row in rows]
+
+
 def _as_audio_embeds(listener: Listener, text: str) -> AudioEmbeds:
     vectors = embed(listener.model, transcript_ids(listener.tokenizer, text)).detach()
     return AudioEmbeds(vectors, num_audio_tokens=len(vectors), speech=True)

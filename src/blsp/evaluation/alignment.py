@@ -6,9 +6,14 @@ Try: `blsp evaluate --suite tiny --out results/tiny`, then results.json, "alignm
 Flow: evaluation/ — routes.py → **alignment** (layers.py looks inside the LLM) → pictures.py, report.py.
 
 `kl` is the mean over the tokens of the text route's greedy answer, its end included, of KL(text || speech), at
-temperature 1, over the whole vocabulary, in nats. Both routes splice into the same prefix and suffix ids. Two marks
-help to read it: 0 is what the transcript's own embeddings give; `kl_shuffled` is the figure with every clip exchanged
-for another one, which is all that an adapter reaches that does not listen.
+temperature 1, over the whole vocabulary, in nats. Both routes splice into the same prefix and suffix ids. 0 is what the
+transcript's own embeddings give. Baselines are measured on the same clips and answers, with another input in the place
+of the speech vectors:
+
+    kl_shuffled   the vectors of another clip: all that an adapter reaches that does not listen
+    kl_cascade    the words of the cascade's recogniser
+    kl_readout    the adapter's own transcript as text, where it has one
+    kl_deaf       as many copies of one vector, the LLM's embedding of a space
 
 Shapes: N answer tokens, D LLM width.
 """
@@ -16,7 +21,7 @@ Shapes: N answer tokens, D LLM width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +43,12 @@ from blsp.evaluation.routes import (
 )
 from blsp.evaluation.tasks import AlignmentPlan, Task
 from blsp.inference.listener import Listener
+from blsp.llm.language_model import embed
+from blsp.llm.prompt import text_ids
 from blsp.llm.teacher_forcing import answer_states, divergence
+from blsp.model.adapter_parts import AudioEmbeds
 
+Transcripts = Callable[[Sequence[Utterance]], dict[str, str]]
 ROWS_AT_A_TIME = 16
 
 
@@ -47,25 +56,27 @@ ROWS_AT_A_TIME = 16
 class Routes:
     """The two routes that are compared, each with a digest of the model that decides its answers.
 
-    text: rows -> transcripts by id. speech: rows -> what stands in the speech's place.
+    text: rows -> transcripts by id. speech: rows -> what stands in the speech's place. cascade: rows -> the
+    recogniser's transcripts by id, for a baseline; None: without it.
     """
 
-    text: Callable[[Sequence[Utterance]], dict[str, str]]
+    text: Transcripts
     speech: RouteInputFn
     text_id: str
     speech_id: str
+    cascade: Transcripts | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One clip under one instruction: divergence and agreement at each token of the text route's answer.
 
-    shuffled: the divergence with another clip in its place, summed over the tokens.
+    baselines: by name, the divergence with that input instead of the speech, summed over the tokens.
     """
 
     kl: tuple[float, ...]
     agreed: tuple[bool, ...]
-    shuffled: float
+    baselines: dict[str, float]
 
 
 @dataclass
@@ -115,12 +126,17 @@ def measure(
         mark = route_fingerprint(routes.text_id, task, rows, route, batch_size)
         with answer_log(folder / f"{task.name}.text.jsonl", mark) as text_log:
             answers[behaviour] = ask(listener, task, rows, text_input(transcripts), text_log, batch_size)
+        recognised = routes.cascade(rows) if routes.cascade else None
+        route += f" baselines {recognised and sorted(recognised.items())}"
         mark = route_fingerprint(routes.speech_id, task, rows, route, batch_size)
         with Log(folder / f"{task.name}.jsonl", mark, _from_row, _to_row) as log:
             for batch in plan_batches(rows, batch_size):
                 if not all(row.id in log.records for row in batch):
-                    speech = routes.speech(batch)
-                    log.write(compare(listener, task, batch, transcripts, speech, answers[behaviour]))
+                    inputs = {"text": text_input(transcripts)(batch), "speech": routes.speech(batch)}
+                    inputs |= baseline_inputs(listener, inputs["speech"])
+                    if recognised is not None:
+                        inputs["cascade"] = text_input(recognised)(batch)
+                    log.write(compare(listener, task, batch, inputs, answers[behaviour]))
                 progress(len(batch))
             alignment.comparisons[behaviour] = {row.id: log.records[row.id] for row in rows}
     alignment.layers = analyse_layers(
@@ -129,25 +145,40 @@ def measure(
     return alignment
 
 
+def baseline_inputs(listener: Listener, speech: Sequence[RouteInput]) -> dict[str, list[RouteInput]]:
+    """By baseline, what stands in the place of each clip's vectors."""
+    inputs: dict[str, list[RouteInput]] = {"shuffled": [*speech[1:], *speech[:1]]}
+    clips = [clip for clip in speech if isinstance(clip, AudioEmbeds)]
+    if listener.reads_out and all(clip.token_ids is not None for clip in clips):
+        inputs["readout"] = [*listener.readout(clips)]
+    if ids := text_ids(listener.tokenizer, " ")[-1:]:  # some tokenizers have no token for a space
+        space = embed(listener.model, ids).detach()  # (1, D)
+        inputs["deaf"] = [replace(clip, vectors=space.expand(len(clip.vectors), -1)) for clip in clips]
+    return inputs
+
+
 def compare(
     listener: Listener,
     task: Task,
     rows: Sequence[Utterance],
-    transcripts: dict[str, str],
-    speech: Sequence[RouteInput],
+    inputs: dict[str, list[RouteInput]],
     answers: Answers,
 ) -> dict[str, Comparison]:
-    """Each clip's divergence along the text route's answer, with its own speech and with the next clip's."""
+    """Each clip's divergence along the text route's answer. inputs: of text, speech and each baseline."""
     comparisons = {}
-    exchanged = [*speech[1:], *speech[:1]]
     for part in _slices(rows):
         batch, targets = rows[part], [answers[row.id] for row in rows[part]]
-        inputs = ([transcripts[row.id] for row in batch], speech[part], exchanged[part])
-        states = (_states(listener, task, batch, route_input, targets) for route_input in inputs)
-        for row, from_text, from_speech, from_other in zip(batch, *states, strict=True):  # each (N, D)
-            kl, agreed = divergence(listener.model, from_text, from_speech)
-            shuffled, _ = divergence(listener.model, from_text, from_other)
-            comparisons[row.id] = Comparison(tuple(kl), tuple(agreed), float(sum(shuffled)))
+        states = {
+            name: _states(listener, task, batch, items[part], targets) for name, items in inputs.items()
+        }
+        text, speech = states.pop("text"), states.pop("speech")  # for each row (N, D)
+        for i, row in enumerate(batch):
+            kl, agreed = divergence(listener.model, text[i], speech[i])
+            sums = {
+                name: float(sum(divergence(listener.model, text[i], rows_states[i])[0]))
+                for name, rows_states in states.items()
+            }
+            comparisons[row.id] = Comparison(tuple(kl), tuple(agreed), sums)
     return comparisons
 
 
@@ -174,13 +205,21 @@ def _slices(rows: Sequence[Utterance]) -> Iterator[slice]:
 
 
 def summarise(comparisons: Sequence[Comparison], samples: int, seed: int) -> dict[str, Any]:
-    """Means over tokens with their intervals (clips are resampled): kl, kl_shuffled, top1_agreement."""
+    """Means over tokens with their intervals; clips are resampled, the same ones for every figure.
+
+    kl, top1_agreement, kl_NAME of each baseline, and kl_minus_cascade, whose interval is a paired one.
+    """
     tokens = np.array([len(clip.kl) for clip in comparisons], dtype=float)
-    sums = {
+    sums: dict[str, list[float]] = {
         "kl": [sum(clip.kl) for clip in comparisons],
         "top1_agreement": [sum(clip.agreed) for clip in comparisons],
-        "kl_shuffled": [clip.shuffled for clip in comparisons],
     }
+    for name in comparisons[0].baselines:
+        sums[f"kl_{name}"] = [clip.baselines[name] for clip in comparisons]
+    if "kl_cascade" in sums:
+        sums["kl_minus_cascade"] = [
+            speech - cascade for speech, cascade in zip(sums["kl"], sums["kl_cascade"], strict=True)
+        ]
     rows = draws(len(comparisons), samples, seed)
     figures: dict[str, Any] = {}
     for name, values in sums.items():
@@ -202,8 +241,12 @@ def by_position(comparisons: Sequence[Comparison]) -> dict[str, list[float]]:
 
 
 def _from_row(row: dict[str, Any]) -> Comparison:
-    return Comparison(tuple(row["kl"]), tuple(row["agreed"]), row["shuffled"])
+    return Comparison(tuple(row["kl"]), tuple(row["agreed"]), row["baselines"])
 
 
 def _to_row(comparison: Comparison) -> dict[str, Any]:
-    return {"kl": list(comparison.kl), "agreed": list(comparison.agreed), "shuffled": comparison.shuffled}
+    return {
+        "kl": list(comparison.kl),
+        "agreed": list(comparison.agreed),
+        "baselines": comparison.baselines,
+    }

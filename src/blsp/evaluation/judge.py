@@ -108,6 +108,21 @@ class Evaluation:
             return {row.id: " ".join(plain_words(row.text, row.language or "en")) for row in rows}
         return {row.id: row.text for row in rows}
 
+    def load_recogniser(self) -> Recogniser:
+        """The cascade's recogniser, loaded once."""
+        if self.recogniser is None:
+            model = self.listener.model
+            name = self.asr or recogniser_of(model.config.audio_model_id)
+            self.recogniser = Recogniser(name, self.asr_compute, model.lm_head.weight.device.type)
+        return self.recogniser
+
+    def recognise(self, rows: Sequence[Utterance]) -> dict[str, str]:
+        """The recogniser's transcripts by the row's id, from the log where it has them."""
+        recogniser = self.load_recogniser()
+        mark = digest_of({"name": recogniser.name, "compute": recogniser.compute})
+        with answer_log(self.folder / "log" / "recogniser.jsonl", mark) as log:
+            return dict(zip([row.id for row in rows], recogniser.transcribe(rows, log), strict=True))
+
     def ask(self, task: Task, rows: Sequence[Utterance], inputs: RouteInputFn, log: AnswerLog) -> Answers:
         """The answers of the evaluated model to some rows."""
         return ask(self.listener, task, rows, inputs, log, self.batch_size, self.bar.update)
@@ -207,15 +222,11 @@ def _cascade(evaluation: Evaluation, result: TaskResult) -> None:
     Where the recogniser wrote the exact transcript, the text route's answer is taken.
     """
     task, rows = result.task, result.rows
-    recogniser = evaluation.recogniser = evaluation.recogniser or _load_recogniser(evaluation)
-    if not recogniser.supports_language(task.language):
+    if not evaluation.load_recogniser().supports_language(task.language):
         result.unavailable["cascade"] = ENGLISH_RECOGNISER
         evaluation.bar.update(len(rows))
         return
-    mark = digest_of({"name": recogniser.name, "compute": recogniser.compute})
-    with answer_log(evaluation.folder / "log" / "recogniser.jsonl", mark) as log:
-        texts = recogniser.transcribe(rows, log)
-    recognised = result.recogniser_transcripts = dict(zip([row.id for row in rows], texts, strict=True))
+    recognised = result.recogniser_transcripts = evaluation.recognise(rows)
     text_answers, transcripts = result.answers.get("text", {}), evaluation.transcripts(rows)
     answers = {
         row.id: text_answers[row.id]
@@ -228,12 +239,6 @@ def _cascade(evaluation: Evaluation, result: TaskResult) -> None:
     with evaluation.log(task, others, "cascade", kind) as log:
         answers |= evaluation.ask(task, others, text_input(recognised), log)
     result.answers["cascade"] = {row.id: answers[row.id] for row in rows}
-
-
-def _load_recogniser(evaluation: Evaluation) -> Recogniser:
-    model = evaluation.listener.model
-    name = evaluation.asr or recogniser_of(model.config.audio_model_id)
-    return Recogniser(name, evaluation.asr_compute, model.lm_head.weight.device.type)
 
 
 def _peer(evaluation: Evaluation, result: TaskResult, peer: Endpoint) -> None:
@@ -279,14 +284,18 @@ def judge_alignment(evaluation: Evaluation, suite: Suite) -> Alignment:
     plan = suite.alignment
     assert plan is not None
     plan = replace(plan, samples=min(filter(None, (plan.samples, evaluation.limit)), default=None))
+    rows = plan.task(plan.behaviours[0]).rows()
+    with_cascade = "cascade" in evaluation.routes and all(
+        evaluation.load_recogniser().supports_language(row.language or "en") for row in rows
+    )
     routes = Routes(
         text=evaluation.transcripts,
         speech=evaluation.speech_route,
         text_id=f"{evaluation.text_id} {evaluation.normalise}",
         speech_id=f"{evaluation.speech_id} {evaluation.normalise}",
+        cascade=evaluation.recognise if with_cascade else None,
     )
-    total = len(plan.behaviours) * len(plan.task(plan.behaviours[0]).rows())
-    with tqdm(total=total, unit="clip", desc="alignment") as bar:
+    with tqdm(total=len(plan.behaviours) * len(rows), unit="clip", desc="alignment") as bar:
         return measure(
             evaluation.listener, plan, routes, evaluation.folder / "log", evaluation.batch_size, bar.update
         )

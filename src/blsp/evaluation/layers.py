@@ -54,23 +54,18 @@ class LayerAnalysis:
     behaviours: list[str]  # (M,)
     routes: list[str]  # (M,)
     clips: list[str]  # (M,)
-    separation: float
-    separation_text: float
     retrieval: float
     n: int
 
     def figures(self) -> dict[str, Any]:
         """The part of results.json that this module gives.
 
-        instruction_separation: share of the speech states that lie nearest to the text states' centre of their own
-        instruction (_text: the same of the text states, each left out of the centre). retrieval: share of the speech
-        states whose nearest text state under the same instruction is their own transcript's.
+        retrieval: share of the speech states whose nearest text state under the same instruction is their own
+        transcript's.
         """
         lists = {name: getattr(self, name) for name in ("cosine", "cosine_question", "cka", "kl")}
         return {
             "layers": lists | {"n": self.n},
-            "instruction_separation": self.separation,
-            "instruction_separation_text": self.separation_text,
             "retrieval": self.retrieval,
         }
 
@@ -178,24 +173,8 @@ def _picture(ends: EndStates, clips: list[str]) -> dict[str, Any]:
         "behaviours": [behaviour for behaviour, _ in labels],
         "routes": [route for _, route in labels],
         "clips": clips * (len(labels) // len(clips)),
-        "separation": _separation(ends, "speech"),
-        "separation_text": _separation(ends, "text"),
         "retrieval": _retrieval(ends),
     }
-
-
-def _separation(ends: EndStates, route: str) -> float:
-    """Share of a route's states that lie nearest to the text centre of their own instruction.
-
-    A clip's own text state is left out of every centre, so that no state is compared with itself.
-    """
-    text = torch.stack([routes["text"] for routes in ends.values()])  # (I, C, D)
-    states = torch.stack([routes[route] for routes in ends.values()])
-    clips = text.shape[1]
-    others = text.sum(dim=1, keepdim=True) - text if clips > 1 else text
-    centres = (others / max(clips - 1, 1)).transpose(0, 1)  # (C, I, D)
-    nearest = torch.cdist(states.transpose(0, 1), centres).argmin(dim=2)  # (C, I)
-    return float((nearest == torch.arange(len(ends))).double().mean())
 
 
 def _retrieval(ends: EndStates) -> float:

@@ -38,6 +38,12 @@ ROUTE_STYLE = {
 }
 PEER_COLOURS = (GREEN, PURPLE, GREY)
 BEHAVIOUR_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, INK)
+BASELINES = {
+    "shuffled": ("another clip's speech", GREY),
+    "cascade": ("the cascade's words", BLUE),
+    "readout": ("the adapter's own transcript", AMBER),
+    "deaf": ("copies of one vector", INK),
+}
 FEWEST = 5  # answers behind a point by position
 LOWEST_KL = 1e-4  # nats: the left end of a logarithmic axis, which has no zero
 Style = dict[str, Any]  # arguments of a matplotlib function
@@ -123,11 +129,11 @@ def _along_the_answer(axis: Axes, clips: Sequence[Comparison], label: str, colou
 
 
 def _over_clips(axis: Axes, clips: Sequence[Comparison]) -> None:
-    """The share of clips below a divergence: with their own speech, and with another clip's."""
-    curves = {
-        "its own speech": ([float(np.mean(clip.kl)) for clip in clips], ORANGE, 2.2, "-"),
-        "another clip's speech": ([clip.shuffled / len(clip.kl) for clip in clips], GREY, 1.8, "--"),
-    }
+    """The share of clips below a divergence: with their own speech, and with each baseline."""
+    curves = {"its own speech": ([float(np.mean(clip.kl)) for clip in clips], ORANGE, 2.2, "-")}
+    for name, (label, colour) in BASELINES.items():
+        if name in clips[0].baselines:
+            curves[label] = ([clip.baselines[name] / len(clip.kl) for clip in clips], colour, 1.8, "--")
     share = np.arange(1, len(clips) + 1) / len(clips)
     for label, (means, colour, width, line) in curves.items():
         values = np.maximum(np.sort(means), LOWEST_KL)

@@ -37,6 +37,15 @@ FAULTS = {
     "cut": "cut at the length limit",
     "no_speech": "no speech found",
 }
+DIVERGENCES = {
+    "kl": "divergence",
+    "kl_shuffled": "with another clip's speech",
+    "kl_cascade": "cascade",
+    "kl_readout": "read-out",
+    "kl_deaf": "deaf",
+    "kl_minus_cascade": "speech − cascade",
+    "top1_agreement": "agreement",
+}
 EXAMPLES = 4  # questions of a task that are shown with their answers
 EXAMPLE_LENGTH = 110  # characters of a table's cell
 
@@ -62,13 +71,15 @@ The method aims at a model that behaves on speech as it behaves on text. This is
 own answer to the text. **Divergence** is KL(text ‖ speech) over the whole vocabulary, in nats a token (0 is perfect).
 **Agreement** is how often both routes find the same next token the most likely. *With another clip's speech* is the
 same figure after every recording was exchanged for another one: an adapter that does not listen does as well as that.
+The other columns are along the same answers, with something else in the place of the speech vectors: the words of the
+*cascade*, the adapter's own transcript as text (*read-out*), copies of one vector (*deaf*). *Speech − cascade* is below
+0 where the adapter is nearer to the text than the cascade is; its interval is a paired one.
 """
 INSTRUCTIONS = """\
 The next picture shows the state from which the model begins its answer: one point for each clip, route and instruction
 (last layer, projected on two principal components). Where the method works, the two points of a clip lie side by side,
-and instructions lie apart. Measured on the states before the projection: {separation} of the speech states lie nearest
-to the text states of their own instruction (of the text states themselves, {separation_text}), and for {retrieval} the
-nearest text state is their own transcript's ({n} clips).
+and the points of different instructions lie apart. Measured on the states before the projection: for {retrieval} of the
+speech states the nearest text state under the same instruction is their own transcript's ({n} clips).
 """
 
 
@@ -289,11 +300,13 @@ def _alignment(results: Results, figures: Figures, folder: Path) -> str:
     alignment = results.alignment
     if alignment is None:
         return ""
+    behaviours = figures["alignment"]["behaviours"]
+    columns = {name: title for name, title in DIVERGENCES.items() if name in next(iter(behaviours.values()))}
     rows = []
-    for behaviour, values in figures["alignment"]["behaviours"].items():
-        cells = [_with_interval(values, name) for name in ("kl", "kl_shuffled", "top1_agreement")]
+    for behaviour, values in behaviours.items():
+        cells = [_with_interval(values, name) for name in columns]
         rows.append([behaviour, str(values["n"]), str(values["tokens"]), *cells])
-    header = ["instruction", "clips", "tokens", "divergence", "with another clip's speech", "agreement"]
+    header = ["instruction", "clips", "tokens", *columns.values()]
     parts = ["## Behaviour on speech against behaviour on text", ALIGNMENT, table(header, rows)]
     pictures.draw_positions(alignment, folder / "divergence_by_position.png")
     parts.append("![Divergence along the answer, and over clips](divergence_by_position.png)")
@@ -303,8 +316,6 @@ def _alignment(results: Results, figures: Figures, folder: Path) -> str:
         parts += [
             "![Similarity and divergence by layer](layers.png)",
             INSTRUCTIONS.format(
-                separation=shown("accuracy", alignment.layers.separation),
-                separation_text=shown("accuracy", alignment.layers.separation_text),
                 retrieval=shown("accuracy", alignment.layers.retrieval),
                 n=alignment.layers.n,
             ),
