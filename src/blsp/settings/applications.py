@@ -21,7 +21,6 @@ from blsp.settings.shared import (
     ConfigFile,
     Device,
     Dtype,
-    Flag,
     Limit,
     Normalise,
     Order,
@@ -33,7 +32,7 @@ from blsp.settings.shared import (
     can_sample,
 )
 
-Model = Annotated[str, Flag("model", "the adapter, or the merged model, to use")]
+Model = Annotated[str, "the adapter, or the merged model, to use"]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Shared parts of the commands' settings: common flags, lists of choices, checks of values.
 
 In:  the settings classes of pipeline.py and applications.py, which use these types for their fields.
-Out: types that carry their own help text and group; `Choices`, which reads a list from the dict that owns it.
+Out: types with their own help text; `Choices`, which reads a list from the dict that owns it.
 Try: `Choices("blsp.model.adapter", "ADAPTERS").keys()`
-Flow: **shared.py** → pipeline.py, applications.py → cli.py, which turns a class into flags.
+Flow: **shared.py** → pipeline.py, applications.py → reading.py, which turns a class into flags
 """
 
 from __future__ import annotations
@@ -21,14 +21,6 @@ DEFAULT_MODEL = "blsp-tiny"  # the one default name that the project has
 
 class SettingsError(ValueError):
     """A value that cannot be right; the message names the flag, the value and what is allowed."""
-
-
-@dataclass(frozen=True)
-class Flag:
-    """Help text and group of a flag that several commands share; a field's own docstring replaces the text."""
-
-    group: str
-    help: str
 
 
 @dataclass(frozen=True)
@@ -54,33 +46,29 @@ class Choices:
         return tuple(dict.fromkeys([*written, *loaded]))
 
 
-Device = Annotated[str, Flag("compute", "where to run: auto, cpu, cuda, cuda:1, mps")]
+# Flags that several commands have: a type and its help text, which a field's own docstring replaces.
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Device = Annotated[str, "where to run: auto, cpu, cuda, cuda:1, mps"]
 Dtype = Annotated[
-    Precision,
-    Flag(
-        "compute",
-        "the type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32",
-    ),
+    Precision, "the type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32"
 ]
-ConfigFile = Annotated[Path | None, Flag("", "a YAML file with these same flags")]
-Limit = Annotated[int | None, Flag("data", "read only this many rows")]
+ConfigFile = Annotated[Path | None, "a YAML file with these same flags"]
+Limit = Annotated[int | None, "read only this many rows"]
 Order = Literal["instruction-first", "speech-first"]
 Normalise = Literal["none", "whisper"]
-Temperature = Annotated[float, Flag("generation", "0 takes the most probable token each time")]
+Temperature = Annotated[float, "0 takes the most probable token each time"]
 TopP = Annotated[
-    float,
-    Flag(
-        "generation", "when sampling: draw from the most probable tokens that together have this probability"
-    ),
+    float, "when sampling: draw from the most probable tokens that together have this probability"
 ]
 
 
 def flag_texts(kind: type) -> dict[str, str]:
-    """The help text of each field: the string below it in the class, or what its type says."""
+    """The help text of each field: the string below it in the class, or that of its type."""
+    hints = get_type_hints(kind, include_extras=True)
+    extras = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    texts = {name: text for name in extras for text in extras[name] if isinstance(text, str)}
     body = ast.parse(inspect.getsource(kind)).body[0]
     assert isinstance(body, ast.ClassDef)
-    texts = {name: flag.help for name, flag in _shared_flags(kind).items()}
     for field, text in pairwise(body.body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             texts[ast.unparse(field.target)] = " ".join(str(ast.literal_eval(text.value)).split())
@@ -88,22 +76,9 @@ def flag_texts(kind: type) -> dict[str, str]:
 
 
 def flag_groups(kind: Any) -> dict[str, str]:
-    """The group of each field, in the order of `--help`: named in the class's `GROUPS`, or by its type, or ""."""
+    """The group of each field, in the order of `--help`: as the class's `GROUPS` name it, or ""."""
     named = {name: group for group, names in getattr(kind, "GROUPS", {}).items() for name in names.split()}
-    shared = {name: flag.group for name, flag in _shared_flags(kind).items()}
-    others = {field.name: shared.get(field.name, "") for field in fields(kind) if field.name not in named}
-    return named | others
-
-
-def _shared_flags(kind: type) -> dict[str, Flag]:
-    """The fields whose type is one of the shared flags above."""
-    hints = get_type_hints(kind, include_extras=True)
-    return {
-        name: extra
-        for name, hint in hints.items()
-        for extra in getattr(hint, "__metadata__", ())
-        if isinstance(extra, Flag)
-    }
+    return named | {field.name: "" for field in fields(kind) if field.name not in named}
 
 
 def above_zero(settings: object, *names: str) -> None:
