@@ -24,9 +24,7 @@ APART = {"__main__", "serve_load", "serve_robustness"}  # `make bench-serve` run
 
 def main() -> int:
     """Run what was named, or everything, and write what came out after each script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="scripts, without .py; none: all of them")
     parser.add_argument("--out", type=Path, default=Path("results/bench.json"))
     arguments = parser.parse_args()

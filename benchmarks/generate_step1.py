@@ -77,9 +77,7 @@ def main() -> None:
     parser.add_argument("--baseline-prompts", type=int, default=16, help="a round of plain generate")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     settings = parser.parse_args()
-    llm, tokenizer = load_language_model(
-        find_weights(settings.llm), Runtime(torch.device("cpu"), torch.float32, 0, 1)
-    )
+    llm, tokenizer = load_language_model(find_weights(settings.llm), Runtime(torch.device("cpu"), torch.float32, 0, 1))
     report = measure(llm, tokenizer, settings)
     print(json.dumps(report))
 
@@ -93,9 +91,7 @@ def measure(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
     same = compared = 0
     for number in range(settings.rounds):
         texts = transcripts(settings.prompts, seed=number)
-        ids = [
-            [*template.prefix_ids, *transcript_ids(tokenizer, text), *template.suffix_ids] for text in texts
-        ]
+        ids = [[*template.prefix_ids, *transcript_ids(tokenizer, text), *template.suffix_ids] for text in texts]
 
         begun = time.perf_counter()
         plain = write_plainly(llm, ids[: settings.baseline_prompts], settings.max_new_tokens)
@@ -107,9 +103,7 @@ def measure(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
         prompts = [Prompt(i, instruction, ORDER, texts[i]) for i in longest_first]
         batches = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
         written = {
-            w.key: w.ids or []
-            for batch in TransformersEngine(llm, tokenizer, decoding).write(batches)
-            for w in batch
+            w.key: w.ids or [] for batch in TransformersEngine(llm, tokenizer, decoding).write(batches) for w in batch
         }
         seconds = time.perf_counter() - begun
         speeds["ours"].append(tokens_of(list(written.values()), settings.max_new_tokens) / seconds)

@@ -52,9 +52,7 @@ def clip_of(seconds: int) -> np.ndarray:
 
 def answer(listener: Listener, question: Question, audio_embeds: AudioEmbeds | None, start: float) -> Waits:
     """Seconds since `start` at the first token and at the last; the prompt's prefix is cached."""
-    request = listener.request(
-        0, question, audio_embeds, replace(listener.decoding, max_new_tokens=NEW_TOKENS)
-    )
+    request = listener.request(0, question, audio_embeds, replace(listener.decoding, max_new_tokens=NEW_TOKENS))
     times = [time.monotonic() - start for _ in decode_alone(Decoder(listener.model), request)]
     return times[0], times[-1]
 
@@ -131,9 +129,7 @@ def measure_length(routes: dict[str, Ask], clip: np.ndarray, rounds: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--dtype", default="fastest", help="of the frozen weights, on all routes")
     parser.add_argument("--rounds", type=int, default=7)

@@ -49,9 +49,7 @@ def estimate(
         module = ADAPTERS[adapter](audio.d_model, width, **options)
     learnt = sum(each.numel() for each in module.parameters())
     head = 0 if text.tie_word_embeddings else text.vocab_size * width
-    values = (
-        2 * text.num_key_value_heads * (getattr(text, "head_dim", None) or width // text.num_attention_heads)
-    )
+    values = 2 * text.num_key_value_heads * (getattr(text, "head_dim", None) or width // text.num_attention_heads)
     layer = width if activation_checkpointing else 6 * width + values + 4 * text.intermediate_size
     chunk = rows_per_chunk(text.vocab_size) * text.vocab_size
     parts = {
@@ -90,9 +88,7 @@ def _status(name: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--audio-model", default=ENCODER)
     parser.add_argument("--llm", default=LLM)
     parser.add_argument("--adapter", choices=sorted(ADAPTERS), default="conv")

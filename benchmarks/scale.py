@@ -61,9 +61,7 @@ def manifest_costs(folder: str, count: int) -> dict[str, Any]:
     in_order, read = timed(lambda: sum(1 for _ in islice(rows, IN_ORDER)))
     draw = np.random.default_rng(0).integers(0, count, min(count, SAMPLED))
     at_random, _ = timed(lambda: [rows[int(place)].text for place in draw])
-    planning, plan = timed(
-        lambda: write_plan(Path(folder) / f"plan-{count}.sqlite", planned_prompts(rows), 64)
-    )
+    planning, plan = timed(lambda: write_plan(Path(folder) / f"plan-{count}.sqlite", planned_prompts(rows), 64))
     assert plan.prompts == (count + 1) // 2, "every text stands twice and is asked once"
     path.unlink()
     return {
@@ -122,13 +120,9 @@ def alone(task: Callable[[str, int], dict[str, Any]], folder: str, count: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--most", type=int, default=SIZES[-1], help="rows of the largest manifest")
-    parser.add_argument(
-        "--folder", type=Path, default=None, help="where to write (left out: the temporary folder)"
-    )
+    parser.add_argument("--folder", type=Path, default=None, help="where to write (left out: the temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         manifests = [alone(manifest_costs, folder, count) for count in SIZES if count <= options.most]

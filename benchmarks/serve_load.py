@@ -102,9 +102,7 @@ def refusals(model: str, questions: Sequence[Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--share", type=float, default=1.0, help="the part of the requests to send")
     options = parser.parse_args()
@@ -130,10 +128,7 @@ def main() -> None:
             _, more = throughput(server, questions, 16, half)
             good += more
             resident.append(server.memory_mb())
-        figures["memory"] = {
-            "requests": 2 * half,
-            "resident_mb": [round(megabytes, 1) for megabytes in resident],
-        }
+        figures["memory"] = {"requests": 2 * half, "resident_mb": [round(megabytes, 1) for megabytes in resident]}
     one = figures["clients"][1]["requests_per_second"]
     figures["ratio"] = {
         n: round(measured["requests_per_second"] / one, 2) for n, measured in figures["clients"].items()

@@ -53,9 +53,7 @@ def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
                     status = send(client, url, attempt)
                 except httpx.TimeoutException:
                     status = 599
-                    defects.append(
-                        f"{number}: no answer to {attempt.path} {str(attempt.upload or attempt.body)[:200]}"
-                    )
+                    defects.append(f"{number}: no answer to {attempt.path} {str(attempt.upload or attempt.body)[:200]}")
                 slowest = max(slowest, time.monotonic() - began)
                 statuses[status] += 1
             if 500 <= status < 599 and status not in BY_DESIGN:
@@ -87,9 +85,7 @@ def send(client: httpx.Client, url: str, attempt: Attempt) -> int:
         return vanish(url, attempt)
     if attempt.upload is not None:
         return client.post(attempt.path, files={"file": attempt.upload}).status_code
-    return client.post(
-        attempt.path, content=attempt.body, headers={"content-type": "application/json"}
-    ).status_code
+    return client.post(attempt.path, content=attempt.body, headers={"content-type": "application/json"}).status_code
 
 
 def begin(url: str, attempt: Attempt) -> socket.socket:
@@ -117,21 +113,8 @@ def status_of(connection: socket.socket) -> int:
 
 def by_schemathesis(url: str, examples: int) -> bool:
     """True if schemathesis found no server error in the routes of the OpenAPI document."""
-    command = [
-        str(Path(sys.executable).with_name("schemathesis")),
-        "run",
-        f"{url}/openapi.json",
-        "--no-color",
-    ]
-    command += [
-        "--checks",
-        "not_a_server_error",
-        "--max-examples",
-        str(examples),
-        "--no-shrink",
-        "--seed",
-        "1",
-    ]
+    command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--no-color"]
+    command += ["--checks", "not_a_server_error", "--max-examples", str(examples), "--no-shrink", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-1000:])
@@ -143,9 +126,7 @@ def open_files(server: Server) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--share", type=float, default=1.0, help="the part of the requests to send")
     options = parser.parse_args()
@@ -156,9 +137,7 @@ def main() -> int:
         figures = attack(server.url, wav, round(ATTEMPTS * options.share))
         figures["memory_growth_mb"] = round(server.memory_mb() - before, 1)
         figures["open_files_growth"] = open_files(server) - files
-        figures["schemathesis_ok"] = by_schemathesis(
-            server.url, max(5, round(BY_SCHEMATHESIS * options.share))
-        )
+        figures["schemathesis_ok"] = by_schemathesis(server.url, max(5, round(BY_SCHEMATHESIS * options.share)))
     print(json.dumps(figures))
     return bool(figures["defects"]) or not figures["schemathesis_ok"]
 

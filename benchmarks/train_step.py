@@ -76,9 +76,7 @@ def plan_steps(processor: Any, strides: Sequence[int], steps: int) -> list[list[
     return [[(int(clip[row]), int(response[row])) for row in rows] for rows in chosen]
 
 
-def examples(
-    model: BlspForConditionalGeneration, processor: Any, sizes: Sequence[tuple[int, int]]
-) -> list[Example]:
+def examples(model: BlspForConditionalGeneration, processor: Any, sizes: Sequence[tuple[int, int]]) -> list[Example]:
     """Rows as the loop sees them, with the features, the mel, and a stored teacher: real speech, cut to size."""
     draw = np.random.default_rng(0)
     frame = prompt_template(processor.tokenizer, instruction_for("continue"), ORDER)
@@ -189,9 +187,7 @@ class Plain:
         table = self.decoder.get_input_embeddings()
         width = max(len(each.response) for each in part)
         before = table(torch.tensor([each.template.prefix_ids for each in part]))
-        after = torch.tensor(
-            [[*e.template.suffix_ids, *e.response, *[0] * (width - len(e.response))] for e in part]
-        )
+        after = torch.tensor([[*e.template.suffix_ids, *e.response, *[0] * (width - len(e.response))] for e in part])
         labels = torch.tensor([[*e.response, *[-100] * (width - len(e.response))] for e in part])
         embeds = torch.cat([before, heard.vectors, table(after)], dim=1)
         kept = torch.ones(before.shape[:2], dtype=torch.long)
@@ -277,14 +273,10 @@ def measure(rounds: int, steps: int, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def ratios(
-    speed: dict[str, float], useful: dict[str, float], found: dict[str, tuple[int, int]]
-) -> dict[str, float]:
+def ratios(speed: dict[str, float], useful: dict[str, float], found: dict[str, tuple[int, int]]) -> dict[str, float]:
     """The figures that others read; those of ways that were not run are left out."""
     figures = {
-        f"ratio_{name}": speed[name] / speed["plain"]
-        for name in ("cached", "online", "cached_bf16")
-        if name in speed
+        f"ratio_{name}": speed[name] / speed["plain"] for name in ("cached", "online", "cached_bf16") if name in speed
     }
     if "cached" in speed:
         figures["matmul_fraction"] = useful["cached"]
@@ -296,9 +288,7 @@ def ratios(
 
 def main() -> None:
     keep_freed_memory()  # as the training loop does; the baseline profits too
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of {BATCH} samples")
     parser.add_argument("--ways", nargs="*", default=[], help="names, beside the baseline; none: all")

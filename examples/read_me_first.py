@@ -31,8 +31,6 @@ from blsp.weights.digest import find_weights
 
 SPEECH = Path(__file__).parent / "speech"
 CONTINUE = "Continue the following text in a coherent and engaging style with less than 40 words."
-CONTINUATION_TOKENS = 16
-QUESTION = SPEECH / "questions" / "capital-of-canada.opus"
 
 
 class Clip(NamedTuple):
@@ -73,9 +71,9 @@ class Parts:
 
     @torch.no_grad()
     def write(self, spoken: Tensor) -> Tensor:
-        """The most likely answer (N,), one token after another."""
+        """The most likely 16 tokens (N,), one after another."""
         answer = torch.zeros(0, dtype=torch.long)
-        for _ in range(CONTINUATION_TOKENS):
+        for _ in range(16):
             answer = F.pad(answer, (0, 1))  # room for the next token
             answer[-1] = self.log_probs(spoken, answer)[-1].argmax()
         return answer
@@ -87,8 +85,8 @@ def read_clips(parts: Parts, manifest: str, count: int) -> list[Clip]:
     for line in (SPEECH / manifest).read_text(encoding="utf-8").splitlines()[:count]:
         row = json.loads(line)
         transcript = torch.tensor(transcript_ids(parts.tokenizer, row["text"]))
-        continuation = parts.write(parts.table[transcript])
-        clips.append(Clip(parts.encode(SPEECH / row["audio"]), transcript, continuation))
+        states, continuation = parts.encode(SPEECH / row["audio"]), parts.write(parts.table[transcript])
+        clips.append(Clip(states, transcript, continuation))
     return clips
 
 
@@ -114,8 +112,7 @@ def train(parts: Parts, clips: list[Clip], steps: int, batch: int = 4) -> None:
 def divergence(parts: Parts, clips: list[Clip], shift: int = 0) -> float:
     """Mean KL(text || speech) in nats per token; `shift` 1 gives each clip the recording of its neighbour."""
     total, count = 0.0, 0
-    for i, clip in enumerate(clips):
-        states = clips[(i + shift) % len(clips)].states
+    for clip, states in zip(clips, [c.states for c in clips[shift:] + clips[:shift]], strict=True):
         text = parts.log_probs(parts.table[clip.transcript], clip.continuation)
         speech = parts.log_probs(parts.listen(states), clip.continuation)
         total += float(F.kl_div(speech, text, reduction="sum", log_target=True))
@@ -128,7 +125,7 @@ def report(name: str, parts: Parts, clips: list[Clip]) -> None:
     own, exchanged = divergence(parts, clips), divergence(parts, clips, shift=1)
     verdict = "it listens" if own < 0.6 * exchanged else "it does not listen yet"
     print(f"{name}: divergence {own:.3f}, with exchanged recordings {exchanged:.3f}: {verdict}")
-    answer = blsp.Listener(parts.model, parts.processor).answer(QUESTION, max_new_tokens=24)
+    answer = blsp.Listener(parts.model, parts.processor).answer(SPEECH / "questions" / "capital-of-canada.opus")
     print(f"  asked for the capital of Canada, it answers: {answer!r}")
 
 

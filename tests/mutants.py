@@ -20,17 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-COPIED = (
-    "src",
-    "tests",
-    "benchmarks",
-    "recipes",
-    "examples",
-    "models",
-    "docs",
-    "requirements",
-    "pyproject.toml",
-)
+COPIED = ("src", "tests", "benchmarks", "recipes", "examples", "models", "docs", "requirements", "pyproject.toml")
 
 
 @dataclass(frozen=True)
@@ -47,9 +37,7 @@ class Mutant:
         """The file with the defect in it; raises ValueError unless `old` stands there exactly once."""
         source = (root / "src" / "blsp" / self.file).read_text(encoding="utf-8")
         if source.count(self.old) != 1:
-            raise ValueError(
-                f"{self.name}: {self.old!r} stands {source.count(self.old)} times in {self.file}"
-            )
+            raise ValueError(f"{self.name}: {self.old!r} stands {source.count(self.old)} times in {self.file}")
         return source.replace(self.old, self.new)
 
 
@@ -408,9 +396,7 @@ def killer(mutant: Mutant, folder: Path) -> str:
 
 def main() -> None:
     """Run the chosen mutants and print what became of each."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutants whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tested at a time")
     parser.add_argument("--table", type=Path, help="write a Markdown table to this file")

@@ -26,9 +26,7 @@ print(min(faults))
 def faults(how: str) -> int:
     """The fewest page faults that 64 MB, made and freed again and again, cost."""
     fresh = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True, env=fresh
-    )
+    run = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True, env=fresh)
     return int(run.stdout)
 
 

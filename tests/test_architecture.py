@@ -87,8 +87,7 @@ def test_imports_follow_the_rows(module: Path) -> None:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Imports inside functions count too: a circle may not be hidden there."""
     graph = {
-        module: {file for name in imports(module) if (file := file_of(name)) and file != module}
-        for module in MODULES
+        module: {file for name in imports(module) if (file := file_of(name)) and file != module} for module in MODULES
     }
     try:
         TopologicalSorter(graph).prepare()
@@ -108,9 +107,7 @@ def test_files_can_be_read_in_one_sitting(module: Path) -> None:
     assert ast.get_docstring(ast.parse(text)), (
         f"{module}: begin with what it is, what goes in and out, and a call to try"
     )
-    assert not re.search(r"utils|helpers|common|manager|^base", module.stem), (
-        f"{module}: name it after what it does"
-    )
+    assert not re.search(r"utils|helpers|common|manager|^base", module.stem), f"{module}: name it after what it does"
 
 
 def test_every_package_names_its_files() -> None:
@@ -128,9 +125,7 @@ def test_the_page_on_architecture_names_every_file() -> None:
     for module in MODULES:
         room = module.parts[0] if len(module.parts) > 1 else ""
         name = module.name if module.parts[1:2] != ("corpora",) else module.stem
-        assert module.name == "__init__.py" or name in rooms[room], (
-            f"docs/architecture.md: no line for {module}"
-        )
+        assert module.name == "__init__.py" or name in rooms[room], f"docs/architecture.md: no line for {module}"
 
 
 def test_test_files_have_names_of_their_own() -> None:

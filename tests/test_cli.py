@@ -63,9 +63,7 @@ def does(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def replace(name: str, function: Any) -> None:
         command = cli.COMMANDS[name]
-        monkeypatch.setitem(
-            sys.modules, command.module, types.SimpleNamespace(**{command.function: function})
-        )
+        monkeypatch.setitem(sys.modules, command.module, types.SimpleNamespace(**{command.function: function}))
 
     return replace
 
@@ -252,10 +250,7 @@ def test_stages_inherit_the_top_level_and_follow_one_another(recipe: Path) -> No
     assert (grounding.loss, grounding.lr, grounding.steps) == ("ctc", 1e-3, 100)
     assert (alignment.loss, alignment.lr, alignment.steps) == ("kl", 1e-4, None)
     assert (grounding.data, alignment.data) == (("plain.jsonl", "more.jsonl"), ("continued.jsonl",))
-    assert (grounding.init_from, alignment.init_from) == (
-        ("seed-adapter",),
-        ("runs/recipe/stages/grounding/adapter",),
-    )
+    assert (grounding.init_from, alignment.init_from) == (("seed-adapter",), ("runs/recipe/stages/grounding/adapter",))
     assert alignment.activation_checkpointing and alignment.cache is None
     assert not grounding.stages and not alignment.stages
 
@@ -278,9 +273,7 @@ def test_the_command_line_wins_over_the_file_in_every_stage(recipe: Path) -> Non
         ("[alignment, other]", ("elsewhere/stages/alignment/adapter", "other")),
     ],
 )
-def test_a_stage_may_start_from_earlier_ones_or_from_adapters(
-    recipe: Path, named: str, start: tuple[str, ...]
-) -> None:
+def test_a_stage_may_start_from_earlier_ones_or_from_adapters(recipe: Path, named: str, start: tuple[str, ...]) -> None:
     recipe.write_text(f"{RECIPE}  - {{name: again, loss: ctc, init-from: {named}}}\n")
     flags = ["--config", str(recipe), "--out", "elsewhere", "--init-from", "typed"]
     assert [stage.init_from for stage in cli.parse("train", flags).stages] == [
@@ -288,9 +281,7 @@ def test_a_stage_may_start_from_earlier_ones_or_from_adapters(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "command", ["generate --manifest m --out o", "chat", "continue --manifest m --out o --llm l"]
-)
+@pytest.mark.parametrize("command", ["generate --manifest m --out o", "chat", "continue --manifest m --out o --llm l"])
 @pytest.mark.parametrize("flag", ["--top-p 0", "--temperature -1", "--temperature nan"])
 def test_what_nothing_can_be_drawn_with_is_refused(command: str, flag: str, capsys) -> None:
     name, *flags = f"{command} {flag}".split()
@@ -316,20 +307,7 @@ def test_numbers_that_cannot_be_meant_are_refused(line: str, capsys) -> None:
 
 
 def test_a_flag_that_takes_several_values_may_be_repeated(tmp_path: Path) -> None:
-    flags = [
-        "--out",
-        "o",
-        "--task",
-        "a",
-        "--limit",
-        "3",
-        "--task",
-        "b",
-        "c",
-        "--peer=m@http://x",
-        "--seed",
-        "-1",
-    ]
+    flags = ["--out", "o", "--task", "a", "--limit", "3", "--task", "b", "c", "--peer=m@http://x", "--seed", "-1"]
     settings = cli.parse("evaluate", flags)
     assert settings.task == ("a", "b", "c") and settings.peer == ("m@http://x",)
     assert (settings.limit, settings.seed, settings.out) == (3, -1, Path("o"))
@@ -457,16 +435,12 @@ def test_a_choice_is_read_from_the_dict_that_owns_it(tmp_path: Path) -> None:
     )
     for plugins, code in ((str(plugin), 0), ("", 2)):
         environment = os.environ | {"BLSP_PLUGINS": plugins}
-        answer = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-        )
+        answer = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert answer.returncode == code, answer.stderr
     assert cli.main(["prepare", "--config", str(recipe)]) == 2
 
 
-def test_a_plugin_that_fails_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_plugin_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("BLSP_PLUGINS", "nowhere/my_adapter.py")
     assert cli.main(["chat"]) == 2
     assert "plugin nowhere/my_adapter.py" in capsys.readouterr().err

@@ -32,9 +32,7 @@ def run_ranks(program: str, world: int = 2) -> list[str]:
         free.close()
         outputs = [Path(folder) / f"rank{rank}" for rank in range(world)]
         fork = multiprocessing.get_context("fork")
-        ranks = [
-            fork.Process(target=_be_rank, args=(program, r, world, port, outputs[r])) for r in range(world)
-        ]
+        ranks = [fork.Process(target=_be_rank, args=(program, r, world, port, outputs[r])) for r in range(world)]
         for process in ranks:
             process.start()
         for process in ranks:
@@ -59,9 +57,7 @@ def _be_rank(program: str, rank: int, world: int, port: str, output: Path) -> No
 def test_fastest_is_bfloat16_where_the_processor_multiplies_it(
     has: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False} | ({has: True} if has else {})
-    )
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False} | ({has: True} if has else {}))
     assert find_runtime("cpu", "fastest").dtype == (torch.bfloat16 if has else torch.float32)
     assert find_runtime("cpu", "auto").dtype == torch.float32
 
@@ -72,8 +68,7 @@ def test_one_process_is_rank_0_of_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
-    [(("tpu-ish",), "tpu-ish"), (("cpu", "int3"), "int3"), (("cuda:77",), "cuda:77")],
+    ("arguments", "named"), [(("tpu-ish",), "tpu-ish"), (("cpu", "int3"), "int3"), (("cuda:77",), "cuda:77")]
 )
 def test_what_is_not_there_is_named(arguments: tuple[str, ...], named: str) -> None:
     with pytest.raises(ValueError, match=named):
@@ -197,14 +192,7 @@ def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
         "import torch\nfrom blsp.distributed import *\nruntime = find_runtime('cpu')\n"
         "print(int(sum_across(torch.tensor([runtime.rank + 1]), runtime)), flush=True)\nleave(runtime)\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(program),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3") == 2  # the ranks may write into one line

@@ -37,9 +37,7 @@ def shown() -> list[tuple[str, str]]:
         where = str(page.relative_to(ROOT))
         found += [(where, command) for command in commands_in(page.read_text(encoding="utf-8"))]
     for command in cli.COMMANDS.values():
-        found += [
-            (command.settings, shown) for shown in commands_in(getattr(settings, command.settings).__doc__)
-        ]
+        found += [(command.settings, shown) for shown in commands_in(getattr(settings, command.settings).__doc__)]
     return found
 
 
@@ -87,9 +85,7 @@ def test_every_file_that_is_pointed_to_is_there(page: Path) -> None:
             assert (ROOT / path).exists(), f"{page.name} names {path}"
 
 
-@pytest.mark.parametrize(
-    "config", sorted((ROOT / "models").glob("*/config.json")), ids=lambda each: each.parent.name
-)
+@pytest.mark.parametrize("config", sorted((ROOT / "models").glob("*/config.json")), ids=lambda each: each.parent.name)
 def test_a_shipped_adapter_names_its_parts_not_the_makers_folders(config: Path) -> None:
     written = json.loads(config.read_text(encoding="utf-8"))
     for part in ("audio", "text"):

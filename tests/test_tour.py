@@ -8,17 +8,7 @@ from pathlib import Path
 import pytest
 
 from blsp.settings import SettingsError, TourSettings
-from blsp.tour import (
-    Stop,
-    TourError,
-    divergence_text,
-    plan,
-    read_manifest,
-    run_command,
-    tour,
-    training_rows,
-    visit,
-)
+from blsp.tour import Stop, TourError, divergence_text, plan, read_manifest, run_command, tour, training_rows, visit
 
 SPEECH = Path(__file__).parents[1] / "examples" / "speech"
 
@@ -37,9 +27,7 @@ def test_a_finished_stop_is_shown_again_and_a_changed_one_walked_again(tmp_path:
 
 def test_a_failing_command_ends_the_tour_with_its_words() -> None:
     with pytest.raises(TourError, match=r"blsp encode --manifest nowhere\.jsonl"):
-        run_command(
-            ["encode", "--manifest", "nowhere.jsonl", "--audio-model", "nowhere", "--cache", "nowhere"]
-        )
+        run_command(["encode", "--manifest", "nowhere.jsonl", "--audio-model", "nowhere", "--cache", "nowhere"])
 
 
 def test_a_folder_without_recordings_is_named(tmp_path: Path) -> None:

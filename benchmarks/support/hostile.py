@@ -63,9 +63,7 @@ def bad_audio(draw: random.Random, wav: bytes) -> bytes:
 
 def truncated(draw: random.Random, wav: bytes) -> bytes:
     samples, _ = soundfile.read(io.BytesIO(wav), dtype="float32")
-    kind, subtype = draw.choice(
-        [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")]
-    )
+    kind, subtype = draw.choice([("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")])
     file = io.BytesIO()
     soundfile.write(file, samples, SAMPLE_RATE, format=kind, subtype=subtype)
     return file.getvalue()[: draw.randrange(2000)]
@@ -85,19 +83,7 @@ def lying_header(draw: random.Random, wav: bytes) -> bytes:
         draw.choice([0, 3, 16, 64]),
     )
     head = struct.pack(
-        "<4sI8sIHHIIHH4sI",
-        b"RIFF",
-        2**32 - 1,
-        b"WAVEfmt ",
-        16,
-        1,
-        channels,
-        rate,
-        rate,
-        2,
-        bits,
-        b"data",
-        2**32 - 1,
+        "<4sI8sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVEfmt ", 16, 1, channels, rate, rate, 2, bits, b"data", 2**32 - 1
     )
     return head + wav[44:2000]
 
@@ -106,11 +92,7 @@ def not_numbers(draw: random.Random, wav: bytes) -> bytes:
     file = io.BytesIO()
     value = draw.choice([np.nan, np.inf, -np.inf, 0.0, 3e38])
     soundfile.write(
-        file,
-        np.full(draw.choice([0, 1, 399, 16_000]), value, np.float32),
-        16_000,
-        format="WAV",
-        subtype="FLOAT",
+        file, np.full(draw.choice([0, 1, 399, 16_000]), value, np.float32), 16_000, format="WAV", subtype="FLOAT"
     )
     return file.getvalue()
 
@@ -123,9 +105,7 @@ def much_silence(draw: random.Random, wav: bytes) -> bytes:
 
 
 def no_audio(draw: random.Random, wav: bytes) -> bytes:
-    return draw.choice(
-        [b"", b"\0", b"RIFF", b"ID3", b"OggS", b"fLaC", b"<html>", b"%PDF-1.4", draw.randbytes(3000)]
-    )
+    return draw.choice([b"", b"\0", b"RIFF", b"ID3", b"OggS", b"fLaC", b"<html>", b"%PDF-1.4", draw.randbytes(3000)])
 
 
 def hostile_json(draw: random.Random, wav: bytes) -> Attempt:
@@ -172,9 +152,7 @@ def hostile_url(draw: random.Random, wav: bytes) -> Attempt:
 
 def vanishing(draw: random.Random, wav: bytes) -> Attempt:
     """A client that leaves in the middle of its request, or of the answer."""
-    good = chat(
-        [{"type": "input_audio", "input_audio": {"data": base64.b64encode(wav).decode(), "format": "wav"}}]
-    )
+    good = chat([{"type": "input_audio", "input_audio": {"data": base64.b64encode(wav).decode(), "format": "wav"}}])
     return Attempt(CHAT, body=good.body, leave=draw.choice([10, 300, len(good.body) // 2, len(good.body)]))
 
 

@@ -45,11 +45,7 @@ def serving(flags: Sequence[str]) -> Iterator[Server]:
     """`blsp serve` on a free port until the block ends; then it must exit with 0."""
     command = [sys.executable, "-m", "blsp", "serve", "--port", "0", *flags]
     with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"BLSP_API_KEY": ""},
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"BLSP_API_KEY": ""}
     ) as process:
         assert process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("listening on ")), None)

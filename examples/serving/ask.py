@@ -29,12 +29,8 @@ def main() -> None:
         return
     clip = base64.b64encode(options.recording.read_bytes()).decode()
     content: list = [{"type": "text", "text": options.instruction}] if options.instruction else []
-    content.append(
-        {"type": "input_audio", "input_audio": {"data": clip, "format": options.recording.suffix[1:]}}
-    )
-    stream = client.chat.completions.create(
-        model=model, messages=[{"role": "user", "content": content}], stream=True
-    )
+    content.append({"type": "input_audio", "input_audio": {"data": clip, "format": options.recording.suffix[1:]}})
+    stream = client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], stream=True)
     for chunk in stream:
         if chunk.choices:
             print(chunk.choices[0].delta.content or "", end="", flush=True)

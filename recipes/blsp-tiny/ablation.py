@@ -46,9 +46,7 @@ def write_data(root: Path) -> None:
     """The continuations of one behaviour alone, and questions with their right answers: speech-instruction pairs."""
     continued = read_rows(root / "behaviours_voices_continued.jsonl")
     for behaviour in ("continue", "repeat"):
-        write_rows(
-            root / f"ablation_{behaviour}.jsonl", (r for r in continued if r["behaviour"] == behaviour)
-        )
+        write_rows(root / f"ablation_{behaviour}.jsonl", (r for r in continued if r["behaviour"] == behaviour))
     quiz = [r for r in read_list("split") if (r["kind"], r["part"]) == ("quiz", "train")]
     answers = {r["text"]: r["answers"][0] for r in quiz}
     spoken = [r for name in ASKED for r in read_rows(root / f"train_{name}.jsonl") if r["text"] in answers]
@@ -96,9 +94,7 @@ def blsp(*arguments: str) -> None:
 def figures(folder: Path) -> dict[str, float]:
     """The columns of one judged run; an adapter that reads nothing out has fewer."""
     results = json.loads((folder / "judged" / "results.json").read_text(encoding="utf-8"))
-    at = {
-        column: reduce(lambda node, key: node.get(key, {}), keys, results) for column, keys in COLUMNS.items()
-    }
+    at = {column: reduce(lambda node, key: node.get(key, {}), keys, results) for column, keys in COLUMNS.items()}
     found = {column: value for column, value in at.items() if value != {}}
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
@@ -128,9 +124,7 @@ def _cell(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arms = yaml.safe_load(ARMS.read_text(encoding="utf-8"))
-    parser.add_argument(
-        "--root", type=Path, required=True, help="the corpus folder; run it where features/ lies"
-    )
+    parser.add_argument("--root", type=Path, required=True, help="the corpus folder; run it where features/ lies")
     parser.add_argument("--grounded", type=Path, required=True, help="the adapter that step 2 starts from")
     parser.add_argument("--out", type=Path, required=True, help="runs, judgements and table.md")
     parser.add_argument("--arms", nargs="+", choices=list(arms["arms"]), help="these alone, in this order")

@@ -72,9 +72,7 @@ def split_rows(root: Path) -> list[dict]:
 def without_doubles(rows: list[dict]) -> list[dict]:
     """Every text once; a text that two templates of different parts can say belongs to the evaluation."""
     evaluated = {words(row["text"]) for row in rows if row["part"] == "eval"}
-    unique = {
-        words(row["text"]): row | {"part": "eval"} if words(row["text"]) in evaluated else row for row in rows
-    }
+    unique = {words(row["text"]): row | {"part": "eval"} if words(row["text"]) in evaluated else row for row in rows}
     return list(unique.values())
 
 
@@ -204,9 +202,7 @@ def write_gzip(path: Path, lines: Iterable[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--root", type=Path, required=True, help="the corpus folder; packages are fetched into it"
-    )
+    parser.add_argument("--root", type=Path, required=True, help="the corpus folder; packages are fetched into it")
     root = parser.parse_args().root
     rows = split_rows(root)
     write_gzip(TEXTS / "split.jsonl.gz", (json.dumps(row, ensure_ascii=False) for row in rows))

@@ -42,9 +42,7 @@ def check(root: Path, rows: list[dict], model: str) -> None:
             segments, _ = recogniser.transcribe(samples, beam_size=1, without_timestamps=True, language="en")
             heard = " ".join(segment.text.strip() for segment in segments)
             wer = jiwer.wer(normalise(row["text"]) or "-", normalise(heard))
-            out.write(
-                json.dumps({"id": row["id"], "wer": round(wer, 4), "heard": heard}, ensure_ascii=False) + "\n"
-            )
+            out.write(json.dumps({"id": row["id"], "wer": round(wer, 4), "heard": heard}, ensure_ascii=False) + "\n")
             out.flush()
 
 

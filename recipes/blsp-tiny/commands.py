@@ -21,13 +21,9 @@ from typing import Any
 from packages import download_wheel
 from spoken_numbers import number_words
 
-INTENTS = (
-    "home-assistant-intents==2026.10.27",
-    "256eb1e4fc6e6f4943d0ba4e089c9639d74d0e9d62ccddeb7148bc168de55e40",
-)
+INTENTS = ("home-assistant-intents==2026.10.27", "256eb1e4fc6e6f4943d0ba4e089c9639d74d0e9d62ccddeb7148bc168de55e40")
 AREAS = (
-    "kitchen, living room, bedroom, bathroom, garage, office, basement, hallway, "
-    "dining room, garden, attic, nursery"
+    "kitchen, living room, bedroom, bathroom, garage, office, basement, hallway, dining room, garden, attic, nursery"
 )
 FLOORS = "first, second, ground, top, upper, lower"
 NAMES = {  # what stands for {name}, by the domain that the template asks for
@@ -77,9 +73,7 @@ def _fill(template: str, english: dict[str, Any], block: dict[str, Any], random:
     from hassil import parse_sentence
 
     text = _say(parse_sentence(template).expression, english, block, random)
-    return (
-        re.sub(r"\s+", " ", text).replace("°", " degrees").replace("%", " percent").replace("  ", " ").strip()
-    )
+    return re.sub(r"\s+", " ", text).replace("°", " degrees").replace("%", " percent").replace("  ", " ").strip()
 
 
 def _say(node: Any, english: dict[str, Any], block: dict[str, Any], random: Random) -> str:
@@ -121,6 +115,4 @@ def _slot(name: str, english: dict[str, Any], block: dict[str, Any], random: Ran
         low, high = int(values["range"]["from"]), int(values["range"]["to"])
         return number_words(random.randrange(max(low, 1), high + 1, values["range"].get("step", 1)))
     value = random.choice(values["values"])
-    return _say(
-        parse_sentence(value if isinstance(value, str) else value["in"]).expression, english, block, random
-    )
+    return _say(parse_sentence(value if isinstance(value, str) else value["in"]).expression, english, block, random)

@@ -54,11 +54,7 @@ def speak_piper(lines: list[Line], root: Path) -> Spoken:
     for line in lines:
         known = [table[p][0] for p in phonemes(line.text, "en-us") if p in table]
         ids = [table["^"][0], 0, *(i for p in known for i in (p, 0)), table["$"][0]]
-        scales = [
-            0.5 + 0.3 * fraction("noise", line.id),
-            1 / line.tempo,
-            0.6 + 0.4 * fraction("rhythm", line.id),
-        ]
+        scales = [0.5 + 0.3 * fraction("noise", line.id), 1 / line.tempo, 0.6 + 0.4 * fraction("rhythm", line.id)]
         inputs = {
             "input": np.array([ids], np.int64),
             "input_lengths": np.array([len(ids)], np.int64),
@@ -90,9 +86,7 @@ def phonemes(text: str, language: str) -> str:
     spoken = []
     for words, mark in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
         if words.strip():
-            ipa = " ".join(
-                _run(["espeak-ng", "-q", "--ipa", "-v", language, "--", words], "espeak-ng").split()
-            )
+            ipa = " ".join(_run(["espeak-ng", "-q", "--ipa", "-v", language, "--", words], "espeak-ng").split())
             spoken.append(ipa + mark[:1])
     return " ".join(spoken)
 
@@ -109,9 +103,7 @@ def _session(path: Path, seed: str):
 
     onnxruntime.set_seed(int(2**31 * fraction("onnx", seed)))
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = (
-        1  # one process a core is faster than threads
-    )
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # one process a core is faster than threads
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -28,16 +28,7 @@ from no_speech import make as make_no_speech
 from rows import fraction, summary, write_rows
 from synthesise import synthesise
 
-RECORDINGS = (
-    "fotaq",
-    "asterisk_en",
-    "asterisk_es",
-    "asterisk_fr",
-    "asterisk_it",
-    "asterisk_ru",
-    "drascula",
-    "music",
-)
+RECORDINGS = ("fotaq", "asterisk_en", "asterisk_es", "asterisk_fr", "asterisk_it", "asterisk_ru", "drascula", "music")
 TEMPO = (0.95, 1.1)
 QUESTIONS, CHATS, SENTENCES, NO_SPEECH_EACH = 200, 60, 50, 25
 COMMANDS_AN_INTENT = 20
@@ -79,23 +70,14 @@ CLEAR = {
 
 def commands() -> Iterator[dict]:
     for intent, plain in INTENTS.items():
-        rows = [
-            row for row in _split("command") if row["intent"] == intent and len(row["text"].split()) <= 12
-        ]
+        rows = [row for row in _split("command") if row["intent"] == intent and len(row["text"].split()) <= 12]
         rows = [row for row in rows if re.search(CLEAR.get(intent, ""), row["text"].lower())]
         for row in _drawn(rows, COMMANDS_AN_INTENT):
-            yield {
-                "text": row["text"],
-                "reference": plain,
-                "options": list(INTENTS.values()),
-                "intent": intent,
-            }
+            yield {"text": row["text"], "reference": plain, "options": list(INTENTS.values()), "intent": intent}
 
 
 def chats() -> Iterator[dict]:
-    rows = [
-        row for row in _split("chat") if 4 <= len(row["text"].split()) <= 20 and row["text"].endswith("?")
-    ]
+    rows = [row for row in _split("chat") if 4 <= len(row["text"].split()) <= 20 and row["text"].endswith("?")]
     for row in _drawn(rows, CHATS):
         yield {"text": row["text"]}
 
@@ -140,13 +122,7 @@ def speak(root: Path, task: str, jobs: int) -> list[dict]:
     for line, row in zip(lines, asked, strict=True):
         audio = f"audio/{line.id}.flac"
         seconds = round(soundfile.info(root / audio).frames / RATE, 3)
-        head = {
-            "id": line.id,
-            "audio": audio,
-            "language": "en",
-            "speaker": f"kokoro-{line.voice}",
-            "seconds": seconds,
-        }
+        head = {"id": line.id, "audio": audio, "language": "en", "speaker": f"kokoro-{line.voice}", "seconds": seconds}
         rows.append(head | row | {"source": f"kokoro/{task}", "licence": "voice Apache-2.0"})
     return rows
 

@@ -35,9 +35,7 @@ FILLETS_SHA256 = {
     "nl": "7007fa376e0ed18d86f917b2500eb29769fae3bdeed7f80b4619e5fe1cb26d54",
 }
 MUSIC_SHA256 = "4e49fab4b95952abc81a26749ecfc806ebaccaa71bb2a8b40ddd1f76429c990a"
-EVAL_MUSIC = frozenset(
-    {"macroform-robot_dity", "reno_project-system"}
-)  # for the judge; the other three to learn from
+EVAL_MUSIC = frozenset({"macroform-robot_dity", "reno_project-system"})  # for the judge; the other three to learn from
 LICENCE = {
     "fotaq": "Flight-of-the-Amazon-Queen-License",
     "drascula": "Drascula-License",
@@ -56,14 +54,11 @@ DEV_SHARE = 0.015  # of the other speakers' lines, too
 
 
 def fetch_fotaq(root: Path) -> list[dict]:
-    folder = (
-        unpack_debian("flight-of-the-amazon-queen", root) / "usr/share/scummvm/flight-of-the-amazon-queen"
-    )
+    folder = unpack_debian("flight-of-the-amazon-queen", root) / "usr/share/scummvm/flight-of-the-amazon-queen"
     verify("queen.1c", file_digest(folder / "queen.1c"), QUEEN_SHA256)
     clips = dict(read_queen(folder / "queen.1c"))
     rows = [
-        _row("fotaq", Path(line["id"]).stem, line, decode(clips[line["id"]]), root)
-        for line in read_list("fotaq_en")
+        _row("fotaq", Path(line["id"]).stem, line, decode(clips[line["id"]]), root) for line in read_list("fotaq_en")
     ]
     return assign_splits(rows, HeldOut.load())
 
@@ -108,9 +103,7 @@ def fetch_asterisk(language: str, root: Path) -> list[dict]:
     for line in read_list(source):
         if line["seconds"] == 0:  # Russian has no "is": the package holds an empty file
             continue
-        row = _row(
-            source, line["id"], line | {"speaker": voice.name}, read_g722(voice / f"{line['id']}.g722"), root
-        )
+        row = _row(source, line["id"], line | {"speaker": voice.name}, read_g722(voice / f"{line['id']}.g722"), root)
         rows.append(row | {"language": language, "split": "eval" if line["id"] in evaluated else "look"})
     return rows
 
@@ -131,9 +124,7 @@ def fetch_fillets(language: str, root: Path) -> list[dict]:
     rows = []
     for line in read_list(f"fillets_{language}"):
         level, name = line["id"].split("/")
-        row = _row(
-            f"fillets_{language}", line["id"], line, decode(sounds / level / language / f"{name}.ogg"), root
-        )
+        row = _row(f"fillets_{language}", line["id"], line, decode(sounds / level / language / f"{name}.ogg"), root)
         rows.append(row | {"language": language, "reference": line["en"], "split": "eval"})
     return rows
 
@@ -200,9 +191,7 @@ def write_parts(source: str, rows: list[dict], root: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--root", type=Path, required=True, help="the corpus folder; everything is written under it"
-    )
+    parser.add_argument("--root", type=Path, required=True, help="the corpus folder; everything is written under it")
     parser.add_argument("--source", nargs="+", default=list(DEFAULT_SOURCES), choices=["all", *SOURCES])
     options = parser.parse_args()
     for source in SOURCES if "all" in options.source else options.source:

@@ -38,17 +38,11 @@ def choose(root: Path) -> Iterator[tuple[str, list[dict]]]:
     for name, manifest in (("train", "train_fotaq"), ("heldout", "dev_fotaq")):
         rows = [row for row in read_rows(root / f"{manifest}.jsonl") if heard.get(row["id"], 1.0) <= AGREES]
         yield name, spread(suitable(rows), SIZES[name])
-    prompts = [
-        row
-        for row in read_rows(root / "asterisk_en.jsonl")
-        if row["split"] == "look" and READABLE(row["text"])
-    ]
+    prompts = [row for row in read_rows(root / "asterisk_en.jsonl") if row["split"] == "look" and READABLE(row["text"])]
     yield "asterisk", spread(suitable(prompts, PROMPT_SECONDS, fewest_words=2), SIZES["asterisk"])
 
 
-def suitable(
-    rows: Iterable[dict], seconds: tuple[float, float] = SECONDS, fewest_words: int = 4
-) -> list[dict]:
+def suitable(rows: Iterable[dict], seconds: tuple[float, float] = SECONDS, fewest_words: int = 4) -> list[dict]:
     """Neither very short nor long, every text once."""
     unique = {row["text"].lower(): row for row in rows if seconds[0] <= row["seconds"] <= seconds[1]}
     return [row for row in unique.values() if len(row["text"].split()) >= fewest_words]
@@ -64,9 +58,7 @@ def spread(rows: list[dict], size: int) -> list[dict]:
             taken.append(row)
             count[row["speaker"]] += 1
     if len(taken) < size:
-        raise SystemExit(
-            f"only {len(taken)} of {size} clips: hear more of the corpus with check_transcripts.py"
-        )
+        raise SystemExit(f"only {len(taken)} of {size} clips: hear more of the corpus with check_transcripts.py")
     return sorted(taken, key=lambda row: row["id"])
 
 
@@ -93,9 +85,7 @@ def main() -> None:
     parser.add_argument(
         "--root", type=Path, required=True, help="the corpus folder that recipes/blsp-tiny/fetch.py filled"
     )
-    parser.add_argument(
-        "--choose", action="store_true", help="choose the clips anew instead of taking the manifests"
-    )
+    parser.add_argument("--choose", action="store_true", help="choose the clips anew instead of taking the manifests")
     options = parser.parse_args()
     for name, rows in choose(options.root) if options.choose else ():
         write_manifest(name, rows)

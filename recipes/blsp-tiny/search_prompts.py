@@ -207,14 +207,8 @@ def repeat(texts: list[str], answers: list[str]) -> dict[str, float]:
 def answer(texts: list[str], answers: list[str]) -> dict[str, float]:
     """The share of right answers, and their mean number of words."""
     wanted = dict(QUESTIONS)
-    right = [
-        bool(re.search(rf"\b({wanted[text]})", clean(said)))
-        for text, said in zip(texts, answers, strict=True)
-    ]
-    return {
-        "right": sum(right) / len(right),
-        "words": sum(len(said.split()) for said in answers) / len(answers),
-    }
+    right = [bool(re.search(rf"\b({wanted[text]})", clean(said))) for text, said in zip(texts, answers, strict=True)]
+    return {"right": sum(right) / len(right), "words": sum(len(said.split()) for said in answers) / len(answers)}
 
 
 def keywords(texts: list[str], answers: list[str]) -> dict[str, float]:
@@ -223,11 +217,7 @@ def keywords(texts: list[str], answers: list[str]) -> dict[str, float]:
     content = [{word for word in clean(text).split() if word not in STOP_WORDS} for text in texts]
     hits = sum(len(a & b) for a, b in zip(listed, content, strict=True))
     as_list = sum("," in said or len(said.split()) <= 2 for said in answers) / len(answers)
-    return {
-        "precision": hits / sum(map(len, listed)),
-        "recall": hits / sum(map(len, content)),
-        "list": as_list,
-    }
+    return {"precision": hits / sum(map(len, listed)), "recall": hits / sum(map(len, content)), "list": as_list}
 
 
 SCORES: dict[str, Callable[[list[str], list[str]], dict[str, float]]] = {
@@ -248,9 +238,7 @@ def sentences(count: int, seed: int = 0, least: int = 2) -> list[str]:
     return draw.sample(examples, count // 2) + draw.sample(lines, count - count // 2)
 
 
-def try_wording(
-    engine: TransformersEngine, behaviour: str, wording: str, order: Order, texts: list[str]
-) -> Scored:
+def try_wording(engine: TransformersEngine, behaviour: str, wording: str, order: Order, texts: list[str]) -> Scored:
     """Ask every text with one wording and score the answers."""
     prompts = [Prompt(key, wording, order, text) for key, text in enumerate(texts)]
     answers = [written.text for written in next(engine.write([prompts]))]
@@ -268,16 +256,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = resolve_weights(arguments.llm)
     llm = AutoModelForCausalLM.from_pretrained(folder).eval()
-    engine = TransformersEngine(
-        llm, AutoTokenizer.from_pretrained(folder), Decoding(max_new_tokens=arguments.tokens)
-    )
+    engine = TransformersEngine(llm, AutoTokenizer.from_pretrained(folder), Decoding(max_new_tokens=arguments.tokens))
     asked = arguments.behaviour
     least = 6 if asked == "keywords" else 2
-    texts = (
-        [q for q, _ in QUESTIONS]
-        if asked == "answer"
-        else sentences(arguments.sentences, arguments.seed, least)
-    )
+    texts = [q for q, _ in QUESTIONS] if asked == "answer" else sentences(arguments.sentences, arguments.seed, least)
     for wording in arguments.wording or WORDINGS[asked]:
         for order in ORDERS:
             scored = try_wording(engine, asked, wording, order, texts)

@@ -121,10 +121,7 @@ def data_table(manifests: Sequence[str]) -> str:
         for row in read_rows(Path(path)):
             clips[(row["source"].split("/")[0], row["licence"])].append(row)
     spoken, copies = (
-        {
-            key: [row["seconds"] / 3600 for row in rows if ("augmented" in row) is copy]
-            for key, rows in clips.items()
-        }
+        {key: [row["seconds"] / 3600 for row in rows if ("augmented" in row) is copy] for key, rows in clips.items()}
         for copy in (False, True)
     )
     rows = [
@@ -147,9 +144,7 @@ def _results(results: dict, name: str) -> str:
             for metric in (each for each in NAMES if each in found and f"{each}_ci" in found):
                 low, high = found[f"{metric}_ci"]
                 interval = f"{shown(metric, low)} to {shown(metric, high)}"
-                rows.append(
-                    [task, route, NAMES[metric], shown(metric, found[metric]), interval, str(found["n"])]
-                )
+                rows.append([task, route, NAMES[metric], shown(metric, found[metric]), interval, str(found["n"])])
     alignment = {name: value for name, value in results["alignment"].items() if isinstance(value, float)}
     figures = table(["alignment", "value"], [[name, f"{value:.3f}"] for name, value in alignment.items()])
     head = ["task", "route", "metric", "value", "95 % interval", "n"]
@@ -164,9 +159,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="the finished run; left out: write the card alone")
     parser.add_argument("--stages", nargs="+", help="ship the mean of these stages (default: the last one)")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, models/NAME")
-    parser.add_argument(
-        "--manifests", nargs="+", required=True, help="manifests that it learnt from, or globs"
-    )
+    parser.add_argument("--manifests", nargs="+", required=True, help="manifests that it learnt from, or globs")
     parser.add_argument("--results", type=Path, help="results.json of `blsp evaluate --model OUT`")
     options = parser.parse_args()
     if options.run is not None:

@@ -59,16 +59,12 @@ def _amount(random: Random) -> str:
 def _time(random: Random) -> str:
     hour, minute = random.randint(1, 12), random.randint(1, 59)
     clock = f"{number_words(hour)} {'oh ' if minute < 10 else ''}{number_words(minute)}"
-    opening = random.choice(
-        ["It is", "The train leaves at", "Meet me at", "Wake me up at", "The shop closes at"]
-    )
+    opening = random.choice(["It is", "The train leaves at", "Meet me at", "Wake me up at", "The shop closes at"])
     return f"{opening} {clock} {random.choice(['in the morning', 'in the evening', 'today', 'tomorrow'])}."
 
 
 def _date(random: Random) -> str:
-    day = random.choice(
-        [*ORDINALS, "twenty first", "twenty third", "twenty fifth", "thirtieth", "thirty first"]
-    )
+    day = random.choice([*ORDINALS, "twenty first", "twenty third", "twenty fifth", "thirtieth", "thirty first"])
     opening = random.choice(["We will meet on", "Her birthday is on", "The meeting is on", "They arrived on"])
     return f"{opening} {random.choice(DAYS)}, the {day} of {random.choice(MONTHS)}."
 
@@ -92,9 +88,7 @@ def _spelling(random: Random) -> str:
 
 def _year(random: Random) -> str:
     first, second = random.randint(14, 20), random.randint(10, 99)
-    opening = random.choice(
-        ["It happened in", "The house was built in", "He was born in", "The war ended in"]
-    )
+    opening = random.choice(["It happened in", "The house was built in", "He was born in", "The war ended in"])
     return f"{opening} {number_words(first)} {number_words(second)}."
 
 

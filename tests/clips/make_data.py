@@ -12,12 +12,7 @@ HERE = Path(__file__).parent
 CLIPS = HERE.parents[1] / "examples" / "speech"
 PICKED = {  # file here: (format, subtype, manifest, text)
     "hello.wav": ("WAV", "PCM_16", "asterisk", "Hello world."),
-    "sorry.flac": (
-        "FLAC",
-        "PCM_16",
-        "asterisk",
-        "I am sorry, that's not a valid extension.  Please try again.",
-    ),
+    "sorry.flac": ("FLAC", "PCM_16", "asterisk", "I am sorry, that's not a valid extension.  Please try again."),
     "dinosaur.mp3": ("MP3", "MPEG_LAYER_III", "train", "There's no such thing as a talking dinosaur!"),
     "france.opus": ("OGG", "OPUS", "questions", "What is the capital of France?"),
 }
@@ -30,13 +25,7 @@ def main() -> None:
             row = next(row for row in rows if row["text"] == text)
             samples, rate = soundfile.read(CLIPS / row["audio"])
             soundfile.write(HERE / name, samples, rate, format=container, subtype=subtype)
-            row = {
-                "id": name,
-                "audio": name,
-                "text": text,
-                "seconds": row["seconds"],
-                "licence": row["licence"],
-            }
+            row = {"id": name, "audio": name, "text": text, "seconds": row["seconds"], "licence": row["licence"]}
             manifest.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

@@ -13,13 +13,7 @@ import pytest
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.settings import ContinueSettings
 
-TEXTS = [
-    "hello world",
-    "what is the capital of france",
-    "how many days",
-    "please repeat the following words",
-    "seven",
-]
+TEXTS = ["hello world", "what is the capital of france", "how many days", "please repeat the following words", "seven"]
 
 
 @pytest.fixture(scope="session")
@@ -28,18 +22,14 @@ def stopping_llm(tiny_llm: Callable[[str], str], tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("llm") / "stopping"
     shutil.copytree(tiny_llm("llama"), folder)
     config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(
-        json.dumps(config | {"eos_token_id": list(range(2, 320, 12))})
-    )
+    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": list(range(2, 320, 12))}))
     return str(folder)
 
 
 @pytest.fixture
 def manifest(tmp_path: Path) -> Path:
     """Forty rows: each text several times, tags, nothing, silence, a long one, one with an instruction."""
-    rows = [
-        Utterance(id=f"r{i}", audio=f"{i}.wav", text=TEXTS[i % 5] + " again" * (i % 4)) for i in range(35)
-    ]
+    rows = [Utterance(id=f"r{i}", audio=f"{i}.wav", text=TEXTS[i % 5] + " again" * (i % 4)) for i in range(35)]
     rows += [
         Utterance(id="tags", audio="t.wav", text="<SIL> [noise] ..."),
         Utterance(id="empty", audio="e.wav", text="  "),

@@ -81,9 +81,7 @@ def test_death_before_a_change_of_the_file_system_changes_nothing(
     whole, _ = uninterrupted
     seen = tmp_path / "seen"
     seen.touch()
-    process = in_a_process(
-        settings(tmp_path / "count.jsonl", top_k=4), die_at(str(tmp_path / "count"), 0, seen)
-    )
+    process = in_a_process(settings(tmp_path / "count.jsonl", top_k=4), die_at(str(tmp_path / "count"), 0, seen))
     process.join(120)
     changes = int(seen.stat().st_mtime)
     assert process.exitcode == 0 and changes > 20

@@ -24,13 +24,7 @@ from blsp.llm.prompt import prompt_template, transcript_ids
 from blsp.settings import ContinueSettings
 
 Settings = Callable[..., ContinueSettings]
-BROKEN = [
-    "{",
-    "[]",
-    "null",
-    '{"choices": []}',
-    '{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}',
-]
+BROKEN = ["{", "[]", "null", '{"choices": []}', '{"choices": [{"message": {"content": 7}, "finish_reason": "stop"}]}']
 
 
 @pytest.fixture(autouse=True)
@@ -63,9 +57,7 @@ def test_retry_after_is_honoured() -> None:
 
 def test_a_long_retry_after_is_cut_to_two_minutes_and_a_date_is_left() -> None:
     def pause(**headers: str) -> str:
-        reply = httpx.Response(
-            429, headers={name.replace("_", "-"): value for name, value in headers.items()}
-        )
+        reply = httpx.Response(429, headers={name.replace("_", "-"): value for name, value in headers.items()})
         openai_engine._set_pause(reply, attempt=3)
         return reply.headers["Retry-After"]
 
@@ -85,9 +77,7 @@ def test_a_server_that_sends_a_byte_now_and_then_is_not_waited_for() -> None:
 def test_half_a_surrogate_pair_is_refused_and_not_the_end_of_the_job() -> None:
     broken = '{"choices": [{"message": {"content": "a \\ud800"}, "finish_reason": "stop"}]}'
     with misbehaving_server([broken]) as server:
-        written = [
-            answer for answers in engine(server.url, in_flight=1).write(prompts(2)) for answer in answers
-        ]
+        written = [answer for answers in engine(server.url, in_flight=1).write(prompts(2)) for answer in answers]
     assert [answer.refused is None for answer in written] == [False, True]
 
 
@@ -146,9 +136,7 @@ def test_what_is_asked() -> None:
         asking = engine(server.url, body=body, api_key="secret", decoding=Decoding(max_new_tokens=7))
         ((written,),) = asking.write(prompts(1))
     (request,) = server.asked
-    assert (
-        request["max_tokens"] == 7 and request["temperature"] == 0.0 and request["return_token_ids"] is True
-    )
+    assert request["max_tokens"] == 7 and request["temperature"] == 0.0 and request["return_token_ids"] is True
     assert "top_p" not in request and server.keys == {"Bearer secret"}
     assert written.finish == "length" and written.ids is None
     assert "secret" not in repr(asking)
@@ -186,9 +174,7 @@ def test_returned_token_ids_are_kept_without_the_end(tmp_path: Path, settings: S
     assert read_rows(tmp_path / "out.jsonl")[0]["continuation_ids"] == [50, 51]
 
 
-def test_what_a_server_refuses_to_answer_is_left_out_with_the_reason(
-    tmp_path: Path, settings: Settings
-) -> None:
+def test_what_a_server_refuses_to_answer_is_left_out_with_the_reason(tmp_path: Path, settings: Settings) -> None:
     with misbehaving_server([], extra={"finish_reason": "content_filter"}) as server:
         write_continuations(settings(tmp_path / "out.jsonl", engine_url=server.url, behaviours="repeat"))
     assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == ["silence"] * 2

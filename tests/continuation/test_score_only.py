@@ -87,18 +87,14 @@ def test_rows_of_a_server_get_ids_of_their_text(tmp_path: Path, settings: Settin
     before = read_rows(out)
     write_continuations(settings(out, top_k=3, score_only=True))
     rows, store = read_rows(out), TopKStore(topk_folder(out))
-    assert [row | {"continuation_ids": None} for row in rows] == [
-        row | {"continuation_ids": None} for row in before
-    ]
+    assert [row | {"continuation_ids": None} for row in rows] == [row | {"continuation_ids": None} for row in before]
     assert read_header(out)["continuation_ids"] == TOKENISED
     for number, row in enumerate(rows):
         steps = len(row["continuation_ids"]) + (row["finish"] == "stop")
         assert len(store.get(number)[0]) == (0 if row["id"] == "silence" else steps)
 
 
-def test_the_teacher_must_be_the_writer(
-    tmp_path: Path, settings: Settings, plain: Path, stopping_llm: str
-) -> None:
+def test_the_teacher_must_be_the_writer(tmp_path: Path, settings: Settings, plain: Path, stopping_llm: str) -> None:
     other = tmp_path / "other"
     shutil.copytree(stopping_llm, other)
     llm = AutoModelForCausalLM.from_pretrained(other)

@@ -18,10 +18,7 @@ from blsp.data.files import digest_of
 from blsp.data.jobs import Parts
 
 K = 2
-SPECS = [
-    PromptSpec("continue", "Continue:", "speech-first"),
-    PromptSpec("repeat", "Repeat:", "instruction-first"),
-]
+SPECS = [PromptSpec("continue", "Continue:", "speech-first"), PromptSpec("repeat", "Repeat:", "instruction-first")]
 Row = tuple[int, int, str | None]  # spec, tokens, text; no text: no speech
 
 
@@ -52,8 +49,7 @@ def test_equal_prompts_are_one_and_batches_are_sorted(tmp_path: Path) -> None:
     plan = write_plan(tmp_path / "plan.sqlite", prompts, 16)
     seen: dict[tuple[int, str | None], int] = {}
     firsts = [
-        None if text is None else seen.setdefault((spec, text), number)
-        for number, (spec, _, text) in enumerate(rows)
+        None if text is None else seen.setdefault((spec, text), number) for number, (spec, _, text) in enumerate(rows)
     ]
     assert list(plan.rows()) == list(zip(prompts, firsts, strict=True))
     assert list(plan.firsts()) == firsts
@@ -74,11 +70,7 @@ def test_a_plan_is_a_function_of_its_prompts(tmp_path: Path) -> None:
     assert numbers(PromptPlan(tmp_path / "one.sqlite")) == numbers(again)
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 1), st.integers(1, 20), st.none() | st.sampled_from("abc")), max_size=30
-    )
-)
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, 20), st.none() | st.sampled_from("abc")), max_size=30))
 def test_any_rows_can_be_planned(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> None:
     plan = write_plan(tmp_path_factory.mktemp("plan") / "plan.sqlite", planned(rows), 4)
     computed = set(numbers(plan))

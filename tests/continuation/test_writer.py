@@ -37,9 +37,7 @@ def test_rows_are_the_manifests_in_input_order(written: Path, manifest: Path) ->
     ids = [row["id"] for row in rows]
     assert list(dict.fromkeys(ids)) == [id for id in given if id not in ("tags", "empty", "long")]
     for row in rows:
-        assert {name: row[name] for name in ("id", "text")} == {
-            name: given[row["id"]][name] for name in ("id", "text")
-        }
+        assert {name: row[name] for name in ("id", "text")} == {name: given[row["id"]][name] for name in ("id", "text")}
         assert row["finish"] in ("stop", "length") and row["prompt_tokens"] > 0
         assert len(row["continuation_ids"]) <= 10 or row["id"] == "silence"
     assert len({(row["id"], row["behaviour"], row["order"]) for row in rows}) == len(rows) == 2 * 37
@@ -78,14 +76,10 @@ def test_what_is_written_is_what_the_llm_generates(written: Path, stopping_llm: 
         assert (plain[:-1] if stopped else plain) == row["continuation_ids"]
 
 
-def test_equal_prompts_are_generated_once(
-    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_prompts_are_generated_once(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     write = TransformersEngine._write
-    monkeypatch.setattr(
-        TransformersEngine, "_write", lambda self, batch: asked.extend(batch) or write(self, batch)
-    )
+    monkeypatch.setattr(TransformersEngine, "_write", lambda self, batch: asked.extend(batch) or write(self, batch))
     write_continuations(settings(tmp_path / "out.jsonl", behaviours="continue"))
     assert len({(p.instruction, p.order, p.text) for p in asked}) == len(asked) == 2 * (20 + 1)
     rows = read_rows(tmp_path / "out.jsonl")
@@ -146,9 +140,7 @@ def test_a_finished_job_is_left_alone(written: Path, settings: Settings) -> None
     assert products(written) == before
 
 
-@pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"max_new_tokens": 11}, {"behaviours": "continue"}, {"batch_size": 5}]
-)
+@pytest.mark.parametrize("other", [{"seed": 1}, {"max_new_tokens": 11}, {"behaviours": "continue"}, {"batch_size": 5}])
 def test_going_on_in_another_way_is_refused(written: Path, settings: Settings, other: dict) -> None:
     with pytest.raises(JobError, match="begun with other settings"):
         write_continuations(settings(written, top_k=5, **other))
@@ -184,18 +176,14 @@ def test_ranks_write_what_one_process_writes(
     assert products(out) == products(written)
 
 
-def test_whispers_normaliser_is_the_papers_variant(
-    tmp_path: Path, settings: Settings, manifest: Path
-) -> None:
+def test_whispers_normaliser_is_the_papers_variant(tmp_path: Path, settings: Settings, manifest: Path) -> None:
     manifest.write_text(json.dumps({"id": "a", "audio": "a.wav", "text": "Hello, Mr. World!"}) + "\n")
     write_continuations(settings(tmp_path / "out.jsonl", normalise="whisper", orders="speech-first"))
     (row,) = read_rows(tmp_path / "out.jsonl")
     assert row["text"] == "hello mister world" and row["text_as_given"] == "Hello, Mr. World!"
 
 
-def test_sampling_depends_on_the_prompt_and_the_seed_alone(
-    tmp_path: Path, settings: Settings, manifest: Path
-) -> None:
+def test_sampling_depends_on_the_prompt_and_the_seed_alone(tmp_path: Path, settings: Settings, manifest: Path) -> None:
     """The same row, alone or among others, in batches of any size: the same draws (in exact arithmetic)."""
     more = {"temperature": 1.0, "dtype": "float64", "orders": "speech-first"}
     write_continuations(settings(tmp_path / "all.jsonl", **more))
@@ -233,9 +221,7 @@ def test_nothing_to_continue_is_an_empty_file(tmp_path: Path, settings: Settings
         ({"top_k": 5000}, "--top-k 5000"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(
-    tmp_path: Path, settings: Settings, wrong: dict, told: str
-) -> None:
+def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, settings: Settings, wrong: dict, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         write_continuations(settings(tmp_path / "out.jsonl", **wrong))
     assert not (tmp_path / "out.jsonl").exists()

@@ -73,9 +73,7 @@ def test_every_source_is_the_same_signal(tmp_path: Path) -> None:
 def test_arrays_of_any_type_and_layout(kind: type) -> None:
     clip = tone(SAMPLE_RATE).astype(np.float64)
     info = np.iinfo(kind) if np.issubdtype(kind, np.integer) else None
-    scaled = (
-        clip if info is None else clip * 2.0 ** (info.bits - 1) + (0 if info.min else 2 ** (info.bits - 1))
-    )
+    scaled = clip if info is None else clip * 2.0 ** (info.bits - 1) + (0 if info.min else 2 ** (info.bits - 1))
     stereo = np.stack([scaled, scaled]).astype(kind)
     for array in (stereo[0], stereo, stereo.T):
         audio = load_audio(array, sampling_rate=SAMPLE_RATE)
@@ -106,14 +104,7 @@ def test_a_cut_is_the_slice_of_the_whole(container: str, subtype: str, rate: int
     path = tmp_path / "clip"
     path.write_bytes(encode(clip, rate, container, subtype))
     whole = load_audio(path)
-    for start, duration in [
-        (0.0, 0.5),
-        (0.01, 1.0),
-        (1.23456, 0.777),
-        (5.0, 3.0),
-        (7.9, 0.1),
-        (6.6666, None),
-    ]:
+    for start, duration in [(0.0, 0.5), (0.01, 1.0), (1.23456, 0.777), (5.0, 3.0), (7.9, 0.1), (6.6666, None)]:
         begin = round(start * SAMPLE_RATE)
         end = len(whole) if duration is None else round((start + duration) * SAMPLE_RATE)
         cut = load_audio(path, start=start, duration=duration)
@@ -122,11 +113,7 @@ def test_a_cut_is_the_slice_of_the_whole(container: str, subtype: str, rate: int
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from([*RATES, 12_345, 22_050, 96_000]),
-    st.floats(0.0, 1.9),
-    st.floats(0.001, 1.0),
-)
+@given(st.sampled_from([*RATES, 12_345, 22_050, 96_000]), st.floats(0.0, 1.9), st.floats(0.001, 1.0))
 def test_any_cut_of_any_rate(rate: int, start: float, duration: float) -> None:
     clip = tone(rate, 3.0)
     whole = load_audio(clip, sampling_rate=rate)
@@ -302,14 +289,7 @@ def test_malformed_files(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("container", "subtype"),
-    [
-        ("WAV", "PCM_16"),
-        ("FLAC", "PCM_16"),
-        ("AIFF", "PCM_16"),
-        ("OGG", "VORBIS"),
-        ("OGG", "OPUS"),
-        ("MP3", None),
-    ],
+    [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("AIFF", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", None)],
 )
 @pytest.mark.parametrize("kept", [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97])
 def test_truncated_files(container: str, subtype: str | None, kept: float, tmp_path: Path) -> None:
@@ -376,9 +356,7 @@ def test_an_array_needs_a_sensible_rate() -> None:
             load_audio(tone(8_000), sampling_rate=rate)
 
 
-@pytest.mark.parametrize(
-    "start", [-1.0, -1e-9, float("nan"), float("inf"), -float("inf"), 1e300, 10**400, 0.5]
-)
+@pytest.mark.parametrize("start", [-1.0, -1e-9, float("nan"), float("inf"), -float("inf"), 1e300, 10**400, 0.5])
 def test_a_start_outside_the_clip(start: float) -> None:
     refused(WAV, name="audio of", start=start)
 
@@ -424,9 +402,7 @@ def test_damaged_files_are_audio_or_an_audio_error(seed: int, tmp_path: Path) ->
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(
-        [b"", b"RIFF\x10\0\0\0WAVE", b"fLaC", b"OggS", b"ID3", b"\xff\xfb\x90\xc4", WAV[:44], WAV[:20]]
-    ),
+    st.sampled_from([b"", b"RIFF\x10\0\0\0WAVE", b"fLaC", b"OggS", b"ID3", b"\xff\xfb\x90\xc4", WAV[:44], WAV[:20]]),
     st.binary(max_size=300),
 )
 def test_any_bytes_are_audio_or_an_audio_error(head: bytes, tail: bytes) -> None:

@@ -160,9 +160,7 @@ def test_libsndfile_stays_the_reader_of_what_it_reads_whole(name: str) -> None:
         assert ffmpeg_container(file, path.stat().st_size) is None
 
 
-@pytest.mark.parametrize(
-    "head", [b"#EXTM3U\nhttp://127.0.0.1/x", b"ffconcat version 1.0\nfile /etc/passwd\n"]
-)
+@pytest.mark.parametrize("head", [b"#EXTM3U\nhttp://127.0.0.1/x", b"ffconcat version 1.0\nfile /etc/passwd\n"])
 def test_playlists_are_never_opened(head: bytes) -> None:
     with pytest.raises(AudioError, match="cannot be read"):
         load_audio(head + bytes(200))

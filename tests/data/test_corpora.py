@@ -121,9 +121,7 @@ def test_a_wrong_root_is_one_line_with_the_path_and_the_page(name: str, wrong: s
     assert not [entry for entry in os.listdir(tmp_path) if "m.jsonl" in entry]
 
 
-@pytest.mark.parametrize(
-    "name", ["librispeech", "tedlium3", "common-voice", "must-c", "fleurs", "slurp", "fluent"]
-)
+@pytest.mark.parametrize("name", ["librispeech", "tedlium3", "common-voice", "must-c", "fleurs", "slurp", "fluent"])
 def test_an_unknown_part_lists_those_there_are(name: str, tmp_path: Path) -> None:
     settings, _ = make_copy(name, tmp_path / "corpus", tmp_path / "m.jsonl", split="training")
     with pytest.raises(CorpusError, match=r"has no part 'training' here; it has \w+"):
@@ -133,9 +131,7 @@ def test_an_unknown_part_lists_those_there_are(name: str, tmp_path: Path) -> Non
 def test_several_parts(tmp_path: Path) -> None:
     settings, _ = make_copy("librispeech", tmp_path, tmp_path / "m.jsonl", split="train-clean-100,dev-clean")
     prepare(settings)
-    assert [row.id.split("-")[0] for row in Manifest(tmp_path / "m.jsonl")] == ["19"] * 2 + ["174"] * 2 + [
-        "84"
-    ] * 2
+    assert [row.id.split("-")[0] for row in Manifest(tmp_path / "m.jsonl")] == ["19"] * 2 + ["174"] * 2 + ["84"] * 2
 
 
 def test_a_split_of_a_folder_is_read_or_missed(tmp_path: Path) -> None:
@@ -143,9 +139,7 @@ def test_a_split_of_a_folder_is_read_or_missed(tmp_path: Path) -> None:
         tone(tmp_path / "mine" / f"{name}.wav")
         (tmp_path / "mine" / f"{name}.txt").write_text("words")
     for split, ids in (("train", ["train/a"]), ("Test", ["Test/b"])):
-        prepare(
-            PrepareSettings("folder", tmp_path / f"{split}.jsonl", root=str(tmp_path / "mine"), split=split)
-        )
+        prepare(PrepareSettings("folder", tmp_path / f"{split}.jsonl", root=str(tmp_path / "mine"), split=split))
         assert [row.id for row in Manifest(tmp_path / f"{split}.jsonl")] == ids
     with pytest.raises(CorpusError, match="no part 'test' here; it has Test, train"):
         prepare(PrepareSettings("folder", tmp_path / "x.jsonl", root=str(tmp_path / "mine"), split="test"))
@@ -154,10 +148,7 @@ def test_a_split_of_a_folder_is_read_or_missed(tmp_path: Path) -> None:
 def test_audio_below_the_manifest_is_named_relative_to_it(tmp_path: Path) -> None:
     folder(tmp_path / "mine")
     prepare(PrepareSettings("folder", tmp_path / "m.jsonl", root=str(tmp_path / "mine")))
-    assert [row["audio"] for _, row in read_rows(tmp_path / "m.jsonl")] == [
-        "mine/a two.FLAC",
-        "mine/b/one.wav",
-    ]
+    assert [row["audio"] for _, row in read_rows(tmp_path / "m.jsonl")] == ["mine/a two.FLAC", "mine/b/one.wav"]
 
 
 def test_a_language_must_be_named_where_there_are_several(tmp_path: Path) -> None:
@@ -188,13 +179,7 @@ def test_a_language_must_be_named_where_there_are_several(tmp_path: Path) -> Non
             "",
             r"trans\.txt:1: .*no utterance of this chapter",
         ),
-        (
-            "gigaspeech",
-            "GigaSpeech.json",
-            '"end_time"',
-            '"stop"',
-            r"POD0000000001 is not as published .*'end_time'",
-        ),
+        ("gigaspeech", "GigaSpeech.json", '"end_time"', '"stop"', r"POD0000000001 is not as published .*'end_time'"),
         ("gigaspeech", "GigaSpeech.json", '"begin_time": 0.0', '"begin_time": -1', r"-1 is no time"),
         ("gigaspeech", "GigaSpeech.json", '"audios"', '"sounds"', r"no array 'audios'"),
         ("tedlium3", "**/*.stm", " 2.25 4 ", " 2.25 four ", r"stm:3: 'four' is no time"),
@@ -208,18 +193,10 @@ def test_a_language_must_be_named_where_there_are_several(tmp_path: Path) -> Non
         ("slurp", "**/test.jsonl", '"recordings"', '"files"', r"jsonl:1: no field 'recordings'"),
         ("snips lights", "**/dataset.json", "{", "", r"dataset\.json: is not JSON"),
         ("kaldi", "**/segments", "0.00 1.50", "zero 1.50", r"'zero' is no time"),
-        (
-            "lhotse recordings",
-            "*supervisions_train*",
-            '"start"',
-            '"from"',
-            r"jsonl:1: not a Lhotse supervision",
-        ),
+        ("lhotse recordings", "*supervisions_train*", '"start"', '"from"', r"jsonl:1: not a Lhotse supervision"),
     ],
 )
-def test_a_damaged_file_is_named(
-    name: str, file: str, old: str, new: str, message: str, tmp_path: Path
-) -> None:
+def test_a_damaged_file_is_named(name: str, file: str, old: str, new: str, message: str, tmp_path: Path) -> None:
     settings, _ = make_copy(name, tmp_path / "corpus", tmp_path / "m.jsonl")
     (path,) = (tmp_path / "corpus").glob(file)
     content = path.read_text()
@@ -231,9 +208,7 @@ def test_a_damaged_file_is_named(
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_damaged_corpora_are_read_or_refused(
-    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_corpora_are_read_or_refused(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """90 damaged text files: a good manifest comes out, or one line says what is wrong and where."""
     generator = random.Random(seed)
     for turn in range(30):
@@ -366,9 +341,7 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path: Path) -> None:
         run = subprocess.Popen([sys.executable, "-m", "blsp", *flags, str(out)], stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
         while (
-            not list(tmp_path.glob("m.jsonl.parts/part-*.jsonl"))
-            and run.poll() is None
-            and time.monotonic() < deadline
+            not list(tmp_path.glob("m.jsonl.parts/part-*.jsonl")) and run.poll() is None and time.monotonic() < deadline
         ):
             time.sleep(0.01)
         time.sleep(float(generator.uniform(0, 0.3)))
@@ -438,14 +411,7 @@ def test_babble_needs_readable_clips(tmp_path: Path) -> None:
 
 
 def test_languages() -> None:
-    spelled = {
-        "zh-CN": "zh",
-        "cmn_hans_cn": "zh",
-        "EN": "en",
-        "sv-SE": "sv",
-        "English": "en",
-        "ckb_iq": "ckb",
-    }
+    spelled = {"zh-CN": "zh", "cmn_hans_cn": "zh", "EN": "en", "sv-SE": "sv", "English": "en", "ckb_iq": "ckb"}
     assert {name: iso(name) for name in spelled} == spelled
     assert iso(None) is None and iso("") is None
 
@@ -464,9 +430,7 @@ def test_a_json_array_larger_than_memory(block: int, tmp_path: Path, monkeypatch
     from blsp.data.corpora import recognition
 
     items = [{"n": i, "text": 'a "]" } \\ é', "list": [1, [2]]} for i in range(20)]
-    (tmp_path / "x.json").write_text(
-        json.dumps({"head": {"audio": 1}, "audios": items, "tail": []}, indent=1)
-    )
+    (tmp_path / "x.json").write_text(json.dumps({"head": {"audio": 1}, "audios": items, "tail": []}, indent=1))
     monkeypatch.setattr(recognition, "JSON_BLOCK", block)
     assert list(read_json_array(tmp_path / "x.json", "audios", Corpus("x", "y"))) == items
     torn = (tmp_path / "x.json").read_text()[:400]
@@ -581,10 +545,7 @@ def test_clips_of_another_dataset_are_not_taken_for_this_one_s(tmp_path: Path) -
     out = tmp_path / "m.jsonl"
     for seconds in (1.0, 2.0):
         tone(tmp_path / "clip.wav", seconds=seconds)
-        columns = {
-            "audio": [{"bytes": (tmp_path / "clip.wav").read_bytes(), "path": "clip.wav"}],
-            "text": ["one"],
-        }
+        columns = {"audio": [{"bytes": (tmp_path / "clip.wav").read_bytes(), "path": "clip.wav"}], "text": ["one"]}
         root = tmp_path / f"{seconds}"
         datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio()).save_to_disk(root)
         prepare(PrepareSettings("hf", out, root=str(root)))

@@ -17,11 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blsp.data import jobs
-from blsp.data.files import (
-    ManifestError,
-    read_rows,
-    write_atomically,
-)
+from blsp.data.files import ManifestError, read_rows, write_atomically
 from blsp.data.jobs import Job, JobError, Parts, RecordLog, RowLog, SkippedLog, differences, lock_job
 
 # --- logs -------------------------------------------------------------------------------------------------
@@ -126,9 +122,7 @@ def test_rows_that_are_done(tmp_path: Path) -> None:
 # --- parts of several ranks -------------------------------------------------------------------------------
 
 
-def test_ranks_write_parts_and_the_output_appears_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_write_parts_and_the_output_appears_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "WAIT", 0.01)
     out, settings = tmp_path / "out.jsonl", {"seed": 1}
     Parts(Path(f"{out}.parts"), {"seed": 0}).finish(0, 2)  # of another job
@@ -182,10 +176,7 @@ def test_a_second_process_is_told_who_works_and_a_killed_one_leaves_no_lock(tmp_
     out, first = tmp_path / "out.jsonl", 0
     for _ in range(3):
         run = start(out)
-        with (
-            pytest.raises(JobError, match=rf"process {run.pid} on .*-c.* since .* here; wait for it"),
-            Job(out),
-        ):
+        with pytest.raises(JobError, match=rf"process {run.pid} on .*-c.* since .* here; wait for it"), Job(out):
             pass
         time.sleep(0.05)
         run.kill()

@@ -214,12 +214,8 @@ def test_a_manifest_outlives_its_replacement(path: Path) -> None:
 
 
 def test_ids_are_unique_in_a_file(path: Path) -> None:
-    write_manifest(
-        path, [*rows(1000), *rows(3, prefix="other"), Utterance(id="row-7", audio="", text="again")]
-    )
-    with pytest.raises(
-        ManifestError, match=r"train\.jsonl:1004: \"id\" 'row-7' stands at .*train\.jsonl:8 already"
-    ):
+    write_manifest(path, [*rows(1000), *rows(3, prefix="other"), Utterance(id="row-7", audio="", text="again")])
+    with pytest.raises(ManifestError, match=r"train\.jsonl:1004: \"id\" 'row-7' stands at .*train\.jsonl:8 already"):
         Manifest(path)
     with pytest.raises(ManifestError, match="already"):  # no index was left that would hide it
         Manifest(path)
@@ -240,27 +236,19 @@ def test_the_same_id_spelled_differently(path: Path) -> None:
 
 
 def test_the_key_of_a_continuation(path: Path) -> None:
-    behaviours = [
-        {"id": "a", "text": "t", "behaviour": b, "order": o} for b in ("x", "y") for o in ("1", "2")
-    ]
+    behaviours = [{"id": "a", "text": "t", "behaviour": b, "order": o} for b in ("x", "y") for o in ("1", "2")]
     write_manifest(path, [*behaviours, {"id": "a", "text": "no behaviour"}])
     assert len(Manifest(path, key=CONTINUATION_KEY)) == 5
     with pytest.raises(ManifestError, match="must be unique"):
         Manifest(path)
     write_manifest(path, [*behaviours, behaviours[2]])
-    with pytest.raises(
-        ManifestError, match=r"\"id\" 'a', \"behaviour\" 'y', \"order\" '1' stands at .*:3 already"
-    ):
+    with pytest.raises(ManifestError, match=r"\"id\" 'a', \"behaviour\" 'y', \"order\" '1' stands at .*:3 already"):
         Manifest(path, key=CONTINUATION_KEY)
 
 
 JSON_TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | JSON_TEXT
-    | st.sampled_from(["id", '"id": "x"', "\\", '\\"id']),
+    st.none() | st.booleans() | st.integers() | JSON_TEXT | st.sampled_from(["id", '"id": "x"', "\\", '\\"id']),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "b", 'i"d']), inner),
     max_leaves=6,
 )
@@ -285,15 +273,12 @@ def write_many(path: Path, count: int) -> None:
         for first in range(0, count, 10_000):
             numbers = range(first, min(first + 10_000, count))
             out.writelines(
-                f'{{"id": "clip-{i:09d}", "audio": "{i % 97}/{i}.flac", "text": "say {i}"}}\n'
-                for i in numbers
+                f'{{"id": "clip-{i:09d}", "audio": "{i % 97}/{i}.flac", "text": "say {i}"}}\n' for i in numbers
             )
 
 
 def anonymous_megabytes(path: Path) -> float:
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True
-    )
+    measured = subprocess.run([sys.executable, "-c", MEASURE, path], capture_output=True, text=True, check=True)
     return float(measured.stdout.split()[1])
 
 
@@ -489,9 +474,7 @@ def test_damaged_manifests_are_read_or_refused(seed: int, path: Path) -> None:
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.dictionaries(st.sampled_from([*Utterance.__dataclass_fields__, "other"]), JSON_VALUES | st.floats())
-)
+@given(st.dictionaries(st.sampled_from([*Utterance.__dataclass_fields__, "other"]), JSON_VALUES | st.floats()))
 def test_any_object_is_an_utterance_or_refused(row: dict[str, object]) -> None:
     try:
         utterance = Utterance.from_json(row, "file:3")

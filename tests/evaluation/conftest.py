@@ -37,9 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "choices.jsonl",
         [row | {"options": OPTIONS, "reference": OPTIONS[i % 4]} for i, row in enumerate(rows)],
     )
-    write_manifest(
-        folder / "questions.jsonl", [row | {"reference": "seven", "references": ["7"]} for row in rows]
-    )
+    write_manifest(folder / "questions.jsonl", [row | {"reference": "seven", "references": ["7"]} for row in rows])
     (folder / "silence.jsonl").write_text('{"id": "s", "audio": "s.wav", "text": "", "no_speech": true}\n')
     write_wav(folder / "s.wav", 0 * speech_like(1.0))
     tasks = [
@@ -54,13 +52,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         {"name": "slu", "kind": "slu", "manifest": "choices.jsonl", "instruction": "Choose:", "chance": 0.25},
         {"name": "sqa", "kind": "sqa", "manifest": "questions.jsonl"},
-        {
-            "name": "chat",
-            "kind": "chat",
-            "manifest": "speech.jsonl",
-            "order": "speech-first",
-            "instruction": "Talk.",
-        },
+        {"name": "chat", "kind": "chat", "manifest": "speech.jsonl", "order": "speech-first", "instruction": "Talk."},
         {"name": "continuation", "kind": "continuation", "manifest": "speech.jsonl", "behaviour": "continue"},
         {"name": "no-speech", "kind": "no-speech", "manifest": "silence.jsonl"},
     ]
@@ -87,12 +79,7 @@ def evaluation_of(listener: Listener, tmp_path: Path) -> Callable[..., Evaluatio
     """Makes an `Evaluation` in a fresh folder, without the cascade."""
 
     def build(**changes: Any) -> Evaluation:
-        options = {
-            "listener": listener,
-            "folder": tmp_path / "results",
-            "routes": ("text", "speech"),
-            "bootstrap": 50,
-        }
+        options = {"listener": listener, "folder": tmp_path / "results", "routes": ("text", "speech"), "bootstrap": 50}
         return Evaluation(**options | changes)
 
     return build

@@ -25,9 +25,7 @@ from blsp.model.adapter_parts import AudioEmbeds
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("finish", ["stop", "length"])
-def test_states_along_an_answer_equal_one_plain_pass(
-    tiny_models_folder: Path, family: str, finish: str
-) -> None:
+def test_states_along_an_answer_equal_one_plain_pass(tiny_models_folder: Path, family: str, finish: str) -> None:
     listener = Listener(*tiny_blsp(tiny_models_folder, family=family))
     answers = [Answer("", finish, (5, 6, 7, 8)), Answer("", finish, (9,))]
     texts = ["how many days", "hello world what is the capital of france"]
@@ -44,9 +42,7 @@ def test_states_along_an_answer_equal_one_plain_pass(
         plain = listener.model.get_decoder()(inputs_embeds=whole).last_hidden_state[0]
         first = len(prefix) + len(request.embeds) - 1
         assert answer_tokens(answer) == len(answer.ids) + (finish == "stop")
-        torch.testing.assert_close(
-            states, plain[first : first + answer_tokens(answer)], atol=TOLERANCE[family], rtol=0
-        )
+        torch.testing.assert_close(states, plain[first : first + answer_tokens(answer)], atol=TOLERANCE[family], rtol=0)
         alone, layers = layer_states(listener.model, [request], [answer])[0]
         torch.testing.assert_close(layers[-1], states, atol=TOLERANCE[family], rtol=0)
         assert alone.shape[1] == len(request.embeds)
@@ -82,9 +78,7 @@ def test_instructions_that_are_ignored_are_seen(
     """Perfect speech vectors lie beside their own transcript; those of another clip do not."""
     only = Suite("alignment", (), suite.alignment)
     right = judge(evaluation_of(speech=transcripts_as_speech(listener)), only).to_json()["alignment"]
-    wrong = judge(evaluation_of(speech=shuffled(transcripts_as_speech(listener))), only).to_json()[
-        "alignment"
-    ]
+    wrong = judge(evaluation_of(speech=shuffled(transcripts_as_speech(listener))), only).to_json()["alignment"]
     assert right["retrieval"] == 1.0 and wrong["retrieval"] < 0.5
     assert np.mean(wrong["layers"]["cosine"][1:]) < np.mean(right["layers"]["cosine"][1:])
 
@@ -121,22 +115,16 @@ def test_baselines_stand_in_the_place_of_the_speech(
     assert figures["kl_minus_cascade"] == figures["kl"]
     assert figures["kl_deaf"] > 0.05 and figures["kl_readout"] > 0.05
     for clips in results.alignment.comparisons.values() if results.alignment else ():
-        assert all(
-            set(clip.baselines) == {"shuffled", "cascade", "readout", "deaf"} for clip in clips.values()
-        )
+        assert all(set(clip.baselines) == {"shuffled", "cascade", "readout", "deaf"} for clip in clips.values())
     write_report(results, evaluation.folder)
     report = (evaluation.folder / "report.md").read_text()
     assert "| speech − cascade " in report and "| deaf " in report
 
 
 def test_the_deaf_control_does_not_depend_on_the_recording(listener: Listener) -> None:
-    speech = transcripts_as_speech(listener)(
-        [Utterance(str(i), "", text) for i, text in enumerate(TEXTS[:3])]
-    )
+    speech = transcripts_as_speech(listener)([Utterance(str(i), "", text) for i, text in enumerate(TEXTS[:3])])
     inputs = baseline_inputs(listener, speech)
     assert set(inputs) == {"shuffled", "deaf"}  # conv has no read-out
     vectors = [clip.vectors for clip in inputs["deaf"] if isinstance(clip, AudioEmbeds)]
-    assert [len(rows) for rows in vectors] == [
-        len(clip.vectors) for clip in speech if not isinstance(clip, str)
-    ]
+    assert [len(rows) for rows in vectors] == [len(clip.vectors) for clip in speech if not isinstance(clip, str)]
     assert len(torch.cat(vectors).unique(dim=0)) == 1

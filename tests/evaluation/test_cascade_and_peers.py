@@ -49,9 +49,7 @@ def test_the_cascade_is_the_text_route_on_the_recognisers_words(
     assert asr.scores["recogniser"].figures["wer"].point() > 0
 
 
-def test_a_language_that_nobody_hears_is_not_available(
-    evaluation_of: Callable[..., Evaluation], chat: Suite
-) -> None:
+def test_a_language_that_nobody_hears_is_not_available(evaluation_of: Callable[..., Evaluation], chat: Suite) -> None:
     french = Suite("fr", tuple(replace(task, language="fr") for task in chat.tasks))
     results = judge(evaluation_of(routes=("text", "cascade", "speech"), recogniser=Parrot()), french)
     tasks = results.to_json()["tasks"]["chat"]
@@ -73,9 +71,7 @@ def test_faster_whisper_on_real_speech(tmp_path: Path) -> None:
         written = recogniser.transcribe(spoken, log)
         assert recogniser.transcribe(spoken, log) == written
     assert not recogniser.supports_language("fr")
-    shared = [
-        set(a.lower().split()) & set(b.text.lower().split()) for a, b in zip(written, spoken, strict=True)
-    ]
+    shared = [set(a.lower().split()) & set(b.text.lower().split()) for a, b in zip(written, spoken, strict=True)]
     assert sum(map(bool, shared)) >= len(spoken) / 2
 
 
@@ -100,12 +96,7 @@ def test_a_whisper_in_transformers_format_recognises_too(tmp_path: Path, corpus:
     """Random weights write nonsense, the same twice; what is tested is the way there and back."""
     sizes = {"encoder_layers": 1, "encoder_attention_heads": 1, "encoder_ffn_dim": 16}
     decoder = {"decoder_layers": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 16, "vocab_size": 51864}
-    ids = {
-        "decoder_start_token_id": 50257,
-        "eos_token_id": 50256,
-        "pad_token_id": 50256,
-        "bos_token_id": 50256,
-    }
+    ids = {"decoder_start_token_id": 50257, "eos_token_id": 50256, "pad_token_id": 50256, "bos_token_id": 50256}
     model = WhisperForConditionalGeneration(WhisperConfig(d_model=16, **sizes, **decoder, **ids))
     options = {"is_multilingual": False, "no_timestamps_token_id": 50362, "max_new_tokens": 8}
     model.generation_config = GenerationConfig(**ids, **options)
@@ -184,9 +175,7 @@ def test_a_peer_hears_the_clip_and_gets_a_column(
     assert len(requests) == count  # answers are kept
 
 
-def test_a_judge_rates_open_answers_only(
-    evaluation_of: Callable[..., Evaluation], suite: Suite, server: Any
-) -> None:
+def test_a_judge_rates_open_answers_only(evaluation_of: Callable[..., Evaluation], suite: Suite, server: Any) -> None:
     url, requests = server("I would say 7 of 10.")
     only = Suite("rated", tuple(task for task in suite.tasks if task.name in ("sqa", "chat")))
     results = judge(evaluation_of(rater=Endpoint("", url)), only)

@@ -80,9 +80,7 @@ def test_an_adapter_that_reads_out_is_judged_as_a_transcriber_too(
     written = reader.transcribe_all([load_clip(row) for row in rows])
     expected = score_transcripts(task, rows, written).figures["wer"].point()
     assert figures(results, "tasks", "asr", "transcript", "wer") == pytest.approx(expected)
-    report = (
-        write_report(results, evaluation_of().folder) and (evaluation_of().folder / "report.md").read_text()
-    )
+    report = write_report(results, evaluation_of().folder) and (evaluation_of().folder / "report.md").read_text()
     assert "**transcript**" in report and "`blsp transcribe`, with the model's help" in report
 
 
@@ -192,29 +190,17 @@ def test_the_text_route_is_the_plain_llm(
 def test_silence_is_answered_with_the_set_sentence(evaluation_of: MakeEvaluation, suite: Suite) -> None:
     results = judge(evaluation_of(), suite)
     found = figures(results, "tasks", "no-speech", "speech")
-    assert (
-        found["accuracy"] == 1.0
-        and found["no_speech"] == 1
-        and "text" not in figures(results, "tasks", "no-speech")
-    )
+    assert found["accuracy"] == 1.0 and found["no_speech"] == 1 and "text" not in figures(results, "tasks", "no-speech")
 
 
-def test_the_set_sentence_counts_when_the_llm_says_it(
-    evaluation_of: MakeEvaluation, suite: Suite, monkeypatch
-) -> None:
+def test_the_set_sentence_counts_when_the_llm_says_it(evaluation_of: MakeEvaluation, suite: Suite, monkeypatch) -> None:
     only = Suite("one", tuple(task for task in suite.tasks if task.name == "chat"))
     judged = evaluation_of(routes=("speech",))
     answers = judge(judged, only).tasks[0].answers["speech"]
     name, answer = next((name, answer) for name, answer in answers.items() if answer.text)
     monkeypatch.setattr(judged.listener.model.config, "no_speech_sentence", answer.text)
-    again = (
-        judge(evaluation_of(routes=("speech",), folder=judged.folder / "again"), only)
-        .tasks[0]
-        .answers["speech"]
-    )
-    assert (
-        answer.finish != "no-speech" and again[name].finish == "no-speech" and again[name].ids == answer.ids
-    )
+    again = judge(evaluation_of(routes=("speech",), folder=judged.folder / "again"), only).tasks[0].answers["speech"]
+    assert answer.finish != "no-speech" and again[name].finish == "no-speech" and again[name].ids == answer.ids
 
 
 def test_a_missing_recording_is_named_before_anything_is_asked(
@@ -250,9 +236,7 @@ def test_clips_of_the_batch_before_are_not_heard_again(
     listener, rows = evaluation_of().listener, suite.tasks[0].rows()
     batches: list[int] = []
     embed_audio = listener.embed_audio
-    monkeypatch.setattr(
-        listener, "embed_audio", lambda clips: batches.append(len(clips)) or embed_audio(clips)
-    )
+    monkeypatch.setattr(listener, "embed_audio", lambda clips: batches.append(len(clips)) or embed_audio(clips))
     route_input = speech_input(listener)
     first, again, fewer = route_input(rows), route_input(rows), route_input(rows[:2])
     assert batches == [len(rows), 2]

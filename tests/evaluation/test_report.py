@@ -75,9 +75,7 @@ def test_the_findings_are_sentences_about_evidence_only() -> None:
     repeated, read_out, questions, silence = summarise(results, results.to_json()).splitlines()
     assert "own read-out gets 25.0 % of the words wrong, the cascade's recogniser 7.0 %" in repeated
     assert "repeat the speech, 30.0 %, asked to repeat the text, 5.0 %." in repeated
-    assert read_out.endswith(
-        "own read-out gets 25.0 % of the words wrong."
-    )  # the LLM cannot repeat: not said
+    assert read_out.endswith("own read-out gets 25.0 % of the words wrong.")  # the LLM cannot repeat: not said
     assert questions == (
         "- **my-sqa**: right on speech in 50.0 % of 1 cases (on text 80.0 %, through the cascade 75.0 %). "
         "Guessing gives 25.0 %."
@@ -120,18 +118,10 @@ def test_divergence_against_scores_over_checkpoints(
     assert (tmp_path / "step-200" / "divergence_against_scores.png").stat().st_size > 5000
 
 
-def test_a_report_is_the_same_twice(
-    evaluation_of: Callable[..., Evaluation], suite: Suite, tmp_path: Path
-) -> None:
+def test_a_report_is_the_same_twice(evaluation_of: Callable[..., Evaluation], suite: Suite, tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_report(judge(evaluation_of(), suite), tmp_path / name)
-    for file in (
-        "samples.jsonl",
-        "scores.png",
-        "layers.png",
-        "instructions.png",
-        "divergence_by_position.png",
-    ):
+    for file in ("samples.jsonl", "scores.png", "layers.png", "instructions.png", "divergence_by_position.png"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
     first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("a", "b"))
     assert first["tasks"] == second["tasks"] and first["alignment"] == second["alignment"]

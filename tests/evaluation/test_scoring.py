@@ -18,9 +18,7 @@ from blsp.evaluation.tasks import Task
 def scored(
     kind: str, rows: list[Utterance], answers: list[Answer], texts: list[str] | None = None, **task: str
 ) -> Score:
-    text_answers = (
-        None if texts is None else {row.id: Answer(text) for row, text in zip(rows, texts, strict=True)}
-    )
+    text_answers = None if texts is None else {row.id: Answer(text) for row, text in zip(rows, texts, strict=True)}
     by_id = {row.id: answer for row, answer in zip(rows, answers, strict=True)}
     return score(Task("t", kind, "m.jsonl", **task), rows, by_id, text_answers)  # type: ignore[arg-type]
 
@@ -46,8 +44,7 @@ def test_an_empty_reference_counts_insertions_and_a_silent_transcript_deletions(
 
 def test_translation_is_sacrebleus_corpus_score() -> None:
     rows = [
-        row(str(i), reference=text)
-        for i, text in enumerate(["le chat est là", "un chien dort ici", "bonjour à tous"])
+        row(str(i), reference=text) for i, text in enumerate(["le chat est là", "un chien dort ici", "bonjour à tous"])
     ]
     texts = ["le chat est ici", "un chien dort", "bonjour à tous"]
     result = scored("st", rows, [Answer(text, "stop") for text in texts], answer_language="fr")
@@ -81,9 +78,7 @@ def test_a_peer_without_likelihoods_has_no_likelihood_accuracy() -> None:
 def test_short_answers_accept_every_spelling() -> None:
     rows = [row(str(i), reference="seven", extra={"references": ["a week's worth"]}) for i in range(3)]
     result = scored(
-        "sqa",
-        rows,
-        [Answer("7.", "stop"), Answer("There are seven days.", "stop"), Answer("Seventy.", "stop")],
+        "sqa", rows, [Answer("7.", "stop"), Answer("There are seven days.", "stop"), Answer("Seventy.", "stop")]
     )
     assert [result.figures[name].point() for name in ("em", "accuracy")] == pytest.approx([1 / 3, 2 / 3])
     assert result.figures["f1"].point() == pytest.approx((1 + 2 / 5 + 0) / 3)
@@ -92,10 +87,7 @@ def test_short_answers_accept_every_spelling() -> None:
 def test_open_answers_are_compared_with_the_text_routes() -> None:
     rows = [row("a"), row("b")]
     result = scored(
-        "chat",
-        rows,
-        [Answer("one answer", "stop"), Answer("other", "length")],
-        ["one answer", "another answer"],
+        "chat", rows, [Answer("one answer", "stop"), Answer("other", "length")], ["one answer", "another answer"]
     )
     assert result.figures["agreement"].point() == 0.5
     assert result.figures["words"].point() == 1.5

@@ -13,9 +13,7 @@ from blsp.evaluation.tasks import SUITES, Suite, TaskError, check_manifests, loa
 
 def test_ten_lines_of_yaml_are_a_task(corpus: Path) -> None:
     own = corpus / "own.yaml"
-    own.write_text(
-        "name: shout\nkind: chat\nmanifest: speech.jsonl\ninstruction: Shout.\nsamples: 3\nmin_words: 3\n"
-    )
+    own.write_text("name: shout\nkind: chat\nmanifest: speech.jsonl\ninstruction: Shout.\nsamples: 3\nmin_words: 3\n")
     (task,) = select(None, (str(own),), Path("elsewhere")).tasks
     rows = task.rows()
     assert len(rows) == 3 and all(row.instruction == "Shout." and len(row.text.split()) >= 3 for row in rows)
@@ -65,10 +63,7 @@ def test_a_rows_own_instruction_wins(tmp_path: Path) -> None:
         ("{name: t, kind: asr, manifest: m, order: backwards}", "order 'backwards'"),
         ("{name: t, kind: asr, manifest: m, behaviour: dance}", "behaviour 'dance'"),
         ("{name: t, kind: asr, manifest: m, behaviour: repeat, instruction: Say}", "not both"),
-        (
-            "{tasks: [{name: t, kind: asr, manifest: m}, {name: t, kind: asr, manifest: m}]}",
-            "two tasks are called 't'",
-        ),
+        ("{tasks: [{name: t, kind: asr, manifest: m}, {name: t, kind: asr, manifest: m}]}", "two tasks are called 't'"),
         ("{name: t, kind: asr, manifest: m, alignment: {manifests: x}}", "unknown"),
     ],
 )
@@ -114,15 +109,7 @@ def test_unknown_names_list_the_known_ones() -> None:
 
 def test_the_tiny_suite_covers_all_kinds_and_reads_manifests_of_the_recipe() -> None:
     suite = load_suite("tiny", Path("data"))
-    assert {task.kind for task in suite.tasks} == {
-        "asr",
-        "st",
-        "slu",
-        "sqa",
-        "chat",
-        "continuation",
-        "no-speech",
-    }
+    assert {task.kind for task in suite.tasks} == {"asr", "st", "slu", "sqa", "chat", "continuation", "no-speech"}
     assert {
         "asr-asterisk-en",
         "asr-drascula-en",

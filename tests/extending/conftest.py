@@ -38,10 +38,7 @@ def run_page(tmp_path: Path, tiny_whisper: str, tiny_llm: Callable[[str], str]) 
         source = str(Path(__file__).parents[2] / "src")
         environment = os.environ | {"PYTHONPATH": source}
         environment |= {"BLSP_PLUGINS": name} if name.endswith(".py") else {}
-        models = {
-            "embedded:whisper-tiny.en": tiny_whisper,
-            "embedded:smollm2-135m-instruct": tiny_llm("llama"),
-        }
+        models = {"embedded:whisper-tiny.en": tiny_whisper, "embedded:smollm2-135m-instruct": tiny_llm("llama")}
         printed = ""
         for words in commands_with(name):
             words = [models.get(word, word) for word in words]

@@ -189,11 +189,7 @@ def test_a_key_is_what_is_heard_and_by_whom(tmp_path: Path, row: Utterance) -> N
     copy.write_bytes(Path(row.audio).read_bytes())
     same = [row, replace(row, id="b", text="x"), replace(row, audio=str(copy)), replace(row, start=0.0)]
     assert len({cache.key(each) for each in same}) == 1
-    others = [
-        replace(row, start=0.5),
-        replace(row, duration=0.5),
-        replace(row, audio="data:audio/wav;base64,AA"),
-    ]
+    others = [replace(row, start=0.5), replace(row, duration=0.5), replace(row, audio="data:audio/wav;base64,AA")]
     keys = {cache.key(each) for each in [row, *others]}
     keys.add(FeatureCache(tmp_path / "cache", "another encoder").key(row))
     Path(row.audio).write_bytes(b"more audio")

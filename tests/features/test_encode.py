@@ -92,15 +92,11 @@ def test_a_second_run_and_a_second_manifest_encode_nothing(
     manifest: Path, tiny_whisper: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(settings(manifest, tiny_whisper, tmp_path / "cache", limit=12))
-    rows = [
-        row.to_json() | {"behaviour": b, "order": "speech-first"} for row in Manifest(manifest) for b in "ab"
-    ]
+    rows = [row.to_json() | {"behaviour": b, "order": "speech-first"} for row in Manifest(manifest) for b in "ab"]
     write_manifest(tmp_path / "continued.jsonl", [*rows, {"id": "text only", "text": "x"}])
     encode(settings(tmp_path / "continued.jsonl", tiny_whisper, tmp_path / "cache"))
     encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
-    encoded = [
-        line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("encoded")
-    ]
+    encoded = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("encoded")]
     assert encoded == ["encoded 12 clips", "encoded 8 clips", "encoded 0 clips"]
     assert records(tmp_path / "cache") == 20
 
@@ -144,9 +140,7 @@ def test_a_damaged_entry_is_encoded_again(manifest: Path, tiny_whisper: str, tmp
     assert records(tmp_path / "cache") == 22
 
 
-def test_killed_ten_times_it_ends_with_the_same_bytes(
-    manifest: Path, tiny_whisper: str, tmp_path: Path
-) -> None:
+def test_killed_ten_times_it_ends_with_the_same_bytes(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
     begun = time.perf_counter()
     encode(settings(manifest, tiny_whisper, tmp_path / "whole"))
     whole = time.perf_counter() - begun

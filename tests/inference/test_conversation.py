@@ -81,11 +81,7 @@ def test_a_spoken_turn_is_the_listeners_question(listener: Listener) -> None:
         torch.testing.assert_close(whole[len(expected.prefix or ()) :], expected.embeds, rtol=0, atol=1e-12)
 
 
-@given(
-    text=st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<|audio|>", "system", "\n", "x"])).map(
-        "".join
-    )
-)
+@given(text=st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "<|audio|>", "system", "\n", "x"])).map("".join))
 @settings(max_examples=20)
 def test_text_forges_no_role_and_no_clip(listener_of, text: str) -> None:
     listener = listener_of("grounded")
@@ -150,7 +146,5 @@ def test_the_memory_is_bounded_in_positions_too(listener: Listener) -> None:
     memory = Memory(sequences=8, positions=60)
     decoding = replace(listener.decoding, max_new_tokens=3)
     for n in range(3):
-        _say(
-            Conversation(listener, system=f"Be {n}. " + "hello " * 30, decoding=decoding, memory=memory), "hi"
-        )
+        _say(Conversation(listener, system=f"Be {n}. " + "hello " * 30, decoding=decoding, memory=memory), "hi")
     assert len(memory._stored) == 1, "each is longer than half of what may be stored"

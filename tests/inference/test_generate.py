@@ -35,15 +35,7 @@ def manifest(tmp_path: Path) -> Path:
         {"id": "absent", "audio": "absent.wav", "text": ""},
         {"id": "written", "audio": "", "text": "what is the capital of france"},
         {"id": "own", "audio": "1.wav", "text": "", "instruction": "say it again"},
-        {
-            "id": "cut",
-            "audio": "2.wav",
-            "text": "",
-            "start": 0.5,
-            "duration": 0.75,
-            "speaker": "s",
-            "more": [1],
-        },
+        {"id": "cut", "audio": "2.wav", "text": "", "start": 0.5, "duration": 0.75, "speaker": "s", "more": [1]},
         {"id": "broken", "audio": "broken.wav", "text": ""},
         {"id": "silent", "audio": "silence.wav", "text": ""},
         {"id": "past", "audio": "0.wav", "text": "", "start": 100.0},
@@ -78,9 +70,7 @@ def test_rows_come_back_in_order_with_their_responses(generate: Generate, manife
         assert row == {"audio": ""} | given[row["id"]]
 
 
-def test_each_row_is_answered_as_the_listener_answers_it(
-    generate: Generate, manifest: Path, listener_of
-) -> None:
+def test_each_row_is_answered_as_the_listener_answers_it(generate: Generate, manifest: Path, listener_of) -> None:
     listener: Listener = listener_of("grounded")
     responses = {row["id"]: row["response"] for row in generate(order="instruction-first")}
     folder = manifest.parent
@@ -104,10 +94,7 @@ def test_each_row_is_answered_as_the_listener_answers_it(
 
 def test_what_cannot_be_heard_is_listed(generate: Generate, manifest: Path, capsys) -> None:
     generate()
-    skipped = [
-        json.loads(line)
-        for line in Path(f"{manifest.parent}/out.jsonl.skipped.jsonl").read_text().splitlines()
-    ]
+    skipped = [json.loads(line) for line in Path(f"{manifest.parent}/out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert [row["id"] for row in skipped] == ["absent", "broken", "past"]
     assert all(row["reason"] for row in skipped)
     assert "8 of 11 rows answered; 3 skipped" in capsys.readouterr().out
@@ -115,9 +102,7 @@ def test_what_cannot_be_heard_is_listed(generate: Generate, manifest: Path, caps
 
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_killed_anywhere_it_goes_on_to_the_same_bytes(
-    generate: Generate, manifest: Path, data: st.DataObject
-) -> None:
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(generate: Generate, manifest: Path, data: st.DataObject) -> None:
     out, skips = manifest.parent / "out.jsonl", manifest.parent / "out.jsonl.skipped.jsonl"
     if not out.exists():
         generate(temperature=0.8)
@@ -129,9 +114,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     written = [json.loads(line)["id"] for line in out.read_bytes().split(b"\n")[:-1]]
     least = {"absent": "written", "broken": "silent", "past": "no-audio"}
     known = sum(
-        len(line) + 1
-        for line, after in zip(whole_skips.split(b"\n"), least.values(), strict=False)
-        if after in written
+        len(line) + 1 for line, after in zip(whole_skips.split(b"\n"), least.values(), strict=False) if after in written
     )
     skips.write_bytes(whole_skips[: data.draw(st.integers(known, len(whole_skips)))])
     generate(temperature=0.8)
@@ -190,19 +173,9 @@ def test_from_the_command_line(tiny_models_folder: Path, manifest: Path, capsys)
     from blsp.distributed import find_runtime
     from blsp.model.checkpoint import save_adapter
 
-    save_adapter(
-        *tiny_blsp(tiny_models_folder, runtime=find_runtime("cpu", "float32")), manifest.parent / "adapter"
-    )
+    save_adapter(*tiny_blsp(tiny_models_folder, runtime=find_runtime("cpu", "float32")), manifest.parent / "adapter")
     out = manifest.parent / "answers.jsonl"
-    command = [
-        "generate",
-        "--model",
-        str(manifest.parent / "adapter"),
-        "--manifest",
-        str(manifest),
-        "--out",
-        str(out),
-    ]
+    command = ["generate", "--model", str(manifest.parent / "adapter"), "--manifest", str(manifest), "--out", str(out)]
     assert cli.main([*command, "--max-new-tokens", "3"]) == 0
     assert len(out.read_text().splitlines()) == 8
     assert cli.main([*command, "--max-new-tokens", "4"]) == 1

@@ -25,10 +25,7 @@ def files(tmp_path: Path) -> list[str]:
         write_wav(tmp_path / f"{number}.wav", speech_like(seconds, number))
     write_wav(tmp_path / "silence.wav", np.zeros(8000, dtype=np.float32))
     (tmp_path / "broken.mp3").write_text("no audio")
-    return [
-        str(tmp_path / name)
-        for name in ("0.wav", "absent.wav", "1.wav", "broken.mp3", "silence.wav", "2.wav")
-    ]
+    return [str(tmp_path / name) for name in ("0.wav", "absent.wav", "1.wav", "broken.mp3", "silence.wav", "2.wav")]
 
 
 @pytest.fixture
@@ -51,9 +48,7 @@ def test_a_grounded_adapter_reads_out(run, files: list[str], listener_of) -> Non
     assert all(row.keys() == {"audio", "text"} for row in rows)
     for row in rows:
         clips = listener.embed_audio([load_audio(row["audio"])])
-        assert (
-            row["text"] == listener.readout(clips)[0] == listener.transcribe(row["audio"], method="readout")
-        )
+        assert row["text"] == listener.readout(clips)[0] == listener.transcribe(row["audio"], method="readout")
     assert rows[0]["text"]
     assert rows[2]["text"] == ""
 

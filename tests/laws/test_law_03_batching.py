@@ -31,9 +31,7 @@ def _check_encoder(tower: torch.nn.Module, lengths: list[int]) -> None:
     features, mask = _mel(lengths)
     states, frames = encode_speech(tower, features, mask)
     for row, length in enumerate(lengths):
-        alone, alone_frames = encode_speech(
-            tower, features[row : row + 1, :, :length], mask[row : row + 1, :length]
-        )
+        alone, alone_frames = encode_speech(tower, features[row : row + 1, :, :length], mask[row : row + 1, :length])
         assert frames[row] == alone_frames[0] == (length + 1) // 2 == alone.shape[1]
         _same(states[row, : alone.shape[1]], alone[0])
         assert not states[row, alone.shape[1] :].any()
@@ -55,9 +53,7 @@ def test_encoder_padded_to_30_seconds(pair_of) -> None:
     model, processor = pair_of()
     clips = [speech_like(seconds) for seconds in (0.4, 3.01, 31.5)]
     batch = encode_speech(
-        model.model.audio_tower,
-        *mel_features(processor.feature_extractor, clips, full_window=True),
-        full_window=True,
+        model.model.audio_tower, *mel_features(processor.feature_extractor, clips, full_window=True), full_window=True
     )
     for row, clip in enumerate(clips):
         features, mask = mel_features(processor.feature_extractor, [clip], full_window=True)
@@ -124,13 +120,9 @@ def test_decoding(pair_of, family: str, batch_size: int) -> None:
 def test_decoding_equals_generate_of_transformers(pair_of, family: str) -> None:
     model, _ = pair_of("conv", family)
     ids = torch.randint(3, 300, (5, 17))
-    requests = [
-        Request(row, embed(model, ids[row]), None, Decoding(30, stop_ids=(IM_END,))) for row in range(5)
-    ]
+    requests = [Request(row, embed(model, ids[row]), None, Decoding(30, stop_ids=(IM_END,))) for row in range(5)]
     found = decode(model, requests, batch_size=5)
-    expected = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False
-    )
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
     for row in range(5):
         answer = expected[row, 17:].tolist()
         answer = answer[: answer.index(IM_END)] if IM_END in answer else answer
@@ -166,10 +158,7 @@ def test_padding_on_either_side(pair_of, adapter: str, side: str) -> None:
         rows = [single[name][0] for single in singles]
         gaps = [width - len(row) for row in rows]
         return torch.stack(
-            [
-                torch.nn.functional.pad(r, (g, 0) if side == "left" else (0, g))
-                for r, g in zip(rows, gaps, strict=True)
-            ]
+            [torch.nn.functional.pad(r, (g, 0) if side == "left" else (0, g)) for r, g in zip(rows, gaps, strict=True)]
         )
 
     features, mask = mel_features(processor.feature_extractor, clips)
@@ -199,14 +188,7 @@ def test_training_hears_each_clip_on_its_true_length(tiny_models_folder, full_wi
     for clip in clips:
         mel, _ = mel_features(processor.feature_extractor, [clip], full_window=full_window)
         example = Example(
-            "a",
-            1.0,
-            PromptTemplate((), ()),
-            [],
-            [],
-            False,
-            mel=mel[0].numpy(),
-            mel_frames=mel_frames(len(clip)),
+            "a", 1.0, PromptTemplate((), ()), [], [], False, mel=mel[0].numpy(), mel_frames=mel_frames(len(clip))
         )
         examples.append(example)
     states, lengths = speech_states(model, examples)

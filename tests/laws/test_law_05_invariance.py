@@ -117,13 +117,7 @@ def _two_equal_one(settings: TrainSettings, pair: TrainSettings) -> None:
 
 def train_as_rank(settings: TrainSettings, rank: int, port: int) -> None:
     """Runs in a child, with what torchrun would have set."""
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
     reporting.draw = lambda *_: None
     loop.train(settings)

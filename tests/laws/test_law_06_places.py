@@ -35,11 +35,7 @@ def test_every_length_has_its_places(pair_of, adapter: str) -> None:
     counted = _places_of_the_module(projector, lengths)
     for length, places in zip(frames, counted.tolist(), strict=True):
         assert num_audio_tokens(length, projector.strides) == places
-        assert (
-            processor.num_audio_tokens(320 * length)
-            == processor.num_audio_tokens(320 * (length - 1) + 1)
-            == places
-        )
+        assert processor.num_audio_tokens(320 * length) == processor.num_audio_tokens(320 * (length - 1) + 1) == places
 
 
 def _places_of_the_module(projector: torch.nn.Module, lengths: torch.Tensor) -> torch.Tensor:
@@ -79,9 +75,7 @@ def test_more_than_30_seconds_is_windowed_not_cut(pair_of) -> None:
     assert int(lengths[0]) == states.shape[1] == encoder_frames(mel_frames(len(clip)))
     for window in range(3):
         part = features[:, :, 3000 * window : 3000 * (window + 1)]
-        alone, _ = encode_speech(
-            model.model.audio_tower, part, torch.ones(1, part.shape[2], dtype=torch.bool)
-        )
+        alone, _ = encode_speech(model.model.audio_tower, part, torch.ones(1, part.shape[2], dtype=torch.bool))
         found = states[:, 1500 * window : 1500 * (window + 1)]
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-9)
     inputs = processor(text=AUDIO_TOKEN, audio=clip, sampling_rate=16000)
@@ -94,9 +88,7 @@ def test_taking_invalid_places_out_changes_nothing(pair_of, family: str) -> None
     """Masked places in `forward` and `generate` against the sequence without them in the decode loop."""
     model, processor = pair_of("grounded", family)
     clips = [speech_like(seconds, seed) for seed, seconds in enumerate((1.5, 3.0))]
-    inputs = processor(
-        text=[f"say{AUDIO_TOKEN} again", f"{AUDIO_TOKEN} louder"], audio=clips, sampling_rate=16000
-    )
+    inputs = processor(text=[f"say{AUDIO_TOKEN} again", f"{AUDIO_TOKEN} louder"], audio=clips, sampling_rate=16000)
     logits = model(**inputs).logits[:, -1]
     written = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     heard = Listener(model, processor).embed_audio(clips)
@@ -162,10 +154,7 @@ def test_the_count_is_checked(pair_of) -> None:
     model, processor = pair_of()
     inputs = processor(text=f"say {AUDIO_TOKEN}!", audio=speech_like(1.0), sampling_rate=16000)
     with pytest.raises(ValueError, match="placeholders"):
-        model(
-            **inputs
-            | {"input_ids": torch.cat([inputs["input_ids"][:, :-1], inputs["input_ids"][:, 3:4]], dim=1)}
-        )
+        model(**inputs | {"input_ids": torch.cat([inputs["input_ids"][:, :-1], inputs["input_ids"][:, 3:4]], dim=1)})
     with pytest.raises(ValueError, match="no input_features"):
         model(input_ids=inputs["input_ids"])
     with pytest.raises(ValueError, match="input_features_mask"):

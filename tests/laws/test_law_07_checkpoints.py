@@ -11,14 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import FAMILIES, speech_like, tiny_blsp, tiny_tokenizer
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMultimodalLM,
-    GPT2Config,
-    GPTNeoXConfig,
-    PhiConfig,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, GPT2Config, GPTNeoXConfig, PhiConfig
 
 import blsp
 from blsp import cli
@@ -59,13 +52,7 @@ def test_exactly_the_adapters_tensors(saved, adapter: str) -> None:
     assert stored.keys() == expected.keys()
     assert all(torch.equal(stored[name], expected[name]) for name in stored)
     names = {path.name for path in folder.iterdir()}
-    assert {
-        "config.json",
-        "processor_config.json",
-        "chat_template.jinja",
-        "tokenizer.json",
-        "README.md",
-    } <= names
+    assert {"config.json", "processor_config.json", "chat_template.jinja", "tokenizer.json", "README.md"} <= names
     assert "adapter_config.json" not in names  # would be taken for PEFT
     loaded, again = load_blsp(folder, F32)
     for name, tensor in model.state_dict().items():
@@ -79,10 +66,7 @@ def test_exactly_the_adapters_tensors(saved, adapter: str) -> None:
 def test_save_pretrained_of_the_class_saves_the_same(saved, tmp_path: Path) -> None:
     model, _, folder = saved()
     model.save_pretrained(tmp_path / "plain")
-    assert (
-        load_file(tmp_path / "plain/model.safetensors").keys()
-        == load_file(folder / "model.safetensors").keys()
-    )
+    assert load_file(tmp_path / "plain/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize(
@@ -90,9 +74,7 @@ def test_save_pretrained_of_the_class_saves_the_same(saved, tmp_path: Path) -> N
     [
         BlspForConditionalGeneration.from_pretrained,
         AutoModelForMultimodalLM.from_pretrained,
-        lambda folder: BlspForConditionalGeneration.from_pretrained(
-            str(folder), dtype="float32", device_map="cpu"
-        ),
+        lambda folder: BlspForConditionalGeneration.from_pretrained(str(folder), dtype="float32", device_map="cpu"),
     ],
 )
 def test_every_door_of_transformers_loads_the_frozen_parts(saved, load) -> None:
@@ -122,11 +104,7 @@ def test_other_frozen_weights_are_refused(tiny_models_folder: Path, tmp_path: Pa
     name = next(name for name in sorted(tensors) if "encoder.layers.0" in name or "layers.0.mlp" in name)
     tensors[name] = tensors[name] + 1e-3
     save_file(tensors, weights, metadata={"format": "pt"})
-    for load in (
-        lambda f: load_blsp(f, F32),
-        BlspForConditionalGeneration.from_pretrained,
-        BlspModel.from_pretrained,
-    ):
+    for load in (lambda f: load_blsp(f, F32), BlspForConditionalGeneration.from_pretrained, BlspModel.from_pretrained):
         with pytest.raises(CheckpointError, match="other weights"):
             load(tmp_path / "adapter")
 
@@ -258,9 +236,7 @@ def test_a_fresh_adapter_starts_at_the_size_of_the_llms_embeddings(pair_of, fami
     torch.testing.assert_close(gain[0], embeddings.std().to(gain.dtype), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(
-    "config", [PhiConfig, GPT2Config, GPTNeoXConfig], ids=lambda config: config.model_type
-)
+@pytest.mark.parametrize("config", [PhiConfig, GPT2Config, GPTNeoXConfig], ids=lambda config: config.model_type)
 def test_other_families_merge_with_their_own_heads_and_tables(tmp_path: Path, config: type) -> None:
     """Phi's head has a bias; GPT-2 and GPT-NeoX call their embeddings otherwise."""
     sizes = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -280,10 +256,7 @@ def test_other_families_merge_with_their_own_heads_and_tables(tmp_path: Path, co
 def test_export_keeps_the_parts_type_or_takes_the_one_named(saved, tmp_path: Path) -> None:
     _, _, folder = saved()
     for dtype, expected in (("auto", torch.float32), ("bfloat16", torch.bfloat16)):
-        assert (
-            cli.main(["export", "--model", str(folder), "--out", str(tmp_path / dtype), "--dtype", dtype])
-            == 0
-        )
+        assert cli.main(["export", "--model", str(folder), "--out", str(tmp_path / dtype), "--dtype", dtype]) == 0
         stored = load_file(tmp_path / dtype / "model.safetensors")
         assert stored["model.language_model.layers.0.mlp.up_proj.weight"].dtype == expected
         load_blsp(tmp_path / dtype, F32)

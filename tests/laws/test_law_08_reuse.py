@@ -60,9 +60,7 @@ def test_a_shared_prefix_changes_no_answer(pair_of, family: str) -> None:
     found, expected = decode(model, shared, 3), decode(model, whole, 3)
     for row in range(3):
         assert found[row].ids == expected[row].ids
-        torch.testing.assert_close(
-            found[row].top_logp, expected[row].top_logp, rtol=0, atol=TOLERANCE[family]
-        )
+        torch.testing.assert_close(found[row].top_logp, expected[row].top_logp, rtol=0, atol=TOLERANCE[family])
 
 
 @FAMILY

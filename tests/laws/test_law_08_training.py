@@ -22,9 +22,7 @@ from blsp.training.step import Objective
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
 
-def _loss_and_gradients(
-    model, examples: list[Example], loss: str, prefixes: PrefixCache
-) -> list[torch.Tensor]:
+def _loss_and_gradients(model, examples: list[Example], loss: str, prefixes: PrefixCache) -> list[torch.Tensor]:
     sums = step.run(model, examples, Objective({loss: 1.0}), prefixes)
     return [sums.terms[loss].detach(), *torch.autograd.grad(sums.terms[loss], _adapter(model))]
 
@@ -47,9 +45,7 @@ def _plainly(model, examples: list[Example]) -> list[torch.Tensor]:
         labels = torch.full(embeds.shape[:2], -100)
         labels[0, -len(example.response) :] = torch.tensor(example.response)
         logits = model(inputs_embeds=embeds).logits[0, :-1]
-        rows.append(
-            torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum")
-        )
+        rows.append(torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum"))
     total = torch.stack(rows).sum()
     return [total.detach(), *torch.autograd.grad(total, _adapter(model))]
 
@@ -75,9 +71,7 @@ def test_activation_checkpointing(tmp_path, family: str, loss: str) -> None:
     plain = _loss_and_gradients(model, examples, loss, PrefixCache(model))
     runs: list[int] = []
     layer = model.model.language_model.layers[0].mlp
-    layer.register_forward_pre_hook(
-        lambda *_: runs.append(1)
-    )  # the recomputation stops before a hook at its end
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))  # the recomputation stops before a hook at its end
     model.model.language_model.activation_checkpointing_enable()
     prefixes = PrefixCache(model)
     _same(_loss_and_gradients(model, examples, loss, prefixes), plain, family)
@@ -95,9 +89,7 @@ def test_chunks_of_the_head(pair_of, monkeypatch, loss: str, logits_alive: int) 
     monkeypatch.setattr(language_model, "CHUNK_LOGITS", logits_alive)
     sizes: list[int] = []
     compute = model.compute_logits
-    monkeypatch.setattr(
-        model, "compute_logits", lambda hidden: (sizes.append(len(hidden)), compute(hidden))[1]
-    )
+    monkeypatch.setattr(model, "compute_logits", lambda hidden: (sizes.append(len(hidden)), compute(hidden))[1])
     _same(_loss_and_gradients(model, examples, loss, PrefixCache(model)), whole)
     responses = sum(len(example.response) for example in examples)
     assert sum(sizes) == responses * (1 if loss == "ce" else 2)
@@ -110,8 +102,7 @@ def test_a_shared_prefix_serves_several_batches(pair_of, adapter: str) -> None:
     examples = [replace(e, readout=None) for e in make_examples(processor, 6)]
     prefixes = PrefixCache(model)
     parts = [
-        step.run(model, part, Objective({"ce": 1.0}), prefixes).terms["ce"]
-        for part in (examples[:2], examples[2:])
+        step.run(model, part, Objective({"ce": 1.0}), prefixes).terms["ce"] for part in (examples[:2], examples[2:])
     ]
     whole = step.run(model, examples, Objective({"ce": 1.0}), prefixes).terms["ce"]
     assert len(prefixes) == 1

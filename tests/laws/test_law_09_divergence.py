@@ -30,9 +30,7 @@ def test_top_k_is_a_lower_bound_that_reaches_the_whole(temperature: float) -> No
     student, teacher = _pair()
     whole = kl_loss(student, teacher, temperature)
     logp, ids = torch.log_softmax(teacher / temperature, -1).sort(-1, descending=True)
-    bounds = [
-        topk_kl_loss(student, ids[:, :k], logp[:, :k], temperature).item() for k in (1, 2, 4, 8, 16, 32, V)
-    ]
+    bounds = [topk_kl_loss(student, ids[:, :k], logp[:, :k], temperature).item() for k in (1, 2, 4, 8, 16, 32, V)]
     assert bounds == sorted(bounds)
     assert bounds[-2] <= whole.item() + 1e-9
     assert bounds[-1] == pytest.approx(whole.item(), abs=1e-9)

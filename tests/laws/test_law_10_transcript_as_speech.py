@@ -21,23 +21,17 @@ FEW = torch.finfo(torch.float64).min  # the logarithm of a probability of 0
 
 def _one_hot(classes: list[int], count: int) -> torch.Tensor:
     """Log-probabilities (S, K) that are certain of `classes`."""
-    return torch.full((len(classes), count), FEW, dtype=torch.float64).scatter(
-        1, torch.tensor(classes)[:, None], 0.0
-    )
+    return torch.full((len(classes), count), FEW, dtype=torch.float64).scatter(1, torch.tensor(classes)[:, None], 0.0)
 
 
 @given(tokens=st.lists(st.integers(0, 296), min_size=1, max_size=20), data=st.data())
-def test_one_hot_posteriors_give_the_transcripts_embeddings(
-    pair_of, tokens: list[int], data: st.DataObject
-) -> None:
+def test_one_hot_posteriors_give_the_transcripts_embeddings(pair_of, tokens: list[int], data: st.DataObject) -> None:
     model, _ = pair_of("grounded")
     table = model.model.readout_table()
     frames: list[int] = []
     for token in tokens:
         repeated = bool(frames) and frames[-1] == token + 1  # CTC needs a blank between equal tokens
-        frames += [BLANK] * data.draw(st.integers(int(repeated), 2)) + [token + 1] * data.draw(
-            st.integers(1, 3)
-        )
+        frames += [BLANK] * data.draw(st.integers(int(repeated), 2)) + [token + 1] * data.draw(st.integers(1, 3))
     log_probs = _one_hot([*frames, BLANK], len(table) + 1)[None]
     output = read_out(log_probs, torch.tensor([len(frames) + 1]), table)
     assert output.readout == [tokens]

@@ -30,9 +30,7 @@ from blsp.training.examples import RowMeasurer, RowTexts, Targets
 def _dataset(path: Path, folder: Path, hold_out: int) -> Dataset:
     measurer = RowMeasurer(Targets(frozenset({"continuation"})), RowTexts(tiny_tokenizer(), 2, "nothing"))
     with SkippedLog(folder / "run") as skipped:
-        return open_dataset(
-            open_sources([str(path)]), measurer, folder, skipped, hold_out, find_runtime("cpu")
-        )
+        return open_dataset(open_sources([str(path)]), measurer, folder, skipped, hold_out, find_runtime("cpu"))
 
 
 def _write(path: Path, rows: list[dict]) -> Path:
@@ -50,15 +48,12 @@ def rows(tmp_path: Path) -> list[dict]:
 def _sides(dataset: Dataset, name: str) -> tuple[set[str], set[str]]:
     """The values of a field of the rows that are learnt from, and of those that are held out."""
     learnt, held_out = (
-        {str(getattr(dataset.utterance(row), name)) for row in part}
-        for part in (dataset.rows, dataset.held_out)
+        {str(getattr(dataset.utterance(row), name)) for row in part} for part in (dataset.rows, dataset.held_out)
     )
     return learnt, held_out
 
 
-def test_augmented_copies_and_other_behaviours_are_held_out_together(
-    tmp_path: Path, rows: list[dict]
-) -> None:
+def test_augmented_copies_and_other_behaviours_are_held_out_together(tmp_path: Path, rows: list[dict]) -> None:
     copies = [row | {"id": f"{row['id']}/augmented-{seed}", "text": ""} for row in rows for seed in (1, 2)]
     repeats = [row | {"behaviour": "repeat", "instruction": "repeat"} for row in rows]
     path = _write(tmp_path / "continued.jsonl", [*rows, *copies, *repeats])
@@ -72,9 +67,7 @@ def test_augmented_copies_and_other_behaviours_are_held_out_together(
 def test_one_text_is_on_one_side_whoever_says_it(tmp_path: Path, rows: list[dict]) -> None:
     for number, row in enumerate(rows):  # ten texts, four voices, written a little differently
         row["text"] = [f"Text number {number % 10}.", f"text  number {number % 10}"][number % 2]
-    others = [
-        row | {"id": f"filler-{number}", "text": f"other {number}"} for number, row in enumerate(rows * 9)
-    ]
+    others = [row | {"id": f"filler-{number}", "text": f"other {number}"} for number, row in enumerate(rows * 9)]
     dataset = _dataset(_write(tmp_path / "continued.jsonl", rows + others), tmp_path, hold_out=30)
     words = [{" ".join(text.lower().strip(".").split()) for text in side} for side in _sides(dataset, "text")]
     assert not words[0] & words[1]
@@ -85,9 +78,7 @@ def test_the_manifest_s_own_groups_win(tmp_path: Path, rows: list[dict]) -> None
     for number, row in enumerate(rows):
         row |= {"group": f"speaker-{number // 2}", "text": "the same text"}
     dataset = _dataset(_write(tmp_path / "continued.jsonl", rows), tmp_path, hold_out=2)
-    groups = [
-        {dataset.utterance(row).extra["group"] for row in part} for part in (dataset.rows, dataset.held_out)
-    ]
+    groups = [{dataset.utterance(row).extra["group"] for row in part} for part in (dataset.rows, dataset.held_out)]
     assert len(groups[1]) == 2 and len(dataset.held_out) == 4 and not groups[0] & groups[1]
 
 
@@ -132,7 +123,5 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows_nor_on_other_rows_mu
 
 
 def test_a_row_without_a_text_is_its_recording_s() -> None:
-    first, copy, other = (
-        group_keys(Utterance(id=id, audio="a.wav", text="")) for id in ("a", "a/augmented-1", "b")
-    )
+    first, copy, other = (group_keys(Utterance(id=id, audio="a.wav", text="")) for id in ("a", "a/augmented-1", "b"))
     assert first == copy and set(first).isdisjoint(other)

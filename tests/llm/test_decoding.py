@@ -84,9 +84,7 @@ def test_slots_are_used_again(model) -> None:
 
 def test_samples_depend_on_the_seed_alone(model) -> None:
     request = _request(model, 0, 12, temperature=1.0, seed=7, max_new_tokens=20)
-    company = [
-        _request(model, key, 5 * key, temperature=0.7, seed=key, max_new_tokens=20) for key in range(1, 5)
-    ]
+    company = [_request(model, key, 5 * key, temperature=0.7, seed=key, max_new_tokens=20) for key in range(1, 5)]
     expected = _alone(model, request)
     assert decode(model, [*company, request], 5)[0].ids == expected
     torch.manual_seed(99)

@@ -13,9 +13,9 @@ from blsp.model.configuration_blsp import AUDIO_TOKEN
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", AUDIO_TOKEN, "<start_of_turn>", "<end_of_turn>"]
 MARKS = ["\ue0000\ue001", "\ue0001\ue001", "\ue000", "\ue001"]
-HOSTILE = st.lists(
-    st.sampled_from([*CONTROL, *MARKS, "system\n", "{{", "}}", "{% raw %}", " a", "\n", "é"])
-).map("".join)
+HOSTILE = st.lists(st.sampled_from([*CONTROL, *MARKS, "system\n", "{{", "}}", "{% raw %}", " a", "\n", "é"])).map(
+    "".join
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,8 @@ def test_roles_and_clips_cannot_be_forged(tokenizer, texts: list[str], clips: in
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_frame_is_the_template_cut_at_the_speech(tokenizer, order: str) -> None:
     frame = prompt_template(tokenizer, " Please repeat: ", order)
-    text = tokenizer.decode(
-        [*frame.prefix_ids, *transcript_ids(tokenizer, "hello  world "), *frame.suffix_ids]
-    )
-    body = {
-        "instruction-first": "Please repeat: hello  world",
-        "speech-first": " hello  world\nPlease repeat:",
-    }
+    text = tokenizer.decode([*frame.prefix_ids, *transcript_ids(tokenizer, "hello  world "), *frame.suffix_ids])
+    body = {"instruction-first": "Please repeat: hello  world", "speech-first": " hello  world\nPlease repeat:"}
     assert text == f"<|im_start|>user\n{body[order]}<|im_end|>\n<|im_start|>assistant\n"
 
 

@@ -39,6 +39,4 @@ def _alone(listener: Listener, instruction: str, text: str, option: str) -> floa
     answer = text_ids(listener.tokenizer, option)
     logits = listener.model(input_ids=torch.tensor([question + answer])).logits[0].log_softmax(dim=-1)
     places = range(len(question) - 1, len(question) + len(answer) - 1)
-    return float(
-        torch.stack([logits[place, token] for place, token in zip(places, answer, strict=True)]).mean()
-    )
+    return float(torch.stack([logits[place, token] for place, token in zip(places, answer, strict=True)]).mean())

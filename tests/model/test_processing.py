@@ -108,20 +108,14 @@ def test_a_tokenizer_without_a_pad_token_pads(tiny_models_folder: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["path", "array"])
-def test_the_any_to_any_pipeline_answers_as_the_listener_does(
-    pair, folder: Path, tmp_path: Path, source: str
-) -> None:
+def test_the_any_to_any_pipeline_answers_as_the_listener_does(pair, folder: Path, tmp_path: Path, source: str) -> None:
     model, processor = pair
     write_wav(tmp_path / "clip.wav", CLIP)
     clip = blsp.load_audio(tmp_path / "clip.wav")
     audio = {"path": str(tmp_path / "clip.wav")} if source == "path" else {"audio": clip}
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Please repeat:"}, {"type": "audio", **audio}]}
-    ]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Please repeat:"}, {"type": "audio", **audio}]}]
     asked = pipeline("any-to-any", model=str(folder))
-    found = asked(
-        text=messages, generate_kwargs={"max_new_tokens": 12, "do_sample": False}, return_full_text=False
-    )
+    found = asked(text=messages, generate_kwargs={"max_new_tokens": 12, "do_sample": False}, return_full_text=False)
     expected = Listener(model, processor).answer(clip, "Please repeat:", max_new_tokens=12)
     assert found[0]["generated_text"].strip() == expected
 
@@ -138,7 +132,5 @@ def test_generate_answers_as_the_listener_does(pair) -> None:
     from dataclasses import replace
 
     decoding = replace(listener.decoding, max_new_tokens=16)
-    questions = [
-        Question(audio=clip, instruction="Please repeat:", order="instruction-first") for clip in clips
-    ]
+    questions = [Question(audio=clip, instruction="Please repeat:", order="instruction-first") for clip in clips]
     assert listener.generate(questions, decoding=decoding) == texts

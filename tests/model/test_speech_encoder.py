@@ -16,9 +16,7 @@ SECONDS = (0.1, 0.3333, 1.0, 7.77, 29.9)
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory: pytest.TempPathFactory) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
     folder = save_whisper(tmp_path_factory.mktemp("encoder") / "whisper")
-    tower = WhisperEncoder.from_pretrained(
-        folder, dtype=torch.float64, key_mapping={r"^model\.encoder\.": ""}
-    )
+    tower = WhisperEncoder.from_pretrained(folder, dtype=torch.float64, key_mapping={r"^model\.encoder\.": ""})
     return tower.eval(), WhisperFeatureExtractor.from_pretrained(folder)
 
 

@@ -89,10 +89,7 @@ def test_spelling_is_saved_with_the_adapter(tmp_path, dtype: torch.dtype) -> Non
 
 def test_a_wider_read_out_is_spelled_anew(tmp_path) -> None:
     model, processor = tiny_blsp(
-        tmp_path,
-        adapter="grounded",
-        adapter_options={"spelling": 8},
-        readout_vocabulary=list(range(10, 40)),
+        tmp_path, adapter="grounded", adapter_options={"spelling": 8}, readout_vocabulary=list(range(10, 40))
     )
     first = model.model.multi_modal_projector.spelling.groups
     widen_readout(model.model.multi_modal_projector, model.config, [5, 50], processor.tokenizer)

@@ -32,9 +32,7 @@ def run(tmp_path: Path, tiny_models_folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(("stages", "value"), [(["second"], 3.0), (["first", "second"], 2.0)])
-def test_the_mean_of_the_stages_is_shipped(
-    run: Path, tmp_path: Path, stages: list[str], value: float
-) -> None:
+def test_the_mean_of_the_stages_is_shipped(run: Path, tmp_path: Path, stages: list[str], value: float) -> None:
     write_weights(run, tmp_path / "out", [run / "stages" / name / "adapter" for name in stages])
     model, _ = load_blsp(tmp_path / "out", PLACE)
     assert all((weight == value).all() for weight in model.model.multi_modal_projector.parameters())

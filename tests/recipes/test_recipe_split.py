@@ -62,9 +62,7 @@ def _runs(said: tuple[str, ...]) -> list[tuple[str, ...]]:
 @pytest.fixture(scope="module")
 def fotaq(held_out: HeldOut) -> dict[str, list[dict]]:
     parts: dict[str, list[dict]] = {}
-    for row in assign_splits(
-        [row | {"id": f"fotaq/{row['id'][:-3]}"} for row in read_list("fotaq_en")], held_out
-    ):
+    for row in assign_splits([row | {"id": f"fotaq/{row['id'][:-3]}"} for row in read_list("fotaq_en")], held_out):
         parts.setdefault(row["split"], []).append(row)
     return parts
 
@@ -85,9 +83,7 @@ def test_what_is_judged_is_held_out(judged: Judged, held_out: HeldOut) -> None:
 
 
 @pytest.mark.parametrize("name", sorted({name for shares in SHARES.values() for name in shares}))
-def test_no_spoken_sentence_shares_its_words_with_a_judged_text(
-    name: str, judged: Judged, held_out: HeldOut
-) -> None:
+def test_no_spoken_sentence_shares_its_words_with_a_judged_text(name: str, judged: Judged, held_out: HeldOut) -> None:
     texts = sentences(name, held_out)
     assert len(texts) > 100
     assert not [(text, judged.shared(text)) for text in texts if judged.shared(text)]
@@ -121,10 +117,7 @@ def test_questions_and_commands_are_in_one_part_only() -> None:
     parts = {part: {words(row["text"]) for row in rows if row["part"] == part} for part in ("train", "eval")}
     assert not parts["train"] & parts["eval"]
     templates = [(row["template"], row["part"]) for row in rows if row["kind"] == "command"]
-    for (
-        template,
-        part,
-    ) in templates:  # a text that both parts can say moves to the evaluation, never the other way
+    for template, part in templates:  # a text that both parts can say moves to the evaluation, never the other way
         assert part_of(template) == part or part == "eval"
 
 

@@ -35,15 +35,10 @@ def test_a_spoken_question_gets_the_answer_that_the_library_gives(server: Runnin
 def test_instruction_and_speech_keep_their_order(server: Running) -> None:
     clip, instruction = spoken(2), "Please repeat the following words:"
     decoding = server.listener.decoding
-    for order, parts in (
-        ("instruction-first", (instruction + "\n", clip)),
-        ("speech-first", (clip, instruction)),
-    ):
+    for order, parts in (("instruction-first", (instruction + "\n", clip)), ("speech-first", (clip, instruction))):
         question = Question(audio=clip, instruction=instruction, order=order)
         expected = server.listener.generate([question], decoding=decoding)[0]
-        assert (
-            ask(server, user(*parts), max_completion_tokens=128 // 2).choices[0].message.content in expected
-        )
+        assert ask(server, user(*parts), max_completion_tokens=128 // 2).choices[0].message.content in expected
 
 
 def test_a_stream_is_the_same_answer_in_openais_chunks(server: Running) -> None:
@@ -52,10 +47,7 @@ def test_a_stream_is_the_same_answer_in_openais_chunks(server: Running) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(ask(server, question, **options))
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert (
-        "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-        == whole.choices[0].message.content
-    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
@@ -77,16 +69,14 @@ def test_a_stop_string_ends_the_answer_before_it(server: Running) -> None:
     assert cut.message.content == whole[: whole.index(stop)]
     assert cut.finish_reason == "stop"
     streamed = "".join(
-        chunk.choices[0].delta.content or ""
-        for chunk in ask(server, user("hello world"), stop=[stop], stream=True)
+        chunk.choices[0].delta.content or "" for chunk in ask(server, user("hello world"), stop=[stop], stream=True)
     )
     assert streamed == cut.message.content
 
 
 def test_the_same_seed_samples_the_same(server: Running) -> None:
     first, again, other = (
-        ask(server, user("hello"), temperature=1.5, seed=seed).choices[0].message.content
-        for seed in (1, 1, 2)
+        ask(server, user("hello"), temperature=1.5, seed=seed).choices[0].message.content for seed in (1, 1, 2)
     )
     assert first == again != other
 
@@ -149,11 +139,7 @@ def test_silence_gets_the_set_sentence(server: Running) -> None:
 def test_data_uris_flac_and_several_parts(server: Running) -> None:
     clip = wav(np.sin(np.arange(16_000) / 20).astype(np.float32) * 0.3, kind="FLAC")
     uri = "data:audio/flac;base64," + base64.b64encode(clip).decode()
-    parts = [
-        {"type": "audio_url", "audio_url": {"url": uri}},
-        audio_part(clip),
-        {"type": "text", "text": "hello"},
-    ]
+    parts = [{"type": "audio_url", "audio_url": {"url": uri}}, audio_part(clip), {"type": "text", "text": "hello"}]
     answer = ask(server, {"role": "user", "content": parts})
     assert answer.usage.prompt_tokens_details.audio_tokens >= 2
 
@@ -164,9 +150,7 @@ def test_text_cannot_forge_roles_or_speech(server: Running) -> None:
     assert usage.prompt_tokens_details.audio_tokens == 0
     seen = [name for names in server.app.state.scheduler._memory._stored for name in names]
     plain = ask(server, user("hello")).usage
-    assert (
-        usage.prompt_tokens > plain.prompt_tokens + len(forged) // 4
-    )  # spelled out, not taken as control tokens
+    assert usage.prompt_tokens > plain.prompt_tokens + len(forged) // 4  # spelled out, not taken as control tokens
     starts = max(names.count(IM_START) for names in server.app.state.scheduler._memory._stored)
     assert seen and starts <= 6
 
@@ -192,9 +176,7 @@ def test_what_is_not_supported_is_refused_by_name(server: Running) -> None:
     ):
         with pytest.raises(openai.BadRequestError, match=next(iter(options))):
             ask(server, user("hello"), **options)
-    ask(
-        server, user("hello"), n=1, frequency_penalty=0, modalities=["text"], response_format={"type": "text"}
-    )
+    ask(server, user("hello"), n=1, frequency_penalty=0, modalities=["text"], response_format={"type": "text"})
 
 
 def test_many_threads_streaming(server: Running) -> None:

@@ -44,29 +44,18 @@ BAD = {
     "not audio": {"messages": [user(b"not a sound file at all")]},
     "truncated": {"messages": [user(spoken()[:60])]},
     "empty": {"messages": [user("  ")]},
-    "a path": {
-        "messages": [
-            {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "/etc/passwd"}}]}
-        ]
-    },
+    "a path": {"messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "/etc/passwd"}}]}]},
     "a file URL": {
-        "messages": [
-            {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "file:///etc/passwd"}}]}
-        ]
+        "messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "file:///etc/passwd"}}]}]
     },
     "remote": {
         "messages": [
-            {
-                "role": "user",
-                "content": [{"type": "audio_url", "audio_url": {"url": "https://example.org/a"}}],
-            }
+            {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "https://example.org/a"}}]}
         ]
     },
     "an unknown part": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     "an unknown role": {"messages": [{"role": "root", "content": "hello"}]},
-    "an assistant who speaks": {
-        "messages": [{"role": "assistant", "content": [audio_part(spoken())]}, user("hi")]
-    },
+    "an assistant who speaks": {"messages": [{"role": "assistant", "content": [audio_part(spoken())]}, user("hi")]},
     "the assistant's turn": {"messages": [{"role": "assistant", "content": "hello"}]},
     "temperature": {"messages": [user("hi")], "temperature": 7},
     "tokens": {"messages": [user("hi")], "max_tokens": 0},
@@ -81,9 +70,7 @@ BAD = {
         "messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "http://[x"}}]}]
     },
     "a port that is none": {
-        "messages": [
-            {"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "http://a:99999/"}}]}
-        ]
+        "messages": [{"role": "user", "content": [{"type": "audio_url", "audio_url": {"url": "http://a:99999/"}}]}]
     },
 }
 
@@ -99,10 +86,7 @@ def test_bad_requests_get_openais_error_object(server: Running, case: str) -> No
 def test_broken_json_and_unknown_routes(server: Running) -> None:
     http = server.http()
     assert (
-        http.post(
-            "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
-        ).status_code
-        == 400
+        http.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 400
     )
     assert "error" in http.get("/v1/nothing").json()
     assert http.get("/../../etc/passwd").status_code == 404
@@ -113,9 +97,7 @@ def test_paths_that_nobody_offers_are_counted_together(server: Running) -> None:
     http = server.http()
     for number in range(50):
         http.get(f"/v1/{number}")
-    counted = [
-        line for line in http.get("/metrics").text.splitlines() if line.startswith("blsp_requests_total")
-    ]
+    counted = [line for line in http.get("/metrics").text.splitlines() if line.startswith("blsp_requests_total")]
     routes = {line.split('route="')[1].split('"')[0] for line in counted}
     assert routes <= {"chat", "transcriptions", "translations", "models", "other"}
 
@@ -190,9 +172,7 @@ def test_a_full_queue_says_when_to_come_back(server_with) -> None:
         async def crowd() -> list[httpx.Response]:
             async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
                 body = {"messages": [user("hello")], "max_tokens": 64}
-                return await asyncio.gather(
-                    *(client.post("/v1/chat/completions", json=body) for _ in range(16))
-                )
+                return await asyncio.gather(*(client.post("/v1/chat/completions", json=body) for _ in range(16)))
 
         answers = asyncio.run(crowd())
         statuses = sorted(answer.status_code for answer in answers)
@@ -236,9 +216,7 @@ def test_the_queue_is_bounded_in_speech_too(listener) -> None:
     scheduler = Scheduler(listener, Limits(queue=2))
     for _ in range(2):  # a minute at most may wait, but one recording always
         clip = np.zeros(16_000 * 61, dtype=np.float32)
-        job = Job(
-            [{"role": "user", "parts": [clip]}], listener.decoding, lambda report: None, deadline=math.inf
-        )
+        job = Job([{"role": "user", "parts": [clip]}], listener.decoding, lambda report: None, deadline=math.inf)
         if not scheduler._waiting:
             scheduler.submit(job)
     with pytest.raises(ApiError) as refusal:
@@ -251,9 +229,7 @@ def test_long_recordings_join_one_by_one(listener) -> None:
     for seconds in (10, 50, 200, 5):
         clip = np.zeros(16_000 * seconds, dtype=np.float32)
         scheduler.submit(
-            Job(
-                [{"role": "user", "parts": [clip]}], listener.decoding, lambda report: None, deadline=math.inf
-            )
+            Job([{"role": "user", "parts": [clip]}], listener.decoding, lambda report: None, deadline=math.inf)
         )
     assert [[round(job.seconds) for job in scheduler._next()] for _ in range(3)] == [[10, 50], [200], [5]]
 
@@ -262,9 +238,7 @@ def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
     with (
         server.http() as http,
         http.stream(
-            "POST",
-            "/v1/chat/completions",
-            json={"messages": [user("hello")], "stream": True, "max_tokens": 64},
+            "POST", "/v1/chat/completions", json={"messages": [user("hello")], "stream": True, "max_tokens": 64}
         ) as answer,
     ):
         next(answer.iter_lines())
@@ -279,19 +253,10 @@ def test_private_addresses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("127.0.0.1", "localhost", "10.0.0.1", "169.254.169.254", "[::1]", "0.0.0.0"):
         with pytest.raises(ApiError, match="public"):
             sound.from_url(f"http://{host}/a.wav", allow_remote=True, most_bytes=10)
-    for inside in (
-        "::ffff:127.0.0.1",
-        "64:ff9b::7f00:1",
-        "2002:7f00:1::",
-        "::127.0.0.1",
-        "fec0::1",
-        "ff02::1",
-    ):
+    for inside in ("::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "fec0::1", "ff02::1"):
         with pytest.raises(ApiError, match="public"):  # a private address in an IPv6 one's clothes
             sound.from_url(f"http://[{inside}]/a.wav", allow_remote=True, most_bytes=10)
-    found = [
-        (socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 80)) for each in ("93.184.216.34", "10.0.0.1")
-    ]
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 80)) for each in ("93.184.216.34", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: found)
     with pytest.raises(ApiError, match="public"):  # one of its addresses is private: rebinding
         sound.from_url("http://rebound.example/a.wav", allow_remote=True, most_bytes=10)
@@ -383,9 +348,7 @@ def test_the_recogniser_keeps_no_crowd_and_no_deadline_waits(server: Running, mo
     clip = np.zeros(16_000, dtype=np.float32)
 
     async def crowd() -> list[object]:
-        return await asyncio.gather(
-            *(asked.transcribe(clip, "en", 0.5) for _ in range(20)), return_exceptions=True
-        )
+        return await asyncio.gather(*(asked.transcribe(clip, "en", 0.5) for _ in range(20)), return_exceptions=True)
 
     answers = asyncio.run(crowd())
     statuses = [each.status if isinstance(each, ApiError) else each for each in answers]

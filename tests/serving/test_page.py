@@ -147,11 +147,7 @@ def test_compare_shows_three_routes(page, screenshots: Path) -> None:
     page.select_option("#preset", label="repeat")
     speak(page, milliseconds=3000)
     answered(page, 3)
-    assert [card.get_attribute("data-route") for card in page.locator(".answer").all()] == [
-        "speech",
-        "cascade",
-        "text",
-    ]
+    assert [card.get_attribute("data-route") for card in page.locator(".answer").all()] == ["speech", "cascade", "text"]
     heard = page.locator(".transcript input").input_value()
     assert len(heard.split()) > 2, "the recogniser wrote what the fake microphone said"
     page.fill(".transcript input", "What I really said")
@@ -162,9 +158,7 @@ def test_compare_shows_three_routes(page, screenshots: Path) -> None:
     page.screenshot(path=screenshots / "3-compare.png", full_page=True)
 
 
-def test_a_file_a_reload_and_a_phone_in_the_dark(
-    page, server: Running, microphone: Path, screenshots
-) -> None:
+def test_a_file_a_reload_and_a_phone_in_the_dark(page, server: Running, microphone: Path, screenshots) -> None:
     page.set_input_files("#file", microphone)
     answered(page, 1)
     visit(page, server)  # a reload forgets the conversation and works

@@ -45,11 +45,7 @@ def write(path: Path, text: str) -> None:
 
 def librispeech(root: Path) -> Copy:
     corpus = root / "LibriSpeech"
-    for split, speaker, chapter in [
-        ("dev-clean", 84, 121123),
-        ("dev-clean", 174, 50561),
-        ("train-clean-100", 19, 198),
-    ]:
+    for split, speaker, chapter in [("dev-clean", 84, 121123), ("dev-clean", 174, 50561), ("train-clean-100", 19, 198)]:
         folder = corpus / split / str(speaker) / str(chapter)
         lines = []
         for number in range(2):
@@ -57,10 +53,7 @@ def librispeech(root: Path) -> Copy:
             tone(folder / f"{id}.flac")
             lines.append(f"{id} GO DO YOU HEAR {number}\n")
         write(folder / f"{speaker}-{chapter}.trans.txt", "".join(lines))
-    write(
-        corpus / "SPEAKERS.TXT",
-        ";ID  |SEX| SUBSET           |MINUTES| NAME\n84   | F | dev-clean | 8.0 | x\n",
-    )
+    write(corpus / "SPEAKERS.TXT", ";ID  |SEX| SUBSET           |MINUTES| NAME\n84   | F | dev-clean | 8.0 | x\n")
     ids = ["174-50561-0000", "174-50561-0001", "84-121123-0000", "84-121123-0001"]
     rows = [(id, f"GO DO YOU HEAR {id[-1]}", {"language": "en", "speaker": id.split("-")[0]}) for id in ids]
     return {"split": "dev-clean"}, rows
@@ -91,21 +84,8 @@ def gigaspeech(root: Path) -> Copy:
             }
             for number, (text, found) in enumerate(texts)
         ]
-        recording = {
-            "title": "t",
-            "url": "u",
-            "path": path,
-            "aid": name,
-            "source": "podcast",
-            "duration": 12.0,
-        }
-        recording |= {
-            "sample_rate": 16000,
-            "codec": "opus",
-            "channels": 1,
-            "format": "opus",
-            "language": "EN",
-        }
+        recording = {"title": "t", "url": "u", "path": path, "aid": name, "source": "podcast", "duration": 12.0}
+        recording |= {"sample_rate": 16000, "codec": "opus", "channels": 1, "format": "opus", "language": "EN"}
         recordings.append(recording | {"speaker": "N/A", "subsets": subsets, "segments": segments})
     head = {"dataset": "GigaSpeech", "language": "EN", "version": "v1.0.0", "audios": recordings}
     write(root / "GigaSpeech.json", json.dumps(head, indent=2))
@@ -130,19 +110,13 @@ def tedlium3(root: Path) -> Copy:
     same = {"language": "en", "speaker": "AimeeMullins"}
     talk = "AimeeMullins_2009P"
     return {"split": "test"}, [
-        (
-            f"{talk}-0000050-0000225",
-            "i'd share with a discovery",
-            {"start": 0.5, "duration": 1.75, **same},
-        ),
+        (f"{talk}-0000050-0000225", "i'd share with a discovery", {"start": 0.5, "duration": 1.75, **same}),
         (f"{talk}-0000225-0000400", "it's good", {"start": 2.25, "duration": 1.75, **same}),
         (f"{talk}-0000500-0000750", "the end", {"start": 5.0, "duration": 2.5, **same}),
     ]
 
 
-COMMON_VOICE_HEAD = (
-    "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender"
-)
+COMMON_VOICE_HEAD = "client_id\tpath\tsentence_id\tsentence\tsentence_domain\tup_votes\tdown_votes\tage\tgender"
 COMMON_VOICE_HEAD += "\taccents\tvariant\tlocale\tsegment\n"
 
 
@@ -171,9 +145,7 @@ def common_voice_2(root: Path) -> Copy:
     head = "client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccent\n"
     write(folder / "validated.tsv", head + "4f\tcb6f\tGood morning.\t2\t0\n")
     tone(folder / "clips" / "cb6f.mp3", rate=48_000)
-    return {"root": folder, "split": "validated"}, [
-        ("cb6f", "Good morning.", {"language": "en", "speaker": "4f"})
-    ]
+    return {"root": folder, "split": "validated"}, [("cb6f", "Good morning.", {"language": "en", "speaker": "4f"})]
 
 
 COMMON_VOICE_4_HEAD = "client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccent\n"
@@ -220,15 +192,9 @@ def must_c(root: Path) -> Copy:
     folder = root / "en-de" / "data" / "tst-COMMON"
     for name in ("ted_1096", "ted_1097"):
         tone(folder / "wav" / f"{name}.wav", seconds=20.0)
-    segments = [
-        ("ted_1096", 16.08, 3.5),
-        ("ted_1096", 12.61, 3.449999),
-        ("ted_1097", 0.0, 2.0),
-        ("ted_1097", 3, 4),
-    ]
+    segments = [("ted_1096", 16.08, 3.5), ("ted_1096", 12.61, 3.449999), ("ted_1097", 0.0, 2.0), ("ted_1097", 3, 4)]
     listing = "".join(
-        f"- {{duration: {length:f}, offset: {start:f}, rW: 9, uW: 0, speaker_id: spk.{wav[4:]}, "
-        f"wav: {wav}.wav}}\n"
+        f"- {{duration: {length:f}, offset: {start:f}, rW: 9, uW: 0, speaker_id: spk.{wav[4:]}, wav: {wav}.wav}}\n"
         for wav, start, length in segments
     )
     write(folder / "txt" / "tst-COMMON.yaml", listing)
@@ -241,25 +207,13 @@ def must_c(root: Path) -> Copy:
             "Thank you.",
             {"start": 16.08, "duration": 3.5, "speaker": "spk.1096", "reference": "Danke."} | same,
         ),
-        (
-            "ted_1096-000002",
-            "(Laughter)",
-            {"start": 12.61, "duration": 3.449999, "reference": "(Gelächter)"} | same,
-        ),
-        (
-            "ted_1097-000003",
-            "What is it?",
-            {"start": 0.0, "duration": 2.0, "reference": "Was ist das?"} | same,
-        ),
+        ("ted_1096-000002", "(Laughter)", {"start": 12.61, "duration": 3.449999, "reference": "(Gelächter)"} | same),
+        ("ted_1097-000003", "What is it?", {"start": 0.0, "duration": 2.0, "reference": "Was ist das?"} | same),
     ]
 
 
 def fleurs(root: Path) -> Copy:
-    said = {
-        "en_us": "The cat's out, isn't it?",
-        "cmn_hans_cn": "猫在外面。",
-        "de_de": "Die Katze ist draußen.",
-    }
+    said = {"en_us": "The cat's out, isn't it?", "cmn_hans_cn": "猫在外面。", "de_de": "Die Katze ist draußen."}
     for language, text in said.items():
         folder = root / "data" / language
         for split, id in [("train", 7), ("dev", 8), ("test", 9)]:
@@ -300,11 +254,7 @@ def fluent_speech_commands(root: Path) -> Copy:
     options = ["activate lights", "activate lights kitchen", "change language Chinese", "increase volume"]
     same = {"language": "en", "speaker": "2BqVo8kVB2Skwgyb", "options": options}
     return {"split": "test"}, [
-        (
-            "test0",
-            "Louder",
-            {"reference": "increase volume", "action": "increase", "location": "none"} | same,
-        ),
+        ("test0", "Louder", {"reference": "increase volume", "action": "increase", "location": "none"} | same),
         ("test1", "Lights on", {"reference": "activate lights", "object": "lights"} | same),
     ]
 
@@ -312,16 +262,8 @@ def fluent_speech_commands(root: Path) -> Copy:
 def slurp(root: Path) -> Copy:
     def sentence(id: int, text: str, intent: str, files: list[str]) -> str:
         scenario, action = intent.split("_", 1)
-        tokens = [
-            {"surface": word, "id": i, "lemma": word, "pos": "X"} for i, word in enumerate(text.split())
-        ]
-        row = {
-            "slurp_id": id,
-            "sentence": text,
-            "sentence_annotation": text,
-            "intent": intent,
-            "action": action,
-        }
+        tokens = [{"surface": word, "id": i, "lemma": word, "pos": "X"} for i, word in enumerate(text.split())]
+        row = {"slurp_id": id, "sentence": text, "sentence_annotation": text, "intent": intent, "action": action}
         recordings = [{"file": file, "wer": 0, "ent_wer": 0, "status": "correct"} for file in files]
         entities = [{"span": [4, 5], "type": "time"}] if len(tokens) > 5 else []
         more = {"tokens": tokens, "scenario": scenario, "recordings": recordings, "entities": entities}
@@ -335,12 +277,7 @@ def slurp(root: Path) -> Copy:
     for file in [*files, "audio-1.flac"]:
         tone(root / "audio" / "slurp_real" / file)
     tone(root / "audio" / "slurp_synth" / "synth-1.flac")
-    fields = {
-        "reference": "alarm_set",
-        "options": ["alarm_set", "play_music"],
-        "scenario": "alarm",
-        "action": "set",
-    }
+    fields = {"reference": "alarm_set", "options": ["alarm_set", "play_music"], "scenario": "alarm", "action": "set"}
     fields |= {"language": "en", "entities": [{"type": "time", "text": "eight o'clock"}]}
     return {"split": "test"}, [(file[:-5], "wake me up at eight o'clock", fields) for file in files]
 
@@ -351,10 +288,7 @@ def snips_nlu(intents: dict[str, list[list[dict[str, str]]]]) -> dict[str, Any]:
     return {"language": "en", "intents": content, "entities": {}}
 
 
-LIGHTS_ON = [
-    {"text": "Turn on the lights in the "},
-    {"text": "kitchen", "slot_name": "room", "entity": "room"},
-]
+LIGHTS_ON = [{"text": "Turn on the lights in the "}, {"text": "kitchen", "slot_name": "room", "entity": "room"}]
 
 
 def snips_lights(root: Path) -> Copy:
@@ -385,10 +319,7 @@ def snips_lights(root: Path) -> Copy:
 
 def snips_speaker(root: Path) -> Copy:
     corpus = root / "smart-speaker-en-close-field"
-    play = [
-        {"text": "play some music by "},
-        {"text": "Queen", "slot_name": "artist_name", "entity": "artist"},
-    ]
+    play = [{"text": "play some music by "}, {"text": "Queen", "slot_name": "artist_name", "entity": "artist"}]
     write(corpus / "training_dataset.json", json.dumps(snips_nlu({"NextSong": [[{"text": "next song"}]]})))
     write(corpus / "test_dataset.json", json.dumps(snips_nlu({"PlayMusic": [play]})))
     texts = ["next song", "play some music by Queen"]
@@ -396,12 +327,7 @@ def snips_speaker(root: Path) -> Copy:
     write(corpus / "metadata.json", json.dumps(metadata))
     for item in metadata:
         tone(corpus / item["path_file"])
-    fields = {
-        "reference": "PlayMusic",
-        "slots": {"artist_name": "Queen"},
-        "options": ["PlayMusic"],
-        "language": "en",
-    }
+    fields = {"reference": "PlayMusic", "slots": {"artist_name": "Queen"}, "options": ["PlayMusic"], "language": "en"}
     id = "smart-speaker-en-close-field-test-1"
     return {"root": corpus, "split": "test"}, [(id, "play some music by Queen", fields)]
 
@@ -418,12 +344,7 @@ def snips_audio(root: Path) -> Copy:
         ("valid", "Joey-snips-valid-4"),
     ]:
         tone(root / split / f"{name}.wav")
-    fields = {
-        "reference": "RateBook",
-        "options": ["PlayMusic", "RateBook"],
-        "speaker": "Joey",
-        "language": "en",
-    }
+    fields = {"reference": "RateBook", "options": ["PlayMusic", "RateBook"], "speaker": "Joey", "language": "en"}
     return {"split": "valid"}, [
         ("Joey-snips-valid-3", "rate this book", fields | {"iob": ["O", "O", "B-object_type", "O"]})
     ]
@@ -455,10 +376,7 @@ def kaldi(root: Path) -> Copy:
         "call4 /data/raw.ark:1234\n",
     )
     segments = ["spk1-u1 call1 0.00 1.50", "spk1-u2 call1 1.5 1.5", "spk2-u3 call2 2 4.25"]
-    write(
-        data / "segments",
-        "\n".join([*segments, "spk2-u4 call3 0 1", "spk2-u5 call4 0 1", "spk1-u0 call1 3 4", ""]),
-    )
+    write(data / "segments", "\n".join([*segments, "spk2-u4 call3 0 1", "spk2-u5 call4 0 1", "spk1-u0 call1 3 4", ""]))
     texts = [
         "spk1-u1 HELLO THERE",
         "spk1-u2 NOTHING",
@@ -485,33 +403,16 @@ def lhotse_recording(id: str, path: Path, **more: Any) -> dict[str, Any]:
 
 def lhotse_supervision(id: str, recording: str, start: float, duration: float, text: str) -> dict[str, Any]:
     times = {"start": start, "duration": duration, "channel": 0}
-    return {
-        "id": id,
-        "recording_id": recording,
-        **times,
-        "text": text,
-        "language": "English",
-        "speaker": "s1",
-    }
+    return {"id": id, "recording_id": recording, **times, "text": text, "language": "English", "speaker": "s1"}
 
 
 def lhotse_cuts(root: Path) -> Copy:
     tone(root / "r.flac", seconds=10.0)
     recording = lhotse_recording("r", root / "r.flac")
-    cut = {
-        "id": "r-0",
-        "start": 2.0,
-        "duration": 6.0,
-        "channel": 0,
-        "recording": recording,
-        "type": "MonoCut",
-    }
+    cut = {"id": "r-0", "start": 2.0, "duration": 6.0, "channel": 0, "recording": recording, "type": "MonoCut"}
     said = [lhotse_supervision("s1", "r", 0.5, 1.25, "one"), lhotse_supervision("s2", "r", 3.0, 2.0, "two")]
     whole = cut | {"id": "r-1", "start": 0.0, "duration": 10.0}
-    moved = cut | {
-        "id": "r-2",
-        "recording": recording | {"transforms": [{"name": "Speed", "kwargs": {"factor": 1.1}}]},
-    }
+    moved = cut | {"id": "r-2", "recording": recording | {"transforms": [{"name": "Speed", "kwargs": {"factor": 1.1}}]}}
     lines = [
         cut | {"supervisions": said},
         whole | {"supervisions": [lhotse_supervision("s3", "r", 0.0, 10.0, "all")]},
@@ -540,9 +441,7 @@ def lhotse_recordings(root: Path) -> Copy:
     for kind, items in [("recordings", recordings), ("supervisions", supervisions)]:
         for split in ("train-clean-5", "dev-clean-2"):
             lines = items if split == "train-clean-5" else []
-            write(
-                root / f"librispeech_{kind}_{split}.jsonl", "".join(json.dumps(item) + "\n" for item in lines)
-            )
+            write(root / f"librispeech_{kind}_{split}.jsonl", "".join(json.dumps(item) + "\n" for item in lines))
     fields = {"start": 0.5, "duration": 1.25, "language": "en", "speaker": "s1"}
     return {"split": "train-clean-5"}, [("s1", "one", fields)]
 

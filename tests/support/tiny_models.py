@@ -37,9 +37,7 @@ from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import mel_features
 from blsp.weights.digest import find_weights
 
-SPOKEN = (
-    "how many days are in a week what is the capital of france please repeat the following words hello world"
-)
+SPOKEN = "how many days are in a week what is the capital of france please repeat the following words hello world"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -94,9 +92,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "qwen2": lambda: Qwen2Config(**_SIZES),
     "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=8),
-    "gemma2": lambda: Gemma2Config(
-        **_SIZES | _GEMMA, final_logit_softcapping=30.0, attn_logit_softcapping=50.0
-    ),
+    "gemma2": lambda: Gemma2Config(**_SIZES | _GEMMA, final_logit_softcapping=30.0, attn_logit_softcapping=50.0),
     "gemma3": lambda: Gemma3TextConfig(**_SIZES | _GEMMA),
 }
 
@@ -139,12 +135,7 @@ ADAPTER_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def tiny_blsp(
-    folder: Path,
-    *,
-    family: str = "llama",
-    adapter: str = "conv",
-    runtime: Runtime | None = None,
-    **kwargs: Any,
+    folder: Path, *, family: str = "llama", adapter: str = "conv", runtime: Runtime | None = None, **kwargs: Any
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """A BLSP model between a random Whisper and a random LLM that lie in `folder` (made when missing)."""
     audio, text = folder / "whisper", folder / family

@@ -62,9 +62,7 @@ def test_a_window_is_read_in_blocks_and_holds_like_lengths() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 90), st.integers(0, 2)), min_size=1, max_size=40), st.integers(20, 300)
-)
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(0, 2)), min_size=1, max_size=40), st.integers(20, 300))
 def test_cut_keeps_rows_groups_and_budget(rows: list[tuple[int, int]], budget: int) -> None:
     lengths, groups = (np.array(column) for column in zip(*rows, strict=True))
     numbers = np.arange(len(rows)) + 100

@@ -72,10 +72,7 @@ def test_an_answer_cut_at_the_limit_teaches_no_end(tmp_path: Path) -> None:
 
 def test_answers_from_behind_a_url_are_tokenised_here(tmp_path: Path) -> None:
     path = write_data(tmp_path, rows=1)
-    _rewrite(
-        path,
-        lambda _, row: {k: v for k, v in row.items() if k != "continuation_ids"} | {"continuation": "hello"},
-    )
+    _rewrite(path, lambda _, row: {k: v for k, v in row.items() if k != "continuation_ids"} | {"continuation": "hello"})
     dataset = _dataset(path, tmp_path)
     example = _reader(dataset).example(dataset.rows[0], 0)
     assert example.response[: len(text_ids(TOKENIZER, "hello"))] == text_ids(TOKENIZER, "hello")
@@ -111,10 +108,7 @@ def test_rows_that_an_older_version_measured_are_read(tmp_path: Path) -> None:
 def test_no_speech_rows_take_a_prompt_of_the_others_and_the_set_sentence(tmp_path: Path) -> None:
     path = write_data(tmp_path, rows=9)
     silent = {"text": "", "no_speech": True, "behaviour": "", "order": ""}
-    _rewrite(
-        path,
-        lambda number, row: row if number > 2 else {"id": row["id"], "audio": row["audio"]} | silent,
-    )
+    _rewrite(path, lambda number, row: row if number > 2 else {"id": row["id"], "audio": row["audio"]} | silent)
     for targets, expected in ((CE, "nothing"), (replace(CE, reads_out=True), "")):
         dataset = _dataset(path, tmp_path / str(targets.reads_out), targets)
         reader = _reader(dataset, targets)
@@ -127,17 +121,13 @@ def test_no_speech_rows_take_a_prompt_of_the_others_and_the_set_sentence(tmp_pat
             assert example.response == answer
 
 
-def test_ctc_targets_are_classes_and_what_cannot_be_spelled_is_refused_with_its_reason(
-    tmp_path: Path,
-) -> None:
+def test_ctc_targets_are_classes_and_what_cannot_be_spelled_is_refused_with_its_reason(tmp_path: Path) -> None:
     path = write_data(tmp_path, rows=5)
     texts = ["hello world", "hello " * 40, "hello\u0000", "", "days"]
     _rewrite(path, lambda number, row: row | {"text": texts[number]})
     dataset = _dataset(path, tmp_path, CTC)
     classes = {token: 1 + token for token in transcript_ids(TOKENIZER, "hello world days")}
-    assert [json.loads(line)["reason"] for line in (tmp_path / "run.skipped.jsonl").open()] == [
-        "no transcript"
-    ]
+    assert [json.loads(line)["reason"] for line in (tmp_path / "run.skipped.jsonl").open()] == ["no transcript"]
     strict, lenient = (
         _reader(dataset, CTC, classes),
         _reader(dataset, Targets(frozenset({"continuation"}), extras=frozenset({"readout"})), classes),

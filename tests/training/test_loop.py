@@ -129,9 +129,7 @@ def test_loss_falls_and_the_curve_is_the_seed_s(settings: TrainSettings, tmp_pat
 
 
 @pytest.mark.parametrize(("adapter", "loss"), [("conv", "ce"), ("grounded", "ctc"), ("grounded", "kl")])
-def test_cached_features_and_encoding_on_the_fly_agree(
-    settings, tmp_path: Path, adapter: str, loss: str
-) -> None:
+def test_cached_features_and_encoding_on_the_fly_agree(settings, tmp_path: Path, adapter: str, loss: str) -> None:
     online = replace(settings, adapter=adapter, loss=loss, steps=2)
     cached = replace(online, out=tmp_path / "cached", cache=tmp_path / "features")
     train(online)
@@ -170,10 +168,7 @@ def test_stages_follow_each_other(settings: TrainSettings, tmp_path: Path) -> No
         "batch-size": 6,
         "held-out": 2,
         "lr": 0.01,
-        "stages": [
-            {"name": "ground", "loss": "ctc", "steps": 3},
-            {"name": "align", "loss": "kl", "steps": 2},
-        ],
+        "stages": [{"name": "ground", "loss": "ctc", "steps": 3}, {"name": "align", "loss": "kl", "steps": 2}],
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
@@ -278,9 +273,7 @@ def test_init_from_reads_out_the_new_words_too(settings, tmp_path: Path) -> None
     few.write_text("\n".join(rows[: len(rows) // 2]) + "\n")
     train(replace(grounded, data=(str(few),), out=tmp_path / "few"))
     train(replace(grounded, out=tmp_path / "all", init_from=(str(tmp_path / "few" / "adapter"),), lr=1e-12))
-    before, after = (
-        _weights(tmp_path / n)["model.multi_modal_projector.vocabulary"].tolist() for n in ("few", "all")
-    )
+    before, after = (_weights(tmp_path / n)["model.multi_modal_projector.vocabulary"].tolist() for n in ("few", "all"))
     assert set(before) < set(after)
     bias = {n: _weights(tmp_path / n)["model.multi_modal_projector.bias"] for n in ("few", "all")}
     kept = torch.tensor([after.index(token) for token in before])
@@ -308,15 +301,11 @@ def test_the_average_of_the_last_steps_is_what_is_shipped(settings, tmp_path: Pa
 
 def test_probes_see_the_spelling_as_it_is_learnt(settings, tmp_path: Path, monkeypatch) -> None:
     options = ("bottleneck=8", "spelling=4")
-    settings = replace(
-        settings, adapter="grounded", loss="kl", adapter_options=options, probe_every=1, log_every=1
-    )
+    settings = replace(settings, adapter="grounded", loss="kl", adapter_options=options, probe_every=1, log_every=1)
     train(settings)
     monkeypatch.setattr(CachedValue, "get", lambda self, compute, *sources: compute(*sources))
     train(replace(settings, out=tmp_path / "nothing kept"))
-    kept, fresh = (
-        [row["held_out_kl"] for row in _metrics(out)] for out in (settings.out, tmp_path / "nothing kept")
-    )
+    kept, fresh = ([row["held_out_kl"] for row in _metrics(out)] for out in (settings.out, tmp_path / "nothing kept"))
     assert kept == fresh and len(set(kept)) == 6
 
 

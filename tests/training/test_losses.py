@@ -27,9 +27,7 @@ def test_ctc_equals_torch_in_value_and_gradient(data) -> None:
         target = data.draw(st.lists(tokens, max_size=lengths[-1]))
         targets.append(target if can_align(lengths[-1], target) else [])
     width = max(map(len, targets))
-    padded = torch.tensor([t + [0] * (width - len(t)) for t in targets], dtype=torch.long).reshape(
-        batch, width
-    )
+    padded = torch.tensor([t + [0] * (width - len(t)) for t in targets], dtype=torch.long).reshape(batch, width)
     sizes, length = torch.tensor([len(t) for t in targets]), torch.tensor(lengths)
     ours = _logits(batch, places, classes, seed=places).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
@@ -50,8 +48,7 @@ def test_ctc_of_silence_is_the_cost_of_blanks() -> None:
 
 
 @pytest.mark.parametrize(
-    "places, target, possible",
-    [(3, [1, 2, 3], True), (2, [1, 2, 3], False), (2, [1, 1], False), (1, [], True)],
+    "places, target, possible", [(3, [1, 2, 3], True), (2, [1, 2, 3], False), (2, [1, 1], False), (1, [], True)]
 )
 def test_can_align(places: int, target: list[int], possible: bool) -> None:
     assert can_align(places, target) is possible

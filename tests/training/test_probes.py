@@ -20,18 +20,14 @@ def test_divergence_is_zero_where_the_speech_is_the_transcript_s_embeddings(pair
 
     def listen(states, lengths):  # an adapter that has learnt everything
         batch = seen.pop(0)
-        vectors = torch.nn.utils.rnn.pad_sequence(
-            [embed(model, e.transcript) for e in batch], batch_first=True
-        )
+        vectors = torch.nn.utils.rnn.pad_sequence([embed(model, e.transcript) for e in batch], batch_first=True)
         places = torch.tensor([len(e.transcript) for e in batch])
         valid = torch.arange(vectors.shape[1])[None, :] < places[:, None]
         return AdapterOutput(vectors, places, valid, places > 0)
 
     seen = [[examples[i] for i in numbers] for numbers in probes.micro_batches(examples, 200)]
     monkeypatch.setattr(model.model, "listen", listen)
-    divergence, agreement = probes.divergence(
-        Probe("train", examples), examples, PrefixCache(model), positions=200
-    )
+    divergence, agreement = probes.divergence(Probe("train", examples), examples, PrefixCache(model), positions=200)
     assert divergence == pytest.approx(0, abs=1e-12) and agreement == 1.0
 
 
@@ -41,9 +37,7 @@ def test_divergence_does_not_depend_on_how_the_clips_are_cut_up(pair_of, monkeyp
     with torch.no_grad():
         probe, llm = Probe("train", examples), PrefixCache(model)
         whole = probes.divergence(probe, examples, llm, positions=100_000)
-        monkeypatch.setattr(
-            probes, "transcript_vectors", lambda *_: pytest.fail("the transcript was read again")
-        )
+        monkeypatch.setattr(probes, "transcript_vectors", lambda *_: pytest.fail("the transcript was read again"))
         single = probes.divergence(probe, examples, llm, positions=1)
     assert whole == pytest.approx(single, abs=1e-9) and whole[0] > 0.01
 

@@ -20,11 +20,7 @@ def _one_by_one(model, examples, vectors_of) -> list[torch.Tensor]:
     found = []
     for example, vectors in zip(examples, vectors_of, strict=True):
         frame = example.template
-        parts = [
-            embed(model, frame.prefix_ids),
-            vectors,
-            embed(model, [*frame.suffix_ids, *example.response[:-1]]),
-        ]
+        parts = [embed(model, frame.prefix_ids), vectors, embed(model, [*frame.suffix_ids, *example.response[:-1]])]
         hidden = model.model.language_model(inputs_embeds=torch.cat(parts)[None]).last_hidden_state
         found.append(model.compute_logits(hidden)[0, -len(example.response) :])
     return found
@@ -38,9 +34,7 @@ def _vectors(model, examples) -> list[torch.Tensor]:
 @pytest.mark.parametrize("adapter", ["conv", "stack", "grounded"])
 @pytest.mark.parametrize("loss", ["ce", "kl"])
 @pytest.mark.parametrize("order", ["speech-first", "instruction-first"])
-def test_sums_and_gradients_are_those_of_the_plain_computation(
-    pair_of, adapter: str, loss: str, order: str
-) -> None:
+def test_sums_and_gradients_are_those_of_the_plain_computation(pair_of, adapter: str, loss: str, order: str) -> None:
     model, processor = pair_of(adapter)
     examples = make_examples(processor, 5, order=order)
     sums = step.run(model, examples, Objective({loss: 1.0}), PrefixCache(model))
@@ -104,16 +98,12 @@ def test_stored_teacher_with_the_whole_vocabulary_equals_the_teacher_run_here(pa
         stored.append(replace(example, teacher=(ids.numpy(), logp.numpy())))
     llm = PrefixCache(model)
     online = step.run(model, examples, Objective({"kl": 1.0}, temperature=2.0), llm).terms["kl"]
-    offline = step.run(
-        model, stored, Objective({"kl": 1.0}, temperature=2.0, stored_teacher=True), llm
-    ).terms["kl"]
+    offline = step.run(model, stored, Objective({"kl": 1.0}, temperature=2.0, stored_teacher=True), llm).terms["kl"]
     torch.testing.assert_close(online, offline, **TIGHT)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_kl_is_scaled_by_the_square_of_the_temperature_and_the_set_answer_is_not(
-    pair_of, temperature: float
-) -> None:
+def test_kl_is_scaled_by_the_square_of_the_temperature_and_the_set_answer_is_not(pair_of, temperature: float) -> None:
     model, processor = pair_of("conv")
     examples = [replace(e, readout=None) for e in make_examples(processor, 3)]
     examples[0] = silent(examples[0], response=[5, 6, 7, 2])

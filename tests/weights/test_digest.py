@@ -39,9 +39,7 @@ def write(folder: Path, tensors: Tensors, model_type: str = "llama", shards: int
 
 def some_tensors(prefix: str = "") -> Tensors:
     rng = np.random.default_rng(0)
-    return {
-        f"{prefix}layers.{i}.weight": rng.standard_normal((3, i + 1)).astype(np.float32) for i in range(5)
-    }
+    return {f"{prefix}layers.{i}.weight": rng.standard_normal((3, i + 1)).astype(np.float32) for i in range(5)}
 
 
 def test_it_is_the_hash_that_the_docstring_says(tmp_path: Path) -> None:

@@ -69,15 +69,11 @@ def test_builders_at_the_same_time_leave_one_whole_folder(tmp_path: Path) -> Non
     abandoned = tmp_path / "embedded" / f".fake-v{embedded.FORMAT}.killed"
     abandoned.mkdir(parents=True)
     builders = [
-        subprocess.Popen(
-            [sys.executable, "-c", BUILDER, str(i)], env={"BLSP_CACHE": str(tmp_path), "PATH": ""}
-        )
+        subprocess.Popen([sys.executable, "-c", BUILDER, str(i)], env={"BLSP_CACHE": str(tmp_path), "PATH": ""})
         for i in range(3)
     ]
     assert [builder.wait(60) for builder in builders] == [0, 0, 0]
-    assert [path.name for path in (tmp_path / "embedded").iterdir() if path.is_dir()] == [
-        f"fake-v{embedded.FORMAT}"
-    ]
+    assert [path.name for path in (tmp_path / "embedded").iterdir() if path.is_dir()] == [f"fake-v{embedded.FORMAT}"]
 
 
 def test_a_failed_build_is_not_taken_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +160,7 @@ def test_the_encoder_equals_ctranslate2(name: str) -> None:
     mel = extractor(chirp, sampling_rate=16_000, return_tensors="np").input_features  # (1, 80, 3000)
     with torch.inference_mode():
         ours = encoder(torch.from_numpy(mel)).last_hidden_state.numpy()  # (1, 1500, E)
-    reference = ctranslate2.models.Whisper(
-        resolve_weights(f"{name}:ct2"), compute_type="float32", intra_threads=1
-    )
+    reference = ctranslate2.models.Whisper(resolve_weights(f"{name}:ct2"), compute_type="float32", intra_threads=1)
     theirs = np.array(reference.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(mel))))
     np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max(), rtol=0)
     assert np.abs(ours - theirs).mean() < 1e-4

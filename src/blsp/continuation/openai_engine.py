@@ -87,10 +87,7 @@ class OpenAIEngine:
         # openai's types name httpx2, the successor of httpx; it takes both
         http_client: Any = _WholeReplies(timeout=self.timeout, limits=limits, verify=verify)
         return AsyncOpenAI(
-            api_key=self.api_key or "none",
-            base_url=self.url,
-            max_retries=self.attempts - 1,
-            http_client=http_client,
+            api_key=self.api_key or "none", base_url=self.url, max_retries=self.attempts - 1, http_client=http_client
         )
 
     async def _work(
@@ -119,11 +116,7 @@ class OpenAIEngine:
                 "--concurrency"
             ) from error
         choice = reply["choices"][0]
-        text, finish, ids = (
-            choice["message"].get("content") or "",
-            choice["finish_reason"],
-            choice.get("token_ids"),
-        )
+        text, finish, ids = (choice["message"].get("content") or "", choice["finish_reason"], choice.get("token_ids"))
         refused = None if finish in FINISHES else f"the server ended with finish_reason {finish!r}"
         if any("\ud800" <= character <= "\udfff" for character in text):
             refused = "the server's text holds half of a surrogate pair, which no file can hold"
@@ -173,11 +166,7 @@ def _fault_of(reply: httpx.Response) -> str | None:
         return f"a reply that is not JSON: {reply.text[:80]!r}"
     try:
         choice = body["choices"][0]
-        text, finish, ids = (
-            choice["message"].get("content"),
-            choice.get("finish_reason"),
-            choice.get("token_ids"),
-        )
+        text, finish, ids = (choice["message"].get("content"), choice.get("finish_reason"), choice.get("token_ids"))
     except (KeyError, IndexError, TypeError, AttributeError):
         return f"a reply without choices: {str(body)[:80]!r}"
     if not isinstance(text or "", str) or not isinstance(ids or [], list):

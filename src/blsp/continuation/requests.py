@@ -102,9 +102,7 @@ def plan_continuations(
             yield PlannedPrompt(number, spec, tokens, prompt_digest(spec.instruction, spec.order, text))
 
 
-def plan_scoring(
-    rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, path: str
-) -> Iterator[PlannedPrompt]:
+def plan_scoring(rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, path: str) -> Iterator[PlannedPrompt]:
     """The prompts of `--score-only`. They are equal where prompt, continuation and its end are equal."""
     lengths = PromptLengths(tokenizer)
     for number, row in enumerate(rows):
@@ -219,9 +217,7 @@ def parse_mixture(text: str) -> Mixture:
     if not names or len(set(names)) != len(names):
         raise MixtureError(f"{text!r}: name each choice once, as in continue:0.7,repeat:0.3")
     if weights and len(weights) != len(names):
-        raise MixtureError(
-            f"{text!r}: give all a weight (each row gets one of them) or none (each row gets all)"
-        )
+        raise MixtureError(f"{text!r}: give all a weight (each row gets one of them) or none (each row gets all)")
     return Mixture(names, tuple(weight / sum(weights) for weight in weights) if weights else None)
 
 

@@ -98,9 +98,7 @@ class PromptPlan:
 
     def rows(self) -> Iterator[tuple[PlannedPrompt, int | None]]:
         """For each output row its prompt, and the number of the first equal one (None: not for the LLM)."""
-        records = self._database.execute(
-            f"SELECT first, {PROMPT} FROM prompts {SPEC} ORDER BY prompts.number"
-        )
+        records = self._database.execute(f"SELECT first, {PROMPT} FROM prompts {SPEC} ORDER BY prompts.number")
         for record in records:
             yield _planned(record[1:]), record[0]
 
@@ -179,9 +177,7 @@ def _plan_digest(database: sqlite3.Connection) -> str:
 
 def open_parts(folder: Path, facts: dict[str, Any], rank: int) -> Parts:
     """The folder of unfinished work of the job with these facts."""
-    earlier = (
-        folder / "plan" / "state.json"
-    )  # up to version 0.1 the plan was a folder; the answers were as now
+    earlier = folder / "plan" / "state.json"  # up to version 0.1 the plan was a folder; the answers were as now
     if rank == 0 and earlier.exists():
         if json.loads(earlier.read_text(encoding="utf-8")).get("identity") == digest_of(facts):
             write_json(folder / "job.json", {"settings": digest_of(facts)})
@@ -189,9 +185,7 @@ def open_parts(folder: Path, facts: dict[str, Any], rank: int) -> Parts:
     return Parts(folder, facts, rank)
 
 
-def open_plan(
-    parts: Parts, batch_size: int, prompts: Callable[[], Iterable[PlannedPrompt]], rank: int
-) -> PromptPlan:
+def open_plan(parts: Parts, batch_size: int, prompts: Callable[[], Iterable[PlannedPrompt]], rank: int) -> PromptPlan:
     """The plan of this job: rank 0 writes it if it is not there, the other ranks wait for it."""
     path = parts.folder / "plan.sqlite"
     while not path.exists():
@@ -245,9 +239,7 @@ class AnswerLog:
     def __enter__(self) -> AnswerLog:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for file in (self._ids, self._logp, self._log):
             if file is not None:
                 file.close()
@@ -361,6 +353,4 @@ def _done_prompts(parts: Parts, rows: int) -> np.ndarray:
 
 def _progress(plan: PromptPlan, mine: range, missing: list[int], runtime: Runtime) -> tqdm:
     total, left = sum(map(plan.size_of, mine)), sum(map(plan.size_of, missing))
-    return tqdm(
-        total=total, initial=total - left, unit="prompt", disable=runtime.rank != 0, dynamic_ncols=True
-    )
+    return tqdm(total=total, initial=total - left, unit="prompt", disable=runtime.rank != 0, dynamic_ncols=True)

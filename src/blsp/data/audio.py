@@ -263,9 +263,7 @@ def _check_inside(name: str, seconds: float, start: float, duration: float | Non
     if start >= seconds:
         raise AudioError(f"{name}: start {start} s lies past its end at {seconds:.3f} s")
     if duration is not None and start + duration > seconds + END_SLACK:
-        raise AudioError(
-            f"{name}: the cut ends at {start + duration:.3f} s, the recording at {seconds:.3f} s"
-        )
+        raise AudioError(f"{name}: the cut ends at {start + duration:.3f} s, the recording at {seconds:.3f} s")
     length = seconds - start if duration is None else duration
     if length > longest:
         raise AudioError(f"{name}: {length:.0f} s of audio; at most {longest:.0f} s are taken, so cut it")
@@ -366,9 +364,7 @@ def _decode_data_uri(uri: str, name: str) -> bytes:
 
 def _file_size(path: Path, name: str) -> int:
     if not path.is_file():
-        raise AudioError(
-            f"{name}: {'is a folder or device, not a file' if path.exists() else 'no such file'}"
-        )
+        raise AudioError(f"{name}: {'is a folder or device, not a file' if path.exists() else 'no such file'}")
     if not (size := path.stat().st_size):
         raise AudioError(f"{name}: the file is empty (0 bytes)")
     return size

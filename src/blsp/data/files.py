@@ -132,13 +132,9 @@ def parse_row(raw: bytes, where: str) -> dict[str, Any]:
         if "\\u" in text:
             json.dumps(row, ensure_ascii=False).encode()  # fails for half of a surrogate pair
     except UnicodeDecodeError as error:
-        raise ManifestError(
-            f"{where}: is not UTF-8 (byte {error.start}); convert the file to UTF-8"
-        ) from error
+        raise ManifestError(f"{where}: is not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
     except UnicodeEncodeError as error:
-        raise ManifestError(
-            f"{where}: holds half of a surrogate pair (\\ud800…); write the character whole"
-        ) from error
+        raise ManifestError(f"{where}: holds half of a surrogate pair (\\ud800…); write the character whole") from error
     except json.JSONDecodeError as error:
         torn = "; the file ends in the middle of this row: remove it or write it again"
         torn = "" if raw.endswith(b"\n") else torn
@@ -161,6 +157,4 @@ def dump_row(row: dict[str, Any], where: str) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
-        raise ManifestError(
-            f"{where}: the row {show(row.get('id'))} cannot be written as JSON ({error})"
-        ) from error
+        raise ManifestError(f"{where}: the row {show(row.get('id'))} cannot be written as JSON ({error})") from error

@@ -77,9 +77,7 @@ class RowLog:
         lines = b"".join(dump_row(row, str(self.path)) for row in rows)
         written = self._file.write(lines)
         if written != len(lines):
-            raise OSError(
-                f"{self.path}: only {written} of {len(lines)} bytes were written; is the disk full?"
-            )
+            raise OSError(f"{self.path}: only {written} of {len(lines)} bytes were written; is the disk full?")
 
     def close(self) -> None:
         self._file.close()
@@ -181,9 +179,7 @@ def lock_job(output: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise JobError(
-            f"{output}: {_holder(path)} here; wait for it, stop it, or choose another --out"
-        ) from None
+        raise JobError(f"{output}: {_holder(path)} here; wait for it, stop it, or choose another --out") from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
@@ -277,9 +273,7 @@ class Job:
             )
         return header
 
-    def require_same(
-        self, begun: dict[str, Any], settings: dict[str, Any], ignore: Collection[str] = ()
-    ) -> None:
+    def require_same(self, begun: dict[str, Any], settings: dict[str, Any], ignore: Collection[str] = ()) -> None:
         """Raise JobError where `settings` differ from those that the job was begun with."""
         if changes := differences(begun, settings, ignore):
             raise JobError(
@@ -299,9 +293,7 @@ class Job:
         count = 0
         for given in inputs:
             if row is not None and given[key] == row.get(key):
-                changed = [
-                    name for name in {**row, **given} if name != answer and given.get(name) != row.get(name)
-                ]
+                changed = [name for name in {**row, **given} if name != answer and given.get(name) != row.get(name)]
                 if changed:
                     raise JobError(
                         f"{self.out}: {key} {show(given[key])} was answered when its {changed[0]} was "

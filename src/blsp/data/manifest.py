@@ -29,14 +29,7 @@ from blsp.data.row_index import INDEX_SUFFIX, open_index, refuse_shared_keys
 ROWS_READ = 256  # rows fetched at a time when all are read in order
 CONTINUATION_KEY = ("id", "behaviour", "order")  # what is unique in a continuation file
 
-__all__ = [
-    "CONTINUATION_KEY",
-    "Manifest",
-    "ManifestError",
-    "Utterance",
-    "read_rows",
-    "write_manifest",
-]
+__all__ = ["CONTINUATION_KEY", "Manifest", "ManifestError", "Utterance", "read_rows", "write_manifest"]
 
 
 @dataclass(frozen=True)
@@ -113,9 +106,7 @@ def _check_fields(row: dict[str, Any], where: str) -> None:
     if not row.get("id"):
         raise ManifestError(f'{where}: "id" is missing or empty; every row needs a string of its own')
     if "audio" not in row and "text" not in row and "instruction" not in row:
-        raise ManifestError(
-            f'{where}: a row needs "audio" (a path) and "text" (its transcript); both are missing'
-        )
+        raise ManifestError(f'{where}: a row needs "audio" (a path) and "text" (its transcript); both are missing')
 
 
 def _check_seconds(name: str, value: Any, where: str) -> None:

@@ -119,9 +119,7 @@ def _rows_left(rows: Rows, part: Path) -> Rows:
         count, last = count + 1, str(row.get("id"))
     if count and all(row.id != last for row in rows):
         part.unlink()
-        raise CorpusError(
-            f"the corpus has changed since the last run ({last} is gone); run the command again"
-        )
+        raise CorpusError(f"the corpus has changed since the last run ({last} is gone); run the command again")
     yield from rows
 
 
@@ -166,9 +164,7 @@ def _finish(settings: PrepareSettings, job: Job, part: Path, facts: dict[str, An
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
     if not part.stat().st_size:
         shutil.rmtree(job.parts_folder)
-        raise CorpusError(
-            f"{settings.root}: no utterance in {settings.split!r}; left out: {left_out or 'nothing'}"
-        )
+        raise CorpusError(f"{settings.root}: no utterance in {settings.split!r}; left out: {left_out or 'nothing'}")
     rows = len(open_index(part, ("id",)))
     os.replace(index_path(part), index_path(job.out))
     job.finish(part, {"settings": facts, "rows": rows, "skipped": dict(reasons)})

@@ -45,9 +45,7 @@ FIRST_REPEATED = """
 class RowIndex:
     """The rows of one file, in the file's order, from 0."""
 
-    def __init__(
-        self, path: Path, key: tuple[str, ...], table: sqlite3.Connection, rows: int, size: int
-    ) -> None:
+    def __init__(self, path: Path, key: tuple[str, ...], table: sqlite3.Connection, rows: int, size: int) -> None:
         self.path, self.key, self.size = path, key, size  # size in bytes
         self._table, self._rows = table, rows
 
@@ -143,9 +141,7 @@ def _temporary(path: Path, key: tuple[str, ...], stamp: str) -> RowIndex:
         _build(database, path, key, stamp)
         index = _load(database, path, key, stamp)
     if index is None:
-        raise ManifestError(
-            f"{path}: its index cannot be read again in the temporary folder; is a disk full?"
-        )
+        raise ManifestError(f"{path}: its index cannot be read again in the temporary folder; is a disk full?")
     return index
 
 
@@ -164,9 +160,7 @@ def _build(database: Path, path: Path, key: tuple[str, ...], stamp: str) -> None
         if count < 1:
             raise ManifestError(f"{path}: holds blank lines only; a manifest needs at least one row")
         if _stamp(path, key) != stamp:
-            raise ManifestError(
-                f"{path}: changed while it was being indexed; wait until its writer has finished"
-            )
+            raise ManifestError(f"{path}: changed while it was being indexed; wait until its writer has finished")
         try:
             table.execute("CREATE UNIQUE INDEX keys ON rows (key)")  # an external sort: flat memory
         except sqlite3.IntegrityError:

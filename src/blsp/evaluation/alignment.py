@@ -32,15 +32,7 @@ from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, Answers, Log, answer_log
 from blsp.evaluation.confidence import Figure, draws, interval, ratio
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
-from blsp.evaluation.routes import (
-    RouteInput,
-    RouteInputFn,
-    ask,
-    plan_batches,
-    request,
-    route_fingerprint,
-    text_input,
-)
+from blsp.evaluation.routes import RouteInput, RouteInputFn, ask, plan_batches, request, route_fingerprint, text_input
 from blsp.evaluation.tasks import AlignmentPlan, Task
 from blsp.inference.listener import Listener
 from blsp.llm.language_model import embed
@@ -94,8 +86,7 @@ class Alignment:
     def figures(self, samples: int, seed: int) -> dict[str, Any]:
         """The object "alignment" of results.json; `samples` and `seed` are the bootstrap's."""
         behaviours = {
-            behaviour: summarise(list(clips.values()), samples, seed)
-            for behaviour, clips in self.comparisons.items()
+            behaviour: summarise(list(clips.values()), samples, seed) for behaviour, clips in self.comparisons.items()
         }
         first = next(iter(behaviours))
         return {
@@ -139,9 +130,7 @@ def measure(
                     log.write(compare(listener, task, batch, inputs, answers[behaviour]))
                 progress(len(batch))
             alignment.comparisons[behaviour] = {row.id: log.records[row.id] for row in rows}
-    alignment.layers = analyse_layers(
-        listener, tasks, routes.text, routes.speech, answers, plan.layer_samples
-    )
+    alignment.layers = analyse_layers(listener, tasks, routes.text, routes.speech, answers, plan.layer_samples)
     return alignment
 
 
@@ -158,19 +147,13 @@ def baseline_inputs(listener: Listener, speech: Sequence[RouteInput]) -> dict[st
 
 
 def compare(
-    listener: Listener,
-    task: Task,
-    rows: Sequence[Utterance],
-    inputs: dict[str, list[RouteInput]],
-    answers: Answers,
+    listener: Listener, task: Task, rows: Sequence[Utterance], inputs: dict[str, list[RouteInput]], answers: Answers
 ) -> dict[str, Comparison]:
     """Each clip's divergence along the text route's answer. inputs: of text, speech and each baseline."""
     comparisons = {}
     for part in _slices(rows):
         batch, targets = rows[part], [answers[row.id] for row in rows[part]]
-        states = {
-            name: _states(listener, task, batch, items[part], targets) for name, items in inputs.items()
-        }
+        states = {name: _states(listener, task, batch, items[part], targets) for name, items in inputs.items()}
         text, speech = states.pop("text"), states.pop("speech")  # for each row (N, D)
         for i, row in enumerate(batch):
             kl, agreed = divergence(listener.model, text[i], speech[i])
@@ -183,11 +166,7 @@ def compare(
 
 
 def _states(
-    listener: Listener,
-    task: Task,
-    rows: Sequence[Utterance],
-    inputs: Sequence[RouteInput],
-    answers: Sequence[Answer],
+    listener: Listener, task: Task, rows: Sequence[Utterance], inputs: Sequence[RouteInput], answers: Sequence[Answer]
 ) -> list[Tensor]:
     """For each row the last hidden states (N, D) from which the answer's tokens are predicted."""
     requests = [request(listener, task, row, item) for row, item in zip(rows, inputs, strict=True)]
@@ -245,8 +224,4 @@ def _from_row(row: dict[str, Any]) -> Comparison:
 
 
 def _to_row(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "kl": list(comparison.kl),
-        "agreed": list(comparison.agreed),
-        "baselines": comparison.baselines,
-    }
+    return {"kl": list(comparison.kl), "agreed": list(comparison.agreed), "baselines": comparison.baselines}

@@ -18,9 +18,7 @@ from typing import Any, Generic, TypeVar
 from blsp.data.jobs import RecordLog
 
 Record = TypeVar("Record")
-NO_SPEECH = (
-    "no-speech"  # Answer.finish where the set sentence is the answer, or where there was nothing to answer
-)
+NO_SPEECH = "no-speech"  # Answer.finish where the set sentence is the answer, or where there was nothing to answer
 
 
 @dataclass(frozen=True)

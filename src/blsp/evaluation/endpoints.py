@@ -92,9 +92,7 @@ def ask_peer(
 ) -> Answers:
     """The peer's answers to the task; those in the log are not asked for again."""
     by_number = dict(enumerate(rows))
-    engine = _engine(
-        endpoint, task.max_new_tokens, lambda prompt: _speech_turn(by_number[prompt.key], prompt)
-    )
+    engine = _engine(endpoint, task.max_new_tokens, lambda prompt: _speech_turn(by_number[prompt.key], prompt))
     waiting = [number for number, row in by_number.items() if row.id not in log.records]
     progress(len(rows) - len(waiting))
     for start in range(0, len(waiting), ROWS_AT_A_TIME):
@@ -111,10 +109,7 @@ def rate(endpoint: Endpoint, rows: Sequence[Utterance], answers: Answers, log: A
     """The judge's mark for each answer (nan where it wrote no number from 1 to 10)."""
     by_number = dict(enumerate(rows))
     engine = _engine(endpoint, 8, lambda prompt: prompt.text)
-    texts = {
-        number: JUDGE.format(question=row.text, answer=answers[row.id].text)
-        for number, row in by_number.items()
-    }
+    texts = {number: JUDGE.format(question=row.text, answer=answers[row.id].text) for number, row in by_number.items()}
     waiting = [number for number, row in by_number.items() if row.id not in log.records]
     prompts = [[Prompt(number, "", "instruction-first", texts[number])] for number in waiting]
     for written in engine.write(prompts):
@@ -142,10 +137,7 @@ def _engine(endpoint: Endpoint, max_new_tokens: int, content: Callable[[Prompt],
 
 def _speech_turn(row: Utterance, prompt: Prompt) -> list[dict[str, Any]]:
     """The user's turn: instruction and clip, in the task's order."""
-    clip: dict[str, Any] = {
-        "type": "input_audio",
-        "input_audio": {"data": _as_wav(load_clip(row)), "format": "wav"},
-    }
+    clip: dict[str, Any] = {"type": "input_audio", "input_audio": {"data": _as_wav(load_clip(row)), "format": "wav"}}
     words = {"type": "text", "text": prompt.instruction}
     parts = [clip, words] if prompt.order == "speech-first" else [words, clip]
     return [part for part in parts if part is clip or prompt.instruction]

@@ -81,9 +81,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         self.text_id = text_fingerprint(self.listener)
-        self.speech_id = (
-            speech_fingerprint(self.listener) if self.speech is None else f"{self.text_id} {self.speech!r}"
-        )
+        self.speech_id = speech_fingerprint(self.listener) if self.speech is None else f"{self.text_id} {self.speech!r}"
 
     @property
     def speech_route(self) -> RouteInputFn:
@@ -296,6 +294,4 @@ def judge_alignment(evaluation: Evaluation, suite: Suite) -> Alignment:
         cascade=evaluation.recognise if with_cascade else None,
     )
     with tqdm(total=len(plan.behaviours) * len(rows), unit="clip", desc="alignment") as bar:
-        return measure(
-            evaluation.listener, plan, routes, evaluation.folder / "log", evaluation.batch_size, bar.update
-        )
+        return measure(evaluation.listener, plan, routes, evaluation.folder / "log", evaluation.batch_size, bar.update)

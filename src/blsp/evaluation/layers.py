@@ -64,10 +64,7 @@ class LayerAnalysis:
         transcript's.
         """
         lists = {name: getattr(self, name) for name in ("cosine", "cosine_question", "cka", "kl")}
-        return {
-            "layers": lists | {"n": self.n},
-            "retrieval": self.retrieval,
-        }
+        return {"layers": lists | {"n": self.n}, "retrieval": self.retrieval}
 
 
 def analyse_layers(
@@ -97,8 +94,7 @@ def analyse_layers(
             states = {"text": text, "speech": speech_states}
         # The last layer's state from which the answer begins: (A, L, D) -> (D,), stacked to (C, D).
         ends[behaviour] = {
-            route: torch.stack([question[-1, -1].clone() for question, _ in pairs])
-            for route, pairs in states.items()
+            route: torch.stack([question[-1, -1].clone() for question, _ in pairs]) for route, pairs in states.items()
         }
     return LayerAnalysis(**by_layer, **_picture(ends, [row.id for row in rows]), n=len(rows))
 
@@ -109,9 +105,7 @@ def _states(
     """Of each row, every layer's states at the question's positions (A, L, D) and at the answer's (A, N, D)."""
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
-        requests = [
-            request(listener, task, row, item) for row, item in zip(rows[part], inputs[part], strict=True)
-        ]
+        requests = [request(listener, task, row, item) for row, item in zip(rows[part], inputs[part], strict=True)]
         pairs = layer_states(listener.model, requests, [answers[row.id] for row in rows[part]])
         yield from ((question.cpu(), answer.cpu()) for question, answer in pairs)
 
@@ -124,16 +118,14 @@ def _by_layer(
     speech_answers = torch.cat([answer for _, answer in speech], dim=1)
     # Each clip's question as one mean state: (A, C, D).
     text_means, speech_means = (
-        torch.stack([question.double().mean(dim=1) for question, _ in pairs], dim=1)
-        for pairs in (text, speech)
+        torch.stack([question.double().mean(dim=1) for question, _ in pairs], dim=1) for pairs in (text, speech)
     )
     similarity = torch.nn.functional.cosine_similarity
     return {
         "cosine": similarity(text_answers.double(), speech_answers.double(), dim=-1).mean(dim=1).tolist(),
         "cosine_question": similarity(text_means, speech_means, dim=-1).mean(dim=1).tolist(),
         "cka": [
-            linear_cka(one, other)
-            for one, other in zip(text_answers.double(), speech_answers.double(), strict=True)
+            linear_cka(one, other) for one, other in zip(text_answers.double(), speech_answers.double(), strict=True)
         ],
         "kl": _lens(listener, text_answers, speech_answers),
     }
@@ -150,9 +142,7 @@ def _lens(listener: Listener, text: Tensor, speech: Tensor) -> list[float]:
     """Mean divergence of each layer's predictions, at up to `LENS_POSITIONS` of the N tokens, evenly spread."""
     norm = getattr(decoder_of(listener.model), "norm", None)
     if norm is None:
-        raise UnsupportedModelError(
-            f"{listener.model.config.text_config.model_type}: its decoder has no final `norm`"
-        )
+        raise UnsupportedModelError(f"{listener.model.config.text_config.model_type}: its decoder has no final `norm`")
     device = listener.model.get_output_embeddings().weight.device
     positions = torch.linspace(0, text.shape[1] - 1, min(LENS_POSITIONS, text.shape[1])).round().long()
     means = []

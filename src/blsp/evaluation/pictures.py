@@ -106,9 +106,7 @@ def draw_positions(alignment: Alignment, picture: Path) -> None:
     for (behaviour, clips), colour in zip(alignment.comparisons.items(), BEHAVIOUR_COLOURS, strict=False):
         _along_the_answer(left, list(clips.values()), behaviour, colour)
     left.set(
-        title="Divergence along the answer",
-        xlabel="token of the text route's answer",
-        ylabel="KL(text ‖ speech), nats",
+        title="Divergence along the answer", xlabel="token of the text route's answer", ylabel="KL(text ‖ speech), nats"
     )
     left.set_ylim(bottom=0)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -195,13 +193,7 @@ def draw_instructions(layers: LayerAnalysis, picture: Path) -> None:
         )  # (C, 2) each
         for pair in zip(text, speech, strict=True):
             axis.plot(*zip(*pair, strict=True), color=colour, linewidth=0.7, alpha=0.4, zorder=1)
-        circles: Style = {
-            "s": 34,
-            "facecolors": "white",
-            "edgecolors": colour,
-            "linewidths": 1.4,
-            "zorder": 2,
-        }
+        circles: Style = {"s": 34, "facecolors": "white", "edgecolors": colour, "linewidths": 1.4, "zorder": 2}
         diamonds: Style = {"s": 38, "color": colour, "marker": "D", "edgecolors": "white", "linewidths": 0.5}
         axis.scatter(*text.T, **circles)
         axis.scatter(*speech.T, zorder=3, **diamonds)
@@ -234,9 +226,7 @@ def draw_checkpoints(points: Sequence[dict[str, Any]], picture: Path) -> None:
         label_style: Style = {"rotation": 90, "fontsize": 8, "color": GREY, "va": "top", "ha": "right"}
         axis.annotate(point["name"], (point["kl"], top), **label_style)
     axis.set(
-        title="Divergence and scores",
-        xlabel="KL(text ‖ speech), nats a token",
-        ylabel="speech route over text route",
+        title="Divergence and scores", xlabel="KL(text ‖ speech), nats a token", ylabel="speech route over text route"
     )
     axis.set_ylim(bottom=0)
     axis.set_xlim(left=0)

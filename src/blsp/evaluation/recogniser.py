@@ -118,9 +118,7 @@ def _faster(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:
 
     threads = torch.get_num_threads()
     model = load(_faster_type(load, transcribe) if compute == "auto" else compute)
-    torch.set_num_threads(
-        threads
-    )  # CTranslate2 changes the number of the thread that loads it, which runs the LLM
+    torch.set_num_threads(threads)  # CTranslate2 changes the number of the thread that loads it, which runs the LLM
     return lambda clip, language: transcribe(model, clip, language), bool(model.model.is_multilingual)
 
 

@@ -94,8 +94,7 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
         _draw_scores(results, figures, folder),
         _alignment(results, figures, folder),
         _checkpoints(figures, folder, compare),
-        "## What went wrong\n\nFaults that can be seen without the right answer, by route.\n\n"
-        + _faults(results),
+        "## What went wrong\n\nFaults that can be seen without the right answer, by route.\n\n" + _faults(results),
         "## Task by task\n\n"
         + "\n\n".join(_task(result, figures["tasks"][result.task.name]) for result in results.tasks),
         _measured(results),
@@ -152,9 +151,7 @@ def _glance_cell(result: TaskResult, scores: Figures, route: str) -> str:
 
 def _routes(results: Results) -> list[str]:
     """The main routes first, then peers, then the columns of transcripts."""
-    routes = dict.fromkeys(
-        route for result in results.tasks for route in (*result.scores, *result.unavailable)
-    )
+    routes = dict.fromkeys(route for result in results.tasks for route in (*result.scores, *result.unavailable))
     last = [route for route in TRANSCRIPTS if route in routes]
     peers = [route for route in routes if route not in (*MAIN_ROUTES, *last)]
     return [*(route for route in MAIN_ROUTES if route in routes), *peers, *last]
@@ -176,10 +173,7 @@ def _remarks(results: Results, figures: Figures) -> str:
     for result in results.tasks:
         for route, reason in result.unavailable.items():
             missing.setdefault((route, reason), []).append(result.task.name)
-    lines += [
-        f"{UNKNOWN}, {route} route: {reason} ({', '.join(tasks)})."
-        for (route, reason), tasks in missing.items()
-    ]
+    lines += [f"{UNKNOWN}, {route} route: {reason} ({', '.join(tasks)})." for (route, reason), tasks in missing.items()]
     return "\n\n".join(lines)
 
 
@@ -218,9 +212,7 @@ def _examples(result: TaskResult) -> str:
     route = "speech" if "speech" in result.answers else next(iter(result.answers), None)
     if route is None:
         return ""
-    values = {
-        name: row[result.metric] for name, row in result.scores[route].rows.items() if result.metric in row
-    }
+    values = {name: row[result.metric] for name, row in result.scores[route].rows.items() if result.metric in row}
     sign = 1 if result.metric in LOWER_IS_BETTER else -1
     ordered = sorted(result.rows, key=lambda row: (sign * values.get(row.id, 0.0), row.id))
     count = min(EXAMPLES, len(ordered))
@@ -290,9 +282,7 @@ def _draw_scores(results: Results, figures: Figures, folder: Path) -> str:
                 panels.setdefault(title, []).append(point)
     if not panels:
         return ""
-    pictures.draw_scores(
-        {title: panels[title] for title in PANELS.values() if title in panels}, folder / "scores.png"
-    )
+    pictures.draw_scores({title: panels[title] for title in PANELS.values() if title in panels}, folder / "scores.png")
     return "![Every task on every route, with 95 % confidence intervals; * no evidence about listening](scores.png)"
 
 
@@ -315,10 +305,7 @@ def _alignment(results: Results, figures: Figures, folder: Path) -> str:
         pictures.draw_instructions(alignment.layers, folder / "instructions.png")
         parts += [
             "![Similarity and divergence by layer](layers.png)",
-            INSTRUCTIONS.format(
-                retrieval=shown("accuracy", alignment.layers.retrieval),
-                n=alignment.layers.n,
-            ),
+            INSTRUCTIONS.format(retrieval=shown("accuracy", alignment.layers.retrieval), n=alignment.layers.n),
             "![Last-layer states under different instructions](instructions.png)",
         ]
     return "\n\n".join(part.strip() for part in parts)
@@ -350,9 +337,7 @@ def _checkpoints(figures: Figures, folder: Path, others: Sequence[Path]) -> str:
         if result["alignment"]
     ]
     if len(points) < 2:
-        return (
-            "No picture over checkpoints: fewer than two of the compared results hold an alignment analysis."
-        )
+        return "No picture over checkpoints: fewer than two of the compared results hold an alignment analysis."
     pictures.draw_checkpoints(points, folder / "divergence_against_scores.png")
     return "![Divergence against task scores, over checkpoints](divergence_against_scores.png)"
 

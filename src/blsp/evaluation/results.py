@@ -215,9 +215,7 @@ def _machine() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():
         models = [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
         ]
         name = models[0] if models else name
     return f"{name}, {os.cpu_count()} cores"

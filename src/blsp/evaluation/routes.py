@@ -82,9 +82,7 @@ def ask(
     return {row.id: log.records[row.id] for row in rows}
 
 
-def transcribe_rows(
-    listener: Listener, rows: Sequence[Utterance], log: AnswerLog, batch_size: int
-) -> dict[str, str]:
+def transcribe_rows(listener: Listener, rows: Sequence[Utterance], log: AnswerLog, batch_size: int) -> dict[str, str]:
     """What `blsp transcribe` writes for each row's clip, by the row's id."""
     for batch in plan_batches(rows, batch_size):
         if not all(row.id in log.records for row in batch):
@@ -125,9 +123,7 @@ def _score_options(
     """By row id: the mean log-likelihood a token of each option, where the row has options and an input."""
     options = {row.id: row.options for row in rows if row.options is not None and row.id in requests}
     chosen = [requests[name] for name in options]
-    scores = option_scores(
-        listener.model, listener.tokenizer, chosen, list(options.values()), OPTIONS_AT_A_TIME
-    )
+    scores = option_scores(listener.model, listener.tokenizer, chosen, list(options.values()), OPTIONS_AT_A_TIME)
     return dict(zip(options, scores, strict=True))
 
 
@@ -179,9 +175,7 @@ def text_fingerprint(listener: Listener) -> str:
 
 def speech_fingerprint(listener: Listener) -> str:
     """The LLM, the speech encoder, and a digest of the adapter's tensors."""
-    digest = hashlib.sha256(
-        f"{listener.model.config.audio_model_sha256} {listener.model.config.full_window}".encode()
-    )
+    digest = hashlib.sha256(f"{listener.model.config.audio_model_sha256} {listener.model.config.full_window}".encode())
     for name, tensor in sorted(listener.model.adapter_state().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())

@@ -107,9 +107,7 @@ def _normaliser(language: str) -> Callable[[str], str]:
 # --- recognition --------------------------------------------------------------------------------------------
 
 
-def _score_recognition(
-    task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score
-) -> None:
+def _score_recognition(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
     _add_word_errors(task.language, rows, [answer.text for answer in answers], result)
 
 
@@ -132,9 +130,7 @@ def _errors(align: Callable, reference: str, transcript: str) -> tuple[int, int]
 # --- translation --------------------------------------------------------------------------------------------
 
 
-def _score_translation(
-    task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score
-) -> None:
+def _score_translation(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
     references = [row.reference or "" for row in rows]
     texts = [answer.text for answer in answers]
     tokenizer = BLEU_TOKENIZER.get(task.answer_language, "13a")
@@ -169,9 +165,7 @@ def _add_sacrebleu(
 # --- understanding ------------------------------------------------------------------------------------------
 
 
-def _score_understanding(
-    task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score
-) -> None:
+def _score_understanding(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
     pairs = list(zip(rows, answers, strict=True))
     if all(row.options is not None for row in rows):
         # A peer gives no likelihoods, so it has the second figure only.
@@ -279,9 +273,7 @@ SCORERS: dict[str, Callable[[Task, Sequence[Utterance], Sequence[Answer], Score]
 # --- faults: what is wrong without knowing the right answer -------------------------------------------------
 
 FAULTS = ("refusals", "loops", "empty", "wrong_language")
-HELP = (
-    r"( \w+){0,2} (assist|help|answer|provide|fulfil?l|process|hear|listen|access|comply|do|translate|repeat)"
-)
+HELP = r"( \w+){0,2} (assist|help|answer|provide|fulfil?l|process|hear|listen|access|comply|do|translate|repeat)"
 REFUSAL = re.compile(
     r"\b(i'?m (really |very |so )?sorry,? (but|i)|i apologi[sz]e"
     r"|as an? (ai|artificial|language model|digital)"

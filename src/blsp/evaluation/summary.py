@@ -34,9 +34,7 @@ def _recognition(result: TaskResult, scores: Scores) -> str:
     """Word errors of the read-out, of `blsp transcribe`, of a recogniser, and of the LLM where it can repeat."""
     parts = []
     if "readout" in scores:
-        parts.append(
-            f"the adapter's own read-out gets {_figure(scores, 'readout', 'wer')} of the words wrong"
-        )
+        parts.append(f"the adapter's own read-out gets {_figure(scores, 'readout', 'wer')} of the words wrong")
     if "transcript" in scores:
         parts.append(f"`blsp transcribe`, with the model's help, {_figure(scores, 'transcript', 'wer')}")
     if "recogniser" in scores:
@@ -82,11 +80,7 @@ def _behaviour(figures: dict[str, Any]) -> str:
 def _others(scores: Scores, metric: str) -> str:
     """The other routes in brackets: (on text 80.5 %, through the cascade 79.0 %)."""
     words = {"text": "on text", "cascade": "through the cascade"}
-    parts = [
-        f"{words[route]} {_figure(scores, route, metric)}"
-        for route in words
-        if metric in scores.get(route, {})
-    ]
+    parts = [f"{words[route]} {_figure(scores, route, metric)}" for route in words if metric in scores.get(route, {})]
     return f" ({', '.join(parts)})" if parts else ""
 
 
@@ -151,8 +145,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[_escaped(cell) for cell in row] for row in (header, *rows)]
     widths = [max(3, *(_width(row[column]) for row in cells)) for column in range(len(header))]
     lines = [
-        "| " + " | ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in cells
+        "| " + " | ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -101,9 +101,7 @@ class Task:
         if self.distractors is not None:
             wrong = row.extra.get(self.distractors)
             if not wrong or row.reference is None:
-                raise TaskError(
-                    f"task {self.name!r}: row {row.id!r} lists no wrong answers under {self.distractors!r}"
-                )
+                raise TaskError(f"task {self.name!r}: row {row.id!r} lists no wrong answers under {self.distractors!r}")
             row = replace(row, options=tuple(sorted({row.reference, *wrong})))
         if row.options is not None and row.reference not in row.options:
             raise TaskError(f"task {self.name!r}: row {row.id!r}: its reference is not among its options")
@@ -148,9 +146,7 @@ def load_suite(name: str, data: Path) -> Suite:
     """A suite of the package, its manifests in the folder `data`; or a YAML file, its manifests beside it."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
-        return _suite(
-            path.stem, _mapping(path.read_text(encoding="utf-8"), name), name, path.absolute().parent
-        )
+        return _suite(path.stem, _mapping(path.read_text(encoding="utf-8"), name), name, path.absolute().parent)
     source = SUITES / f"{name}.yaml"
     if not source.is_file():
         names = ", ".join(sorted(file.name.removesuffix(".yaml") for file in SUITES.iterdir()))
@@ -181,9 +177,7 @@ def select(suite: str | None, names: Sequence[str], data: Path) -> Suite:
 
 def check_manifests(suite: Suite) -> None:
     """Raise `TaskError` for the first manifest that is not there, before anything heavy is loaded."""
-    manifests = [
-        (task.folder, name) for task in suite.tasks for name in (task.manifest, task.references) if name
-    ]
+    manifests = [(task.folder, name) for task in suite.tasks for name in (task.manifest, task.references) if name]
     if suite.alignment is not None:
         manifests.append((suite.alignment.folder, suite.alignment.manifest))
     for folder, name in manifests:
@@ -200,9 +194,7 @@ def check_recordings(rows: Mapping[str, Sequence[Utterance]]) -> None:
     for task, questions in rows.items():
         for row in questions:
             if not Path(row.audio).is_file():
-                raise TaskError(
-                    f"task {task!r}: row {row.id!r}: {row.audio or 'no audio'}: no such recording"
-                )
+                raise TaskError(f"task {task!r}: row {row.id!r}: {row.audio or 'no audio'}: no such recording")
 
 
 def _suite(name: str, content: dict[str, Any], where: str, folder: Path) -> Suite:

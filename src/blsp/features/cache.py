@@ -51,9 +51,7 @@ INDEXED_CLIP = np.dtype([*CLIP.descr, ("shard", "<u4")])  # in the index
 FILE = np.dtype([("key", KEY), ("content", "V16")])  # in the logs of audio files
 SHARD_BYTES = 8 << 30  # a writer begins another shard after this many bytes
 CHECKERS = 4  # shards that are checked at the same time
-UNINDEXED_KEYS = (
-    1 << 18
-)  # clips that this process added since the index was made; more of them, and it is made again
+UNINDEXED_KEYS = 1 << 18  # clips that this process added since the index was made; more of them, and it is made again
 RECENT_FILES = 1 << 14  # hashes of this process that are held in memory
 SETTLED_NS = 2_000_000_000  # a younger file may change again without a change of its time stamp
 
@@ -87,9 +85,7 @@ class FeatureCache:
         self._shards = sorted(path for path in self.folder.glob("*.f16") if path.with_suffix(".idx").exists())
         with ThreadPoolExecutor(CHECKERS) as pool:
             states = list(pool.map(lambda path: checked(path, self.width), self._shards))
-        signature = [
-            [path.name, *asdict(state).values()] for path, state in zip(self._shards, states, strict=True)
-        ]
+        signature = [[path.name, *asdict(state).values()] for path, state in zip(self._shards, states, strict=True)]
         self._index = open_index(self.folder, signature, lambda: _sound_clips(self._shards, states))
         self._data: dict[int, np.ndarray] = {}  # number of a shard -> its bytes
         self._compared = np.zeros(len(self._index), dtype=bool)  # clips whose checksum this process compared
@@ -137,9 +133,7 @@ class FeatureCache:
             self.refresh()
         row = int(self._index.find([key])[0])
         if row < 0:
-            raise FeaturesError(
-                f"{self.root}: no features under {key.hex()}; run `blsp encode` over the manifest"
-            )
+            raise FeaturesError(f"{self.root}: no features under {key.hex()}; run `blsp encode` over the manifest")
         clip = self._index.records[row]
         shard = int(clip["shard"])
         if shard not in self._data:
@@ -184,9 +178,7 @@ class ShardWriter:
     def add(self, key: bytes, states: np.ndarray) -> None:
         """Write one clip's features (T, E) float16 under its key."""
         if states.ndim != 2 or states.shape[1] != self.width or not len(states) or states.dtype != np.float16:
-            raise ValueError(
-                f"features are (T, {self.width}) float16 here, not {states.shape} {states.dtype}"
-            )
+            raise ValueError(f"features are (T, {self.width}) float16 here, not {states.shape} {states.dtype}")
         if not self._files:
             path = self.folder / f"{self.rank:04}-{time.time_ns():x}-{os.getpid():x}"
             self._files = [open(path.with_suffix(s), "xb", buffering=0) for s in (".f16", ".idx")]  # noqa: SIM115
@@ -341,9 +333,7 @@ class ContentHashes:
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         paths = sorted(folder.glob("*.log"))
-        logs = [
-            read_log(path, FILE) for path in paths
-        ]  # others may be appending: their lengths are fixed here
+        logs = [read_log(path, FILE) for path in paths]  # others may be appending: their lengths are fixed here
         signature = [[path.name, len(log)] for path, log in zip(paths, logs, strict=True)]
         self._index = open_index(folder, signature, lambda: np.concatenate([np.zeros(0, dtype=FILE), *logs]))
 
@@ -383,9 +373,7 @@ class ContentHashes:
         try:
             return open(self.folder / f"{time.time_ns():x}-{os.getpid():x}.log", "xb", buffering=0)
         except PermissionError as error:
-            warnings.warn(
-                f"{self.folder}: {error.strerror}; audio files are hashed at every start", stacklevel=4
-            )
+            warnings.warn(f"{self.folder}: {error.strerror}; audio files are hashed at every start", stacklevel=4)
             return open(os.devnull, "wb")
 
 

@@ -77,9 +77,7 @@ def encode(settings: EncodeSettings) -> None:
     manifest = re.sub(r"[^\w.-]", "_", Path(settings.manifest).name.removesuffix(".jsonl"))
     with _new_skip_list(settings.cache / manifest, runtime) as skipped:
         tally = encode_manifest(cache, rows, encoder, skipped, batch_seconds=settings.batch_seconds)
-    cache = _open_cache(
-        settings.cache, identity, runtime
-    )  # makes the index now, so that training starts at once
+    cache = _open_cache(settings.cache, identity, runtime)  # makes the index now, so that training starts at once
     _report(tally, skipped, runtime, len(cache))
     leave(runtime)
 
@@ -182,9 +180,7 @@ class Progress:
         self.tally.encoded += 1
         self.tally.seconds += clip.seconds
         speed = self.tally.seconds / (time.perf_counter() - self.began)
-        self.bar.set_postfix_str(
-            f"{self.tally.seconds:.0f} s of speech, {speed:.0f} × real time", refresh=False
-        )
+        self.bar.set_postfix_str(f"{self.tally.seconds:.0f} s of speech, {speed:.0f} × real time", refresh=False)
         self.bar.update()
 
     def skip(self, row: Utterance, key: bytes, reason: str) -> None:
@@ -223,9 +219,7 @@ class Encoder:
         pieces, lengths = [], torch.zeros(len(clips), dtype=torch.long, device=device)
         for begin in range(0, width, piece):
             span = slice(begin, begin + piece)
-            states, valid = encode_speech(
-                self.tower, mels[..., span], masks[:, span], full_window=self.full_window
-            )
+            states, valid = encode_speech(self.tower, mels[..., span], masks[:, span], full_window=self.full_window)
             pieces.append(states.half())
             lengths += valid
         joined = torch.cat(pieces, dim=1).cpu()  # (B, T, E)
@@ -287,9 +281,7 @@ def missing_rows(
         spoken = [row for row in block if row.audio]
         keys = cache.keys(spoken)
         held = cache.held(keys)
-        return len(block), [
-            (row, key) for row, key, is_held in zip(spoken, keys, held, strict=True) if not is_held
-        ]
+        return len(block), [(row, key) for row, key, is_held in zip(spoken, keys, held, strict=True) if not is_held]
 
     for size, missing in in_order(pool, look_up, blocks, READERS):
         progress.need_nothing(size - len(missing))
@@ -303,10 +295,7 @@ def missing_rows(
 
 
 def read_clips(
-    pool: ThreadPoolExecutor,
-    encoder: Encoder,
-    rows: Iterable[tuple[Utterance, bytes]],
-    progress: Progress,
+    pool: ThreadPoolExecutor, encoder: Encoder, rows: Iterable[tuple[Utterance, bytes]], progress: Progress
 ) -> Iterator[Clip]:
     """The clips of the rows; those that cannot be read go to the skip list."""
 
@@ -332,9 +321,7 @@ def encode_batches(
         yield from pairs
 
 
-def in_order(
-    pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int
-) -> Iterator[Out]:
+def in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
     """`work` of each item, in the items' order; at most `ahead` of them are begun before they are asked for."""
     futures: deque[Future[Out]] = deque()
     try:

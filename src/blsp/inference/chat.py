@@ -89,9 +89,7 @@ def converse(conversation: Conversation, lines: Iterable[str], write: Callable[[
 def answer_line(conversation: Conversation, line: str, write: Callable[[str], None]) -> None:
     """One turn: hear its recordings, show the adapter's own read-out of them, stream the answer."""
     try:
-        parts = [
-            _embed_file(conversation, part, write) if isinstance(part, Path) else part for part in parse(line)
-        ]
+        parts = [_embed_file(conversation, part, write) if isinstance(part, Path) else part for part in parse(line)]
         for piece in conversation.ask(*parts):
             write(piece)
         write("\n")

@@ -132,9 +132,7 @@ def _common(first: tuple[Hashable, ...], second: tuple[Hashable, ...]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def request_for(
-    listener: Listener, key: Hashable, laid_out: LaidOut, decoding: Decoding, memory: Memory
-) -> Request:
+def request_for(listener: Listener, key: Hashable, laid_out: LaidOut, decoding: Decoding, memory: Memory) -> Request:
     """The conversation for the decoder: what `memory` holds is not computed again.
 
     Raises ContextError where conversation and answer would be longer than the LLM can read.

@@ -69,9 +69,7 @@ def generate(settings: GenerateSettings) -> None:
                 top_p=settings.top_p,
                 seed=settings.seed,
             )
-            options = GenerateOptions(
-                settings.instruction or "", settings.order, decoding, settings.batch_size
-            )
+            options = GenerateOptions(settings.instruction or "", settings.order, decoding, settings.batch_size)
             answer_rows(listener, rows, range(done, total), options, job)
         print(f"{settings.out}: {total - job.skipped.count} of {total} rows answered", end="")
         print(f"; {job.skipped.count} skipped, see {job.skipped.path}" if job.skipped.count else "")

@@ -80,9 +80,7 @@ class Listener:
         decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
         return self.generate([Question(audio=audio, instruction=instruction)], decoding=decoding)[0]
 
-    def stream(
-        self, audio: Any, instruction: str = "", *, max_new_tokens: int = ZERO_SHOT_TOKENS
-    ) -> Iterator[str]:
+    def stream(self, audio: Any, instruction: str = "", *, max_new_tokens: int = ZERO_SHOT_TOKENS) -> Iterator[str]:
         """The same answer, piece by piece as it is written."""
         clip = self.embed_audio([audio])[0]
         if not clip.speech:
@@ -206,16 +204,11 @@ class Listener:
         full_window = self.model.config.full_window
         features, mask = mel_features(self.processor.feature_extractor, clips, full_window=full_window)
         states, lengths = encode_speech(
-            self.model.model.audio_tower,
-            features.to(weight.device),
-            mask.to(weight.device),
-            full_window=full_window,
+            self.model.model.audio_tower, features.to(weight.device), mask.to(weight.device), full_window=full_window
         )
         return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
 
-    def request(
-        self, key: Any, question: Question, audio_embeds: AudioEmbeds | None, decoding: Decoding
-    ) -> Request:
+    def request(self, key: Any, question: Question, audio_embeds: AudioEmbeds | None, decoding: Decoding) -> Request:
         """The question for the decoder, with a clip or (without one) the question's text between the same ids."""
         template = prompt_template(self.tokenizer, question.instruction, question.order)
         if audio_embeds is not None:
@@ -274,9 +267,7 @@ def cut_at_pauses(audio: np.ndarray, longest: float = LONGEST_SECONDS) -> list[n
 def _quietest(audio: np.ndarray, begin: int) -> int:
     """The sample in the middle of the quietest 0.2 s after `begin`; the last one where several are equal."""
     # Energy of each 20 ms, then of each 0.2 s: energies[i] is that of audio[begin + i * STEP : … + STEP].
-    energies = np.add.reduceat(
-        np.square(audio[begin:], dtype=np.float64), np.arange(0, len(audio) - begin, STEP)
-    )
+    energies = np.add.reduceat(np.square(audio[begin:], dtype=np.float64), np.arange(0, len(audio) - begin, STEP))
     windows = np.convolve(energies, np.ones(PAUSE_STEPS), mode="valid")
     quietest = len(windows) - 1 - int(windows[::-1].argmin())  # argmin finds the first, so search backwards
     return begin + (quietest + PAUSE_STEPS // 2) * STEP

@@ -65,11 +65,7 @@ def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Ski
     if settings.readout and not listener.reads_out:
         listener.readout([])  # raises the error that says why not, before any file is read
     size, files = settings.batch_size, settings.files
-    options = {
-        "method": _method(settings),
-        "max_new_tokens": settings.max_new_tokens,
-        "batch_size": size,
-    }
+    options = {"method": _method(settings), "max_new_tokens": settings.max_new_tokens, "batch_size": size}
     with tqdm(total=len(files), initial=done, desc="transcribing", unit="file", disable=None) as bar:
         for begin in range(done - done % size, len(files), size):
             chunk = files[begin : begin + size]
@@ -80,9 +76,7 @@ def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Ski
                 bar.update()
 
 
-def transcribe_files(
-    listener: Listener, files: Sequence[str], skip: Skip, **options: Any
-) -> list[str | None]:
+def transcribe_files(listener: Listener, files: Sequence[str], skip: Skip, **options: Any) -> list[str | None]:
     """The transcript of each file; None where it cannot be read, after `skip(file, reason)`."""
     clips: dict[int, np.ndarray] = {}
     for i, name in enumerate(files):

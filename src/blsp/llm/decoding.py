@@ -84,10 +84,7 @@ class Result:
 
 
 def decode(
-    llm: PreTrainedModel,
-    requests: Iterable[Request],
-    batch_size: int,
-    on_event: Callable[[Event], None] | None = None,
+    llm: PreTrainedModel, requests: Iterable[Request], batch_size: int, on_event: Callable[[Event], None] | None = None
 ) -> dict[Hashable, Result]:
     """Write every answer, at most `batch_size` at a time; free slots are filled once a quarter of them is free."""
     if batch_size < 1:
@@ -198,9 +195,7 @@ class Decoder:
             empty = next(request.key for request in group if not len(request.embeds))
             raise ValueError(f"request {empty!r}: has nothing to go on from; give one embedding at least")
         prefix = group[0].prefix
-        embeds = nn.utils.rnn.pad_sequence(
-            [request.embeds for request in group], batch_first=True
-        )  # (R, L, D)
+        embeds = nn.utils.rnn.pad_sequence([request.embeds for request in group], batch_first=True)  # (R, L, D)
         output = run_after_prefix(self.llm, prefix, embeds, keep_cache=True)
         cache = output.past_key_values
         assert isinstance(cache, DynamicCache)

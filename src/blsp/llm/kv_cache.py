@@ -73,9 +73,7 @@ class BatchKVCache:
     def copy_row(self, slot: int, length: int) -> tuple[tuple[Tensor, Tensor], ...]:
         """A copy of one row's key/values, each (1, H, length, d)."""
         row = (slice(slot, slot + 1), slice(None), slice(self.end - length, self.end))
-        return tuple(
-            (layer.buffer_keys[row].clone(), layer.buffer_values[row].clone()) for layer in self.layers
-        )
+        return tuple((layer.buffer_keys[row].clone(), layer.buffer_values[row].clone()) for layer in self.layers)
 
     def _reserve(self, rows: int, width: int, *, like: DynamicCache | None = None, after: int = 0) -> None:
         """Room for `rows` rows of `width` columns before `end`, and `after` columns behind it.

@@ -37,15 +37,10 @@ def check_supported(config: PretrainedConfig) -> None:
             f"{name}: not a decoder-only language model; take a causal LM such as Llama or Qwen"
         )
     other = set(getattr(config, "layer_types", None) or []) - PLAIN_ATTENTION
-    if other or any(
-        hasattr(config, mark) for mark in ("ssm_cfg", "state_size", "mamba_d_state", "attn_layer_period")
-    ):
+    if other or any(hasattr(config, mark) for mark in ("ssm_cfg", "state_size", "mamba_d_state", "attn_layer_period")):
         kinds = ", ".join(sorted(other)) or "state-space"
         raise UnsupportedModelError(f"{name}: has {kinds} layers, whose state cannot be shared as a prefix")
-    if (
-        getattr(config, "lm_head_multiplier", 1.0) != 1.0
-        or getattr(config, "mup_width_scale", None) is not None
-    ):
+    if getattr(config, "lm_head_multiplier", 1.0) != 1.0 or getattr(config, "mup_width_scale", None) is not None:
         raise UnsupportedModelError(f"{name}: scales its logits in a way that is not known here")
 
 

@@ -128,9 +128,7 @@ def run_after_prefix(
 
     # Under activation checkpointing transformers drops a cache without a word: put the ids before each row instead.
     if prefix and again:
-        assert len(prefix.ids) == again and mask is None and offsets is None, (
-            "only plain rows can be run again"
-        )
+        assert len(prefix.ids) == again and mask is None and offsets is None, "only plain rows can be run again"
         embeds = torch.cat([embed(llm, prefix.ids).expand(batch, -1, -1), embeds], dim=1)  # (B, P + L, D)
         prefix = None
 

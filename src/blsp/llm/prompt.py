@@ -54,9 +54,7 @@ class Speech:
     index: int
 
 
-Part = (
-    str | Speech | tuple[int, ...]
-)  # text of a user, a clip, or ids that stay as they are (an earlier answer)
+Part = str | Speech | tuple[int, ...]  # text of a user, a clip, or ids that stay as they are (an earlier answer)
 Segment = tuple[int, ...] | Speech
 
 
@@ -109,9 +107,7 @@ def render(
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], answer: bool) -> str:
     if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; BLSP needs an instruct LLM"
-        )
+        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; BLSP needs an instruct LLM")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
     except jinja2.TemplateError as error:  # Gemma's, of a system message: "System role not supported"
@@ -132,9 +128,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     added = tokenizer.added_tokens_decoder
-    control = next(
-        (str(added[token]) for token in ids if token in added and not _is_space(added[token])), None
-    )
+    control = next((str(added[token]) for token in ids if token in added and not _is_space(added[token])), None)
     if control is None or len(control) < 2:
         return ids
     if control not in text:

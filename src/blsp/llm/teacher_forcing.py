@@ -46,9 +46,7 @@ def answer_tokens(answer: GivenAnswer) -> int:
 
 
 @torch.no_grad()
-def answer_states(
-    llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[GivenAnswer]
-) -> list[Tensor]:
+def answer_states(llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[GivenAnswer]) -> list[Tensor]:
     """Last hidden states (N, D) of each row at the positions that predict its answer. All share one prefix."""
     hidden = _read(llm, requests, answers).last_hidden_state  # (R, L, D)
     return [states[span] for states, span in zip(hidden, _answer_spans(requests, answers), strict=True)]
@@ -62,15 +60,11 @@ def layer_states(
     output = _read(llm, requests, answers, every_layer=True)
     layers = torch.stack(output.hidden_states, dim=1)  # (R, A, L, D)
     spans = _answer_spans(requests, answers)
-    return [
-        (states[:, : span.start + 1], states[:, span]) for states, span in zip(layers, spans, strict=True)
-    ]
+    return [(states[:, : span.start + 1], states[:, span]) for states, span in zip(layers, spans, strict=True)]
 
 
 @torch.no_grad()
-def top_k_states(
-    llm: PreTrainedModel, hidden: Tensor, top_k: int, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def top_k_states(llm: PreTrainedModel, hidden: Tensor, top_k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """The likeliest tokens (N, K) and their log-probabilities (N, K) at hidden states (N, D)."""
     rows = rows_per_chunk(llm.get_output_embeddings().weight.shape[0])
     tops = [log_probabilities(llm, chunk, temperature).topk(top_k) for chunk in hidden.split(rows)]
@@ -115,9 +109,7 @@ def _read(
 def _answer_spans(requests: Sequence[Request], answers: Sequence[GivenAnswer]) -> list[slice]:
     """Where each row's answer is predicted: from the question's last position on."""
     firsts = [len(request.embeds) - 1 for request in requests]
-    return [
-        slice(first, first + answer_tokens(answer)) for first, answer in zip(firsts, answers, strict=True)
-    ]
+    return [slice(first, first + answer_tokens(answer)) for first, answer in zip(firsts, answers, strict=True)]
 
 
 @torch.no_grad()
@@ -141,9 +133,7 @@ def option_scores(
     return scores
 
 
-def _groups(
-    requests: Sequence[Request], tokens: Sequence[Sequence[list[int]]], rows: int
-) -> Iterator[list[int]]:
+def _groups(requests: Sequence[Request], tokens: Sequence[Sequence[list[int]]], rows: int) -> Iterator[list[int]]:
     """Numbers of questions that share a prefix, in order, as many as `rows` options allow."""
     by_prefix: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
@@ -172,9 +162,7 @@ def _score_group(
     # The question's last state predicts the first token of each of its options.
     first = log_probabilities(llm, hidden[torch.arange(len(questions), device=device), sizes - 1])  # (R, V)
     flat = [ids for of_question in options for ids in of_question]  # M options of all questions
-    owner = torch.tensor(
-        [i for i, of_question in enumerate(options) for _ in of_question], device=device
-    )  # (M,)
+    owner = torch.tensor([i for i, of_question in enumerate(options) for _ in of_question], device=device)  # (M,)
     total = first[owner, torch.tensor([ids[0] for ids in flat], device=device)]  # (M,)
 
     # The other tokens: options of one length together, so that nothing is padded.
@@ -187,9 +175,7 @@ def _score_group(
     return [[next(means) for _ in of_question] for of_question in options]
 
 
-def _score_rest(
-    llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owner: Tensor, ids: Tensor
-) -> Tensor:
+def _score_rest(llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owner: Tensor, ids: Tensor) -> Tensor:
     """(M,): log-likelihood of all tokens but the first of options (M, O), which follow the questions `owner` (M,)."""
     columns = cache.layers[0].keys.shape[2]
     steps = torch.arange(ids.shape[1] - 1, device=ids.device)
@@ -204,8 +190,7 @@ def _score_rest(
         use_cache=True,
     ).last_hidden_state  # (M, O - 1, D)
     scores = [
-        log_probabilities(llm, hidden[:, step]).gather(1, ids[:, step + 1, None])[:, 0]
-        for step in steps.tolist()
+        log_probabilities(llm, hidden[:, step]).gather(1, ids[:, step + 1, None])[:, 0] for step in steps.tolist()
     ]
     return torch.stack(scores).sum(dim=0)
 

@@ -25,9 +25,7 @@ class TextStream:
         """The text that this token completes; often none."""
         try:
             text = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
-        except (
-            Exception
-        ):  # a byte token that no character contains: some tokenizers void the bytes before it too
+        except Exception:  # a byte token that no character contains: some tokenizers void the bytes before it too
             self._start()
             text = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
         self._ids.append(token)

@@ -74,13 +74,7 @@ class StackAdapter(nn.Module):
     reads_out: ClassVar[bool] = False
 
     def __init__(
-        self,
-        speech_width: int,
-        text_width: int,
-        *,
-        frames: int = 8,
-        hidden: int = 2048,
-        embedding_std: float = 1.0,
+        self, speech_width: int, text_width: int, *, frames: int = 8, hidden: int = 2048, embedding_std: float = 1.0
     ) -> None:
         super().__init__()
         self.strides = [frames]
@@ -100,11 +94,7 @@ class StackAdapter(nn.Module):
         return plain_output(hidden, num_audio_tokens(lengths, self.strides))
 
 
-ADAPTERS: dict[str, Any] = {
-    "conv": ConvAdapter,
-    "stack": StackAdapter,
-    "grounded": GroundedAdapter,
-}
+ADAPTERS: dict[str, Any] = {"conv": ConvAdapter, "stack": StackAdapter, "grounded": GroundedAdapter}
 
 
 def adapter_class(name: str) -> Any:
@@ -142,9 +132,7 @@ def set_vocabulary(adapter: Any, config: BlspConfig, ids: Sequence[int]) -> None
     config.readout_size = None if whole else len(ids)
 
 
-def widen_readout(
-    adapter: Any, config: BlspConfig, tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase
-) -> None:
+def widen_readout(adapter: Any, config: BlspConfig, tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> None:
     """Read out these LLM tokens too."""
     if config.readout_size is None:
         return

@@ -20,13 +20,7 @@ from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import embed
 from blsp.model import register
 from blsp.model.adapter import adapter_state, as_dtype, build_adapter, load_adapter
-from blsp.model.configuration_blsp import (
-    AUDIO_TOKEN,
-    BlspConfig,
-    CheckpointError,
-    config_file,
-    is_adapter_folder,
-)
+from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, config_file, is_adapter_folder
 from blsp.model.grounded import token_strings
 from blsp.model.loading import assemble, freeze, load_checked, load_frozen
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
@@ -62,10 +56,7 @@ def new_blsp(
         audio_model_sha256=audio_model.sha256,
         text_model_sha256=text_model.sha256,
         adapter=adapter,
-        adapter_options={
-            "embedding_std": round(float(embeddings.float().std()), 6),
-            **(adapter_options or {}),
-        },
+        adapter_options={"embedding_std": round(float(embeddings.float().std()), 6), **(adapter_options or {})},
         readout_vocabulary=readout_vocabulary,
         full_window=full_window,
     )
@@ -76,9 +67,7 @@ def new_blsp(
         ids = readout_vocabulary or range(config.text_config.vocab_size)
         adapter_module.spell(token_strings(parts.tokenizer, ids))
     model = assemble(BlspForConditionalGeneration, config, parts, adapter_module, runtime)
-    processor = BlspProcessor(
-        parts.extractor, parts.tokenizer, strides=adapter_module.strides, full_window=full_window
-    )
+    processor = BlspProcessor(parts.extractor, parts.tokenizer, strides=adapter_module.strides, full_window=full_window)
     return model, processor
 
 
@@ -99,9 +88,7 @@ def load_blsp(folder: str | Path, runtime: Runtime) -> tuple[BlspForConditionalG
     return model, BlspProcessor.from_pretrained(folder)
 
 
-def load_mean(
-    folders: Sequence[str | Path], runtime: Runtime
-) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+def load_mean(folders: Sequence[str | Path], runtime: Runtime) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """The first folder's model with the mean of all the folders' adapters, weight by weight.
 
     Adapters that went different ways from the same weights can be better together than each alone (model soups,
@@ -113,9 +100,7 @@ def load_mean(
         config = BlspConfig.from_pretrained(config_file(folder).parent)
         state = adapter_state(folder, config)
         if _structure(config) != _structure(model.config) or not _same_whole_numbers(state, states[0]):
-            raise CheckpointError(
-                f"{folder}: has no mean with {folders[0]}: other parts, shape or read-out tokens"
-            )
+            raise CheckpointError(f"{folder}: has no mean with {folders[0]}: other parts, shape or read-out tokens")
         states.append(state)
     for name, weight in states[0].items():
         if weight.is_floating_point():
@@ -145,9 +130,7 @@ def save_adapter(
 ) -> None:
     """Write the adapter folder under a temporary name, then rename it into place."""
     state = {name: as_dtype(tensor, dtype).contiguous() for name, tensor in model.adapter_state().items()}
-    _write_folder(
-        folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card
-    )
+    _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card)
 
 
 def export_merged(model: BlspForConditionalGeneration, processor: BlspProcessor, folder: str | Path) -> None:

@@ -92,9 +92,7 @@ def config_file(folder: Any) -> Path:
     """The config.json of a folder or hub id; CheckpointError where there is none."""
     path = cached_file(str(folder), "config.json", _raise_exceptions_for_missing_entries=False)
     if path is None:
-        raise CheckpointError(
-            f"{folder}: no config.json there; give a folder written by `blsp train` or `blsp export`"
-        )
+        raise CheckpointError(f"{folder}: no config.json there; give a folder written by `blsp train` or `blsp export`")
     return Path(path)
 
 

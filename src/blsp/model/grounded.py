@@ -140,9 +140,9 @@ class GroundedAdapter(nn.Module):
 
 def _norms(table: Tensor) -> Tensor:
     """(K-1, D) -> (K-1,): Euclidean lengths, none of them zero."""
-    return torch.linalg.vector_norm(
-        table, dim=-1, dtype=torch.promote_types(table.dtype, torch.float32)
-    ).clamp(min=1e-12)
+    return torch.linalg.vector_norm(table, dim=-1, dtype=torch.promote_types(table.dtype, torch.float32)).clamp(
+        min=1e-12
+    )
 
 
 class _ContextLayer(nn.Module):
@@ -164,9 +164,7 @@ class _ContextLayer(nn.Module):
         query, key, value = self.qkv(self.norm_attention(hidden)).unflatten(-1, (3, self.heads, -1)).unbind(2)
         query, key, value = (_rotate(query), _rotate(key), value.transpose(1, 2))
         # no frame attends to the padding behind its clip
-        mixed = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask[:, None, None, :]
-        )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask[:, None, None, :])
         hidden = hidden + self._drop(self.out(mixed.transpose(1, 2).flatten(2)))
         return hidden + self._drop(self.down(nn.functional.gelu(self.up(self.norm_mlp(hidden)))))
 
@@ -240,9 +238,7 @@ def _run_means(log_probs: Tensor, table: Tensor, spoken: Tensor, runs: Tensor) -
     # run r of clip b is row b · S + r of a flat table; add up its frames there and divide by their number
     index = (runs + torch.arange(batch, device=runs.device)[:, None] * width)[spoken]  # (F,)
     sums = expected.new_zeros(batch * width, table.shape[1]).index_add(0, index, expected)
-    counts = expected.new_zeros(batch * width).index_add(
-        0, index, torch.ones_like(index, dtype=expected.dtype)
-    )
+    counts = expected.new_zeros(batch * width).index_add(0, index, torch.ones_like(index, dtype=expected.dtype))
     return (sums / counts.clamp(min=1)[:, None]).unflatten(0, (batch, width))
 
 

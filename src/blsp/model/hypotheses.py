@@ -112,9 +112,7 @@ def choose(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hyp
 
 
 @torch.no_grad()
-def log_likelihoods(
-    llm: PreTrainedModel, prefix: Prefix | None, sequences: Sequence[Sequence[int]]
-) -> list[float]:
+def log_likelihoods(llm: PreTrainedModel, prefix: Prefix | None, sequences: Sequence[Sequence[int]]) -> list[float]:
     """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0.
 
     Hypotheses differ in a word or two, so the LLM runs over the tree of their tokens, in one pass. A beginning that

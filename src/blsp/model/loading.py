@@ -46,9 +46,7 @@ class FrozenParts:
     extractor: WhisperFeatureExtractor
 
 
-def load_language_model(
-    weights: Weights, runtime: Runtime
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(weights: Weights, runtime: Runtime) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The text LLM, frozen, in eval mode on `runtime.device`, and its tokenizer."""
     check_supported(AutoConfig.from_pretrained(weights.folder))
     llm = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=runtime.dtype).to(runtime.device)
@@ -88,13 +86,8 @@ def load_checked(config: BlspConfig, runtime: Runtime, folder: Any) -> FrozenPar
 
     folder: the adapter's, for the message.
     """
-    audio_model, text_model = (
-        find_weights(str(name)) for name in (config.audio_model_id, config.text_model_id)
-    )
-    for weights, expected in (
-        (audio_model, config.audio_model_sha256),
-        (text_model, config.text_model_sha256),
-    ):
+    audio_model, text_model = (find_weights(str(name)) for name in (config.audio_model_id, config.text_model_id))
+    for weights, expected in ((audio_model, config.audio_model_sha256), (text_model, config.text_model_sha256)):
         if weights.sha256 != expected:
             raise CheckpointError(
                 f"{folder}: was trained with other weights than {weights.name} holds now "
@@ -111,10 +104,7 @@ def freeze(module: Any) -> Any:
 
 def assemble(model_class: Any, config: BlspConfig, parts: FrozenParts, adapter: Any, runtime: Runtime) -> Any:
     """A model made of loaded parts; nothing is initialised twice. The adapter stays in float32."""
-    for part, name in [
-        (config.audio_config, config.audio_model_id),
-        (config.text_config, config.text_model_id),
-    ]:
+    for part, name in [(config.audio_config, config.audio_model_id), (config.text_config, config.text_model_id)]:
         part._name_or_path = name  # the name that was asked for, not a folder of the machine it was made on
     with torch.device("meta"):
         model = model_class(config)
@@ -130,9 +120,7 @@ def assemble(model_class: Any, config: BlspConfig, parts: FrozenParts, adapter: 
     return model.eval()
 
 
-def load_adapter_folder(
-    model_class: Any, folder: Any, dtype: Any = None, device_map: Any = None, **others: Any
-) -> Any:
+def load_adapter_folder(model_class: Any, folder: Any, dtype: Any = None, device_map: Any = None, **others: Any) -> Any:
     """The model of an adapter folder, on the device `device_map` (default: CPU), in `dtype` (float32).
 
     Other arguments of transformers (`config`, `revision`, …) change nothing; those that would change the weights
@@ -162,6 +150,4 @@ def check_loaded(folder: Any, model: Any, missing: Collection[str]) -> None:
         config.readout_vocabulary = None
         missing = [name for name in missing if not name.endswith("multi_modal_projector.vocabulary")]
     if missing:
-        raise CheckpointError(
-            f"{folder}: {sorted(missing)[0]} is missing from it; export or download it again"
-        )
+        raise CheckpointError(f"{folder}: {sorted(missing)[0]} is missing from it; export or download it again")

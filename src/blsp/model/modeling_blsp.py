@@ -28,20 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from blsp.llm.language_model import (
-    UnsupportedModelError,
-    check_supported,
-    head_has_bias,
-    scale_logits,
-    valid_mask,
-)
+from blsp.llm.language_model import UnsupportedModelError, check_supported, head_has_bias, scale_logits, valid_mask
 from blsp.model.adapter import build_adapter
 from blsp.model.adapter_parts import AdapterOutput, AudioEmbeds, CachedValue
 from blsp.model.configuration_blsp import BlspConfig, is_adapter_folder
@@ -104,9 +94,7 @@ class BlspModel(BlspPreTrainedModel):
         super().__init__(config)
         check_supported(config.text_config)
         if config.audio_config.model_type != "whisper":
-            raise UnsupportedModelError(
-                f"{config.audio_config.model_type}: the speech encoder must be a Whisper"
-            )
+            raise UnsupportedModelError(f"{config.audio_config.model_type}: the speech encoder must be a Whisper")
         self.audio_tower = WhisperEncoder(config.audio_config)
         self.multi_modal_projector = build_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -145,9 +133,7 @@ class BlspModel(BlspPreTrainedModel):
         if type(embedding) is nn.Embedding:
             return embedding.weight
         every = range(self.config.text_config.vocab_size)  # Gemma 3 multiplies its embeddings by a factor
-        return self._table.get(
-            lambda weight: embedding(torch.tensor(every, device=weight.device)), embedding.weight
-        )
+        return self._table.get(lambda weight: embedding(torch.tensor(every, device=weight.device)), embedding.weight)
 
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
         """The adapter's output for encoder states (B, T, E) with lengths (B,); its read-out in the LLM's ids."""
@@ -166,18 +152,12 @@ class BlspModel(BlspPreTrainedModel):
             raise ValueError("input_features without input_features_mask: BlspProcessor returns both")
         with torch.no_grad():
             states, lengths = encode_speech(
-                self.audio_tower,
-                input_features,
-                input_features_mask.bool(),
-                full_window=self.config.full_window,
+                self.audio_tower, input_features, input_features_mask.bool(), full_window=self.config.full_window
             )
         output = self.listen(states, lengths)
         inside = valid_mask(output.num_audio_tokens, output.vectors.shape[1])  # (B, S)
         return BlspAudioOutput(
-            last_hidden_state=states,
-            pooler_output=output.vectors[inside],
-            valid=output.valid[inside],
-            adapter=output,
+            last_hidden_state=states, pooler_output=output.vectors[inside], valid=output.valid[inside], adapter=output
         )
 
     def splice(
@@ -188,9 +168,7 @@ class BlspModel(BlspPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_audio, 0))
         if audio is None or audio.pooler_output is None or audio.valid is None:
             if bool(is_audio.any()):
-                raise ValueError(
-                    f"{int(is_audio.sum())} audio placeholders in input_ids, but no input_features"
-                )
+                raise ValueError(f"{int(is_audio.sum())} audio placeholders in input_ids, but no input_features")
             return embeds, attention_mask
         if int(is_audio.sum()) != len(audio.pooler_output):
             raise ValueError(
@@ -306,9 +284,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
     def get_decoder(self, *_: Any, **__: Any) -> nn.Module:
         return self.model.language_model
 
-    def get_audio_features(
-        self, input_features: Tensor, input_features_mask: Tensor, **_: Any
-    ) -> BlspAudioOutput:
+    def get_audio_features(self, input_features: Tensor, input_features_mask: Tensor, **_: Any) -> BlspAudioOutput:
         return self.model.get_audio_features(input_features, input_features_mask)
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -372,9 +348,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         logits = self.compute_logits(outputs.last_hidden_state[:, kept])  # (B, kept, V)
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

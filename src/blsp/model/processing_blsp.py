@@ -87,9 +87,7 @@ class BlspProcessor(ProcessorMixin):
         clips = self._clips(audio, sampling_rate)
         count = sum(piece.count(AUDIO_TOKEN) for piece in texts)
         if count != len(clips):
-            raise ValueError(
-                f"{count} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place"
-            )
+            raise ValueError(f"{count} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place")
         counts = iter([self.num_audio_tokens(len(clip)) for clip in clips])
         expanded = ["".join(self._expand(piece, counts)) for piece in texts]
         data = dict(
@@ -120,9 +118,7 @@ class BlspProcessor(ProcessorMixin):
         while flat and isinstance(flat[0], (list, tuple)):
             flat = [clip for clips in flat for clip in clips]
         return [
-            load_audio(
-                clip, sampling_rate=(sampling_rate or SAMPLE_RATE) if isinstance(clip, np.ndarray) else None
-            )
+            load_audio(clip, sampling_rate=(sampling_rate or SAMPLE_RATE) if isinstance(clip, np.ndarray) else None)
             for clip in flat
         ]
 

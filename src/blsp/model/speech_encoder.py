@@ -91,9 +91,7 @@ def encode_speech(
     mel_lengths = mask.sum(dim=1)
     width = input_features.shape[2]
     if full_window and width % WINDOW_MEL_FRAMES:
-        raise ValueError(
-            f"full_window needs a multiple of {WINDOW_MEL_FRAMES} mel frames (30 s), not {width}"
-        )
+        raise ValueError(f"full_window needs a multiple of {WINDOW_MEL_FRAMES} mel frames (30 s), not {width}")
     if width <= WINDOW_MEL_FRAMES:
         return _encode_window(tower, input_features, mel_lengths, full_window)
     # windows of 30 s become rows of a batch; those without speech are left out

@@ -39,9 +39,7 @@ class ApiError(Exception):
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         param = _sendable(self.param) if self.param else None
-        return {
-            "error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}
-        }
+        return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
 
 
 def _sendable(text: str) -> str:

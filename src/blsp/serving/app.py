@@ -184,9 +184,7 @@ class Service:
         if model == RECOGNISER:
             pieces = self._recognised(request, clip, language or "en")
         else:
-            pieces = self._ask_in_pieces(
-                request, clip, "repeat", temperature, readout=self.listener.reads_out
-            )
+            pieces = self._ask_in_pieces(request, clip, "repeat", temperature, readout=self.listener.reads_out)
         pieces = self._counted("transcriptions", began, pieces)
         if stream:
             return api.events(api.transcript_events(pieces))
@@ -211,18 +209,14 @@ class Service:
     async def models(self) -> dict[str, Any]:
         """The model, and the recogniser for transcriptions where there is one."""
         names = [self.name] + ([RECOGNISER] if self.recogniser.available else [])
-        data = [
-            {"id": name, "object": "model", "created": self.created, "owned_by": "blsp"} for name in names
-        ]
+        data = [{"id": name, "object": "model", "created": self.created, "owned_by": "blsp"} for name in names]
         return {"object": "list", "data": data}
 
     async def health(self) -> Response:
         """200 after the warm-up, while the thread of the model runs."""
         running = self.scheduler.alive and not self.failed
         status = "failed" if not running else "ok" if self.ready else "starting"
-        return JSONResponse(
-            {"status": status, "model": self.name}, status_code=200 if status == "ok" else 503
-        )
+        return JSONResponse({"status": status, "model": self.name}, status_code=200 if status == "ok" else 503)
 
     async def report_metrics(self) -> Response:
         return PlainTextResponse(
@@ -295,9 +289,7 @@ class Service:
     ) -> AsyncIterator[str]:
         """The recording, cut at pauses into pieces that fit into the encoder, asked one after another."""
         decoding = replace(
-            self.listener.decoding,
-            max_new_tokens=min(256, self.settings.max_new_tokens),
-            temperature=temperature,
+            self.listener.decoding, max_new_tokens=min(256, self.settings.max_new_tokens), temperature=temperature
         )
         no_speech = self.listener.model.config.no_speech_sentence
         end = time.monotonic() + self.settings.deadline  # of the whole recording

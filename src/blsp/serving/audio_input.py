@@ -61,9 +61,7 @@ def from_url(url: str, *, allow_remote: bool, most_bytes: int, seconds: float = 
     except ValueError as error:
         raise ApiError(400, f"audio_url: {error}", param="audio_url", code="invalid_url") from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ApiError(
-            400, "audio_url: must be a data-URI or an http(s) URL", param="audio_url", code="invalid_url"
-        )
+        raise ApiError(400, "audio_url: must be a data-URI or an http(s) URL", param="audio_url", code="invalid_url")
     if not allow_remote:
         raise ApiError(
             400,
@@ -118,14 +116,10 @@ def public_address(host: str, port: int) -> str:
     try:
         resolved = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
-        raise ApiError(
-            400, f"audio_url: {host} is not known", param="audio_url", code="fetch_failed"
-        ) from error
+        raise ApiError(400, f"audio_url: {host} is not known", param="audio_url", code="fetch_failed") from error
     addresses = [ipaddress.ip_address(str(name).partition("%")[0]) for name in resolved]
     if not addresses or not all(map(_is_public, addresses)):
-        raise ApiError(
-            400, f"audio_url: {host} is not a public address", param="audio_url", code="private_address"
-        )
+        raise ApiError(400, f"audio_url: {host} is not a public address", param="audio_url", code="private_address")
     return str(min(addresses, key=lambda address: address.version))
 
 

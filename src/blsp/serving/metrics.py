@@ -17,15 +17,11 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = here = CollectorRegistry()
-        self.requests = Counter(
-            "blsp_requests", "Requests by route and status", ["route", "status"], registry=here
-        )
+        self.requests = Counter("blsp_requests", "Requests by route and status", ["route", "status"], registry=here)
         self.first_token = Histogram(
             "blsp_first_token_seconds", "From submission to the first token", buckets=SECONDS, registry=here
         )
-        self.total = Histogram(
-            "blsp_answer_seconds", "From submission to the end", buckets=SECONDS, registry=here
-        )
+        self.total = Histogram("blsp_answer_seconds", "From submission to the end", buckets=SECONDS, registry=here)
         self.tokens = Counter("blsp_generated_tokens", "Tokens written", registry=here)
         self.speech = Counter("blsp_speech_seconds", "Seconds of speech heard", registry=here)
         self.steps = Counter("blsp_decode_steps", "Steps of the decode loop", registry=here)

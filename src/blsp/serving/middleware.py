@@ -24,11 +24,7 @@ from blsp.serving.api import ApiError
 LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
 DISCARDED = 8  # of a refused request, this many times the size limit is read on
 DISCARD_SECONDS = 5.0
-PROTECTIVE = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-store",
-}
+PROTECTIVE = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
 
 
 def is_local(host: str) -> bool:
@@ -45,9 +41,7 @@ class RequestGuard:
     its own (DNS rebinding).
     """
 
-    def __init__(
-        self, app: ASGIApp, api_key: str | None, max_bytes: int, deadline: float, local: bool = False
-    ) -> None:
+    def __init__(self, app: ASGIApp, api_key: str | None, max_bytes: int, deadline: float, local: bool = False) -> None:
         self.app, self.max_bytes, self.deadline, self.local = app, max_bytes, deadline, local
         self._key = api_key.encode() if api_key else None
 
@@ -70,17 +64,13 @@ class RequestGuard:
     def _head_refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         """What is wrong with the request's path and headers."""
         if self.local and not is_local(re.sub(r":\d*$", "", headers.get("host", "localhost"))):
-            return ApiError(
-                403, "this server answers to this machine alone; start it with a key, or with --insecure"
-            )
+            return ApiError(403, "this server answers to this machine alone; start it with a key, or with --insecure")
         protected = scope["path"].startswith("/v1/") or scope["path"] in ("/metrics", "/openapi.json")
         if self._key is not None and protected and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
             token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
             if not hmac.compare_digest(token, self._key):
-                return ApiError(
-                    401, "a valid API key is needed: Authorization: Bearer …", code="invalid_api_key"
-                )
+                return ApiError(401, "a valid API key is needed: Authorization: Bearer …", code="invalid_api_key")
         declared = headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared) > self.max_bytes:
             return _too_large(self.max_bytes)
@@ -152,12 +142,7 @@ async def _discard(receive: Receive, max_bytes: int) -> None:
 
 async def _refuse(send: Send, error: ApiError) -> None:
     body = json.dumps(error.body()).encode()
-    fields = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",
-        **PROTECTIVE,
-    }
+    fields = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **PROTECTIVE}
     headers = [(name.encode(), value.encode()) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

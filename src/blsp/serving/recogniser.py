@@ -37,14 +37,10 @@ class SharedRecogniser:
         """Raises ApiError: 503 without a recogniser, 429 when too many wait, 504 after `seconds`."""
         if not self.available:
             raise ApiError(
-                503,
-                "model: this server has no recogniser (pip install 'blsp[cascade]', --asr NAME)",
-                param="model",
+                503, "model: this server has no recogniser (pip install 'blsp[cascade]', --asr NAME)", param="model"
             )
         if self._pending > MAX_WAITING:
-            raise ApiError(
-                429, "too many recordings wait for the recogniser", code="queue_full", retry_after=2
-            )
+            raise ApiError(429, "too many recordings wait for the recogniser", code="queue_full", retry_after=2)
         work = asyncio.get_running_loop().run_in_executor(self._thread, self._transcribe, clip, language)
         self._pending += 1
         try:

@@ -32,15 +32,7 @@ import numpy as np
 
 from blsp.data.audio import SAMPLE_RATE
 from blsp.distributed import give_back_freed_memory
-from blsp.inference.conversation import (
-    ContextError,
-    LaidOut,
-    Memory,
-    lay_out,
-    remember,
-    request_for,
-    user_turn,
-)
+from blsp.inference.conversation import ContextError, LaidOut, Memory, lay_out, remember, request_for, user_turn
 from blsp.inference.listener import BEAM, Listener
 from blsp.llm.decoding import Decoder, Decoding, Event, Request
 from blsp.llm.prefix import Prefix
@@ -275,8 +267,7 @@ class Scheduler:
             (
                 job,
                 [
-                    message
-                    | {"parts": [next(embeds) if _is_clip(part) else part for part in message["parts"]]}
+                    message | {"parts": [next(embeds) if _is_clip(part) else part for part in message["parts"]]}
                     for message in job.messages
                 ],
             )
@@ -367,11 +358,7 @@ def _sharing_prefixes(requests: list[Request], laid: dict[int, LaidOut | None]) 
         if request.prefix is not None:
             names = laid[request.key].names[: len(request.prefix)]  # type: ignore[index, union-attr]
             request = Request(
-                request.key,
-                request.embeds,
-                shared.setdefault(names, request.prefix),
-                request.decoding,
-                keep_cache=True,
+                request.key, request.embeds, shared.setdefault(names, request.prefix), request.decoding, keep_cache=True
             )
         result.append(request)
     return result

@@ -176,9 +176,7 @@ class ContinueSettings:
                 "--top-k needs the local LLM: write with --engine-url first, then add it with --score-only"
             )
         if self.score_only and not self.top_k:
-            raise SettingsError(
-                "--score-only adds log-probabilities of the teacher: give their number with --top-k"
-            )
+            raise SettingsError("--score-only adds log-probabilities of the teacher: give their number with --top-k")
 
 
 @dataclass(frozen=True)
@@ -339,9 +337,7 @@ class TrainSettings:
         if not self.data:
             raise SettingsError("--data: name at least one file")
         if self.data_weights and len(self.data_weights) != len(self.data):
-            raise SettingsError(
-                f"--data-weights: {len(self.data_weights)} weights for {len(self.data)} data files"
-            )
+            raise SettingsError(f"--data-weights: {len(self.data_weights)} weights for {len(self.data)} data files")
         if self.cache and set(self.augment) - {"mask"}:
             raise SettingsError(
                 "--augment speed, volume and noise change the speech before the encoder: leave out --cache, or them"

@@ -53,10 +53,7 @@ def read_settings(kind: type[Settings], flags: Sequence[str], prog: str) -> Sett
 def _parse(kind: Any, flags: Sequence[str], defaults: Values, prog: str) -> Any:
     """The flags as tyro reads them over `defaults`, checked by the class; exits with 2 where one is wrong."""
     parsed: Any = tyro.cli(
-        _flags_in_groups(kind, defaults),
-        args=_join_repeated(kind, flags),
-        prog=prog,
-        description=inspect.getdoc(kind),
+        _flags_in_groups(kind, defaults), args=_join_repeated(kind, flags), prog=prog, description=inspect.getdoc(kind)
     )
     given = {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
     try:
@@ -137,9 +134,7 @@ def _typed(written: str, hint: Any, value: Any, where: str) -> Any:
         raise SettingsError(f"{where}: {value!r} is not {allowed}") from error
 
 
-def _read_stages(
-    kind: Any, flags: Sequence[str], top: Values, stages: list[Values], file: Path, prog: str
-) -> Any:
+def _read_stages(kind: Any, flags: Sequence[str], top: Values, stages: list[Values], file: Path, prog: str) -> Any:
     """The top level, holding every stage resolved: its own flags, its folder, and what it starts from."""
     resolved: list[Any] = []
     for stage in stages:
@@ -161,21 +156,15 @@ def _read_stages(
 def _checked_stages(stages: Any, file: Path) -> list[Values]:
     """The stages with underscores in their keys; raises SettingsError for a missing or equal name."""
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
-        raise SettingsError(
-            f"{file}: stages: must be a list of mappings, as in [{{name: grounding, loss: ctc}}]"
-        )
+        raise SettingsError(f"{file}: stages: must be a list of mappings, as in [{{name: grounding, loss: ctc}}]")
     stages = [_with_underscores(stage) for stage in stages]
     names = [stage.get("name") for stage in stages]
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w", name) or names.count(name) > 1:
-            raise SettingsError(
-                f"{file}: stages: name {name!r}: each needs a name of its own that can name a folder"
-            )
+            raise SettingsError(f"{file}: stages: name {name!r}: each needs a name of its own that can name a folder")
     for stage in stages:
         if "out" in stage or "config" in stage:
-            raise SettingsError(
-                f"{file}: stage {stage['name']!r}: `out` and `config` belong to the top level"
-            )
+            raise SettingsError(f"{file}: stage {stage['name']!r}: `out` and `config` belong to the top level")
     return stages
 
 

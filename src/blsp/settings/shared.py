@@ -57,9 +57,7 @@ Limit = Annotated[int | None, "read only this many rows"]
 Order = Literal["instruction-first", "speech-first"]
 Normalise = Literal["none", "whisper"]
 Temperature = Annotated[float, "0 takes the most probable token each time"]
-TopP = Annotated[
-    float, "when sampling: draw from the most probable tokens that together have this probability"
-]
+TopP = Annotated[float, "when sampling: draw from the most probable tokens that together have this probability"]
 
 
 def flag_texts(kind: type) -> dict[str, str]:

@@ -138,9 +138,7 @@ def cut(rows: Rows, lengths: NDArray[np.integer], groups: NDArray[np.integer], b
     _, first = np.unique(groups, return_index=True)
     for group in groups[np.sort(first)]:
         members = np.flatnonzero(groups == group)
-        members = members[
-            np.argsort(-lengths[members], kind="stable")
-        ]  # the longest first: it sets the width
+        members = members[np.argsort(-lengths[members], kind="stable")]  # the longest first: it sets the width
         while len(members):
             fitting = max(1, int(budget // max(1, lengths[members[0]])))
             batches.append(rows[members[:fitting]])

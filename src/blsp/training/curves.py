@@ -33,11 +33,7 @@ def draw(metrics: Path, picture: Path) -> None:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not rows:
         return
-    probes = [
-        name
-        for name in PROBES
-        if any(f"{part}_{name}" in row for row in rows for part in ("train", "held_out"))
-    ]
+    probes = [name for name in PROBES if any(f"{part}_{name}" in row for row in rows for part in ("train", "held_out"))]
     width = 5.4 * (1 + len(probes))
     figure = Figure(figsize=(width, 3.8), dpi=110)
     FigureCanvasAgg(figure)
@@ -76,14 +72,7 @@ def _probe(axis: Axes, rows: list[dict[str, Any]], name: str) -> None:
     for key, label, colour, line in styles:
         points = [(row["step"], row[key]) for row in rows if key in row]
         if points:
-            axis.plot(
-                *zip(*points, strict=True),
-                color=colour,
-                linestyle=line,
-                marker="o",
-                markersize=3,
-                label=label,
-            )
+            axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker="o", markersize=3, label=label)
     axis.set(title=f"{title}\n{remark}", xlabel="step")
     _finish(axis)
 

@@ -58,11 +58,7 @@ class Source:
 
 
 def open_sources(
-    data: Sequence[str],
-    weights: Sequence[float] = (),
-    *,
-    teacher: Teacher = "online",
-    temperature: float = 1.0,
+    data: Sequence[str], weights: Sequence[float] = (), *, teacher: Teacher = "online", temperature: float = 1.0
 ) -> list[Source]:
     """All files, globs expanded. `teacher` "stored" opens and checks the top-k of every continuations file."""
     if weights and len(weights) != len(data):
@@ -84,8 +80,7 @@ def _open_source(path: Path, weight: float, teacher: Teacher, temperature: float
     store.require_temperature(temperature)
     if len(store) != len(rows):
         raise DataError(
-            f"{store.folder}: holds {len(store)} rows, {path} {len(rows)}; run blsp continue "
-            "--score-only again"
+            f"{store.folder}: holds {len(store)} rows, {path} {len(rows)}; run blsp continue --score-only again"
         )
     return Source(path, rows, weight, store)
 
@@ -174,12 +169,7 @@ class Dataset:
 
 
 def open_dataset(
-    sources: Sequence[Source],
-    measurer: Measurer,
-    folder: Path,
-    skipped: SkippedLog,
-    hold_out: int,
-    runtime: Runtime,
+    sources: Sequence[Source], measurer: Measurer, folder: Path, skipped: SkippedLog, hold_out: int, runtime: Runtime
 ) -> Dataset:
     """The run's rows: measured by the first process unless the folder has them, then mapped by every process."""
     head = folder / "table.json"
@@ -325,9 +315,7 @@ def group_rows(recordings: NDArray[np.uint64], texts: NDArray[np.uint64]) -> NDA
             return groups
 
 
-def choose_held_out(
-    groups: NDArray[np.uint64], no_speech: NDArray[np.bool_], hold_out: int
-) -> NDArray[np.bool_]:
+def choose_held_out(groups: NDArray[np.uint64], no_speech: NDArray[np.bool_], hold_out: int) -> NDArray[np.bool_]:
     """True at the rows of the first `hold_out` groups, at most a tenth of all groups and of all rows.
 
     Clips without speech are never held out. A group that is too large for what is left of the tenth, such as a

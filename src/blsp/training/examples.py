@@ -33,9 +33,7 @@ from blsp.training.losses import can_align
 Need = Literal["continuation", "teacher", "readout"]
 
 FRAMES_PER_SECOND = 50  # of the encoder
-ANY_TEMPLATE = np.iinfo(
-    np.uint32
-).max  # a row without an instruction of its own: it takes another row's prompt
+ANY_TEMPLATE = np.iinfo(np.uint32).max  # a row without an instruction of its own: it takes another row's prompt
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,7 @@ class RowMeasurer:
             for row, found in zip(rows, lengths, strict=True)
         ]
 
-    def _measures(
-        self, row: Utterance, lengths: tuple[int, int], frames: int | Refused
-    ) -> Measures | Refused:
+    def _measures(self, row: Utterance, lengths: tuple[int, int], frames: int | Refused) -> Measures | Refused:
         if isinstance(frames, Refused):
             return frames
         transcript_tokens, tokens_after_audio = lengths

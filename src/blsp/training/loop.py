@@ -19,15 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from blsp.distributed import (
-    Runtime,
-    barrier,
-    find_runtime,
-    keep_freed_memory,
-    leave,
-    reduce_gradients,
-    sum_across,
-)
+from blsp.distributed import Runtime, barrier, find_runtime, keep_freed_memory, leave, reduce_gradients, sum_across
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
 from blsp.training import step
@@ -97,8 +89,7 @@ def train_stage(settings: TrainSettings, runtime: Runtime, stop: StopSignal) -> 
     else:
         draw_curves(run)
         print_once(
-            runtime,
-            f"{settings.out}: saved at step {state.progress.step} of {run.steps}; the same command goes on",
+            runtime, f"{settings.out}: saved at step {state.progress.step} of {run.steps}; the same command goes on"
         )
 
 
@@ -190,9 +181,7 @@ def finish(run: Run, state: State) -> None:
         return
     out = run.settings.out
     draw_curves(run)
-    save_adapter(
-        run.model, run.processor, out / "adapter", card=model_card(run.settings, out / "metrics.jsonl")
-    )
+    save_adapter(run.model, run.processor, out / "adapter", card=model_card(run.settings, out / "metrics.jsonl"))
     merge_skipped(run.skipped, out)
     if run.skipped.count:
         print(f"{run.skipped.count} rows could not be learnt from: see {run.skipped.path}", file=sys.stderr)

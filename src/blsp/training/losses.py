@@ -42,10 +42,7 @@ def ce_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def kl_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    temperature: float = 1.0,
-    student_temperature: float | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, student_temperature: float | None = None
 ) -> Tensor:
     """KL(teacher || student) over the whole vocabulary, (N, V) both, in nats at ``temperature``.
 
@@ -57,9 +54,7 @@ def kl_loss(
     return kl_divergence(teacher, torch.log_softmax(student_logits, dim=-1)).sum()
 
 
-def topk_kl_loss(
-    student_logits: Tensor, top_ids: Tensor, top_logp: Tensor, temperature: float = 1.0
-) -> Tensor:
+def topk_kl_loss(student_logits: Tensor, top_ids: Tensor, top_logp: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) from the teacher's K best log-probabilities (N, K), taken at ``temperature``.
 
     The rest of the vocabulary is one bucket on both sides, so this is a lower bound of `kl_loss` (the log-sum
@@ -95,9 +90,7 @@ def _teacher_with_rest(top_logp: Tensor) -> tuple[Tensor, Tensor]:
 # --- on the adapter's own output --------------------------------------------------------------------------
 
 
-def ctc_loss(
-    log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int
-) -> Tensor:
+def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int) -> Tensor:
     """-log p(targets), for ``targets`` (B, U; right-padded) and ``log_probs`` (B, S, C) of true ``lengths`` (B,).
 
     Every row must be possible (`can_align`).
@@ -115,9 +108,7 @@ def ctc_loss(
 
     # Scores of those classes at each place
     index = labels[:, None, :].expand(-1, log_probs.shape[1], -1)  # (B, S, 1 + U)
-    emissions = at_least_float32(log_probs.gather(-1, index))[:, :, label_of_state].transpose(
-        0, 1
-    )  # (S, B, X)
+    emissions = at_least_float32(log_probs.gather(-1, index))[:, :, label_of_state].transpose(0, 1)  # (S, B, X)
     final = _forward_variables(emissions, lengths, labels[:, label_of_state])  # (B, X)
 
     # A path ends in the last token or in the blank after it; an empty target has that blank alone
@@ -131,9 +122,7 @@ def _forward_variables(emissions: Tensor, lengths: Tensor, labels: Tensor) -> Te
     end (B, X).
     """
     places, batch, states = emissions.shape
-    reachable = (
-        torch.arange(states, device=emissions.device) < 2
-    )  # a path begins with a blank or with token 1
+    reachable = torch.arange(states, device=emissions.device) < 2  # a path begins with a blank or with token 1
     alpha = torch.where(reachable, emissions[0], IMPOSSIBLE)  # (B, X)
 
     # From a token straight to the next one, unless they are equal: then the blank between them is needed
@@ -155,11 +144,7 @@ def can_align(places: int, target: list[int]) -> bool:
 
 
 def shortlist(
-    adapter: Any,
-    hidden: Tensor,
-    table: Tensor,
-    targets: Sequence[Sequence[int]],
-    negatives: int,
+    adapter: Any, hidden: Tensor, table: Tensor, targets: Sequence[Sequence[int]], negatives: int
 ) -> tuple[Tensor, list[list[int]]]:
     """Log-probabilities (B, S, C) over the batch's own tokens and a sample of the others; targets among those C.
 

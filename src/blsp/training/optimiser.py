@@ -70,10 +70,7 @@ def new_optimiser(run: Run) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices and kernels only, as in the paper's trainer: not on biases and norms."""
     matrices = [p for p in run.parameters if p.ndim > 1]
     vectors = [p for p in run.parameters if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": run.settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = [{"params": matrices, "weight_decay": run.settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=run.settings.lr, fused=True)
 
 

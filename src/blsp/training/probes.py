@@ -70,9 +70,7 @@ def measure(
     return {f"{probe.part}_{name}": round(value, 6) for name, value in figures.items()}
 
 
-def divergence(
-    probe: Probe, examples: Sequence[Example], prefixes: PrefixCache, positions: int
-) -> tuple[float, float]:
+def divergence(probe: Probe, examples: Sequence[Example], prefixes: PrefixCache, positions: int) -> tuple[float, float]:
     """Mean KL(text || speech) in nats and top-1 agreement over all response positions.
 
     examples: the probe's answered examples, with their own speech or with that of other clips.
@@ -90,9 +88,7 @@ def divergence(
     return sum(divergences) / len(divergences), sum(agreements) / len(agreements)
 
 
-def _text_states(
-    probe: Probe, numbers: Sequence[int], batch: Sequence[Example], prefixes: PrefixCache
-) -> Tensor:
+def _text_states(probe: Probe, numbers: Sequence[int], batch: Sequence[Example], prefixes: PrefixCache) -> Tensor:
     """States (N, D) of the text route at the responses of a micro-batch; kept after the first time."""
     if any(number not in probe.text for number in numbers):
         states, _ = response_states(prefixes.llm, batch, transcript_vectors(prefixes.llm, batch), prefixes)
@@ -139,9 +135,7 @@ def micro_batches(examples: Sequence[Example], positions: int) -> Iterator[list[
     prefixes = sorted({example.template.prefix_ids for example in examples})
     groups = np.array([prefixes.index(example.template.prefix_ids) for example in examples])
     lengths = [
-        round(example.seconds * FRAMES_PER_SECOND / 8)
-        + len(example.template.suffix_ids)
-        + len(example.response)
+        round(example.seconds * FRAMES_PER_SECOND / 8) + len(example.template.suffix_ids) + len(example.response)
         for example in examples
     ]
     for numbers in cut(np.arange(len(examples)), np.array(lengths), groups, positions):

@@ -40,15 +40,7 @@ from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import SettingsError, TrainSettings
 from blsp.training.batches import DataFile, DataOrder, Rows, cut
-from blsp.training.dataset import (
-    DataError,
-    Dataset,
-    Refused,
-    Source,
-    choose_teacher,
-    open_dataset,
-    open_sources,
-)
+from blsp.training.dataset import DataError, Dataset, Refused, Source, choose_teacher, open_dataset, open_sources
 from blsp.training.examples import Example, ExampleReader, RowMeasurer, RowTexts, Targets
 from blsp.training.probes import Probe
 from blsp.training.step import LOSSES, Objective
@@ -127,9 +119,7 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
         seed=settings.seed,
     )
     order, probes = data_order(settings, dataset), open_probes(reader)
-    return Run(
-        settings, runtime, model, processor, prefixes, objective, dataset, order, reader, skipped, probes
-    )
+    return Run(settings, runtime, model, processor, prefixes, objective, dataset, order, reader, skipped, probes)
 
 
 # --- what is learnt ---------------------------------------------------------------------------------------
@@ -303,9 +293,7 @@ def open_model(
         if model.config.readout_size is not None:
             tokens = _readout_vocabulary(settings, llm, runtime, sources)
             every = range(model.config.text_config.vocab_size)
-            widen_readout(
-                model.model.multi_modal_projector, model.config, tokens or every, processor.tokenizer
-            )
+            widen_readout(model.model.multi_modal_projector, model.config, tokens or every, processor.tokenizer)
     if settings.shard_llm:
         shard_language_model(model.model.language_model, target)
         model.to(target.device)
@@ -335,9 +323,7 @@ def _check_start(
         raise SettingsError(f"--init-from {start}: is a {config.adapter} adapter, not {settings.adapter}")
     differing = {name for name, value in options.items() if (config.adapter_options or {}).get(name) != value}
     if differing:
-        raise SettingsError(
-            f"--init-from {start}: has other {', '.join(differing)}; leave out --adapter-options"
-        )
+        raise SettingsError(f"--init-from {start}: has other {', '.join(differing)}; leave out --adapter-options")
     if config.full_window != settings.pad_to_30s:
         raise SettingsError(f"--init-from {start}: was trained with --pad-to-30s {config.full_window}")
     for flag, weights, digest in (
@@ -345,9 +331,7 @@ def _check_start(
         ("--llm", llm, config.text_model_sha256),
     ):
         if weights.sha256 != digest:
-            raise SettingsError(
-                f"--init-from {start}: was trained with other weights than {flag} {weights.name}"
-            )
+            raise SettingsError(f"--init-from {start}: was trained with other weights than {flag} {weights.name}")
 
 
 def _readout_vocabulary(

@@ -275,9 +275,7 @@ def finish_stages(settings: TrainSettings) -> None:
     for stage in settings.stages:
         rows = [row for _, row in read_rows(stage.out / "metrics.jsonl")]
         for row in rows:
-            lines.append(
-                json.dumps(row | {"step": row["step"] + steps_before, "stage": stage.out.name}) + "\n"
-            )
+            lines.append(json.dumps(row | {"step": row["step"] + steps_before, "stage": stage.out.name}) + "\n")
         steps_before += rows[-1]["step"]
     write_text(settings.out / "metrics.jsonl", "".join(lines), durable=True)
     draw(settings.out / "metrics.jsonl", settings.out / "curves.png")
@@ -286,9 +284,7 @@ def finish_stages(settings: TrainSettings) -> None:
         flags = as_flags(stage)
         del flags["out"]
         stages.append({"name": stage.out.name} | flags)
-    write_text(
-        settings.out / "settings.yaml", _dump({"out": str(settings.out), "stages": stages}), durable=True
-    )
+    write_text(settings.out / "settings.yaml", _dump({"out": str(settings.out), "stages": stages}), durable=True)
     print(f"{settings.out}: all {len(stages)} stages are finished; the adapter is {settings.out / 'adapter'}")
 
 

@@ -92,10 +92,7 @@ def counts_of(examples: Sequence[Example], objective: Objective) -> dict[str, in
 
 
 def run(
-    model: BlspForConditionalGeneration,
-    examples: Sequence[Example],
-    objective: Objective,
-    prefixes: PrefixCache,
+    model: BlspForConditionalGeneration, examples: Sequence[Example], objective: Objective, prefixes: PrefixCache
 ) -> Sums:
     """The sums of one micro-batch; all its examples have the same prompt prefix."""
     batch = MicroBatch(model, examples, objective, prefixes)
@@ -179,9 +176,7 @@ def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Exampl
     if examples[0].features is not None:
         lengths = torch.tensor([len(example.features) for example in examples])  # type: ignore[arg-type]
         width = int(lengths.max())
-        states = np.zeros(
-            (len(examples), width, examples[0].features.shape[1]), dtype=np.float32
-        )  # (B, T, E)
+        states = np.zeros((len(examples), width, examples[0].features.shape[1]), dtype=np.float32)  # (B, T, E)
         for row, example in enumerate(examples):
             states[row, : lengths[row]] = example.features
         return torch.from_numpy(states).to(device), lengths.to(device)
@@ -206,10 +201,7 @@ def transcript_vectors(model: BlspForConditionalGeneration, examples: Sequence[E
 
 
 def response_states(
-    model: BlspForConditionalGeneration,
-    examples: Sequence[Example],
-    vectors: Sequence[Tensor],
-    prefixes: PrefixCache,
+    model: BlspForConditionalGeneration, examples: Sequence[Example], vectors: Sequence[Tensor], prefixes: PrefixCache
 ) -> tuple[Tensor, int]:
     """Last hidden states (N, D) at the positions that predict the responses, row by row; and the padded positions."""
     # One row an example: vectors, suffix, response without its last token (which predicts nothing)
@@ -278,9 +270,7 @@ def _divergence(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) 
         top = [example.teacher for example in examples if example.teacher is not None]
         ids = torch.from_numpy(np.concatenate([ids for ids, _ in top]).astype(np.int64)).to(hidden.device)
         logp = torch.from_numpy(np.concatenate([logp for _, logp in top])).to(hidden.device)  # (N, K), as ids
-        return batch.chunked(
-            hidden, lambda logits, part: topk_kl_loss(logits, ids[part], logp[part], temperature)
-        )
+        return batch.chunked(hidden, lambda logits, part: topk_kl_loss(logits, ids[part], logp[part], temperature))
     with torch.no_grad():
         vectors = transcript_vectors(batch.model, examples)
         text, _ = response_states(batch.model, examples, vectors, batch.prefixes)  # (N, D)
@@ -317,17 +307,13 @@ def _ctc(batch: MicroBatch) -> Tensor:
     return ctc_loss(log_probs, lengths, padded, sizes, BLANK)
 
 
-def _posteriors(
-    batch: MicroBatch, targets: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Sequence[Sequence[int]]]:
+def _posteriors(batch: MicroBatch, targets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Sequence[Sequence[int]]]:
     """Log-probabilities (B, S, C), lengths (B,) and targets among the C classes, without vectors for the LLM."""
     adapter, table = batch.model.model.multi_modal_projector, batch.model.model.readout_table()
     if table is None:
         raise TypeError(f"{batch.model.config.adapter}: ctc needs an adapter that reads out")
     states, lengths = batch.encoded
-    hidden, places = adapter.hidden_states(
-        states.to(next(adapter.parameters()).dtype), lengths
-    )  # (B, S, D), (B,)
+    hidden, places = adapter.hidden_states(states.to(next(adapter.parameters()).dtype), lengths)  # (B, S, D), (B,)
     negatives = batch.objective.negatives
     if 0 < negatives < len(table) - len(set().union(*targets)):
         log_probs, targets = shortlist(adapter, hidden, table, targets, negatives)

@@ -89,9 +89,7 @@ def read_variables(file: BinaryIO) -> dict[str, np.ndarray]:
     (version,) = unpack("I")
     spec, _revision = string(), unpack("I")
     if version != VERSION or spec != "WhisperSpec":
-        raise ValueError(
-            f"{file.name}: format {version} of {spec}; only format {VERSION} of WhisperSpec is read"
-        )
+        raise ValueError(f"{file.name}: format {version} of {spec}; only format {VERSION} of WhisperSpec is read")
     variables = {}
     for _ in range(unpack("I")[0]):
         name, rank = string(), unpack("B")[0]
@@ -103,9 +101,7 @@ def read_variables(file: BinaryIO) -> dict[str, np.ndarray]:
 
 def _layers(variables: dict[str, np.ndarray], side: str) -> int:
     paths = [name.split("/") for name in variables]
-    return len(
-        {path[1] for path in paths if len(path) > 3 and path[0] == side and path[1].startswith("layer_")}
-    )
+    return len({path[1] for path in paths if len(path) > 3 and path[0] == side and path[1].startswith("layer_")})
 
 
 def encoder_tensors(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

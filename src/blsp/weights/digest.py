@@ -88,9 +88,7 @@ def _local_folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise WeightsNotFoundError(
-            f"{name}: neither a folder here nor a model on the hub ({error})"
-        ) from error
+        raise WeightsNotFoundError(f"{name}: neither a folder here nor a model on the hub ({error})") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -104,8 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise WeightsNotFoundError(
-                f"{file}: no such file; weights must be safetensors "
-                "(convert others with transformers' save_pretrained)"
+                f"{file}: no such file; weights must be safetensors (convert others with transformers' save_pretrained)"
             )
     return files
 
@@ -159,9 +156,7 @@ def _chunks(opened: Any, name: str) -> Iterator[Tensor]:
 def _memo_path(folder: Path, files: list[Path]) -> Path:
     """The memo's name is a hash of size, time and number of the files, so a memo is never out of date."""
     config = folder / "config.json"
-    stats = [
-        (os.path.realpath(file), file.stat()) for file in [*files, *([config] if config.is_file() else [])]
-    ]
+    stats = [(os.path.realpath(file), file.stat()) for file in [*files, *([config] if config.is_file() else [])]]
     marks = [SCHEME, *([path, stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats)]
     return cache_root() / "digests" / hashlib.sha256(json.dumps(marks).encode()).hexdigest()
 
@@ -173,6 +168,4 @@ def _remember(memo: Path, digest: str, files: list[Path]) -> None:
         memo.parent.mkdir(parents=True, exist_ok=True)
         write_text(memo, digest + "\n")
     except OSError as error:
-        warnings.warn(
-            f"{memo}: {error.strerror}; set BLSP_CACHE, or weights are hashed each time", stacklevel=2
-        )
+        warnings.warn(f"{memo}: {error.strerror}; set BLSP_CACHE, or weights are hashed each time", stacklevel=2)

@@ -123,9 +123,7 @@ def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> Non
     """Fill a temporary folder and rename it, so that a half-built one is never seen under its final name."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            folder.with_name(folder.name + ".lock")
-        ):  # other builders wait and then find the folder
+        with FileLock(folder.with_name(folder.name + ".lock")):  # other builders wait and then find the folder
             if folder.is_dir():
                 return
             sources = [file for wheel in model.wheels for file in _wheel_files(name, wheel, model.wheels)]
@@ -145,10 +143,7 @@ def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> Non
 def _wheel_files(name: str, wheel: Wheel, needed: tuple[Wheel, ...]) -> list[Path]:
     """The wheel's weight files on this machine, each with the hash that its installation recorded."""
     lines = "\\n".join(w.requirement for w in needed)
-    command = (
-        f"printf '{lines}\\n' > embedded.txt && "
-        "python -m pip install --no-deps --require-hashes -r embedded.txt"
-    )
+    command = f"printf '{lines}\\n' > embedded.txt && python -m pip install --no-deps --require-hashes -r embedded.txt"
     try:
         release = importlib.metadata.distribution(wheel.name)
     except importlib.metadata.PackageNotFoundError as error:

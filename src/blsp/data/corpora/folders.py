@@ -67,9 +67,7 @@ def _pairs(root: Path, folder: Path, language: str | None) -> Rows:
         id = path.relative_to(root).with_suffix("").as_posix()
         name = os.fsencode(path).decode("utf-8", "backslashreplace")
         if name != str(path):
-            yield Dropped(
-                os.fsencode(id).decode("utf-8", "backslashreplace"), name, "file name: it is not UTF-8"
-            )
+            yield Dropped(os.fsencode(id).decode("utf-8", "backslashreplace"), name, "file name: it is not UTF-8")
         elif not texts:
             yield Dropped(id, name, f"no transcript: {path.with_suffix(TEXT_SUFFIXES[0]).name} is missing")
         elif (first := last.setdefault(id, path)) != path:
@@ -126,9 +124,7 @@ def _kaldi_directory(folder: Path, request: ReadRequest) -> Rows:
                 yield _kaldi_row(id, text, tables, folder, line, iso(request.language))
 
 
-def _kaldi_row(
-    id: str, text: str, tables: dict[str, Lookup], folder: Path, line: int, language: str | None
-) -> Row:
+def _kaldi_row(id: str, text: str, tables: dict[str, Lookup], folder: Path, line: int, language: str | None) -> Row:
     recording = id
     times: dict[str, Any] = {}
     if "segments" in tables:
@@ -198,9 +194,7 @@ def lhotse(request: ReadRequest) -> Rows:
         recordings, supervisions = _find(root, "recordings", split), _find(root, "supervisions", split)
         if recordings is None or supervisions is None:
             there = ", ".join(sorted(path.name for path in root.glob("*.jsonl*"))[:8]) or "no .jsonl file"
-            raise CorpusError(
-                f"{root}: no cuts and no recordings with supervisions of {split!r}; it has {there}"
-            )
+            raise CorpusError(f"{root}: no cuts and no recordings with supervisions of {split!r}; it has {there}")
         yield from _from_supervisions(recordings, supervisions)
 
 
@@ -211,9 +205,7 @@ def _find(root: Path, kind: str, split: str) -> Path | None:
     named = [path for path in sorted(root.glob("*.jsonl*")) if re.search(word.format(kind), path.name)]
     files = [path for path in named if re.search(word.format(re.escape(split)), path.name)]
     if len(files) > 1:
-        raise CorpusError(
-            f"{root}: {files[0].name} and {files[1].name} both are {kind} of {split!r}; name one file"
-        )
+        raise CorpusError(f"{root}: {files[0].name} and {files[1].name} both are {kind} of {split!r}; name one file")
     return files[0] if files else None
 
 

@@ -32,9 +32,7 @@ def hugging_face(request: ReadRequest) -> Rows:
         rows, audio_column, columns = _open(request, split)
         text_column = _text_column(request, columns)
         if request.reference_field and request.reference_field not in columns:
-            raise CorpusError(
-                f"{request.root}: no column {request.reference_field!r}; it has {', '.join(columns)}"
-            )
+            raise CorpusError(f"{request.root}: no column {request.reference_field!r}; it has {', '.join(columns)}")
         for number, row in enumerate(rows):
             yield _row(f"{split}-{number:08d}", row, audio_column, text_column, request)
 
@@ -53,15 +51,9 @@ def _open(request: ReadRequest, split: str) -> tuple[Iterator[dict[str, Any]], s
     features = dataset.features or dataset._resolve_features().features
     audio = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
     if len(audio) != 1:
-        raise CorpusError(
-            f"{request.root}: {len(audio)} columns of audio among {', '.join(features)}; one is needed"
-        )
+        raise CorpusError(f"{request.root}: {len(audio)} columns of audio among {', '.join(features)}; one is needed")
     # a folder of files yields paths, which the library would not pass on without its own decoder
-    as_it_is = (
-        datasets.Value("string")
-        if dataset.info.builder_name == "audiofolder"
-        else datasets.Audio(decode=False)
-    )
+    as_it_is = datasets.Value("string") if dataset.info.builder_name == "audiofolder" else datasets.Audio(decode=False)
     return iter(dataset.cast_column(audio[0], as_it_is)), audio[0], list(features)
 
 
@@ -77,16 +69,12 @@ def _load(datasets: Any, request: ReadRequest, split: str) -> Any:
 def _text_column(request: ReadRequest, columns: list[str]) -> str:
     if request.text_field is not None:
         if request.text_field not in columns:
-            raise CorpusError(
-                f"{request.root}: no column {request.text_field!r}; it has {', '.join(columns)}"
-            )
+            raise CorpusError(f"{request.root}: no column {request.text_field!r}; it has {', '.join(columns)}")
         return request.text_field
     for name in TEXT_COLUMNS:
         if name in columns:
             return name
-    raise CorpusError(
-        f"{request.root}: which column is the transcript? Say --text-field, one of {', '.join(columns)}"
-    )
+    raise CorpusError(f"{request.root}: which column is the transcript? Say --text-field, one of {', '.join(columns)}")
 
 
 def _row(id: str, row: dict[str, Any], audio_column: str, text_column: str, request: ReadRequest) -> Row:

@@ -124,9 +124,7 @@ def _babble(generator: Generator, samples: int, speech: Manifest) -> np.ndarray:
         mixed += 1
         if mixed == talkers:
             return sound
-    raise CorpusError(
-        f"{speech.paths[0]}: too few clips can be read to mix babble from them {failure}".rstrip()
-    )
+    raise CorpusError(f"{speech.paths[0]}: too few clips can be read to mix babble from them {failure}".rstrip())
 
 
 SOUNDS: dict[str, Callable[[Generator, int], np.ndarray]] = {

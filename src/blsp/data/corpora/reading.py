@@ -145,9 +145,7 @@ def read_lines(path: Path, corpus: Corpus) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(lines, start=1):
                 yield number, line.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path}: is not UTF-8 ({error.reason}); {corpus.name} is published in UTF-8"
-        ) from error
+        raise CorpusError(f"{path}: is not UTF-8 ({error.reason}); {corpus.name} is published in UTF-8") from error
 
 
 def read_table(

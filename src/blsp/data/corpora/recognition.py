@@ -18,16 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from blsp.data.corpora.reading import (
-    Corpus,
-    CorpusError,
-    ReadRequest,
-    Rows,
-    iso,
-    make_row,
-    read_lines,
-    subfolders,
-)
+from blsp.data.corpora.reading import Corpus, CorpusError, ReadRequest, Rows, iso, make_row, read_lines, subfolders
 
 LIBRISPEECH = Corpus("LibriSpeech", "https://www.openslr.org/12")
 GIGASPEECH = Corpus("GigaSpeech", "https://github.com/SpeechColab/GigaSpeech")
@@ -154,9 +145,7 @@ def tedlium3(request: ReadRequest) -> Rows:
 def _stm_line(content: str, audio: Path, path: Path, line: int) -> Rows:
     fields = content.split(maxsplit=6)
     if len(fields) < 6:
-        raise TEDLIUM.broken(
-            path, line, "STM lines have talk, channel, speaker, begin, end, labels and words"
-        )
+        raise TEDLIUM.broken(path, line, "STM lines have talk, channel, speaker, begin, end, labels and words")
     talk, _, speaker, begin, end = fields[:5]
     text = fields[6] if len(fields) > 6 else ""
     if text.strip() == "ignore_time_segment_in_scoring":

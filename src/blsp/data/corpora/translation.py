@@ -40,15 +40,7 @@ COVOST = Corpus("CoVoST 2", "https://github.com/facebookresearch/covost (and Com
 MUST_C = Corpus("MuST-C", "https://mt.fbk.eu/must-c/")
 FLEURS = Corpus("FLEURS", "https://huggingface.co/datasets/google/fleurs")
 
-FLEURS_COLUMNS = [
-    "id",
-    "file_name",
-    "raw_transcription",
-    "transcription",
-    "characters",
-    "num_samples",
-    "gender",
-]
+FLEURS_COLUMNS = ["id", "file_name", "raw_transcription", "transcription", "characters", "num_samples", "gender"]
 FLEURS_RATE = 16_000
 
 
@@ -183,9 +175,7 @@ def _must_c_part(folder: Path, split: str, target: str) -> Rows:
     except ValueError as error:
         if "zip()" not in str(error):
             raise
-        raise CorpusError(
-            f"{listing}: the YAML file and the two texts have different numbers of lines"
-        ) from error
+        raise CorpusError(f"{listing}: the YAML file and the two texts have different numbers of lines") from error
 
 
 def _segments(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

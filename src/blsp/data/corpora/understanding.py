@@ -62,11 +62,7 @@ def fluent_speech_commands(request: ReadRequest) -> Rows:
         path = FLUENT.need_split(root / "data" / f"{split}_data.csv", split, ("train", "valid", "test"))
         for _, row in read_csv(path, FLUENT, columns):
             slots = {name: row[name] for name in SLOTS}
-            fields: dict[str, Any] = {
-                "speaker": row["speakerId"],
-                "reference": _fluent_intent(row),
-                "extra": slots,
-            }
+            fields: dict[str, Any] = {"speaker": row["speakerId"], "reference": _fluent_intent(row), "extra": slots}
             id, text = Path(row["path"]).stem, row["transcription"]
             yield make_row(id, root / row["path"], text, language="en", options=options, **fields)
 
@@ -109,12 +105,7 @@ def _slurp_recordings(sentence: dict[str, Any], audio: Path, options: tuple[str,
         for entity in sentence.get("entities", [])
     ]
     extra = {"scenario": sentence["scenario"], "action": sentence["action"], "entities": entities}
-    fields: dict[str, Any] = {
-        "language": "en",
-        "reference": sentence["intent"],
-        "options": options,
-        "extra": extra,
-    }
+    fields: dict[str, Any] = {"language": "en", "reference": sentence["intent"], "options": options, "extra": extra}
     for recording in sentence["recordings"]:
         file = recording["file"]
         yield make_row(Path(file).stem, audio / file, sentence["sentence"], **fields)
@@ -146,17 +137,13 @@ def snips(request: ReadRequest) -> Rows:
             SNIPS.need(root / "metadata.json")
             yield from _smart_speaker(root, request)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CorpusError(
-            f"{root}: its JSON files are not as published at {SNIPS.page} ({error!r})"
-        ) from error
+        raise CorpusError(f"{root}: its JSON files are not as published at {SNIPS.page} ({error!r})") from error
 
 
 def _smart_lights(root: Path, request: ReadRequest) -> Rows:
     """config.json names the dataset and the speech corpus (metadata.json and audio/)."""
     if request.splits != ["all"]:
-        raise CorpusError(
-            f"{root}: SNIPS smart lights is made for cross-validation and has one part: --split all"
-        )
+        raise CorpusError(f"{root}: SNIPS smart lights is made for cross-validation and has one part: --split all")
     config = _load_json(root / "config.json")
     speech = SNIPS.need(root / str(config.get("speech_corpus", "speech_corpus")))
     intents = _intents(root / str(config.get("dataset", "dataset.json")))
@@ -185,10 +172,7 @@ def _command(id: str, audio: Path, text: str, intents: dict[str, dict[str, Any]]
     if text not in intents:
         return Dropped(id, str(audio), "no intent: the sentence is not in the dataset")
     options = _sorted_set(entry["intent"] for entry in intents.values())
-    fields: dict[str, Any] = {
-        "reference": intents[text]["intent"],
-        "extra": {"slots": intents[text]["slots"]},
-    }
+    fields: dict[str, Any] = {"reference": intents[text]["intent"], "extra": {"slots": intents[text]["slots"]}}
     return make_row(id, audio, text, language=language, options=options, **fields)
 
 
