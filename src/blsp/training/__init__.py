@@ -5,6 +5,7 @@ step.py       one micro-batch to its loss
 losses.py     every loss
 dataset.py    data files and their measured rows
 examples.py   rows to examples
+augmentation.py  speed, volume, noise, hidden spans
 batches.py    the order of the data
 run.py        everything before the first step
 run_state.py  run folder, settings, checkpoints, stop signal
