@@ -42,6 +42,55 @@ def test_an_empty_reference_counts_insertions_and_a_silent_transcript_deletions(
     assert result.counts == {"empty": 1}
 
 
+@pytest.mark.parametrize(
+    "language, reference, transcript, wer, cer",
+    [
+        ("hi", "आज का दिन अच्छा है", "आज का दान अच्छा है", 1 / 5, 1 / 18),  # day, gift
+        ("hi", "आज का दिन अच्छा है।", "आज का दिन अच्छा है", 0, 0),
+        ("bn", "আমি ভাত খাই", "আমা ভুত খেই", 3 / 3, 3 / 11),
+        ("ta", "நான் வீடு", "நான் விடு", 1 / 2, 1 / 9),  # house, let go
+        ("th", "บ้าน", "บาน", 1 / 3, 1 / 4),  # บ้ า น, without the tone sign
+        ("th", "น้ำ ดี", "น้ำดี", 0, 0),
+        ("zh", "今天天气很好", "今天天氣很好", 1 / 6, 1 / 6),
+        ("zh", "今天天气很好。", "今天天气好", 1 / 6, 1 / 6),
+        ("ja", "かがみです", "かかみです", 1 / 5, 1 / 5),
+        ("ja", "ガラス", "ｶﾞﾗｽ", 0, 0),  # half width
+        ("ar", "كَتَبَ الوَلَد", "كتب البلد", 1 / 2, 1 / 9),  # boy, country; points do not count
+        ("he", "שָׁלוֹם לך", "שלום לה", 1 / 2, 1 / 7),
+        ("te", "పాలు నీళ్ళు", "పాలు నీళ్ళ", 1 / 2, 1 / 11),
+        ("my", "စာ", "စ", 1 / 2, 1 / 2),
+        ("tr", "IŞIK İYİ", "ışık iyi", 0, 0),
+        ("ru", "Ещё раз", "ещё час", 1 / 2, 2 / 7),
+        ("fr", "Ça va, l'été ?", "ca va l'ete", 2 / 4, 3 / 11),
+        ("en", "Uh.", "", 0, 0),  # Whisper's English normaliser leaves nothing of a hesitation
+        ("en", "Uh.", "made up", 2, 7),
+        ("hi", "।", "दिन", 1, 3),
+    ],
+)
+def test_error_rates_worked_out_by_hand(language: str, reference: str, transcript: str, wer: float, cer: float) -> None:
+    rows = [row(reference)]
+    result = score_transcripts(Task("t", "asr", "m", language=language), rows, [transcript])
+    assert result.figures["wer"].point() == pytest.approx(wer)
+    assert result.figures["cer"].point() == pytest.approx(cer)
+    assert result.rows[rows[0].id] == pytest.approx({"wer": wer, "cer": cer})
+    for figure in result.figures.values():
+        assert np.isfinite(interval(figure, draws(1, 10, seed=0))).all()
+
+
+def test_short_answers_differ_by_vowel_signs() -> None:
+    rows = [row("a", reference="दिन"), row("b", reference="दिन")]
+    answers = [Answer("दान", "stop"), Answer("यह दिन है।", "stop")]
+    result = scored("sqa", rows, answers, answer_language="hi")
+    figures = {name: figure.point() for name, figure in result.figures.items()}
+    assert figures == pytest.approx({"accuracy": 1 / 2, "em": 0, "f1": (0 + 2 / 4) / 2})
+
+
+def test_open_answers_are_counted_in_words_of_their_script() -> None:
+    for language, text, words in [("hi", "हिंदी में बात", 3), ("zh", "今天很好", 4), ("en", "It's fine", 3)]:
+        result = scored("chat", [row("a")], [Answer(text, "stop")], [text], answer_language=language)
+        assert result.figures["words"].point() == words
+
+
 def test_translation_is_sacrebleus_corpus_score() -> None:
     rows = [
         row(str(i), reference=text) for i, text in enumerate(["le chat est là", "un chien dort ici", "bonjour à tous"])

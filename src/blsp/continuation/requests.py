@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import Utterance
+from blsp.data.normalisation import normaliser
 from blsp.llm.instructions import instruction_for
 from blsp.llm.prompt import Order, prompt_template, transcript_ids
 
@@ -153,21 +154,13 @@ def read_text(row: Utterance, normalise: str) -> str:
     """The transcript as the LLM reads it: as given, or through Whisper's normaliser, as in the paper."""
     if normalise == "none":
         return row.text.strip()
-    return _normaliser(row.language in (None, "en"))(row.text).strip()
+    return normaliser(row.language or "en")(row.text).strip()
 
 
 def row_as_read(row: Utterance, normalise: str) -> dict[str, Any]:
     """The manifest's row; `text` is what the LLM read, `text_as_given` what it was made from."""
     values, text = row.to_json(), read_text(row, normalise)
     return values | {"text": text, "text_as_given": row.text} if normalise != "none" else values
-
-
-@lru_cache(maxsize=2)
-def _normaliser(english: bool):  # type: ignore[no-untyped-def]  # the package has no types
-    from whisper_normalizer.basic import BasicTextNormalizer
-    from whisper_normalizer.english import EnglishTextNormalizer
-
-    return EnglishTextNormalizer() if english else BasicTextNormalizer()
 
 
 def no_words(text: str) -> str | None:

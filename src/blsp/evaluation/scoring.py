@@ -5,7 +5,8 @@ Out: `Score`: corpus figures with their statistics, each row's own values for sa
 Try: `score(task, rows, answers, None).figures["wer"].point()`
 Flow: evaluation/ — routes.py → **scoring** → report.py. docs/evaluation.md explains every metric and its source.
 
-wer, cer: Whisper's normaliser, errors over reference length (jiwer). bleu, chrf: sacrebleu's defaults.
+wer, cer: Whisper's normaliser (data/normalisation.py), errors over reference length (jiwer).
+bleu, chrf: sacrebleu's defaults.
 em, f1: SQuAD's, on words as Whisper's normaliser writes them. accuracy: for choices, the likeliest option
 (mean log-likelihood a token); for short answers, the reference stands in the answer.
 """
@@ -24,10 +25,9 @@ import numpy as np
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
-from whisper_normalizer.basic import BasicTextNormalizer
-from whisper_normalizer.english import EnglishTextNormalizer
 
 from blsp.data.manifest import Utterance
+from blsp.data.normalisation import UNSPACED, count_words, normaliser, split_words
 from blsp.evaluation.answers import NO_SPEECH, Answer, Answers
 from blsp.evaluation.confidence import Figure, mean_figure, ratio
 from blsp.evaluation.tasks import Task
@@ -42,7 +42,6 @@ MAIN_METRIC = {
     "continuation": "chrf",
     "no-speech": "accuracy",
 }
-UNSPACED = {"zh", "ja", "th"}  # no spaces between words: characters are counted
 BLEU_TOKENIZER = {"zh": "zh", "ja": "char", "th": "char"}
 Values = Sequence[float]  # one number a row
 
@@ -77,7 +76,7 @@ def score(task: Task, rows: Sequence[Utterance], answers: Answers, text_answers:
     in_order = [answers[row.id] for row in rows]
     if task.kind in ("chat", "continuation"):
         references = None if text_answers is None else [text_answers[row.id].text for row in rows]
-        _score_open(rows, in_order, references, result)
+        _score_open(task, rows, in_order, references, result)
     else:
         SCORERS[task.kind](task, rows, in_order, result)
     result.counts = _count_faults(task, rows, in_order)
@@ -94,14 +93,7 @@ def score_transcripts(task: Task, rows: Sequence[Utterance], texts: Sequence[str
 
 def plain_words(text: str, language: str = "en") -> list[str]:
     """Words as Whisper's normaliser writes them: lower case, no punctuation, numbers as digits (English)."""
-    return _normaliser(language)(text).split()
-
-
-@cache
-def _normaliser(language: str) -> Callable[[str], str]:
-    if language == "en":
-        return EnglishTextNormalizer()
-    return BasicTextNormalizer(split_letters=language in UNSPACED)
+    return normaliser(language, split_letters=True)(text).split()
 
 
 # --- recognition --------------------------------------------------------------------------------------------
@@ -112,12 +104,20 @@ def _score_recognition(task: Task, rows: Sequence[Utterance], answers: Sequence[
 
 
 def _add_word_errors(language: str, rows: Sequence[Utterance], texts: Sequence[str], result: Score) -> None:
-    references = [" ".join(plain_words(row.text, language)) for row in rows]
-    transcripts = [" ".join(plain_words(text, language)) for text in texts]
-    for name, align in (("wer", jiwer.process_words), ("cer", jiwer.process_characters)):
-        counts = [_errors(align, *pair) for pair in zip(references, transcripts, strict=True)]
+    between = "" if language in UNSPACED else " "  # of letters that were split, the blanks are no characters
+    pairs = [
+        (plain_words(row.text, language), plain_words(text, language)) for row, text in zip(rows, texts, strict=True)
+    ]
+    for name, align, blank in (("wer", jiwer.process_words, " "), ("cer", jiwer.process_characters, between)):
+        counts = [_errors(align, blank.join(reference), blank.join(transcript)) for reference, transcript in pairs]
         values = [errors / max(length, 1) for errors, length in counts]
-        result.add(name, rows, Figure(np.array(counts, dtype=float), ratio), values)
+        # Where no reference has a word, every word written is an error: their number, as in a row's own value.
+        rate = ratio if any(length for _, length in counts) else _sum_of_errors
+        result.add(name, rows, Figure(np.array(counts, dtype=float), rate), values)
+
+
+def _sum_of_errors(total: np.ndarray) -> float:
+    return float(total[0])
 
 
 def _errors(align: Callable, reference: str, transcript: str) -> tuple[int, int]:
@@ -246,7 +246,7 @@ def _f1(answer: list[str], reference: list[str]) -> float:
 
 
 def _score_open(
-    rows: Sequence[Utterance], answers: Sequence[Answer], references: Sequence[str] | None, result: Score
+    task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], references: Sequence[str] | None, result: Score
 ) -> None:
     """How near the answers are to the text route's answers (`references`), and their length in words."""
     texts = [answer.text for answer in answers]
@@ -254,7 +254,7 @@ def _score_open(
         _add_sacrebleu("chrf", CHRF(), CHRF(), rows, texts, references, result)
         same = [float(text == reference) for text, reference in zip(texts, references, strict=True)]
         result.add_mean("agreement", rows, same)
-    result.add_mean("words", rows, [float(len(re.findall(r"\w+", text))) for text in texts])
+    result.add_mean("words", rows, [float(count_words(text, task.answer_language)) for text in texts])
 
 
 def _score_no_speech(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
@@ -324,7 +324,7 @@ def faults(answer: str, language: str) -> set[str]:
 
 def loops(answer: str) -> bool:
     """True where a phrase of up to eight words comes four times in a row, or where the text compresses like a loop."""
-    words = re.findall(r"\w+", answer.lower())
+    words = split_words(answer.lower())
     for width in range(1, LOOP_WORDS + 1):
         # Count in a row the words that equal the word one phrase earlier: "a b a b a b" has 4 of them at width 2.
         run = 0

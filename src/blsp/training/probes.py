@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from whisper_normalizer.basic import BasicTextNormalizer
 
+from blsp.data.normalisation import basic_normaliser
 from blsp.llm import teacher_forcing
 from blsp.llm.prefix import PrefixCache
 from blsp.training.batches import cut
@@ -101,7 +101,7 @@ def readout_wer(
     examples: Sequence[Example], prefixes: PrefixCache, tokenizer: PreTrainedTokenizerBase, positions: int
 ) -> float:
     """Word error rate of the adapter's read-out, lower case and without punctuation on both sides."""
-    normalise = BasicTextNormalizer()
+    normalise = basic_normaliser()
     references, hypotheses = [], []
     for numbers in micro_batches(examples, positions):
         batch = [examples[number] for number in numbers]
