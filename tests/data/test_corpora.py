@@ -21,7 +21,7 @@ from test_manifest import damage
 
 from blsp import cli
 from blsp.data import prepare as preparation
-from blsp.data.audio import is_silent, load_audio
+from blsp.data.audio import is_silent, load_audio, write_wav
 from blsp.data.corpora import no_speech
 from blsp.data.corpora.reading import Corpus, CorpusError, Lookup, ReadRequest, iso, make_row
 from blsp.data.corpora.recognition import read_json_array
@@ -254,6 +254,53 @@ def test_check_audio_lists_what_cannot_be_decoded(tmp_path: Path) -> None:
     assert set(skipped(out)) == {"84-121123-0000", "84-121123-0001"}
     assert all(reason.startswith("audio: ") and "84-121123" in reason for reason in skipped(out).values())
     assert json.loads(Path(f"{out}.meta.json").read_text())["skipped"] == {"audio": 2}
+
+
+CV_HEAD = "client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender\taccents\tlocale\tsegment\n"
+
+
+@pytest.mark.parametrize(
+    "broken, lines",
+    [
+        ("c\tx.mp3\tA sentence with\na line break in it.\t2\t0\t\t\t\ten\t\n", "3-4"),
+        ("c\tx.mp3\tA sentence\n\nwith two\nof them.\t2\t0\t\t\t\ten\t\n", "3-6"),
+        ("c\tx.mp3\tA sentence with\r\na line break\t2\t0\t\t\t\ten\n", "3-4"),  # and without its last, empty cell
+        ("c\tx.mp3\tAn accent\t2\t0\t\t\tof the\nnorth\ten\t\n", "3-4"),
+        ("c\tx.mp3\n", "3"),
+        ("c\tx.mp3\tA sentence\twith a tab\t2\t0\t\t\t\ten\tBenchmark\n", "3"),
+    ],
+)
+def test_a_row_that_is_broken_is_counted_once_and_no_cells_are_shifted(broken: str, lines: str, tmp_path: Path) -> None:
+    row = "a\t{}.mp3\tGood {}.\t2\t0\t\t\t\ten\t\n"
+    table = tmp_path / "en" / "validated.tsv"
+    (tmp_path / "en" / "clips").mkdir(parents=True)
+    table.write_text(CV_HEAD + row.format("one", "morning") + broken + row.format("two", "night"), newline="")
+    out = tmp_path / "m.jsonl"
+    prepare(PrepareSettings("common-voice", out, root=str(tmp_path / "en"), split="validated"))
+    assert [(row.id, row.text) for row in Manifest(out)] == [("one", "Good morning."), ("two", "Good night.")]
+    assert list(skipped(out)) == [f"validated.tsv:{lines}"]
+    assert json.loads(Path(f"{out}.meta.json").read_text())["skipped"] == {"broken row": 1}
+
+
+@pytest.mark.parametrize("file", ["covost_v2.en_de.tsv", "validated.tsv"])
+def test_a_broken_row_of_a_joined_table_is_counted(file: str, tmp_path: Path) -> None:
+    settings, expected = make_copy("covost2", tmp_path / "corpus", tmp_path / "m.jsonl")
+    (path,) = (tmp_path / "corpus").glob(f"**/{file}")
+    path.write_text(path.read_text() + "common_voice_en_a9.mp3\tEin\nZeilenumbruch\ttrain\n")
+    prepare(settings)
+    assert [row.id for row in Manifest(settings.out)] == [id for id, *_ in expected]
+    assert "broken row" in " ".join(skipped(settings.out).values())
+
+
+def test_check_audio_lists_silence_under_a_transcript(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name, level in [("a", 0.3), ("b", 0.0), ("c", 0.0)]:
+        write_wav(tmp_path / "mine" / f"{name}.wav", level * np.sin(np.arange(16_000) / 10))
+        (tmp_path / "mine" / f"{name}.txt").write_text("Three words here" if name != "c" else "")
+    out = tmp_path / "m.jsonl"
+    prepare(PrepareSettings("folder", out, root=str(tmp_path / "mine"), check_audio=True))
+    assert [row.id for row in Manifest(out)] == ["a"]
+    assert skipped(out) == {"b": "silence under a transcript: Three words here", "c": "no transcript"}
 
 
 # --- going on ---------------------------------------------------------------------------------------------

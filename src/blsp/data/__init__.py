@@ -5,7 +5,8 @@ First stop of the flow: **corpora → manifest** → continuations → speech fe
     audio.py      a path, bytes, data-URI or array -> 16 kHz mono float32
     containers.py which decoder reads a file to its end, and whether the file ends too early
     manifest.py   `Utterance`, the record that all steps share; JSONL files of any length, read by row number
-    normalisation.py, row_index.py  where each row of a manifest starts, and that its key is unique (SQLite)
+    normalisation.py  Whisper's text normaliser, with the vowel signs of every script
+    row_index.py  where each row of a manifest starts, and that its key is unique (SQLite)
     files.py      JSON Lines, atomic writes, digests
     jobs.py       unfinished work: locks, logs, headers, part files; how a killed job goes on
     prepare.py    `blsp prepare`

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from blsp.data.audio import AudioError, load_audio
+from blsp.data.audio import AudioError, is_silent, load_audio
 from blsp.data.corpora import folders, hub, no_speech, recognition, translation, understanding
 from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, Rows
 from blsp.data.files import digest_of, read_rows
@@ -127,7 +127,7 @@ def _rows_left(rows: Rows, part: Path) -> Rows:
 
 
 def _checked(rows: Rows, check_audio: bool) -> Rows:
-    """The rows in their order; with `check_audio`, those that cannot be decoded as `Dropped`."""
+    """The rows in their order; with `check_audio`, `Dropped` for those that cannot be decoded or are silent."""
     if not check_audio:
         yield from rows
         return
@@ -142,9 +142,11 @@ def _check(row: Row) -> Row:
     if isinstance(row, Dropped):
         return row
     try:
-        load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
+        audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
     except AudioError as error:
         return Dropped(row.id, row.audio, f"audio: {error}")
+    if row.text.strip() and is_silent(audio):  # the clips of `no-speech` have no text
+        return Dropped(row.id, row.audio, f"silence under a transcript: {row.text}")
     return row
 
 

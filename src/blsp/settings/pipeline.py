@@ -74,7 +74,7 @@ class PrepareSettings:
     subset: str | None = None
     """hf: the configuration of the dataset"""
     check_audio: bool = False
-    """decode every recording; those that are damaged or cut short go to OUT.skipped.jsonl"""
+    """decode every recording; those that are damaged, cut short or silent go to OUT.skipped.jsonl"""
     limit: Limit = None
     """stop after this many rows (no-speech: the number of clips to make; without: 300)"""
     seed: int = 0

@@ -150,23 +150,53 @@ def read_lines(path: Path, corpus: Corpus) -> Iterator[tuple[int, str]]:
 
 def read_table(
     path: Path, corpus: Corpus, columns: Iterable[str], names: list[str] | None = None
-) -> Iterator[tuple[int, dict[str, str]]]:
+) -> Iterator[tuple[int, dict[str, str] | Dropped]]:
     """(line number, row) of a tab-separated table without quoting, which must have these `columns`.
 
-    The header gives the names, unless the table has none and `names` does.
+    The header gives the names, unless the table has none and `names` does. A row that a line break or a tab in a cell
+    has broken is `Dropped`, once, however many lines it has.
     """
-    lines = read_lines(path, corpus)
+    columns, lines = list(columns), read_lines(path, corpus)
     if names is None:
         names = next(lines, (1, ""))[1].split("\t")
         missing = sorted(set(columns) - set(names))
         if missing:
             raise corpus.broken(path, 1, f"no column {', '.join(missing)}")
+    least = 1 + max((names.index(column) for column in columns or names), default=0)
+    for first, last, cells in _whole_rows(lines, len(names)):
+        where = f"{path.name}:{first}" if first == last else f"{path.name}:{first}-{last}"
+        if first < last or len(cells) < least or any(cells[len(names) :]):
+            yield first, Dropped(where, "", f"broken row: a line break or a tab in a cell of {path}, line {first}")
+        else:
+            cells += [""] * (len(names) - len(cells))  # editors drop empty cells at the end of a line
+            yield first, dict(zip(names, cells, strict=False))
+
+
+def _whole_rows(lines: Iterable[tuple[int, str]], width: int) -> Iterator[tuple[int, int, list[str]]]:
+    r"""(first line, last line, cells) of each row; the lines of a row with a line break in a cell are joined.
+
+    In a table of `width` 4, "a\tb\tone" and "sentence\t2" are one row: neither is whole, and together they have
+    3 + 2 - 1 = 4 cells. Lines whose last cells an editor dropped have more than half of the cells, so two of them do
+    not fit into one row.
+    """
+    held: tuple[int, int, list[str]] | None = None  # a line with too few cells, and those that were joined to it
     for number, line in lines:
-        if line:
-            cells = line.split("\t")
-            if len(cells) < len(names):
-                cells += [""] * (len(names) - len(cells))  # editors drop empty cells at the end of a line
-            yield number, dict(zip(names, cells, strict=False))
+        if not line:
+            continue
+        cells = line.split("\t")
+        if held is not None:
+            first, _, begun = held
+            if len(cells) < width and len(begun) + len(cells) - 1 <= width:
+                held = first, number, [*begun[:-1], f"{begun[-1]} {cells[0]}", *cells[1:]]
+                continue
+            yield held
+            held = None
+        if len(cells) < width:
+            held = number, number, cells
+        else:
+            yield number, number, cells
+    if held is not None:
+        yield held
 
 
 def read_csv(path: Path, corpus: Corpus, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -50,7 +50,10 @@ def common_voice(request: ReadRequest) -> Rows:
     for split in request.splits:
         path = COMMON_VOICE.need_split(folder / f"{split}.tsv", split, stems(folder, "*.tsv"))
         for _, row in read_table(path, COMMON_VOICE, ["client_id", "path", "sentence"]):
-            yield _clip(row, folder, iso(row.get("locale") or request.language or folder.name))
+            if isinstance(row, Dropped):
+                yield row
+            else:
+                yield _clip(row, folder, iso(row.get("locale") or request.language or folder.name))
 
 
 def _clip(row: dict[str, str], folder: Path, language: str | None, **more: Any) -> Row:
@@ -101,26 +104,45 @@ def covost2(request: ReadRequest) -> Rows:
             COVOST.need(folder / f"covost_v2.{language}_{request.target_language}.tsv")
 
 
-def _covost_table(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
+def _covost_table(path: Path, columns: list[str]) -> Iterator[dict[str, str] | Dropped]:
     r"""Rows of a table as CoVoST's script writes and reads them: without quoting, `\"` for a quotation mark."""
     for _, row in read_table(path, COVOST, columns):
-        yield {name: re.sub(r"\\(.)", r"\1", value) for name, value in row.items()}
+        if isinstance(row, Dropped):
+            yield row
+        else:
+            yield {name: re.sub(r"\\(.)", r"\1", value) for name, value in row.items()}
 
 
 def _covost_ready(path: Path, folder: Path, request: ReadRequest) -> Rows:
     for row in _covost_table(path, ["path", "sentence", "translation", "client_id"]):
-        yield _translated(row, row["translation"], folder, request, path)
+        if isinstance(row, Dropped):
+            yield row
+        else:
+            yield _translated(row, row["translation"], folder, request, path)
 
 
 def _covost_joined(path: Path, split: str, folder: Path, request: ReadRequest) -> Rows:
     chosen = {"train", "train_covost"} if split == "train" else {split}
-    table = _covost_table(path, ["path", "translation", "split"])
-    with Lookup((row["path"], row["translation"]) for row in table if row["split"] in chosen) as translations:
+    broken: list[Dropped] = []
+    with Lookup(_translations(path, chosen, broken)) as translations:
+        yield from broken
         validated = COVOST.need(folder / "validated.tsv")
         for row in _covost_table(validated, ["client_id", "path", "sentence"]):
+            if isinstance(row, Dropped):
+                yield row
+                continue
             translation = translations.get(row["path"])
             if translation is not None:
                 yield _translated(row, translation, folder, request, path)
+
+
+def _translations(path: Path, chosen: set[str], broken: list[Dropped]) -> Iterator[tuple[str, str]]:
+    """(path, translation) of the rows of the chosen splits; rows that are broken are appended to `broken`."""
+    for row in _covost_table(path, ["path", "translation", "split"]):
+        if isinstance(row, Dropped):
+            broken.append(row)
+        elif row["split"] in chosen:
+            yield row["path"], row["translation"]
 
 
 def _translated(row: dict[str, str], translation: str, folder: Path, request: ReadRequest, path: Path) -> Row:
@@ -211,6 +233,9 @@ def fleurs(request: ReadRequest) -> Rows:
         path = FLEURS.need_split(folder / f"{split}.tsv", split, stems(folder, "*.tsv"))
         audio = FLEURS.need(folder / "audio" / split, folder / split)
         for line, row in read_table(path, FLEURS, [], FLEURS_COLUMNS):
+            if isinstance(row, Dropped):
+                yield row
+                continue
             id = f"{folder.name}-{Path(row['file_name']).stem}"
             clip = audio / row["file_name"]
             reference = sentences.get(row["id"])
@@ -240,4 +265,4 @@ def _fleurs_sentences(folder: Path) -> dict[str, str]:
     """Sentence number -> text; FLEURS has some 3,000 sentences."""
     tables = (FLEURS.need(folder / f"{split}.tsv") for split in ("train", "dev", "test"))
     rows = (row for path in tables for _, row in read_table(path, FLEURS, [], FLEURS_COLUMNS))
-    return {row["id"]: row["raw_transcription"].strip() for row in rows}
+    return {row["id"]: row["raw_transcription"].strip() for row in rows if not isinstance(row, Dropped)}
