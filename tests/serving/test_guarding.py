@@ -25,8 +25,8 @@ from serving.conftest import Running, audio_part, spoken, user, wav
 from blsp.llm.decoding import Decoder
 from blsp.serving import audio_input as sound
 from blsp.serving import scheduler as scheduler_module
-from blsp.serving.api import ApiError
 from blsp.serving.recogniser import SharedRecogniser
+from blsp.serving.refusals import ApiError
 from blsp.serving.scheduler import Failed, Job, Limits, Scheduler
 from blsp.serving.server import check_exposure, reserve
 from blsp.settings import ServeSettings

@@ -2,8 +2,10 @@
 
     server.py       `blsp serve`: flags, address, signals, exit code
     middleware.py   checks before a route runs: key, host, size and arrival time of a request
-    app.py          the routes and the page
-    api.py          requests, answers and errors in OpenAI's form
+    app.py          the routes
+    page.py         the files of the page
+    api.py          requests and answers in OpenAI's form
+    refusals.py     errors in OpenAI's form
     audio_input.py  the audio of a request → samples, within limits
     exchange.py     one request between the event loop and the scheduler; stop strings
     scheduler.py    the one thread that runs the model; requests join and leave its batch between steps

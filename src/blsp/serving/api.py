@@ -1,12 +1,12 @@
-"""Requests, answers and errors in the form of OpenAI's API.
+"""Requests and answers in the form of OpenAI's API.
 
-In:  JSON of /v1/chat/completions; texts; refusals. Out: `ChatRequest`; answers, whole or as server-sent events;
-     error objects.
+In:  JSON of /v1/chat/completions; texts. Out: `ChatRequest`; answers, whole or as server-sent events.
 Try: `ChatRequest.model_validate({"model": "blsp-tiny", "messages": [{"role": "user", "content": "Hi"}]})`
-Flow: app.py → **api.py**. Every refusal is an `ApiError`.
+Flow: app.py → **api.py** → refusals.py
 
-Unknown fields are ignored, as OpenAI-compatible servers do; fields that would change the answer and are not supported
-(`n` above 1, tools, logprobs, penalties, spoken answers …) are refused by name.
+A field that is null is a field that is left out. Unknown fields are ignored, as OpenAI-compatible servers do; fields
+that would change the answer and are not supported (`n` above 1, tools, logprobs, penalties, spoken answers …) are
+refused by name.
 """
 
 from __future__ import annotations
@@ -16,42 +16,21 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from blsp.serving.refusals import ApiError, wrong_field
 
-class ApiError(Exception):
-    """A refusal: an HTTP status and OpenAI's error object."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after = retry_after
-
-    def body(self) -> dict[str, Any]:
-        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        param = _sendable(self.param) if self.param else None
-        return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
-
-
-def _sendable(text: str) -> str:
-    """The text without lone surrogates, which cannot be encoded: messages may repeat what a client sent."""
-    return text.encode(errors="replace").decode()
+MAX_MESSAGES = 512
+MAX_PARTS = 512  # of all messages together; a plain text is one part
+MAX_CLIPS = 128
+MAX_DEPTH = 6  # of the nested objects in which null means "left out": body, message, content, part, its fields
 
 
 def _encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"holds half a character (a lone surrogate at {error.start})") from error
+        raise wrong_field("invalid_value", f"holds half a character (a lone surrogate at {error.start})") from error
     return text
 
 
@@ -84,67 +63,210 @@ class AudioUrlPart(BaseModel):
     audio_url: AudioUrl
 
 
-Part = Annotated[TextPart | AudioPart | AudioUrlPart, Field(discriminator="type")]
+PARTS = ("text", "input_audio", "audio_url")
+
+
+def _offered_part(part: Any) -> Any:
+    """The part, or a refusal that names its type."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict):
+        raise wrong_field("invalid_type", "a part must be an object with a type")
+    if kind is None:
+        raise wrong_field("missing_required_parameter", "is missing: text, input_audio or audio_url", "type")
+    if kind not in PARTS:
+        shown = repr(kind)[:40]
+        message = f"parts of type {shown} are not supported by this server; it takes text, input_audio and audio_url"
+        raise wrong_field("unsupported_value", message, "type")
+    return part
+
+
+def _branch(value: Any) -> str:
+    """The branch of a type that a value belongs to; refusals.py leaves names in <> out of the field's path."""
+    if isinstance(value, dict):
+        return f"<{value['type']}>"
+    if isinstance(value, TextPart | AudioPart | AudioUrlPart):
+        return f"<{value.type}>"
+    return "<text>" if isinstance(value, str) else "<parts>"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("<text>")]
+    | Annotated[AudioPart, Tag("<input_audio>")]
+    | Annotated[AudioUrlPart, Tag("<audio_url>")],
+    Discriminator(_branch),
+    BeforeValidator(_offered_part),
+]
+
+
+def _text_or_parts(content: Any) -> Any:
+    if not isinstance(content, str | list):
+        raise wrong_field("invalid_type", "must be text or a list of parts")
+    return content
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[Part], Tag("<parts>")],
+    Discriminator(_branch),
+    BeforeValidator(_text_or_parts),
+]
+NOT_TAKEN = ("tool_calls", "function_call", "tool_call_id", "audio")  # fields of a message that are not supported
 
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Content
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_supported_fields(cls, message: Any) -> Any:
+        if not isinstance(message, dict):
+            return message
+        if message.get("role") in ("tool", "function"):
+            text = f"{message['role']!r} is not supported by this server (tools are not offered)"
+            raise wrong_field("unsupported_value", text, "role")
+        for name in NOT_TAKEN:
+            if message.get(name):
+                raise wrong_field("unsupported_parameter", "is not supported by this server; leave it out", name)
+        if message.get("role") == "assistant" and message.get("content") is None:
+            text = "is missing: a turn of the assistant needs its text; leave turns without text out"
+            raise wrong_field("missing_required_parameter", text, "content")
+        return message
 
     @model_validator(mode="after")
     def _only_users_speak(self) -> Message:
-        text_only = isinstance(self.content, str) or all(isinstance(part, TextPart) for part in self.content)
-        if self.role != "user" and not text_only:
-            raise ValueError(f"audio in a message of role {self.role!r}: only the user speaks")
+        if self.role != "user" and any(not isinstance(part, TextPart) for part in self.parts):
+            text = f"audio in a message of role {self.role!r}: only the user speaks"
+            raise wrong_field("invalid_value", text, "content")
         return self
+
+    @property
+    def parts(self) -> list[TextPart | AudioPart | AudioUrlPart]:
+        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+
+
+def _strings(stop: Any) -> Any:
+    if not isinstance(stop, str | list):
+        raise wrong_field("invalid_type", "must be text or a list of texts")
+    return [stop] if isinstance(stop, str) else stop
+
+
+StopStrings = Annotated[list[Text], BeforeValidator(_strings)]
 
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-NEUTRAL: dict[str, Any] = {  # fields that are not supported, and their value that asks for nothing
-    "n": 1,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "tools": [],
-    "functions": [],
-    "response_format": {"type": "text"},
-    "modalities": ["text"],
-    "audio": None,
-    "logit_bias": {},
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and their values that ask for nothing
+    "n": (1,),
+    "best_of": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "logit_bias": ({},),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "use_beam_search": (False,),
+    "structured_outputs": ({},),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
+
+
+def _without_nulls(value: Any, depth: int = MAX_DEPTH) -> Any:
+    """The value without the fields that are null, down to `depth` objects and lists."""
+    if depth and isinstance(value, dict):
+        return {name: _without_nulls(field, depth - 1) for name, field in value.items() if field is not None}
+    return [_without_nulls(entry, depth - 1) for entry in value] if depth and isinstance(value, list) else value
+
+
+def _check_counts(messages: Any) -> None:
+    """Refuse a crowd of messages, parts or clips before any of them is looked at."""
+    if not isinstance(messages, list):
+        return
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    clips = sum(isinstance(part, dict) and part.get("type") in ("input_audio", "audio_url") for part in parts)
+    for count, most, noun in (
+        (len(messages), MAX_MESSAGES, "messages"),
+        (len(parts), MAX_PARTS, "parts in all messages"),
+        (clips, MAX_CLIPS, "clips in all messages"),
+    ):
+        if count > most:
+            raise wrong_field("too_many", f"{count:,} {noun}; at most {most} are taken", "messages")
 
 
 class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that NEUTRAL can be checked
     model: str | None = None
-    messages: list[Message] = Field(min_length=1, max_length=512)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     """left out: greedy"""
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | list[Text] | None = None
+    stop: StopStrings | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _left_out(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            _check_counts(body.get("messages"))
+        return _without_nulls(body)
+
     @model_validator(mode="after")
     def _only_supported_fields(self) -> ChatRequest:
+        extra = self.model_extra or {}
         for name, neutral in NEUTRAL.items():
-            if (value := (self.model_extra or {}).get(name)) and value != neutral:
-                raise ValueError(f"{name}: not supported by this server; leave it out")
+            if name in extra and extra[name] not in neutral:
+                raise wrong_field("unsupported_parameter", "is not supported by this server; leave it out", name)
         if self.messages[-1].role != "user":
-            raise ValueError("messages: the last one must be the user's")
+            raise wrong_field("invalid_value", "the last one must be the user's", "messages")
         if len(self.stops) > 4 or any(not 0 < len(stop) <= 100 for stop in self.stops):
-            raise ValueError("stop: at most four strings of 1 to 100 characters")
+            raise wrong_field("invalid_value", "must be at most four strings of 1 to 100 characters", "stop")
         return self
+
+    def check_length(self, most: int) -> None:
+        """Refuse more than `most` characters of text, before they are tokenised."""
+        count = sum(len(part.text) for message in self.messages for part in message.parts if isinstance(part, TextPart))
+        if count > most:
+            raise ApiError(
+                400,
+                f"messages: {count:,} characters of text; the LLM reads at most {most:,}: start anew or say it shorter",
+                param="messages",
+                code="context_length_exceeded",
+            )
 
     @property
     def stops(self) -> tuple[str, ...]:
-        return () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return tuple(self.stop or ())
 
     @property
     def new_tokens(self) -> int | None:

@@ -26,7 +26,6 @@ from fastapi import FastAPI, File, Form, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from fastapi.staticfiles import StaticFiles
 from prometheus_client import generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -35,29 +34,30 @@ from blsp.inference.listener import Listener, cut_at_pauses
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import instruction_for
 from blsp.serving import api, audio_input
-from blsp.serving.api import ApiError, AudioPart, ChatRequest, TextPart
+from blsp.serving.api import ChatRequest, TextPart
 from blsp.serving.exchange import Exchange
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
+from blsp.serving.page import WEB, Page
 from blsp.serving.recogniser import SharedRecogniser
+from blsp.serving.refusals import ApiError, no_route, refusal_of
 from blsp.serving.scheduler import Limits, Scheduler
 
 if TYPE_CHECKING:
     from blsp.settings import ServeSettings
 
 log = logging.getLogger("blsp.serving")
-WEB = Path(__file__).parent / "web"
 RECOGNISER = "recogniser"  # a model name of /v1/audio/transcriptions: the recogniser of the comparison
-POLICY = (
-    "default-src 'self'; style-src 'self'; script-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; "
-    "base-uri 'none'; form-action 'self'; object-src 'none'"
-)
 ROUTES = {  # their names in the metrics; all others are "other"
     "/v1/chat/completions": "chat",
     "/v1/audio/transcriptions": "transcriptions",
     "/v1/audio/translations": "translations",
     "/v1/models": "models",
 }
+OFFERED = {path: "GET" if path == "/v1/models" else "POST" for path in ROUTES}  # the method of each
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+CHARACTERS_PER_TOKEN = 16  # text with more characters than this for each token of the context is not tokenised
+MAX_CHARACTERS = 500_000  # of text in a request, however long the context is
 T = TypeVar("T")
 CLIENT_LEFT = 499  # the status in the metrics when the client closed the connection
 
@@ -78,29 +78,24 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
             CORSMiddleware,
             allow_origins=list(settings.cors_origin),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_headers=["*"],  # OpenAI's JavaScript client sends headers of its own (x-stainless-…)
         )
     app.post("/v1/chat/completions", response_model=None)(service.chat)
     app.post("/v1/audio/transcriptions", response_model=None)(service.transcriptions)
     app.post("/v1/audio/translations", response_model=None)(service.translations)
     app.get("/v1/models")(service.models)
-    app.get("/health", response_model=None)(service.health)
+    app.get("/v1/models/{name:path}")(service.model)
+    for path in ("/health", "/health/ready"):
+        app.api_route(path, methods=["GET", "HEAD"], response_model=None)(service.health)
+    app.api_route("/health/live", methods=["GET", "HEAD"], response_model=None)(service.live)
     app.get("/metrics", response_model=None)(service.report_metrics)
     app.add_exception_handler(ApiError, service.refuse)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, service.refuse_form)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, service.refuse_route)  # type: ignore[arg-type]
     app.state.scheduler = service.scheduler
+    app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False, response_model=None)(service.no_route)
     app.mount("/", Page(directory=WEB, html=True))
     return app
-
-
-class Page(StaticFiles):
-    """The files of the page, with a policy that lets it load nothing from other hosts."""
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        response = super().file_response(*args, **kwargs)
-        response.headers["content-security-policy"] = POLICY
-        return response
 
 
 class Service:
@@ -115,6 +110,8 @@ class Service:
         self.recogniser = SharedRecogniser(settings.asr, listener)
         self.ready = self.failed = False
         self.created = int(time.time())
+        context = getattr(listener.model.config.text_config, "max_position_embeddings", None)
+        self.most_characters = min(MAX_CHARACTERS, CHARACTERS_PER_TOKEN * context if context else MAX_CHARACTERS)
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -152,6 +149,7 @@ class Service:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation of text and speech; with `stream`, piece by piece."""
         began = time.monotonic()
+        body.check_length(self.most_characters)
         self.scheduler.check_room()  # before any clip is decoded
         end = began + self.settings.deadline
         messages = await run_in_threadpool(self._decode_messages, body, end)
@@ -212,11 +210,35 @@ class Service:
         data = [{"id": name, "object": "model", "created": self.created, "owned_by": "blsp"} for name in names]
         return {"object": "list", "data": data}
 
+    async def model(self, name: str) -> dict[str, Any]:
+        """One of the models."""
+        data = (await self.models())["data"]
+        for model in data:
+            if model["id"] == name:
+                return dict(model)
+        there = ", ".join(model["id"] for model in data)
+        raise ApiError(404, f"the model {name!r} is not here; there is {there}", param="model", code="model_not_found")
+
     async def health(self) -> Response:
         """200 after the warm-up, while the thread of the model runs."""
-        running = self.scheduler.alive and not self.failed
-        status = "failed" if not running else "ok" if self.ready else "starting"
+        status = "failed" if not self._running else "ok" if self.ready else "starting"
         return JSONResponse({"status": status, "model": self.name}, status_code=200 if status == "ok" else 503)
+
+    async def live(self) -> Response:
+        """200 from the start on, while the thread of the model runs: nothing that a restart would mend."""
+        status = "ok" if self._running else "failed"
+        return JSONResponse({"status": status, "model": self.name}, status_code=200 if status == "ok" else 503)
+
+    @property
+    def _running(self) -> bool:
+        return self.scheduler.alive and not self.failed
+
+    async def no_route(self, request: Request) -> Response:
+        """What is not offered under /v1, with what to use instead."""
+        error, headers = no_route(request.method, request.url.path, OFFERED)
+        response = await self.refuse(request, error)
+        response.headers.update(headers)
+        return response
 
     async def report_metrics(self) -> Response:
         return PlainTextResponse(
@@ -233,31 +255,24 @@ class Service:
         seconds_left = self.settings.max_audio_seconds
         messages = []
         for message in body.messages:
-            content = message.content
             parts: list[Any] = []
-            for part in [TextPart(type="text", text=content)] if isinstance(content, str) else content:
+            for part in message.parts:
                 if isinstance(part, TextPart):
                     parts.append(part.text)
                     continue
-                clip = audio_input.decode(self._bytes(part, end), max(seconds_left, 0.1))
+                clip = audio_input.decode(audio_input.bytes_of(part, self.settings, end), max(seconds_left, 0.1))
                 seconds_left -= len(clip) / 16_000
                 parts.append(clip)
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "parts": parts})
         if not any(isinstance(part, np.ndarray) or part.strip() for part in messages[-1]["parts"]):
-            raise ApiError(400, "messages: the last one is empty; ask something", param="messages")
+            raise ApiError(
+                400,
+                "messages: the last one is empty; ask something",
+                param="messages",
+                code="missing_required_parameter",
+            )
         return messages
-
-    def _bytes(self, part: Any, end: float) -> bytes:
-        if isinstance(part, AudioPart):
-            return audio_input.from_base64(part.input_audio.data)
-        max_bytes = int(self.settings.max_upload_mb * 1e6)
-        return audio_input.from_url(
-            part.audio_url.url,
-            allow_remote=self.settings.allow_remote_audio,
-            most_bytes=max_bytes,
-            seconds=end - time.monotonic(),
-        )
 
     def _decoding(self, body: ChatRequest) -> Decoding:
         limit = self.settings.max_new_tokens
@@ -279,6 +294,7 @@ class Service:
                 400,
                 f"response_format: {response_format!r} is not supported (there are no time stamps); json or text",
                 param="response_format",
+                code="unsupported_value",
             )
         self.scheduler.check_room()
         data = await file.read()
@@ -370,15 +386,11 @@ class Service:
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
     async def refuse_form(self, request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(name) for name in first["loc"] if name not in ("body", "query"))
-        message = str(first["msg"]).removeprefix("Value error, ")
-        refusal = ApiError(400, f"{where}: {message}" if where else message, param=where or None)
-        return await self.refuse(request, refusal)
+        return await self.refuse(request, refusal_of(error))
 
     async def refuse_route(self, request: Request, error: HTTPException) -> Response:
-        refusal = ApiError(error.status_code, str(error.detail))
-        response = await self.refuse(request, refusal)
+        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        response = await self.refuse(request, ApiError(error.status_code, str(error.detail), code=code))
         response.headers.update(error.headers or {})
         return response
 

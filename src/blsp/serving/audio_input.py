@@ -13,14 +13,20 @@ import base64
 import binascii
 import ipaddress
 import socket
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from blsp.data.audio import AudioError, load_audio
-from blsp.serving.api import ApiError
+from blsp.serving.api import AudioPart, AudioUrlPart
+from blsp.serving.refusals import ApiError
 
+if TYPE_CHECKING:
+    from blsp.settings import ServeSettings
+
+STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")  # from base64's url-safe alphabet
 FETCH_SECONDS = 20.0  # for a whole file
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # addresses with an IPv4 address inside are checked apart
 
@@ -33,16 +39,29 @@ def decode(data: bytes, longest: float) -> np.ndarray:
         raise ApiError(400, str(error), param="audio", code="invalid_audio") from error
 
 
+def bytes_of(part: AudioPart | AudioUrlPart, settings: ServeSettings, end: float) -> bytes:
+    """The file of a part. end: the monotonic time at which fetching must end."""
+    if isinstance(part, AudioPart):
+        return from_base64(part.input_audio.data)
+    return from_url(
+        part.audio_url.url,
+        allow_remote=settings.allow_remote_audio,
+        most_bytes=int(settings.max_upload_mb * 1e6),
+        seconds=end - time.monotonic(),
+    )
+
+
 def from_base64(text: str) -> bytes:
-    """The bytes of `input_audio.data`; a data-URI is accepted too."""
-    if text.startswith("data:"):
+    """The bytes of `input_audio.data`: base64 with or without line breaks and padding, in either alphabet; a
+    data-URI is accepted too."""
+    if text[:5].lower() == "data:":
         text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
+        digits = text.encode("ascii").translate(STANDARD_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
+        return base64.b64decode(digits + b"=" * (-len(digits) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(
-            400, f"input_audio.data: is not base64 ({error})", param="audio", code="invalid_base64"
-        ) from error
+        message = f"input_audio.data: is not base64 ({error})"
+        raise ApiError(400, message, param="audio", code="invalid_base64") from error
 
 
 def from_url(url: str, *, allow_remote: bool, most_bytes: int, seconds: float = FETCH_SECONDS) -> bytes:
@@ -50,9 +69,9 @@ def from_url(url: str, *, allow_remote: bool, most_bytes: int, seconds: float = 
 
     seconds: the time left until the request's deadline.
     """
-    if url.startswith("data:"):
+    if url[:5].lower() == "data:":
         head, _, data = url.partition(",")
-        if not head.endswith(";base64"):
+        if not head.rstrip().lower().endswith(";base64"):
             raise ApiError(400, "audio_url: a data-URI must be base64", param="audio_url", code="invalid_url")
         return from_base64(data)
     try:
@@ -85,7 +104,7 @@ def _fetch(url: str, host: str, port: int, most_bytes: int, seconds: float) -> b
         return asyncio.run(asyncio.wait_for(_read(pinned, host, headers, most_bytes), seconds))
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         raise ApiError(
-            400, f"audio_url: {host} could not be read ({type(error).__name__})", param="audio_url"
+            400, f"audio_url: {host} could not be read ({type(error).__name__})", param="audio_url", code="fetch_failed"
         ) from error
 
 

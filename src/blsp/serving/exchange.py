@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blsp.llm.decoding import Decoding
 from blsp.llm.text_stream import TextStream
-from blsp.serving.api import ApiError
+from blsp.serving.refusals import ApiError
 from blsp.serving.scheduler import Begun, Done, Failed, Job, Report, Scheduler, Token
 
 GRACE = 1.0  # seconds after the deadline in which the scheduler may report it itself

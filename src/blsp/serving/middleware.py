@@ -19,9 +19,10 @@ import time
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blsp.serving.api import ApiError
+from blsp.serving.refusals import ApiError
 
 LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
+JSON_ROUTES = {"/v1/chat/completions"}  # a body without a content type is JSON, unless a web site sends it
 DISCARDED = 8  # of a refused request, this many times the size limit is read on
 DISCARD_SECONDS = 5.0
 PROTECTIVE = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
@@ -55,6 +56,8 @@ class RequestGuard:
                 await _discard(receive, self.max_bytes)
             await _refuse(send, refusal)
             return
+        if scope["path"] in JSON_ROUTES and "origin" not in headers:
+            MutableHeaders(scope=scope)["content-type"] = "application/json"
         body = LimitedBody(receive, send, self.max_bytes, self.deadline)
         try:
             await self.app(scope, body.receive, body.send)
@@ -64,7 +67,11 @@ class RequestGuard:
     def _head_refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         """What is wrong with the request's path and headers."""
         if self.local and not is_local(re.sub(r":\d*$", "", headers.get("host", "localhost"))):
-            return ApiError(403, "this server answers to this machine alone; start it with a key, or with --insecure")
+            return ApiError(
+                403,
+                "this server answers to this machine alone; start it with a key, or with --insecure",
+                code="foreign_host",
+            )
         protected = scope["path"].startswith("/v1/") or scope["path"] in ("/metrics", "/openapi.json")
         if self._key is not None and protected and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -94,7 +101,9 @@ class LimitedBody:
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
         except TimeoutError:
-            self.refusal = ApiError(408, f"the request did not arrive within {self._seconds:g} s")
+            self.refusal = ApiError(
+                408, f"the request did not arrive within {self._seconds:g} s", code="request_timeout"
+            )
             return {"type": "http.disconnect"}
         self._received += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)

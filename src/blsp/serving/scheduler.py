@@ -38,8 +38,8 @@ from blsp.llm.decoding import Decoder, Decoding, Event, Request
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import PromptError
 from blsp.model.adapter_parts import AudioEmbeds
-from blsp.serving.api import ApiError
 from blsp.serving.metrics import Metrics
+from blsp.serving.refusals import ApiError
 
 log = logging.getLogger("blsp.serving")
 MAX_JOINING = 4  # requests encoded and prefilled between two steps
@@ -292,7 +292,7 @@ class Scheduler:
             job.laid = lay_out(self.listener, [_as_message(message) for message in messages])
             request = request_for(self.listener, job.key, job.laid, job.decoding, self._memory)
         except (ContextError, PromptError) as error:
-            code = "context_length_exceeded" if isinstance(error, ContextError) else None
+            code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_prompt"
             self._end(job, ApiError(400, str(error), param="messages", code=code))
             return None
         self.metrics.reused.inc(len(request.prefix) if request.prefix else 0)
