@@ -37,6 +37,7 @@ MINIMAL = {
     "prepare": ["folder", "--root", "r", "--out", "o.jsonl"],
     "continue": ["--manifest", "m.jsonl", "--out", "o.jsonl", "--llm", "l"],
     "encode": ["--manifest", "m.jsonl", "--audio-model", "a", "--cache", "c"],
+    "align": ["--manifest", "m.jsonl", "--cache", "c"],
     "train": TRAIN,
     "evaluate": ["--suite", "tiny", "--out", "results/x"],
     "generate": ["--manifest", "m.jsonl", "--out", "o.jsonl"],

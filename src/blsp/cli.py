@@ -52,6 +52,7 @@ _COMMANDS = (  # in the order of the flow
     Command("prepare", "blsp.data.prepare:prepare", "a corpus → a manifest"),
     Command("continue", "blsp.continuation.writer:write_continuations", "step 1: the LLM continues transcripts"),
     Command("encode", "blsp.features.encode:encode", "the frozen encoder's output, on disk"),
+    Command("align", "blsp.features.align:align", "when each token of the transcripts is spoken"),
     Command("train", "blsp.training.loop:train", "step 2: the adapter learns to listen"),
     Command("evaluate", "blsp.evaluation.judge:evaluate", "the same questions as text, cascade and speech"),
     Command("generate", "blsp.inference.generate:generate", "answer every row of a manifest"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from blsp.training.losses import can_align, ce_loss, chunked, ctc_loss, kl_loss, topk_kl_loss
+from blsp.training.losses import can_align, ce_loss, chunked, ctc_loss, draw_others, embed_loss, kl_loss, topk_kl_loss
 
 TIGHT = dict(rtol=0, atol=1e-9)
 
@@ -89,3 +89,25 @@ def test_rounded_top_k_never_gives_an_infinite_or_nan_loss() -> None:
         loss = topk_kl_loss(student, ids, logp[:, :top].half())
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(student.grad).all()
+
+
+def test_embed_loss_is_least_at_the_embeddings_themselves_and_ignores_their_mean() -> None:
+    table = _logits(7, 4) + 5.0
+    mean, variance = table.mean(dim=0), (table - table.mean(dim=0)).square().mean().item()
+    classes, weight = torch.tensor([2, 0, 6]), torch.tensor([1.0, 0.3, 1.0], dtype=torch.float64)
+    here = embed_loss(table[classes], classes, table, weight, mean, variance)
+    cosines = F.cosine_similarity((table[classes] - mean)[:, None], (table - mean)[None], dim=-1)
+    expected = (weight * F.cross_entropy(15 * cosines, classes, reduction="none")).sum()
+    torch.testing.assert_close(here, expected, **TIGHT)
+    away = embed_loss(table[classes] + 0.5, classes, table, weight, mean, variance)
+    assert away > here
+    shifted = embed_loss(table[classes] + 3.0, classes, table + 3.0, weight, mean + 3.0, variance)
+    torch.testing.assert_close(shifted, here, rtol=1e-9, atol=0)
+
+
+def test_others_are_drawn_from_what_the_batch_does_not_hold() -> None:
+    own = torch.tensor([3, 7])
+    every, some = draw_others(own, 10, 0), draw_others(own, 10, 4)
+    assert every.tolist() == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert len(set(some.tolist())) == 4 and set(some.tolist()) <= set(every.tolist())
+    assert torch.equal(some, draw_others(own, 10, 4))

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.tiny_models import tiny_blsp
@@ -63,3 +64,19 @@ def test_measure_names_what_it_found_and_leaves_the_adapter_learning(tmp_path) -
     assert set(found) == {f"held_out_{name}" for name in ("kl", "top1", "kl_shuffled", "wer")}
     assert model.model.multi_modal_projector.training
     assert probes.measure(Probe("train", []), PrefixCache(model), processor.tokenizer, 500) == {}
+
+
+def test_tokens_are_found_where_the_speech_is_their_embeddings(pair_of, monkeypatch) -> None:
+    model, processor = pair_of("conv")
+    examples = [replace(e, places=np.arange(len(e.transcript))) for e in make_examples(processor, 3)]
+    hearing = iter([examples[0], examples[1], examples[1]])  # the third clip is taken for the second
+
+    def listen(states, lengths):
+        vectors = embed(model, [*next(hearing).transcript, *[5] * 20])[None] * 1.5
+        return AdapterOutput(vectors, lengths, torch.ones(vectors.shape[:2], dtype=torch.bool), lengths > 0)
+
+    monkeypatch.setattr(model.model, "listen", listen)
+    examples[2] = replace(examples[2], transcript=[299] * len(examples[2].transcript))
+    right = len(examples[0].transcript) + len(examples[1].transcript)
+    count = right + len(examples[2].transcript)
+    assert probes.tokens_found(examples, model) == pytest.approx(right / count)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.training_examples import make_examples, silent
@@ -140,3 +141,42 @@ def test_padding_is_counted(pair_of) -> None:
     true = sums.positions - sums.padding
     alone = [step.run(model, [example], Objective({"ce": 1.0}), PrefixCache(model)) for example in examples]
     assert true == sum(each.positions for each in alone) and all(each.padding == 0 for each in alone)
+
+
+def test_the_embed_term_is_the_textbook_sum_over_places(pair_of) -> None:
+    model, processor = pair_of("conv")
+    filler = 5
+    examples = [replace(e, readout=None) for e in make_examples(processor, 3)]
+    examples[0] = replace(examples[0], places=np.array([1, 3])[: len(examples[0].transcript)])
+    examples[0] = replace(examples[0], transcript=examples[0].transcript[: len(examples[0].places)])
+    examples[1] = replace(silent(examples[1], response=[]), places=np.empty(0, np.int64))
+    sums = step.run(model, examples, Objective({"embed": 1.0}, filler=filler), PrefixCache(model))
+
+    # the third example has no token times: it is left out
+    table = model.get_input_embeddings().weight
+    mean = table.mean(dim=0)
+    expected = torch.zeros((), dtype=table.dtype)
+    for example, vectors in zip(examples[:2], _vectors(model, examples), strict=False):
+        tokens = dict(zip(example.places.tolist(), example.transcript, strict=True))
+        for place, vector in enumerate(vectors):
+            token = tokens.get(place, filler)
+            cosines = torch.cosine_similarity(vector - mean, table - mean, dim=-1)
+            nll = -torch.log_softmax(15 * cosines, dim=-1)[token]
+            error = (vector - table[token]).square().mean() / (table - mean).square().mean()
+            expected = expected + (0.3 if token == filler else 1.0) * (nll + error)
+    torch.testing.assert_close(sums.terms["embed"], expected, rtol=1e-9, atol=1e-9)
+    counts = step.counts_of(examples, Objective({"embed": 1.0}))
+    assert counts == {"embed": len(examples[0].transcript) + 1}
+
+
+def test_embed_weight_is_counted_beside_the_response(pair_of) -> None:
+    model, processor = pair_of("stack")
+    examples = [replace(e, readout=None, places=np.arange(1)) for e in make_examples(processor, 3)]
+    examples = [replace(e, transcript=e.transcript[:1]) for e in examples]
+    alone, both = Objective({"ce": 1.0}), Objective({"ce": 1.0, "embed": 0.2})
+    prefixes = PrefixCache(model)
+    sums, counts = step.run(model, examples, both, prefixes), step.counts_of(examples, both)
+    plain = step.objective_value(sums, counts, alone)
+    added = step.objective_value(sums, counts, both) - plain
+    torch.testing.assert_close(added, 0.2 * sums.terms["embed"] / 3, **TIGHT)
+    assert added.item() > 0

@@ -14,6 +14,9 @@ follow. The class is an `nn.Module` with
     __init__(speech_width, text_width, *, embedding_std, …)  options come from `--adapter-options`; an adapter
                                                              that reads out also gets `classes`
     strides        how much shorter the sequence gets, stride by stride (each rounds up)
+    first_centre   the encoder frame in the middle of the first place (without: that of its own frames)
+    start_around(mean)       may be missing: begin at the mean (D,) of the LLM's embeddings
+    fresh_options  may be missing: options of a new adapter that are not the defaults of the class
     reads_out      True: it gives one vector for each token that it reads out, knows clips without speech,
                    and also has what grounded.py has: `hidden_states`, `logits`, `spell` and `widen`
     forward(states, lengths, table) -> AdapterOutput         table (K-1, D): embeddings of the read-out
@@ -45,11 +48,12 @@ from blsp.model.grounded import GroundedAdapter, token_strings
 class ConvAdapter(nn.Module):
     """The paper's adapter: 3 × (Conv1d k5 s2 p2 + GLU), bottleneck with residual, LayerNorm; 6.25 vectors/s.
 
-    47,467,520 parameters for E = 768, D = 4096. `embedding_std` sets the LayerNorm's first gain, so that the
-    vectors start at the size of the LLM's own embeddings.
+    47,467,520 parameters for E = 768, D = 4096. `embedding_std` sets the LayerNorm's first gain, and `start_around` its
+    first bias, so that the vectors start where the LLM's own embeddings lie.
     """
 
     reads_out: ClassVar[bool] = False
+    first_centre: ClassVar[float] = 0.0  # with padding 2 a kernel of 5 is centred on its first frame
 
     def __init__(
         self, speech_width: int, text_width: int, *, bottleneck: int = 512, embedding_std: float = 1.0
@@ -62,6 +66,10 @@ class ConvAdapter(nn.Module):
         self.norm = nn.LayerNorm(text_width)
         nn.init.constant_(self.norm.weight, embedding_std)
 
+    def start_around(self, mean: Tensor) -> None:
+        """Set the first bias: the mean (D,) of the LLM's embeddings, which is most of their length."""
+        self.norm.bias.data.copy_(mean)
+
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:
         hidden, lengths = self.stack(states, lengths)  # (B, S, D)
         hidden = self.norm(hidden + self.up(nn.functional.gelu(self.down(hidden))))
@@ -69,20 +77,38 @@ class ConvAdapter(nn.Module):
 
 
 class StackAdapter(nn.Module):
-    """`frames` neighbouring encoder frames joined, then RMSNorm and a SwiGLU MLP (8 frames: 6.25 vectors/s)."""
+    """`frames` neighbouring encoder frames joined, then RMSNorm and a SwiGLU MLP (8 frames: 6.25 vectors/s).
+
+    norm: the last norm, `layer`, which has a bias, or `rms` (in folders of before December 2026).
+    """
 
     reads_out: ClassVar[bool] = False
+    fresh_options: ClassVar[dict[str, Any]] = {"norm": "layer"}
 
     def __init__(
-        self, speech_width: int, text_width: int, *, frames: int = 8, hidden: int = 2048, embedding_std: float = 1.0
+        self,
+        speech_width: int,
+        text_width: int,
+        *,
+        frames: int = 8,
+        hidden: int = 2048,
+        norm: str = "rms",
+        embedding_std: float = 1.0,
     ) -> None:
         super().__init__()
         self.strides = [frames]
         self.norm_in = nn.RMSNorm(speech_width * frames)
         self.gate_up = nn.Linear(speech_width * frames, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, text_width, bias=False)
-        self.norm = nn.RMSNorm(text_width)
+        if norm not in ("layer", "rms"):
+            raise ValueError(f"norm={norm}: must be layer or rms")
+        self.norm = nn.LayerNorm(text_width) if norm == "layer" else nn.RMSNorm(text_width)
         nn.init.constant_(self.norm.weight, embedding_std)
+
+    def start_around(self, mean: Tensor) -> None:
+        """Set the first bias, if the norm has one: the mean (D,) of the LLM's embeddings."""
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.bias.data.copy_(mean)
 
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:
         (frames,) = self.strides

@@ -10,6 +10,7 @@ Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -73,6 +74,15 @@ def num_audio_tokens(frames: Any, strides: Sequence[int]) -> Any:
     for stride in strides:
         frames = -(-frames // stride)
     return frames
+
+
+def place_centres(adapter: Any) -> tuple[int, float]:
+    """Where an adapter's places lie, in encoder frames: from one to the next, and the centre of the first.
+
+    A place without `first_centre` is taken to hold its own frames alone: 8 of them are centred on frame 3.5.
+    """
+    frames = math.prod(adapter.strides)
+    return frames, getattr(adapter, "first_centre", (frames - 1) / 2)
 
 
 def plain_output(hidden: Tensor, lengths: Tensor) -> AdapterOutput:

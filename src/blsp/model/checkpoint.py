@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import embed
 from blsp.model import register
-from blsp.model.adapter import adapter_state, as_dtype, build_adapter, load_adapter
+from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter, load_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, config_file, is_adapter_folder
 from blsp.model.grounded import token_strings
 from blsp.model.loading import assemble, freeze, load_checked, load_frozen
@@ -43,9 +43,13 @@ def new_blsp(
     full_window: bool = False,
     seed: int = 0,
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    """Two frozen parts and a fresh adapter between them; its vectors start as large as the LLM's embeddings."""
+    """Two frozen parts and a fresh adapter between them; its vectors start where the LLM's embeddings lie."""
     parts = load_frozen(audio_model, text_model, runtime)
-    embeddings = embed(parts.llm, readout_vocabulary or range(parts.llm.config.vocab_size))
+    embeddings = embed(parts.llm, readout_vocabulary or range(parts.llm.config.vocab_size)).float()  # (V, D)
+    kind, mean = adapter_class(adapter), embeddings.mean(dim=0)  # (D,)
+    # an adapter that starts around the mean has the spread around it; another has the size of whole embeddings
+    spread = embeddings - mean if hasattr(kind, "start_around") else embeddings
+    options = {"embedding_std": round(float(spread.std()), 6), **getattr(kind, "fresh_options", {})}
     parts.tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
     config = BlspConfig(
         audio_config=parts.tower.config,
@@ -56,13 +60,15 @@ def new_blsp(
         audio_model_sha256=audio_model.sha256,
         text_model_sha256=text_model.sha256,
         adapter=adapter,
-        adapter_options={"embedding_std": round(float(embeddings.float().std()), 6), **(adapter_options or {})},
+        adapter_options=options | (adapter_options or {}),
         readout_vocabulary=readout_vocabulary,
         full_window=full_window,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapter_module = build_adapter(config)
+    if hasattr(adapter_module, "start_around"):
+        adapter_module.start_around(mean.to("cpu"))
     if adapter_module.reads_out:
         ids = readout_vocabulary or range(config.text_config.vocab_size)
         adapter_module.spell(token_strings(parts.tokenizer, ids))

@@ -56,6 +56,7 @@ class GroundedAdapter(nn.Module):
     """
 
     reads_out: ClassVar[bool] = True
+    first_centre: ClassVar[float] = 0.0  # as in ConvAdapter
 
     def __init__(
         self,

@@ -31,7 +31,14 @@ from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from blsp.llm.language_model import UnsupportedModelError, check_supported, head_has_bias, scale_logits, valid_mask
+from blsp.llm.language_model import (
+    UnsupportedModelError,
+    at_least_float32,
+    check_supported,
+    head_has_bias,
+    scale_logits,
+    valid_mask,
+)
 from blsp.model.adapter import build_adapter
 from blsp.model.adapter_parts import AdapterOutput, AudioEmbeds, CachedValue
 from blsp.model.configuration_blsp import BlspConfig, is_adapter_folder
@@ -98,7 +105,7 @@ class BlspModel(BlspPreTrainedModel):
         self.audio_tower = WhisperEncoder(config.audio_config)
         self.multi_modal_projector = build_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        self._table, self._ids = CachedValue(), CachedValue()
+        self._table, self._ids, self._whole, self._moments = (CachedValue() for _ in range(4))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -130,10 +137,19 @@ class BlspModel(BlspPreTrainedModel):
         vocabulary = getattr(self.multi_modal_projector, "vocabulary", None)
         if vocabulary is not None:
             return self._table.get(lambda _, ids: embedding(ids.long()), embedding.weight, vocabulary)
+        return self.embedding_table()
+
+    def embedding_table(self) -> Tensor:
+        """(V, D): what the LLM gets for each token of its vocabulary."""
+        embedding = self.get_input_embeddings()
         if type(embedding) is nn.Embedding:
             return embedding.weight
         every = range(self.config.text_config.vocab_size)  # Gemma 3 multiplies its embeddings by a factor
-        return self._table.get(lambda weight: embedding(torch.tensor(every, device=weight.device)), embedding.weight)
+        return self._whole.get(lambda weight: embedding(torch.tensor(every, device=weight.device)), embedding.weight)
+
+    def embedding_moments(self) -> tuple[Tensor, float]:
+        """Mean (D,) of the LLM's token embeddings, and their variance around it, per component."""
+        return self._moments.get(_moments, self.embedding_table())
 
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
         """The adapter's output for encoder states (B, T, E) with lengths (B,); its read-out in the LLM's ids."""
@@ -217,6 +233,12 @@ class BlspModel(BlspPreTrainedModel):
         embeds, mask, order = pack(embeds, mask)
         kwargs |= {"attention_mask": mask, "position_ids": position_ids.gather(1, order)}
         return unpack(self.language_model(inputs_embeds=embeds, **kwargs), order)
+
+
+def _moments(table: Tensor) -> tuple[Tensor, float]:
+    table = at_least_float32(table.detach())  # (V, D)
+    mean = table.mean(dim=0)
+    return mean, (table - mean).square().mean().item()
 
 
 def pack(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

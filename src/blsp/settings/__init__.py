@@ -1,7 +1,7 @@
 """Settings of every command: one frozen dataclass per command; the text below a field is its help.
 
     shared.py        flags that several commands have, lists of choices, checks
-    pipeline.py      prepare, continue, encode, train
+    pipeline.py      prepare, continue, encode, align, train
     applications.py  evaluate, generate, transcribe, chat, serve, export, tour
     reading.py       flags and YAML files → one settings object
 
@@ -22,7 +22,7 @@ from blsp.settings.applications import (
     TourSettings,
     TranscribeSettings,
 )
-from blsp.settings.pipeline import ContinueSettings, EncodeSettings, PrepareSettings, TrainSettings
+from blsp.settings.pipeline import AlignSettings, ContinueSettings, EncodeSettings, PrepareSettings, TrainSettings
 from blsp.settings.shared import DEFAULT_MODEL, SettingsError
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "PrepareSettings",
     "ContinueSettings",
     "EncodeSettings",
+    "AlignSettings",
     "TrainSettings",
     "EvaluateSettings",
     "GenerateSettings",

@@ -1,8 +1,8 @@
-"""Settings of the commands that make an adapter: prepare, continue, encode, train.
+"""Settings of the commands that make an adapter: prepare, continue, encode, align, train.
 
 In:  the command line, or a YAML file (cli.py). Out: one frozen object for one function.
 Try: `blsp train --help`
-Flow: cli.py → **pipeline.py** → data/prepare.py, continuation/writer.py, features/encode.py, training/loop.py
+Flow: cli.py → **pipeline.py** → data/prepare.py, continuation/writer.py, features/{encode,align}.py, training/loop.py
 
 `GROUPS` names the groups that `--help` shows, with their fields in order.
 """
@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Literal
 from tyro.conf import Positional
 
 from blsp.settings.shared import (
+    DEFAULT_MODEL,
     Choices,
     ConfigFile,
     Device,
@@ -217,14 +218,42 @@ class EncodeSettings:
 
 
 @dataclass(frozen=True)
+class AlignSettings:
+    """Find out when each token of a transcript is spoken, for `blsp train --loss embed`.
+
+    An adapter that reads out spells the true transcript (the best path of its CTC posteriors). The times are kept
+    beside the features. A second run does what is missing.
+
+        $ blsp align --manifest train.jsonl --cache features/
+    """
+
+    GROUPS: ClassVar[dict[str, str]] = {"data": "manifest cache limit", "model": "model", "compute": "device dtype"}
+
+    manifest: str
+    """the clips with their transcripts: a manifest, a continuations file, or a glob of them"""
+    cache: Path
+    """the folder of the features; clips that it lacks are encoded"""
+    model: str = DEFAULT_MODEL
+    """an adapter that reads out, for the encoder and the LLM that the run will have"""
+    limit: Limit = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    config: ConfigFile = None
+
+    def __post_init__(self) -> None:
+        above_zero(self, "limit")
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     r"""Step 2: train the adapter until the LLM answers speech as it answers the transcript.
 
-    Encoder and LLM stay frozen. `ctc` trains the read-out of an adapter on a plain manifest, without
-    the LLM; `ce` is the paper's loss on the continuations; `kl` matches the whole next-token distribution of
-    the text route. With --config, a list `stages:` runs several stages one after another; each inherits the
-    top level and starts from the adapter of the one before. The same command resumes a killed run, to the
-    bit; SIGTERM saves and exits.
+    Encoder and LLM stay frozen. Two losses need a plain manifest alone, and not the LLM: `embed` brings a fresh
+    `conv` or `stack` adapter to the LLM's embeddings, `ctc` trains the read-out of `grounded`. `ce` is the
+    paper's loss on the continuations; `kl` matches the whole next-token distribution of the text route. With
+    --config, a list `stages:` runs several stages one after another; each inherits the top level and starts
+    from the adapter of the one before. The same command resumes a killed run, to the bit; SIGTERM saves and
+    exits.
 
         $ blsp train --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL \
               --adapter conv --loss ce --cache features/
@@ -235,14 +264,14 @@ class TrainSettings:
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "data out data_weights cache augment no_speech max_seconds held_out",
         "model": "audio_model llm adapter adapter_options readout init_from pad_to_30s",
-        "loss": "loss temperature teacher ctc_weight negatives",
+        "loss": "loss temperature teacher ctc_weight embed_weight filler negatives",
         "optimisation": "steps epochs batch_size lr weight_decay warmup_steps schedule clip average_last seed",
         "logging and checkpoint": "log_every probe_every save_every save_minutes keep resume_inexact",
         "compute and memory": "batch_tokens activation_checkpointing shard_llm device dtype",
     }
 
     data: tuple[str, ...]
-    """continuations (for ctc: manifests), files or globs"""
+    """continuations (for ctc and embed: manifests), files or globs"""
     out: Path
     """the run folder: settings, metrics, curves, checkpoints, adapter"""
     audio_model: str
@@ -252,7 +281,8 @@ class TrainSettings:
     adapter: Adapter
     """the part that is trained; conv is the paper's, and docs/training.md describes each"""
     loss: Loss
-    """ctc (grounding), ce (paper), kl (the teacher's distribution)"""
+    """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (the token spoken at each place; run
+    `blsp align` first)"""
     data_weights: tuple[float, ...] = ()
     """one weight per data file: 0.5 uses half of it per epoch, 2 all of it twice"""
     adapter_options: tuple[str, ...] = ()
@@ -289,8 +319,12 @@ class TrainSettings:
     exists"""
     ctc_weight: float = 0.3
     """weight of the ctc loss beside ce and kl, for an adapter that reads out"""
+    embed_weight: float = 0.0
+    """weight of the embed loss beside ce and kl, for an adapter that does not read out"""
+    filler: str = " "
+    """for embed: the token, as text, whose embedding stands at places where no token is spoken"""
     negatives: int = 0
-    """for ctc: read-out tokens drawn per batch, in place of all that its transcripts do not hold; 0: all of
+    """for ctc and embed: tokens drawn per batch, in place of all that its transcripts do not hold; 0: all of
     them"""
     augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()
     """vary the speech (without --cache), or hide short spans of its features: mask (with --cache)"""

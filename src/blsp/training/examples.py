@@ -24,13 +24,14 @@ from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
 from blsp.data.manifest import Utterance
+from blsp.features.token_times import TokenTimes, token_places
 from blsp.llm.prompt import PromptTemplate, prompt_template, text_ids, transcript_ids
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
 from blsp.training.augmentation import Kind, augment, hide_spans
 from blsp.training.dataset import ROW, Dataset, Measures, Refused
 from blsp.training.losses import can_align
 
-Need = Literal["continuation", "teacher", "readout"]
+Need = Literal["continuation", "teacher", "readout", "token_times"]
 
 FRAMES_PER_SECOND = 50  # of the encoder
 ANY_TEMPLATE = np.iinfo(np.uint32).max  # a row without an instruction of its own: it takes another row's prompt
@@ -44,6 +45,7 @@ class Example:
     response: token ids, with the end where the answer stopped; empty where the LLM is not run.
     teacher: ids and log-probabilities (n, K) of the text route at the response's positions.
     readout: the transcript as CTC classes; [] for no speech, None where there is no CTC term.
+    places (U,): the adapter's place of each transcript token; none for no speech, None where there is no embed term.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Example:
     mel_frames: int = 0
     teacher: tuple[NDArray[np.uint32], NDArray[np.float16]] | None = None
     readout: list[int] | None = None
+    places: NDArray[np.int64] | None = None
     text: str = ""
 
     @property
@@ -190,7 +193,7 @@ class RowMeasurer:
             raise Refused("no audio")
         if row.no_speech:
             return 0, len(self.texts.no_speech)
-        if not row.text.strip() and any(need in self.targets for need in ("teacher", "readout")):
+        if not row.text.strip() and any(need in self.targets for need in ("teacher", "readout", "token_times")):
             raise Refused("no transcript")
         if not self.targets.runs_llm:
             return max(1, len(row.text) // 4), 0  # an estimate: only the speech's length counts then
@@ -242,6 +245,7 @@ class ExampleReader:
 
     classes: LLM token -> CTC class, for targets with a read-out. num_audio_tokens: encoder frames -> placeholders,
     of one clip or of an array. augmentation: `mask` for cached features, the other kinds for audio.
+    times, centres: for targets with token times; where the adapter's places lie (`place_centres`).
     """
 
     targets: Targets
@@ -251,6 +255,8 @@ class ExampleReader:
     num_audio_tokens: Callable[[Any], Any]
     classes: dict[int, int] = field(default_factory=dict)
     cache: Features | None = None
+    times: TokenTimes | None = None
+    centres: tuple[int, float] = (1, 0.0)
     augmentation: tuple[Kind, ...] = ()
     full_window: bool = False
     seed: int = 0
@@ -290,7 +296,8 @@ class ExampleReader:
             if len(ids) != len(example.response):
                 raise Refused(f"stored top-k has {len(ids)} steps, its continuation {len(example.response)}")
             example = replace(example, teacher=(ids, logp))
-        return self._with_extra(example, "readout", self._readout)
+        example = self._with_extra(example, "readout", self._readout)
+        return self._with_extra(example, "token_times", lambda each: self._placed(each, utterance))
 
     def _with_speech(self, row: Utterance, key: tuple[int, ...]) -> Example:
         """The row's speech and transcript, without a prompt or a response. key: decides the augmentation."""
@@ -346,3 +353,17 @@ class ExampleReader:
         if not can_align(room, target):
             raise Refused(f"{len(target)} tokens in {room} places: more text than its speech can hold")
         return replace(example, readout=target)
+
+    def _placed(self, example: Example, row: Utterance) -> Example:
+        """The example with the adapter's place of each of its transcript's tokens."""
+        if example.no_speech:
+            return replace(example, places=np.empty(0, np.int64))
+        assert self.cache is not None and self.times is not None  # `check_loss` sees to it
+        times = self.times.get(self.cache.key(row), example.transcript)
+        if times is None:
+            raise Refused("the times of its tokens are not known: run blsp align over its manifest")
+        room = int(self.num_audio_tokens(example.encoder_frames))
+        places = token_places(times, room, *self.centres)
+        if places is None:
+            raise Refused(f"{len(times)} tokens in {room} places: more text than its speech can hold")
+        return replace(example, places=places)

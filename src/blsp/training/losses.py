@@ -9,6 +9,7 @@ Flow: training/step.py -> **losses.py** -> training/loop.py
 - ``ce``: cross-entropy of the LLM's own continuation (BLSP, 2309.00916).
 - ``kl``: divergence between the text route and the speech route (BLSP-KD, 2405.19041), with the teacher run beside
   the student, or with stored top-k log-probabilities of the teacher.
+- ``embed``: distance of the adapter's vectors from the embeddings of the tokens that are spoken there
 - ``ctc``: the transcript under the adapter's posteriors over the LLM's tokens (Graves et al. 2006).
 
 A new loss is a function here and an entry in `LOSSES` of step.py.
@@ -136,6 +137,41 @@ def _forward_variables(emissions: Tensor, lengths: Tensor, labels: Tensor) -> Te
         moved = torch.logsumexp(torch.stack([alpha, one_back, two_back]), dim=0) + emissions[place]
         alpha = torch.where((place < lengths)[:, None], moved, alpha)  # shorter rows stay as they ended
     return alpha
+
+
+COSINE_SCALE = 15.0  # logits of the embed loss: so many times the cosine of centred vectors
+FILLER_WEIGHT = 0.3  # of a place where no token is spoken, against one where one is
+
+
+def embed_loss(
+    vectors: Tensor, classes: Tensor, candidates: Tensor, weight: Tensor, mean: Tensor, variance: float
+) -> Tensor:
+    """Weighted sum of how far ``vectors`` (N, D) are from the embeddings of their ``classes`` (N,).
+
+    candidates: (C, D) embeddings to tell apart, the targets among them. weight: (N,) of each place. mean (D,),
+    variance: of the LLM's whole table. It is the cross-entropy over the candidates (nats) plus the squared error in
+    units of the variance.
+    """
+    vectors, candidates = at_least_float32(vectors) - mean, at_least_float32(candidates) - mean
+
+    # Which token: cosines without the mean that all embeddings share (uncentred, two random tokens have 0.46)
+    cosines = F.normalize(vectors, dim=-1) @ F.normalize(candidates, dim=-1).T  # (N, C)
+    wrong_token = F.cross_entropy(COSINE_SCALE * at_least_float32(cosines), classes, reduction="none")  # (N,)
+
+    # How near: the LLM reads the vector itself, so its length counts too
+    distance = (vectors - candidates[classes]).square().mean(dim=-1) / variance  # (N,)
+    return (weight * (wrong_token + distance)).sum()
+
+
+def draw_others(own: Tensor, vocabulary: int, negatives: int) -> Tensor:
+    """(n,) tokens below `vocabulary` that are not among `own`: `negatives` of them, or all for 0.
+
+    Unlike those of `shortlist` they stand for themselves alone: rivals of the right token, not a normaliser.
+    """
+    others = torch.ones(vocabulary, dtype=torch.bool)
+    others[own.cpu()] = False
+    tokens = others.nonzero().flatten()
+    return (_draw(tokens, negatives, seed=int(own.sum())) if negatives else tokens).to(own.device)
 
 
 def can_align(places: int, target: list[int]) -> bool:

@@ -11,8 +11,11 @@ Flow: training/loop.py every so many steps -> **probes.py** -> metrics.jsonl, cu
   `kl_shuffled`.
 - `top1`: share of response tokens for which both routes have the same likeliest token.
 - `wer`: word error rate of the read-out, for adapters that read out.
+- `tokens`: share of the spoken tokens whose embedding is the nearest of all to the vector at their place (by the cosine
+  of vectors without the table's mean), where the times of the tokens are known.
 
-Shapes: N response positions of a micro-batch, n of an example, D LLM width.
+Shapes: S adapter places, U transcript tokens, V vocabulary, N response positions of a micro-batch, n of an example,
+D LLM width.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from transformers import PreTrainedTokenizerBase
 
 from blsp.data.normalisation import basic_normaliser
 from blsp.llm import teacher_forcing
+from blsp.llm.language_model import at_least_float32
 from blsp.llm.prefix import PrefixCache
+from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.training.batches import cut
 from blsp.training.examples import FRAMES_PER_SECOND, Example
 from blsp.training.step import response_states, speech_states, speech_vectors, transcript_vectors
@@ -66,6 +71,9 @@ def measure(
     spoken = {example.id: example for example in probe.examples if not example.no_speech}
     if spoken and prefixes.llm.model.reads_out:
         figures["wer"] = readout_wer(list(spoken.values()), prefixes, tokenizer, positions)
+    placed = [example for example in spoken.values() if example.places is not None]
+    if placed:
+        figures["tokens"] = tokens_found(placed, prefixes.llm)
     adapter.train(was_training)
     return {f"{probe.part}_{name}": round(value, 6) for name, value in figures.items()}
 
@@ -112,6 +120,20 @@ def readout_wer(
     if not kept:
         return 0.0
     return float(jiwer.wer([references[i] for i in kept], [hypotheses[i] for i in kept]))
+
+
+def tokens_found(examples: Sequence[Example], llm: BlspForConditionalGeneration) -> float:
+    """Share of the spoken tokens that are the nearest of the whole vocabulary to the vector at their place."""
+    mean, _ = llm.model.embedding_moments()
+    table = torch.nn.functional.normalize(at_least_float32(llm.model.embedding_table()) - mean, dim=-1)  # (V, D)
+    right, count = 0, 0
+    for example in examples:
+        vectors = llm.model.listen(*speech_states(llm, [example])).vectors[0]  # (S, D)
+        places = torch.from_numpy(np.asarray(example.places)).to(vectors.device)
+        nearest = ((vectors[places] - mean).to(table.dtype) @ table.T).argmax(dim=-1)  # (U,)
+        right += int((nearest.cpu() == torch.tensor(example.transcript)).sum())
+        count += len(nearest)
+    return right / max(1, count)
 
 
 def exchange_speech(examples: Sequence[Example]) -> list[Example]:

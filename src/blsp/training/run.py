@@ -28,12 +28,13 @@ from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.distributed import Runtime, barrier, shard_language_model
 from blsp.features.encode import open_features
+from blsp.features.token_times import TokenTimes
 from blsp.llm.instructions import NO_SPEECH_SENTENCE
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import PrefixCache
-from blsp.llm.prompt import transcript_ids
+from blsp.llm.prompt import text_ids, transcript_ids
 from blsp.model.adapter import ADAPTERS, adapter_class, widen_readout
-from blsp.model.adapter_parts import num_audio_tokens
+from blsp.model.adapter_parts import num_audio_tokens, place_centres
 from blsp.model.checkpoint import load_mean, new_blsp
 from blsp.model.loading import load_tokenizer
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
@@ -97,6 +98,11 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     if settings.cache is not None:
         to_encode = [] if (settings.out / "table.json").exists() else [source.rows for source in sources]
         cache = open_features(settings.cache, model, processor, to_encode, runtime)
+    times = TokenTimes(cache) if cache is not None and "token_times" in targets else None
+    if times is not None:
+        objective = replace(objective, filler=filler_token(settings, processor.tokenizer))
+        if not len(times):
+            raise SettingsError(f"{settings.cache}: no token times; run blsp align over the manifests first")
     end = end_token(model, processor.tokenizer)
     texts = RowTexts(processor.tokenizer, end, model.config.no_speech_sentence)
     measurer = RowMeasurer(targets, texts, cache, settings.max_seconds)
@@ -114,6 +120,8 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
         partial(num_audio_tokens, strides=strides),
         classes=classes if "readout" in targets else {},
         cache=cache,
+        times=times,
+        centres=place_centres(model.model.multi_modal_projector),
         augmentation=settings.augment,
         full_window=settings.pad_to_30s,
         seed=settings.seed,
@@ -138,6 +146,12 @@ def check_loss(settings: TrainSettings) -> None:
         raise SettingsError(
             f"--loss {settings.loss}: needs an adapter that reads out ({able}); {settings.adapter!r} does not"
         )
+    timed = settings.embed_weight or "token_times" in LOSSES[settings.loss].needs
+    if timed and (reads_out or settings.cache is None):
+        raise SettingsError(
+            "--loss embed and --embed-weight: are for adapters that do not read out (conv, stack), and need "
+            "--cache with token times: run blsp align first"
+        )
 
 
 def teacher_of(settings: TrainSettings) -> str:
@@ -153,11 +167,21 @@ def teacher_of(settings: TrainSettings) -> str:
 
 
 def objective_of(settings: TrainSettings, stored: bool) -> Objective:
-    """The loss with weight 1; an adapter that reads out keeps `--ctc-weight` of ctc beside a loss of the LLM."""
+    """The loss with weight 1; beside a loss of the LLM also ctc (adapters that read out) or embed (others)."""
     terms: dict[str, float] = {settings.loss: 1.0}
-    if LOSSES[settings.loss].runs_llm and settings.ctc_weight and adapter_class(settings.adapter).reads_out:
-        terms["ctc"] = settings.ctc_weight
+    reads_out = adapter_class(settings.adapter).reads_out
+    further, weight = ("ctc", settings.ctc_weight) if reads_out else ("embed", settings.embed_weight)
+    if LOSSES[settings.loss].runs_llm and weight:
+        terms[further] = weight
     return Objective(terms, settings.temperature, stored, settings.negatives)
+
+
+def filler_token(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of `--filler`, which must be one token of the LLM."""
+    ids = text_ids(tokenizer, settings.filler)
+    if len(ids) != 1:
+        raise SettingsError(f"--filler {settings.filler!r}: is {len(ids)} tokens of {settings.llm}; name one")
+    return ids[0]
 
 
 def targets_of(settings: TrainSettings, objective: Objective) -> Targets:

@@ -37,7 +37,17 @@ from blsp.model.adapter_parts import BLANK, AdapterOutput
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech
 from blsp.training.examples import Example, Need
-from blsp.training.losses import ce_loss, chunked, ctc_loss, kl_loss, shortlist, topk_kl_loss
+from blsp.training.losses import (
+    FILLER_WEIGHT,
+    ce_loss,
+    chunked,
+    ctc_loss,
+    draw_others,
+    embed_loss,
+    kl_loss,
+    shortlist,
+    topk_kl_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,8 @@ class Loss:
     total: the differentiable sum over a micro-batch, a scalar. count: how many things an example adds to that sum;
     the step's mean is the sum over all micro-batches and ranks, divided by the count over all of them.
     runs_llm: whether the LLM runs along a response; if not, a plain manifest is enough. needs: what an example must
-    hold: "continuation" (`response`), "teacher" (the text route, run here or stored), "readout" (CTC classes). A row
-    without it is skipped, with the reason.
+    hold: "continuation" (`response`), "teacher" (the text route, run here or stored), "readout" (CTC classes),
+    "token_times" (`places`). A row without it is skipped, with the reason.
     """
 
     total: Callable[[MicroBatch], Tensor]
@@ -62,13 +72,14 @@ class Objective:
     """What is minimised: the sum of weight x mean loss over `terms` (names in `LOSSES`).
 
     temperature, stored_teacher: for kl. negatives: how many other tokens stand for all that a micro-batch does not
-    hold (ctc without the LLM); 0 takes all of them.
+    hold (ctc without the LLM, embed); 0 takes all of them. filler: for embed, the token at places where none is spoken.
     """
 
     terms: Mapping[str, float]
     temperature: float = 1.0
     stored_teacher: bool = False
     negatives: int = 0
+    filler: int = 0
 
     @property
     def runs_llm(self) -> bool:
@@ -322,12 +333,45 @@ def _posteriors(batch: MicroBatch, targets: Sequence[Sequence[int]]) -> tuple[Te
     return log_probs, places, targets
 
 
+# --- embed ------------------------------------------------------------------------------------------------
+
+
+def _spoken_tokens(example: Example) -> int:
+    """Transcript tokens whose places are known; a clip without speech counts as one."""
+    return 0 if example.places is None else max(1, len(example.places))
+
+
+def _embed(batch: MicroBatch) -> Tensor:
+    """Sum over all places of the examples whose token times are known."""
+    filler, audio = batch.objective.filler, batch.audio
+    # The token at each place: those of the transcript where they are spoken, the filler elsewhere
+    tokens = torch.full(audio.valid.shape, filler, device=audio.vectors.device)  # (B, S)
+    known = audio.valid.clone()  # (B, S)
+    for row, example in enumerate(batch.examples):
+        if example.places is None:
+            known[row] = False
+        else:
+            places = torch.from_numpy(example.places).to(tokens.device)
+            tokens[row, places] = torch.tensor(example.transcript, dtype=torch.long, device=tokens.device)
+    targets, vectors = tokens[known], audio.vectors[known]  # (N,), (N, D)
+    if not len(targets):
+        return batch.zero
+
+    # Candidates: the tokens of the micro-batch, and a sample of the others that depends on those alone
+    table = batch.model.model.embedding_table()  # (V, D)
+    own, classes = targets.unique(return_inverse=True)
+    candidates = table[torch.cat([own, draw_others(own, len(table), batch.objective.negatives)])]  # (C, D)
+    weight = torch.ones_like(vectors[:, 0]).masked_fill(targets == filler, FILLER_WEIGHT)  # (N,)
+    return embed_loss(vectors, classes, candidates, weight, *batch.model.model.embedding_moments())
+
+
 # --- the losses -------------------------------------------------------------------------------------------
 
 LOSSES: dict[str, Loss] = {
     "ce": Loss(_ce, _response_tokens),
     "kl": Loss(_kl, _response_tokens, needs=frozenset({"continuation", "teacher"})),
     "ctc": Loss(_ctc, _readout_tokens, runs_llm=False, needs=frozenset({"readout"})),
+    "embed": Loss(_embed, _spoken_tokens, runs_llm=False, needs=frozenset({"token_times"})),
 }
 
 

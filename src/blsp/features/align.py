@@ -1,0 +1,162 @@
+"""`blsp align`: when each token of a transcript is spoken, from an adapter that reads out.
+
+In:  a manifest with transcripts, the cache of its features, an adapter that reads out (`grounded`).
+Out: the times in that cache (token_times.py); clips without them in `DIR/<manifest>.align.skipped.jsonl`.
+Try: `blsp align --manifest train.jsonl --cache features/ --model blsp-tiny`
+Flow: speech features → **token times** → `blsp train --loss embed`, which brings a fresh adapter to the embedding of
+      the token that is spoken at each place
+
+The best CTC path that spells the transcript is found (Viterbi); a token is spoken in the middle of its run of frames.
+Tokens that the read-out does not know get times between their neighbours. The transcript is given, so the adapter must
+hear only well enough to tell where in the clip a known word lies.
+
+Shapes: B clips, T encoder frames, E encoder width, F frames of the read-out, C classes of a batch (blank first),
+U transcript tokens, D LLM width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from blsp.data.jobs import SKIPPED_SUFFIX, SkippedLog
+from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
+from blsp.distributed import find_runtime, leave
+from blsp.features.encode import open_features
+from blsp.features.token_times import Times, TokenTimes
+from blsp.llm.prompt import transcript_ids
+from blsp.model.adapter_parts import BLANK, place_centres
+from blsp.model.checkpoint import load_blsp
+from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.settings import AlignSettings
+
+ROWS_AT_A_TIME = 64
+LONG_FRAMES = 1500  # 30 s: a longer clip is aligned alone, so that short ones are not padded to it
+IMPOSSIBLE = -1e30
+
+
+class AlignError(ValueError):
+    """An alignment that cannot be made; the message says why."""
+
+
+def align(settings: AlignSettings) -> None:
+    """The command: the token times of every row that has none yet."""
+    runtime = find_runtime(settings.device, settings.dtype)
+    model, processor = load_blsp(settings.model, runtime)
+    if not model.model.reads_out:
+        raise AlignError(f"{settings.model}: is a {model.config.adapter} adapter; --model needs one that reads out")
+    rows: Sequence[Utterance] = Manifest(settings.manifest, CONTINUATION_KEY)
+    rows = rows if settings.limit is None else rows[: settings.limit]
+    cache = open_features(settings.cache, model, processor, [rows], runtime)
+    store = TokenTimes(cache)
+    name = re.sub(r"[^\w.-]", "_", Path(settings.manifest).name.removesuffix(".jsonl"))
+    (settings.cache / f"{name}.align{SKIPPED_SUFFIX}").unlink(missing_ok=True)
+    aligned = known = 0
+    with SkippedLog(settings.cache / f"{name}.align") as skipped:
+        for start in tqdm(range(0, len(rows), ROWS_AT_A_TIME), unit="batch", mininterval=10):
+            spoken = [row for row in rows[start : start + ROWS_AT_A_TIME] if row.audio and row.text.strip()]
+            batch = [row for row in spoken if not row.no_speech]
+            tokens = [transcript_ids(processor.tokenizer, row.text) for row in batch]
+            keys = cache.keys(batch)
+            frames = cache.lengths(keys)
+            missing = [i for i in range(len(batch)) if frames[i] and store.get(keys[i], tokens[i]) is None]
+            known += int((frames > 0).sum()) - len(missing)
+            reasons = {i: "its audio could not be encoded" for i in range(len(batch)) if not frames[i]}
+            for part in _parts(missing, frames):
+                times = align_batch(model, [cache.get(keys[i]) for i in part], [tokens[i] for i in part])
+                found = [(keys[i], tokens[i], each) for i, each in zip(part, times, strict=True) if each is not None]
+                reasons |= {
+                    i: "its transcript does not fit into its speech"
+                    for i, each in zip(part, times, strict=True)
+                    if each is None
+                }
+                store.add(found)
+                aligned += len(found)
+            for i, reason in reasons.items():
+                skipped.add(batch[i].id, batch[i].audio, reason)
+        print(f"aligned {aligned} clips, {known} were aligned before; {skipped.count} could not be")
+    leave(runtime)
+
+
+def _parts(rows: Sequence[int], frames: NDArray[np.int32]) -> Iterator[list[int]]:
+    """The rows to align together: those of usual length, then each long one alone."""
+    short = [row for row in rows if frames[row] <= LONG_FRAMES]
+    if short:
+        yield short
+    yield from ([row] for row in rows if frames[row] > LONG_FRAMES)
+
+
+@torch.no_grad()
+def align_batch(
+    model: BlspForConditionalGeneration, features: Sequence[NDArray[np.float16]], tokens: Sequence[Sequence[int]]
+) -> list[Times | None]:
+    """The token times of each clip, from its encoder states (T, E) and transcript; None where they do not fit."""
+    adapter, table = model.model.multi_modal_projector, model.model.readout_table()  # table (K-1, D)
+    assert table is not None
+    weight = next(adapter.parameters())
+
+    # Frames of the read-out
+    lengths = torch.tensor([len(each) for each in features], device=weight.device)
+    states = [torch.from_numpy(np.array(each)).to(weight) for each in features]
+    padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)  # (B, T, E)
+    hidden, counts = adapter.hidden_states(padded, lengths)  # (B, F, D), (B,)
+
+    # Only the classes of these transcripts are scored: a path's score needs no normaliser over the vocabulary
+    own = set().union(*tokens)
+    rows = {token: row for row, token in enumerate(model.model.readout_ids()) if token in own}
+    class_of = {token: number for number, token in enumerate(rows, start=1)}
+    scored = torch.tensor(list(rows.values()), dtype=torch.long, device=weight.device)
+    scores = adapter.logits(hidden, table, scored).float().cpu().numpy()  # (B, F, C)
+
+    frames_per_place, first_centre = place_centres(adapter)
+    found: list[Times | None] = []
+    for clip, count, ids in zip(scores, counts.tolist(), tokens, strict=True):
+        known = [number for number, token in enumerate(ids) if token in class_of]
+        middles = best_path(clip[:count], [class_of[ids[number]] for number in known])
+        if middles is None or not known:
+            found.append(None)
+            continue
+        times = np.interp(np.arange(len(ids)), known, first_centre + middles * frames_per_place)
+        found.append(np.rint(times).astype(np.int16))
+    return found
+
+
+def best_path(scores: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np.float64] | None:
+    """The middle frame of each token's run on the best CTC path that spells `classes` (U,); None if there is none.
+
+    scores: (F, C) log-scores, blank is class 0. States are blank, token 1, blank, token 2, …, blank (2U + 1).
+    """
+    count = len(scores)
+    labels = np.full(2 * len(classes) + 1, BLANK)
+    labels[1::2] = classes
+    emissions = scores[:, labels]  # (F, 2U + 1)
+    # A blank may be jumped over between two different tokens
+    jump = np.zeros(len(labels), dtype=bool)
+    jump[3::2] = labels[3::2] != labels[1:-2:2]
+
+    # Forward: the best score of each state at each frame, and how many states back it came from (0, 1 or 2)
+    best = np.full(len(labels), IMPOSSIBLE)
+    best[:2] = emissions[0, :2]
+    came = np.zeros((count, len(labels)), dtype=np.int8)
+    for frame in range(1, count):
+        moves = np.full((3, len(labels)), IMPOSSIBLE)
+        moves[0], moves[1, 1:] = best, best[:-1]
+        moves[2, 2:] = np.where(jump[2:], best[:-2], IMPOSSIBLE)
+        came[frame] = moves.argmax(axis=0)
+        best = np.maximum(moves.max(axis=0) + emissions[frame], IMPOSSIBLE)
+
+    # Backward: which state each frame is in
+    state = len(labels) - 1 if len(labels) == 1 or best[-1] >= best[-2] else len(labels) - 2
+    if best[state] <= IMPOSSIBLE / 2:
+        return None
+    path = np.empty(count, dtype=np.int64)
+    for frame in range(count - 1, -1, -1):
+        path[frame] = state
+        state -= came[frame, state]
+    return np.array([np.flatnonzero(path == 2 * number + 1).mean() for number in range(len(classes))])
