@@ -260,6 +260,19 @@ def test_fields_that_would_change_the_answer_are_never_ignored(server: Running, 
         assert post(server, {"messages": [HELLO], "max_tokens": 1, field: neutral}).status_code == 200
 
 
+@pytest.mark.parametrize("route", ["transcriptions", "translations"])
+def test_fields_of_uploads_are_never_ignored(server: Running, route: str) -> None:
+    files = {"file": ("a.wav", spoken())}
+    for field, value in (("timestamp_granularities[]", "word"), ("include[]", "logprobs"), ("response_format", "srt")):
+        error = refused(server.http().post(f"/v1/audio/{route}", files=files, data={field: value}))
+        assert error["param"] == field.removesuffix("[]") and error["message"].startswith(error["param"])
+    error = refused(server.http().post(f"/v1/audio/{route}", files=files, data={"temperature": "7"}))
+    assert error["param"] == "temperature" and "at most 2" in error["message"]
+    error = refused(server.http().post(f"/v1/audio/{route}", data={"model": "tiny"}))
+    assert error["param"] == "file" and error["code"] == "missing_required_parameter"
+    assert server.http().post(f"/v1/audio/{route}", files=files, data={"include[]": ""}).status_code == 200
+
+
 def test_a_megabyte_of_text_is_refused_before_it_is_tokenised(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     laid_out: list[object] = []
     monkeypatch.setattr(scheduler, "lay_out", lambda *args: laid_out.append(args))

@@ -12,7 +12,7 @@ refused by name.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -271,6 +271,20 @@ class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that N
     @property
     def new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+
+FORM_NOT_TAKEN = ("timestamp_granularities", "include", "known_speaker_names", "known_speaker_references")
+
+
+def check_form(form: Mapping[str, Any], response_format: str) -> None:
+    """Refuse, by name, fields of an upload that would change the transcript and are not supported."""
+    if response_format not in ("json", "text"):
+        text = f"response_format: {response_format!r} is not supported (there are no time stamps); json or text"
+        raise ApiError(400, text, param="response_format", code="unsupported_value")
+    for field in form:
+        if (name := field.removesuffix("[]")) in FORM_NOT_TAKEN and form[field]:
+            text = f"{name}: is not supported by this server; leave it out"
+            raise ApiError(400, text, param=name, code="unsupported_parameter")
 
 
 def completion(head: dict[str, Any], text: str, finish: str, usage: dict[str, Any]) -> Response:

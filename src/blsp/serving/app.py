@@ -178,7 +178,7 @@ class Service:
         """Transcribe: the adapter's read-out where it has one, else the LLM's repetition. `language` and `prompt`
         are accepted and not used. model=recogniser: the recogniser of the comparison instead."""
         began = time.monotonic()
-        clip = await self._uploaded(file, response_format)
+        clip = await self._uploaded(request, file, response_format)
         if model == RECOGNISER:
             pieces = self._recognised(request, clip, language or "en")
         else:
@@ -199,7 +199,7 @@ class Service:
     ) -> Response:
         """Translate speech into English, by the LLM."""
         began = time.monotonic()
-        clip = await self._uploaded(file, response_format)
+        clip = await self._uploaded(request, file, response_format)
         pieces = self._ask_in_pieces(request, clip, "translate:en", temperature, readout=False)
         pieces = self._counted("translations", began, pieces)
         return api.transcript(" ".join([piece async for piece in pieces]), response_format)
@@ -288,14 +288,8 @@ class Service:
         options.setdefault("seconds", self.settings.deadline)
         return Exchange(self.scheduler, messages, decoding, **options)
 
-    async def _uploaded(self, file: UploadFile, response_format: str) -> np.ndarray:
-        if response_format not in ("json", "text"):
-            raise ApiError(
-                400,
-                f"response_format: {response_format!r} is not supported (there are no time stamps); json or text",
-                param="response_format",
-                code="unsupported_value",
-            )
+    async def _uploaded(self, request: Request, file: UploadFile, response_format: str) -> np.ndarray:
+        api.check_form(await request.form(), response_format)
         self.scheduler.check_room()
         data = await file.read()
         return await run_in_threadpool(audio_input.decode, data, self.settings.max_audio_seconds)
