@@ -160,6 +160,8 @@ def test_open_answers_are_compared_with_the_text_routes() -> None:
         ("Paris.", "de", set()),
         ("Bonjour à tous et bienvenue", "en", {"wrong_language"}),
         ("กรุณากดหมายเลขที่ต้องการ", "th", set()),
+        ("நான் சோறு சாப்பிடுகிறேன்", "ta", set()),
+        ("நான் சோறு சாப்பிடுகிறேன்", "en", {"wrong_language"}),
     ],
 )
 def test_faults(answer: str, language: str, expected: set[str]) -> None:

@@ -14,6 +14,7 @@ em, f1: SQuAD's, on words as Whisper's normaliser writes them. accuracy: for cho
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -338,7 +339,8 @@ def loops(answer: str) -> bool:
 
 def is_in_other_language(text: str, language: str) -> bool:
     """True where a text is surely not in `language` (ISO 639-1); False where it is too short to tell."""
-    words = re.findall(r"[^\W\d_]{2,}", text)
+    letters = "".join(letter for letter in text if unicodedata.category(letter)[0] != "M")  # marks would part words
+    words = re.findall(r"[^\W\d_]{2,}", letters)
     latin = all(letter < "\u0370" for word in words for letter in word)
     if not words or (latin and len(words) < LANGUAGE_WORDS):
         return False
