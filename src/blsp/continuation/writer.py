@@ -16,7 +16,6 @@ it is started again, and the output is the same to the byte. It appears whole, u
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from blsp.continuation.engines import Engine, Prompt, ScoringEngine, TransformersEngine
 from blsp.continuation.requests import (
@@ -44,18 +43,19 @@ from blsp.continuation.requests import (
     read_text,
     row_as_read,
 )
+from blsp.continuation.text_model import TextModel, engine_body, server_body, template_args_of
 from blsp.continuation.topk import topk_folder, write_top_k
 from blsp.continuation.work import AnswerReader, PromptPlan, compute_answers, open_parts, open_plan
-from blsp.data.files import file_digest, text_digest, write_json
+from blsp.data.files import file_digest, write_json
 from blsp.data.jobs import WAIT, Job, JobError, Parts, differences
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, write_manifest
 from blsp.distributed import Runtime, find_runtime
+from blsp.llm.chat_template import show_args
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
 from blsp.llm.prompt import ORDERS, text_ids
-from blsp.model.loading import load_language_model, load_tokenizer
 from blsp.settings import ContinueSettings, SettingsError
-from blsp.weights.digest import Weights, find_weights
+from blsp.weights.digest import find_weights
 
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed")  # the settings that the header repeats
 PACKAGES = ("blsp", "torch", "transformers", "tokenizers", "numpy")
@@ -66,7 +66,7 @@ def write_continuations(settings: ContinueSettings) -> None:
     """`blsp continue`."""
     check_settings(settings)
     runtime = find_runtime(settings.device, settings.dtype)
-    llm = TextModel(find_weights(settings.llm))
+    llm = TextModel(find_weights(settings.llm), template_args_of(settings))
     check_top_k(settings, llm)
     with Job(settings.out, runtime.rank) as job:
         run = Step1(settings, llm, runtime, job)
@@ -74,21 +74,6 @@ def write_continuations(settings: ContinueSettings) -> None:
 
 
 # --- the settings, and what they name ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TextModel:
-    """The LLM by its weights; the tokenizer is read from there when it is needed."""
-
-    weights: Weights
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.weights)
-
-    @property
-    def template_digest(self) -> str:
-        return text_digest(str(self.tokenizer.chat_template))
 
 
 def check_settings(settings: ContinueSettings) -> None:
@@ -100,7 +85,7 @@ def check_settings(settings: ContinueSettings) -> None:
         raise SettingsError(f"--orders {', '.join(sorted(unknown))}: there are {' and '.join(ORDERS)}")
     if settings.instruction and len(behaviours) > 1:
         raise SettingsError(f"--instruction is for one behaviour, but --behaviours names {len(behaviours)}")
-    _engine_body(settings)
+    engine_body(settings)
 
 
 def check_top_k(settings: ContinueSettings, llm: TextModel) -> None:
@@ -114,16 +99,6 @@ def check_top_k(settings: ContinueSettings, llm: TextModel) -> None:
 
 def top_k_facts(settings: ContinueSettings) -> dict[str, Any]:
     return {"k": settings.top_k, "temperature": settings.top_k_temperature}
-
-
-def _engine_body(settings: ContinueSettings) -> dict[str, Any]:
-    try:
-        body = json.loads(settings.engine_body)
-    except ValueError as error:
-        raise SettingsError(f"--engine-body {settings.engine_body!r}: is not JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise SettingsError(f"--engine-body {settings.engine_body!r}: must be a JSON object")
-    return body
 
 
 @dataclass(frozen=True)
@@ -160,7 +135,8 @@ class Step1:
             "llm": settings.llm,
             "llm_sha256": None if url else self.llm.weights.sha256,
             "chat_template_sha256": self.llm.template_digest,
-            "engine": engine | {"body": _engine_body(settings)} if url else {"name": "transformers"},
+            "template_args": self.llm.template_args or None,
+            "engine": engine | {"body": server_body(settings, self.llm)} if url else {"name": "transformers"},
             "behaviours": settings.behaviours,
             "orders": settings.orders,
             "instructions": {name: settings.instruction or instruction_for(name) for name in behaviours},
@@ -260,7 +236,7 @@ def _make_engine(run: Step1) -> Engine:
     fields: dict[str, Any] = {name: getattr(settings, name) for name in DECODING}
     decoding = Decoding(**fields, top_k_logprobs=settings.top_k, top_k_temperature=settings.top_k_temperature)
     if not settings.engine_url:
-        return TransformersEngine(*load_language_model(run.llm.weights, run.runtime), decoding)
+        return TransformersEngine(*run.llm.load(run.runtime), decoding)
     from blsp.continuation.openai_engine import OpenAIEngine
 
     return OpenAIEngine(
@@ -271,7 +247,7 @@ def _make_engine(run: Step1) -> Engine:
         in_flight=settings.concurrency,
         timeout=settings.timeout,
         attempts=settings.retries + 1,
-        body=_engine_body(settings),
+        body=server_body(settings, run.llm),
         stop_ids=tuple(run.llm.tokenizer.all_special_ids),
     )
 
@@ -341,6 +317,12 @@ def _scoring_folder(job: Job) -> Path:
 def _check_teacher(run: Step1, header: dict[str, Any]) -> None:
     """The teacher must be the LLM that wrote; of a server's LLM only the template can be compared."""
     written, template, llm = header["llm_sha256"], header["chat_template_sha256"], run.llm
+    args = header.get("template_args") or {}
+    if args != llm.template_args:
+        raise JobError(
+            f"{run.job.out}: was written with {show_args(args)}, not with {show_args(llm.template_args)}; leave "
+            "--template-arg out: the header names them"
+        )
     if written not in (None, llm.weights.sha256) or template != llm.template_digest:
         raise JobError(
             f"{run.job.out}: was written by {header['llm']} (tensors {str(written)[:12]}…, template "
@@ -375,8 +357,7 @@ def _score_rows(run: Step1, rows: Manifest, folder: Path, top_k: dict[str, Any])
     plan = open_plan(parts, size, lambda: plan_scoring(rows, run.llm.tokenizer, str(job.out)), rank)
 
     def make_engine() -> Engine:
-        llm, tokenizer = load_language_model(run.llm.weights, run.runtime)
-        return ScoringEngine(llm, tokenizer, top_k["k"], top_k["temperature"])
+        return ScoringEngine(*run.llm.load(run.runtime), top_k["k"], top_k["temperature"])
 
     def make_prompt(number: int, planned: PlannedPrompt) -> Prompt:
         row, spec = rows[planned.row], planned.spec

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from blsp.distributed import Runtime, find_runtime
+from blsp.llm.chat_template import show_args
 from blsp.llm.language_model import embed
 from blsp.model import register
 from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter, load_adapter
@@ -41,10 +42,11 @@ def new_blsp(
     adapter_options: dict[str, Any] | None = None,
     readout_vocabulary: list[int] | None = None,
     full_window: bool = False,
+    template_args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """Two frozen parts and a fresh adapter between them; its vectors start where the LLM's embeddings lie."""
-    parts = load_frozen(audio_model, text_model, runtime)
+    parts = load_frozen(audio_model, text_model, runtime, template_args)
     embeddings = embed(parts.llm, readout_vocabulary or range(parts.llm.config.vocab_size)).float()  # (V, D)
     kind, mean = adapter_class(adapter), embeddings.mean(dim=0)  # (D,)
     # an adapter that starts around the mean has the spread around it; another has the size of whole embeddings
@@ -63,6 +65,7 @@ def new_blsp(
         adapter_options=options | (adapter_options or {}),
         readout_vocabulary=readout_vocabulary,
         full_window=full_window,
+        template_args=template_args or None,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -73,7 +76,9 @@ def new_blsp(
         ids = readout_vocabulary or range(config.text_config.vocab_size)
         adapter_module.spell(token_strings(parts.tokenizer, ids))
     model = assemble(BlspForConditionalGeneration, config, parts, adapter_module, runtime)
-    processor = BlspProcessor(parts.extractor, parts.tokenizer, strides=adapter_module.strides, full_window=full_window)
+    processor = BlspProcessor(
+        parts.extractor, parts.tokenizer, adapter_module.strides, full_window, template_args=template_args
+    )
     return model, processor
 
 
@@ -112,6 +117,20 @@ def load_mean(folders: Sequence[str | Path], runtime: Runtime) -> tuple[BlspForC
         if weight.is_floating_point():
             weight.copy_(torch.stack([state[name].cpu().double() for state in states]).mean(dim=0))
     return model, processor
+
+
+def set_template_args(
+    model: BlspForConditionalGeneration, processor: BlspProcessor, args: dict[str, Any] | None, folder: str
+) -> None:
+    """Give an adapter to start from the variables of the chat template; None keeps its own.
+
+    One that has some must have the same; one without (after `ctc` on a plain manifest, say) takes them.
+    """
+    start = model.config.template_args
+    if start and args is not None and args != start:
+        raise CheckpointError(f"{folder}: was trained with {show_args(start)}, not {show_args(args)}")
+    model.config.template_args = args or start
+    processor.fix_template(args or start)
 
 
 def _structure(config: BlspConfig) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ class BlspConfig(PretrainedConfig):
             a tensor of the adapter, `vocabulary`.
         readout_vocabulary: the ids themselves, for a fresh adapter. Folders written before November 2026 store
             them here; they are never written.
+        template_args: variables of the LLM's chat template that every prompt has, such as enable_thinking.
         no_speech_sentence: the answer to a clip without speech.
         full_window: True pads the encoder's input to 30 s as the paper does; False uses true lengths.
         adapter_only: True when the folder holds the adapter's tensors alone; `blsp export` writes False.
@@ -58,6 +59,7 @@ class BlspConfig(PretrainedConfig):
     adapter_options: dict | None = None
     readout_size: int | None = None
     readout_vocabulary: list[int] | None = None
+    template_args: dict | None = None
     no_speech_sentence: str = NO_SPEECH_SENTENCE
     full_window: bool = False
     adapter_only: bool = True

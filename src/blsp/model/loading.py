@@ -11,7 +11,7 @@ error. No tensor is ever left at a random value.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
 from blsp.distributed import Runtime, find_runtime
+from blsp.llm.chat_template import fix_tokenizer
 from blsp.llm.language_model import check_supported
 from blsp.model.adapter import load_adapter, set_vocabulary
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
@@ -46,16 +47,18 @@ class FrozenParts:
     extractor: WhisperFeatureExtractor
 
 
-def load_language_model(weights: Weights, runtime: Runtime) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_language_model(
+    weights: Weights, runtime: Runtime, template_args: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The text LLM, frozen, in eval mode on `runtime.device`, and its tokenizer."""
     check_supported(AutoConfig.from_pretrained(weights.folder))
     llm = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=runtime.dtype).to(runtime.device)
-    return freeze(llm), load_tokenizer(weights)
+    return freeze(llm), load_tokenizer(weights, template_args)
 
 
-def load_tokenizer(weights: Weights) -> PreTrainedTokenizerBase:
-    """The LLM's tokenizer, without its weights."""
-    return AutoTokenizer.from_pretrained(weights.folder)
+def load_tokenizer(weights: Weights, template_args: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The LLM's tokenizer, without its weights; its chat template has these variables and a fixed date."""
+    return fix_tokenizer(AutoTokenizer.from_pretrained(weights.folder), template_args)
 
 
 def load_speech_encoder(weights: Weights, runtime: Runtime) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
@@ -74,10 +77,12 @@ def load_speech_encoder(weights: Weights, runtime: Runtime) -> tuple[WhisperEnco
     return freeze(tower.to(runtime.device)), WhisperFeatureExtractor.from_pretrained(weights.folder)
 
 
-def load_frozen(audio_model: Weights, text_model: Weights, runtime: Runtime) -> FrozenParts:
+def load_frozen(
+    audio_model: Weights, text_model: Weights, runtime: Runtime, template_args: Mapping[str, Any] | None = None
+) -> FrozenParts:
     """Both frozen parts and what belongs to them."""
     tower, extractor = load_speech_encoder(audio_model, runtime)
-    llm, tokenizer = load_language_model(text_model, runtime)
+    llm, tokenizer = load_language_model(text_model, runtime, template_args)
     return FrozenParts(tower, llm, tokenizer, extractor)
 
 
@@ -94,7 +99,7 @@ def load_checked(config: BlspConfig, runtime: Runtime, folder: Any) -> FrozenPar
                 f"(tensor digest {weights.sha256[:12]}…, config.json says {str(expected)[:12]}…); "
                 "load the weights it was trained with"
             )
-    return load_frozen(audio_model, text_model, runtime)
+    return load_frozen(audio_model, text_model, runtime, config.template_args)
 
 
 def freeze(module: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.llm.chat_template import fix_template, fix_tokenizer
 from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
@@ -43,6 +44,7 @@ class BlspProcessor(ProcessorMixin):
     Args:
         strides: of the adapter; they tell how many audio tokens a clip has.
         full_window: pad the encoder's input to 30 s (must agree with the model's configuration).
+        template_args: variables of the LLM's chat template that every prompt has (agrees with it as well).
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class BlspProcessor(ProcessorMixin):
         strides: Sequence[int] = (2, 2, 2),
         full_window: bool = False,
         chat_template: str | None = None,
+        template_args: dict[str, Any] | None = None,
     ) -> None:
         self.strides = list(strides)
         self.full_window = full_window
@@ -61,9 +64,19 @@ class BlspProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:  # padding is masked, so any token will do
             tokenizer.pad_token = tokenizer.eos_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
+        fix_tokenizer(tokenizer, template_args)
         if chat_template is None and tokenizer.chat_template:
             chat_template = FLATTEN_PARTS + tokenizer.chat_template
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        self.fix_template(template_args)
+
+    def fix_template(self, template_args: dict[str, Any] | None) -> None:
+        """Set variables of the LLM's chat template for all prompts; None keeps those that are set."""
+        self.template_args = template_args or None
+        fix_tokenizer(self.tokenizer, template_args)
+        template: Any = self.chat_template
+        if isinstance(template, str):
+            self.chat_template: Any = fix_template(template, template_args)
 
     def num_audio_tokens(self, samples: int) -> int:
         """Placeholders of a clip of `samples` 16 kHz samples."""

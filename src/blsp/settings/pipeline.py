@@ -23,11 +23,14 @@ from blsp.settings.shared import (
     Dtype,
     Limit,
     Normalise,
+    NoThinking,
     SettingsError,
     Temperature,
+    TemplateArg,
     TopP,
     above_zero,
     can_sample,
+    read_template_args,
 )
 
 Corpus = Annotated[str, Choices("blsp.data.prepare", "READERS")]
@@ -108,7 +111,7 @@ class ContinueSettings:
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "manifest out limit normalise max_prompt_tokens",
         "model": "llm",
-        "prompt": "behaviours orders instruction",
+        "prompt": "behaviours orders instruction template_arg no_thinking",
         "generation": "max_new_tokens temperature top_p seed",
         "teacher": "top_k top_k_temperature score_only",
         "server": "engine_url engine_model engine_body api_key_env concurrency timeout retries",
@@ -129,6 +132,8 @@ class ContinueSettings:
     """the position of the speech: `instruction-first` (paper), `speech-first`, or a mixture, as above"""
     instruction: str | None = None
     """your own words instead of the behaviour's (one behaviour only; the instruction of a row comes first)"""
+    template_arg: TemplateArg = ()
+    no_thinking: NoThinking = False
     normalise: Normalise = "none"
     """take transcripts as given, or through Whisper's English normaliser (paper)"""
     max_new_tokens: int = 64
@@ -170,6 +175,7 @@ class ContinueSettings:
         above_zero(self, "max_new_tokens", "max_prompt_tokens", "batch_size", "concurrency", "timeout")
         above_zero(self, "top_k_temperature", "limit")
         can_sample(self.temperature, self.top_p)
+        read_template_args(self.template_arg, self.no_thinking)
         if self.top_k < 0 or self.retries < 0:
             raise SettingsError("--top-k and --retries must be 0 or more")
         if self.engine_url and self.top_k:
@@ -263,7 +269,7 @@ class TrainSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "data out data_weights cache augment no_speech max_seconds held_out",
-        "model": "audio_model llm adapter adapter_options readout init_from pad_to_30s",
+        "model": "audio_model llm adapter adapter_options readout init_from pad_to_30s template_arg no_thinking",
         "loss": "loss temperature teacher ctc_weight embed_weight filler negatives",
         "optimisation": "steps epochs batch_size lr weight_decay warmup_steps schedule clip average_last seed",
         "logging and checkpoint": "log_every probe_every save_every save_minutes keep resume_inexact",
@@ -292,6 +298,10 @@ class TrainSettings:
     vocabulary of the LLM"""
     init_from: tuple[str, ...] = ()
     """start from the weights of this adapter instead of fresh ones; from the mean of several"""
+    template_arg: TemplateArg = ()
+    """NAME=VALUE of a variable of the LLM's chat template; without it those of `blsp continue`, which the header of
+    --data holds"""
+    no_thinking: NoThinking = False
     cache: Path | None = None
     """features written by `blsp encode`; without it speech is encoded during training"""
     steps: int | None = None
@@ -368,6 +378,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         above_zero(self, "epochs", "batch_size", "batch_tokens", "lr", "clip", "temperature", "max_seconds")
         above_zero(self, "log_every", "probe_every", "save_every", "save_minutes", "keep", "steps")
+        read_template_args(self.template_arg, self.no_thinking)
         if not self.data:
             raise SettingsError("--data: name at least one file")
         if self.data_weights and len(self.data_weights) != len(self.data):

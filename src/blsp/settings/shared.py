@@ -9,12 +9,16 @@ Flow: **shared.py** → pipeline.py, applications.py → reading.py, which turns
 from __future__ import annotations
 
 import ast
+import datetime
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
+
+import yaml
 
 DEFAULT_MODEL = "blsp-tiny"  # the one default name that the project has
 
@@ -58,6 +62,29 @@ Order = Literal["instruction-first", "speech-first"]
 Normalise = Literal["none", "whisper"]
 Temperature = Annotated[float, "0 takes the most probable token each time"]
 TopP = Annotated[float, "when sampling: draw from the most probable tokens that together have this probability"]
+
+
+TemplateArg = Annotated[
+    tuple[str, ...], "NAME=VALUE of a variable that the LLM's chat template reads, as in enable_thinking=false"
+]
+NoThinking = Annotated[bool, "the same as --template-arg enable_thinking=false"]
+
+
+def read_template_args(flags: Sequence[str], no_thinking: bool) -> dict[str, Any]:
+    """The variables of the chat template, values read as YAML; raises SettingsError where they cannot be."""
+    args: dict[str, Any] = {}
+    for flag in flags:
+        name, equals, text = flag.partition("=")
+        if not equals or not name.isidentifier():
+            raise SettingsError(f"--template-arg {flag}: must read NAME=VALUE, as in enable_thinking=false")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--template-arg {flag}: {text!r} is not YAML") from error
+        args[name] = str(value) if isinstance(value, datetime.date) else value
+    if no_thinking and args.setdefault("enable_thinking", False) is not False:
+        raise SettingsError(f"--no-thinking: but --template-arg sets enable_thinking={args['enable_thinking']}")
+    return args
 
 
 def flag_texts(kind: type) -> dict[str, str]:

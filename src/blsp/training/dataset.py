@@ -22,16 +22,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blsp.continuation.topk import TopKStore, topk_folder
 from blsp.data.files import write_atomically, write_json
-from blsp.data.jobs import SkippedLog
+from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance, find_manifests, read_rows
 from blsp.distributed import Runtime, barrier
+from blsp.llm.chat_template import show_args
 
 Teacher = Literal["auto", "online", "stored"]
 
@@ -104,6 +105,26 @@ def choose_teacher(data: Sequence[str], teacher: Teacher) -> Teacher:
             "--score-only, or pass --teacher online"
         )
     return "stored" if stored else "online"
+
+
+def shared_template_args(sources: Sequence[Source], given: dict[str, Any]) -> dict[str, Any] | None:
+    """The variables of the chat template that the continuations were written with; `given` ones must be the same.
+
+    None where neither says any: a plain manifest has no prompt.
+    """
+    args, origin = (given, "--template-arg") if given else (None, "")
+    for source in sources:
+        header = Job(source.path).header() or {}
+        if "chat_template_sha256" not in header:
+            continue
+        written = header.get("template_args") or {}
+        if args is not None and written != args:
+            raise DataError(
+                f"{source.path}: was written with {show_args(written)}, but {origin} says {show_args(args)}; the LLM "
+                "must read one prompt in both steps: run blsp continue again, or give the same --template-arg"
+            )
+        args, origin = written, str(source.path)
+    return args
 
 
 # --- measured rows ----------------------------------------------------------------------------------------

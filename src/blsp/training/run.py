@@ -35,13 +35,23 @@ from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import text_ids, transcript_ids
 from blsp.model.adapter import ADAPTERS, adapter_class, widen_readout
 from blsp.model.adapter_parts import num_audio_tokens, place_centres
-from blsp.model.checkpoint import load_mean, new_blsp
+from blsp.model.checkpoint import load_mean, new_blsp, set_template_args
 from blsp.model.loading import load_tokenizer
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import SettingsError, TrainSettings
+from blsp.settings.shared import read_template_args
 from blsp.training.batches import DataFile, DataOrder, Rows, cut
-from blsp.training.dataset import DataError, Dataset, Refused, Source, choose_teacher, open_dataset, open_sources
+from blsp.training.dataset import (
+    DataError,
+    Dataset,
+    Refused,
+    Source,
+    choose_teacher,
+    open_dataset,
+    open_sources,
+    shared_template_args,
+)
 from blsp.training.examples import Example, ExampleReader, RowMeasurer, RowTexts, Targets
 from blsp.training.probes import Probe
 from blsp.training.step import LOSSES, Objective
@@ -296,6 +306,7 @@ def open_model(
     if settings.shard_llm:  # too large for this device until it is sharded
         runtime = replace(runtime, device=torch.device("cpu"))
     audio_model, llm = find_weights(settings.audio_model), find_weights(settings.llm)
+    args = shared_template_args(sources, read_template_args(settings.template_arg, settings.no_thinking))
     options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
     if not settings.init_from:
         reads_out = adapter_class(settings.adapter).reads_out
@@ -308,12 +319,14 @@ def open_model(
             adapter_options=options,
             readout_vocabulary=vocabulary,
             full_window=settings.pad_to_30s,
+            template_args=args,
             seed=settings.seed,
         )
         model.config.no_speech_sentence = NO_SPEECH_SENTENCE
     else:
         model, processor = load_mean(settings.init_from, runtime)
         _check_start(settings, audio_model, llm, model, options)
+        set_template_args(model, processor, args, " ".join(settings.init_from))
         if model.config.readout_size is not None:
             tokens = _readout_vocabulary(settings, llm, runtime, sources)
             every = range(model.config.text_config.vocab_size)
