@@ -2,6 +2,7 @@
 
 language_model.py   decoder, embeddings, logits, log-probabilities; the check of LLM families
 prefix.py           the LLM behind the constant beginning of a prompt: `run_after_prefix`, `PrefixCache`
+chat_template.py    variables and a fixed date at the head of the chat template
 prompt.py           the chat template with a placeholder for the speech
 instructions.py     every instruction text
 decoding.py         the decode loop: greedy and sampled, rows join and leave between steps
