@@ -107,6 +107,23 @@ def choose_teacher(data: Sequence[str], teacher: Teacher) -> Teacher:
     return "stored" if stored else "online"
 
 
+def check_teacher(sources: Sequence[Source], llm: str | None, llm_sha256: str | None) -> None:
+    """The continuations, and their stored teacher, must come from the LLM that is trained against.
+
+    Files without that fact (written by a server, or by other means) are not checked.
+    """
+    for source in sources:
+        digest = (Job(source.path).header() or {}).get("llm_sha256")
+        if source.teacher is not None:
+            digest = source.teacher.meta.get("llm_sha256")
+        if digest is not None and digest != llm_sha256:
+            raise DataError(
+                f"{source.path}: was written by another LLM (digest {digest[:12]}…) than --llm "
+                f"{llm} ({str(llm_sha256)[:12]}…); the LLM "
+                "that will listen must be the one that wrote: run blsp continue with it"
+            )
+
+
 def shared_template_args(sources: Sequence[Source], given: dict[str, Any]) -> dict[str, Any] | None:
     """The variables of the chat template that the continuations were written with; `given` ones must be the same.
 

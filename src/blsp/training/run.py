@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from blsp.data.corpora.no_speech import no_speech
 from blsp.data.corpora.reading import ReadRequest
 from blsp.data.files import write_text
-from blsp.data.jobs import Job, SkippedLog
+from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.distributed import Runtime, barrier, shard_language_model
 from blsp.features.encode import open_features
@@ -47,6 +47,7 @@ from blsp.training.dataset import (
     Dataset,
     Refused,
     Source,
+    check_teacher,
     choose_teacher,
     open_dataset,
     open_sources,
@@ -98,7 +99,7 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
 
     # The frozen parts and the adapter
     model, processor = open_model(settings, runtime, sources)
-    check_teacher(sources, model)
+    check_teacher(sources, model.config.text_model_id, model.config.text_model_sha256)
     if settings.activation_checkpointing:
         model.model.language_model.activation_checkpointing_enable()
     prefixes = PrefixCache(model, reuse=not settings.shard_llm)
@@ -389,23 +390,6 @@ def _readout_vocabulary(
         write_text(path, json.dumps(sorted(tokens)))
     barrier(runtime)
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def check_teacher(sources: list[Source], model: BlspForConditionalGeneration) -> None:
-    """The continuations, and their stored teacher, must come from the LLM that is trained against.
-
-    Files without that fact (written by a server, or by other means) are not checked.
-    """
-    for source in sources:
-        digest = (Job(source.path).header() or {}).get("llm_sha256")
-        if source.teacher is not None:
-            digest = source.teacher.meta.get("llm_sha256")
-        if digest is not None and digest != model.config.text_model_sha256:
-            raise DataError(
-                f"{source.path}: was written by another LLM (digest {digest[:12]}…) than --llm "
-                f"{model.config.text_model_id} ({str(model.config.text_model_sha256)[:12]}…); the LLM "
-                "that will listen must be the one that wrote: run blsp continue with it"
-            )
 
 
 def end_token(model: BlspForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> int:
