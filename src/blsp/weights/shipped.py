@@ -13,7 +13,7 @@ from pathlib import Path
 from blsp.data.files import file_digest
 from blsp.weights.embedded import refuse_missing_path
 
-SHIPPED = ("blsp-tiny", "blsp-base")
+SHIPPED = ("blsp-tiny", "blsp-base", "blsp-conv")
 
 
 def is_shipped(name: str) -> bool:
