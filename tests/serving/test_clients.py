@@ -112,13 +112,15 @@ def test_openais_client_is_told_that_speech_is_not_made(server: Running) -> None
 
 
 def test_unknown_routes_are_not_wrong_methods(server: Running) -> None:
-    for path in ("/v1/nothing", "/nothing", "/v1", "/chat/completions", "/v1/chat/completions/"):
+    long = "/" + "a" * 5000
+    for path in ("/v1/nothing", "/nothing", "/v1", "/chat/completions", "/v1/chat/completions/", "/%00", long):
         for method in ("GET", "POST", "DELETE", "PUT"):
             answer = server.http().request(method, path)
             assert refused(answer, 404)["code"] == "unknown_url", (method, path)
     answer = server.http().get("/v1/chat/completions")
     assert refused(answer, 405)["message"].endswith("takes POST, not GET") and answer.headers["allow"] == "POST"
     assert server.http().post("/v1/models").headers["allow"] == "GET"
+    assert refused(server.http().post("/app.js"), 405) and server.http().head("/app.js").status_code == 200
 
 
 def test_base64_as_people_send_it() -> None:

@@ -27,8 +27,9 @@ class Page(StaticFiles):
 
     async def get_response(self, path: str, scope: Scope) -> Response:
         """A path that is no file is 404, whatever the method."""
-        if not self.lookup_path(path)[0]:
-            raise HTTPException(404)
+        if scope["method"] not in ("GET", "HEAD"):
+            await super().get_response(path, {**scope, "method": "HEAD"})  # raises 404 where there is no such file
+            raise HTTPException(405, headers={"Allow": "GET, HEAD"})
         return await super().get_response(path, scope)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
