@@ -72,3 +72,18 @@ def test_embed_needs_a_cache_and_one_filler_token(settings, tmp_path: Path) -> N
         train(replace(settings, adapter="grounded", embed_weight=0.1, cache=tmp_path))
     with pytest.raises(SettingsError, match="name one"):
         train(replace(settings, loss="embed", cache=tmp_path / "features", filler="a b c"))
+
+
+def test_cutting_a_step_changes_nothing_but_rounding(settings, tmp_path: Path, tiny_models_folder) -> None:
+    aligner, processor = tiny_blsp(tiny_models_folder, adapter="grounded")
+    save_adapter(aligner, processor, tmp_path / "grounded")
+    cache = tmp_path / "features"
+    align(AlignSettings(settings.data[0], cache, str(tmp_path / "grounded")))
+    whole = replace(settings, loss="embed", cache=cache, filler="a", dtype="float64", log_every=1)
+    cut = replace(whole, out=tmp_path / "cut", batch_tokens=80)
+    train(whole)
+    train(cut)
+    first, second = ([(row["loss"], row["samples"]) for row in _metrics(run.out)] for run in (whole, cut))
+    assert len(first) == 6
+    for (loss, samples), (other, others) in zip(first, second, strict=True):
+        assert loss == pytest.approx(other, rel=1e-9) and samples == others
