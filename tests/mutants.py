@@ -73,8 +73,8 @@ MUTANTS = (
     Mutant(
         "conv: first gain is 1",
         "model/adapter.py",
-        "nn.init.constant_(self.norm.weight, embedding_std)\n\n    def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:\n        hidden, lengths",
-        "nn.init.constant_(self.norm.weight, 1.0)\n\n    def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:\n        hidden, lengths",
+        'nn.init.constant_(self.norm.weight, embedding_std)\n\n    def start_around(self, mean: Tensor) -> None:\n        """Set the first bias: the mean',
+        'nn.init.constant_(self.norm.weight, 1.0)\n\n    def start_around(self, mean: Tensor) -> None:\n        """Set the first bias: the mean',
         "tests/laws/ tests/model",
     ),
     Mutant(
@@ -185,8 +185,8 @@ MUTANTS = (
     Mutant(
         "step: ctc-weight ignored",
         "training/run.py",
-        'terms["ctc"] = settings.ctc_weight',
-        'terms["ctc"] = 1.0',
+        "terms[further] = weight",
+        "terms[further] = 1.0",
         "tests/training",
     ),
     Mutant(
