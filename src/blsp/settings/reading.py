@@ -113,10 +113,11 @@ def _typed(written: str, hint: Any, value: Any, where: str) -> Any:
 
     written: the type as the class spells it, for messages.
     """
-    if isinstance(value, bool) or written == "bool":
-        if isinstance(value, bool) and written == "bool":
+    is_switch = getattr(hint, "__origin__", hint) is bool  # `bool`, or `Annotated[bool, "its help"]`
+    if isinstance(value, bool) or is_switch:
+        if isinstance(value, bool) and is_switch:
             return value
-        raise SettingsError(f"{where}: {value!r} is not {'true or false' if written == 'bool' else written}")
+        raise SettingsError(f"{where}: {value!r} is not {'true or false' if is_switch else written}")
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, dict | list | bool) or item is None for item in items):
         raise SettingsError(f"{where}: {value!r} is not {written}")
