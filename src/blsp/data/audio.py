@@ -97,8 +97,7 @@ def load_audio(
         audio = _cut_array(source, name, start, duration, sampling_rate, longest)
     else:
         with _open_file(source, name) as stream:
-            channel = _channel_of(stream, name)
-        with _open_file(source, name) as stream:
+            channel = _channel_of(source, name) if stream.channels > 1 else None
             audio = _cut_stream(stream, name, start, duration, longest, channel)
     if not len(audio):
         raise AudioError(f"{name}: no sample lies between {start} s and {start + (duration or 0.0)} s")
@@ -234,13 +233,11 @@ def _loudest_alone(block: np.ndarray) -> int | None:
     return int(energies.argmax()) if mixed < MIX_SHARE * energies.max() else None
 
 
-def _channel_of(stream: AudioStream, name: str) -> int | None:
+def _channel_of(source: FileSource, name: str) -> int | None:
     """The channel to take alone, decided once for a file on its first seconds, whatever piece of it is read."""
-    if stream.channels == 1:
-        return None
-    with _naming(f"{name}: damaged or truncated (REASON); make the file again"):
+    with _open_file(source, name) as stream, _naming(f"{name}: damaged or truncated (REASON); make the file again"):
         frames = min(BLOCK // stream.channels, round(MIX_SECONDS * stream.samplerate))
-        return _loudest_alone(stream.read(frames, dtype="float32", always_2d=True))
+        return _loudest_alone(stream.read(frames, dtype="float32", always_2d=True))  # of (n, C)
 
 
 def _resample(blocks: Iterable[np.ndarray], rate: int, name: str, longest: float) -> tuple[np.ndarray, int]:

@@ -116,7 +116,7 @@ def _is_chained(raw: BinaryIO, size: int) -> bool:
 
 
 def _mp3_without_true_length(raw: BinaryIO, size: int, head: bytes) -> str | None:
-    """ "mp3" for an mp3 file whose first frame does not tell its true length; None for others and for no mp3."""
+    """FFmpeg's name of mp3, where the first frame does not tell the file's true length; None for all other files."""
     if head[:3] != b"ID3" and not (len(head) > 1 and head[0] == 0xFF and head[1] >= 0xE0):
         return None
     begin = skip_id3(raw)

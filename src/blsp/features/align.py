@@ -70,14 +70,11 @@ def align(settings: AlignSettings) -> None:
             reasons = {i: "its audio could not be encoded" for i in range(len(batch)) if not frames[i]}
             for part in _parts(missing, frames):
                 times = align_batch(model, [cache.get(keys[i]) for i in part], [tokens[i] for i in part])
-                found = [(keys[i], tokens[i], each) for i, each in zip(part, times, strict=True) if each is not None]
-                reasons |= {
-                    i: "its transcript does not fit into its speech"
-                    for i, each in zip(part, times, strict=True)
-                    if each is None
-                }
-                store.add(found)
-                aligned += len(found)
+                fitted = [(i, frames_of) for i, frames_of in zip(part, times, strict=True) if frames_of is not None]
+                unfitted = set(part) - {i for i, _ in fitted}
+                reasons |= dict.fromkeys(sorted(unfitted), "its transcript does not fit into its speech")
+                store.add([(keys[i], tokens[i], frames_of) for i, frames_of in fitted])
+                aligned += len(fitted)
             for i, reason in reasons.items():
                 skipped.add(batch[i].id, batch[i].audio, reason)
         print(f"aligned {aligned} clips, {known} were aligned before; {skipped.count} could not be")
