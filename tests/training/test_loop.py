@@ -19,6 +19,7 @@ from blsp.distributed import find_runtime
 from blsp.features.cache import FeatureCache
 from blsp.model.adapter_parts import CachedValue
 from blsp.model.checkpoint import load_blsp
+from blsp.model.configuration_blsp import CheckpointError
 from blsp.settings import SettingsError, TrainSettings
 from blsp.settings.reading import read_settings
 from blsp.training import loop, reporting, step
@@ -253,7 +254,7 @@ def test_init_from_goes_on_with_an_adapter_of_its_kind(settings, tmp_path: Path,
     with pytest.raises(SettingsError, match="is a conv adapter"):
         train(replace(settings, out=tmp_path / "x", init_from=(start,), adapter="stack", adapter_options=()))
     other = save_language_model(tmp_path / "other-llm", "llama", seed=9)
-    with pytest.raises(SettingsError, match="other weights than --llm"):
+    with pytest.raises(CheckpointError, match="other weights than --llm"):
         train(replace(settings, out=tmp_path / "y", init_from=(start,), adapter_options=(), llm=other))
 
 

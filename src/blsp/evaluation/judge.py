@@ -132,7 +132,13 @@ def evaluate(settings: EvaluateSettings) -> None:
     suite = select(settings.suite, settings.task, data)
     check_manifests(suite)
     evaluation = Evaluation(
-        listener=load(settings.model, device=settings.device, dtype=settings.dtype),
+        listener=load(
+            settings.model,
+            audio_model=settings.audio_model,
+            llm=settings.llm,
+            device=settings.device,
+            dtype=settings.dtype,
+        ),
         folder=settings.out,
         routes=settings.routes,
         asr=settings.asr,

@@ -48,7 +48,7 @@ class AlignError(ValueError):
 def align(settings: AlignSettings) -> None:
     """The command: the token times of every row that has none yet."""
     runtime = find_runtime(settings.device, settings.dtype)
-    model, processor = load_blsp(settings.model, runtime)
+    model, processor = load_blsp(settings.model, runtime, settings.audio_model, settings.llm)
     if not model.model.reads_out:
         raise AlignError(f"{settings.model}: is a {model.config.adapter} adapter; --model needs one that reads out")
     rows: Sequence[Utterance] = Manifest(settings.manifest, CONTINUATION_KEY)

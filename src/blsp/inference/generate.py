@@ -61,7 +61,13 @@ def generate(settings: GenerateSettings) -> None:
         inputs = (output_row(row, settings.out) for row in islice(rows, total))
         done = job.count_done(inputs, key="id", answer="response")
         if done < total:
-            listener = load(settings.model, device=settings.device, dtype=settings.dtype)
+            listener = load(
+                settings.model,
+                audio_model=settings.audio_model,
+                llm=settings.llm,
+                device=settings.device,
+                dtype=settings.dtype,
+            )
             decoding = replace(
                 listener.decoding,
                 max_new_tokens=settings.max_new_tokens,

@@ -58,9 +58,19 @@ class Question:
     order: Order = "instruction-first"
 
 
-def load(model: str | Path = DEFAULT_MODEL, *, device: str = "auto", dtype: str = "auto") -> Listener:
-    """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default)."""
-    return Listener(*load_blsp(model, find_runtime(device, dtype)))
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    audio_model: str | None = None,
+    llm: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Listener:
+    """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default).
+
+    audio_model, llm: where the adapter's encoder and LLM lie now, if not where its config.json says.
+    """
+    return Listener(*load_blsp(model, find_runtime(device, dtype), audio_model, llm))
 
 
 class Listener:

@@ -61,7 +61,9 @@ def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Ski
     The chunk in which a killed job stopped is computed again as a whole, since the last digits of a clip depend on the
     clips beside it; only what is missing is written.
     """
-    listener = load(settings.model, device=settings.device, dtype=settings.dtype)
+    listener = load(
+        settings.model, audio_model=settings.audio_model, llm=settings.llm, device=settings.device, dtype=settings.dtype
+    )
     if settings.readout and not listener.reads_out:
         listener.readout([])  # raises the error that says why not, before any file is read
     size, files = settings.batch_size, settings.files

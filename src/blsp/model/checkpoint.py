@@ -23,10 +23,10 @@ from blsp.model import register
 from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter, load_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, config_file, is_adapter_folder
 from blsp.model.grounded import token_strings
-from blsp.model.loading import assemble, freeze, load_checked, load_frozen
+from blsp.model.loading import assemble, freeze, frozen_weights, load_checked, load_frozen
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.weights.digest import Weights, find_weights
+from blsp.weights.digest import Weights
 from blsp.weights.shipped import find_model
 
 if TYPE_CHECKING:
@@ -82,30 +82,37 @@ def new_blsp(
     return model, processor
 
 
-def load_blsp(folder: str | Path, runtime: Runtime) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+def load_blsp(
+    folder: str | Path, runtime: Runtime, audio_model: str | None = None, llm: str | None = None
+) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """Model and processor of an adapter folder (frozen parts loaded, digests checked) or of a merged export.
 
-    The name of a shipped adapter (`blsp-tiny`) stands for its folder.
+    The name of a shipped adapter (`blsp-tiny`) stands for its folder. audio_model, llm: where the frozen parts lie
+    now, if not where the adapter's config.json says.
     """
     folder = find_model(str(folder))
     register()  # transformers' own loading of the tokenizer asks for the configuration by its name
     if not is_adapter_folder(folder):
+        if audio_model or llm:
+            raise CheckpointError(f"{folder}: holds its own encoder and LLM; leave out --audio-model and --llm")
         model = BlspForConditionalGeneration.from_pretrained(folder, dtype=runtime.dtype)
         return freeze(model.to(runtime.device)), BlspProcessor.from_pretrained(folder)
     config = BlspConfig.from_pretrained(config_file(folder).parent)
-    parts = load_checked(config, runtime, folder)
+    parts = load_checked(config, runtime, folder, audio_model, llm)
     adapter = load_adapter(folder, config)
     model = assemble(BlspForConditionalGeneration, config, parts, adapter, runtime)
     return model, BlspProcessor.from_pretrained(folder)
 
 
-def load_mean(folders: Sequence[str | Path], runtime: Runtime) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
+def load_mean(
+    folders: Sequence[str | Path], runtime: Runtime, audio_model: str | None = None, llm: str | None = None
+) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """The first folder's model with the mean of all the folders' adapters, weight by weight.
 
     Adapters that went different ways from the same weights can be better together than each alone (model soups,
     Wortsman et al. 2022).
     """
-    model, processor = load_blsp(folders[0], runtime)
+    model, processor = load_blsp(folders[0], runtime, audio_model, llm)
     states = [model.model.multi_modal_projector.state_dict()]
     for folder in map(find_model, map(str, folders[1:])):
         config = BlspConfig.from_pretrained(config_file(folder).parent)
@@ -190,17 +197,18 @@ def _write_folder(
 def export(settings: ExportSettings) -> None:
     """`blsp export`: an adapter folder becomes a merged one."""
     folder = find_model(settings.model)
-    dtype = _stored_dtype(folder) if settings.dtype == "auto" else settings.dtype
-    model, processor = load_blsp(folder, find_runtime(device="cpu", dtype=dtype))
+    dtype = _stored_dtype(folder, settings) if settings.dtype == "auto" else settings.dtype
+    model, processor = load_blsp(folder, find_runtime(device="cpu", dtype=dtype), settings.audio_model, settings.llm)
     export_merged(model, processor, settings.out)
     print(f"wrote {settings.out}")
 
 
-def _stored_dtype(folder: str) -> str:
+def _stored_dtype(folder: str, settings: ExportSettings) -> str:
     """The type in which the LLM of a checkpoint is stored."""
     register()
     config = BlspConfig.from_pretrained(folder)
     text = config.text_config
     if config.adapter_only:
-        text = AutoConfig.from_pretrained(find_weights(config.text_model_id).folder)
+        _, weights = frozen_weights(config, folder, settings.audio_model, settings.llm)
+        text = AutoConfig.from_pretrained(weights.folder)
     return str(text.dtype or torch.float32).removeprefix("torch.")

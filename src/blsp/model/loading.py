@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from blsp.llm.language_model import check_supported
 from blsp.model.adapter import load_adapter, set_vocabulary
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
 from blsp.weights.digest import Weights, find_weights
+from blsp.weights.embedded import PREFIX, WeightsNotFoundError
 
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}  # the encoder's tensors inside a whole Whisper checkpoint
 
@@ -86,20 +88,51 @@ def load_frozen(
     return FrozenParts(tower, llm, tokenizer, extractor)
 
 
-def load_checked(config: BlspConfig, runtime: Runtime, folder: Any) -> FrozenParts:
-    """The frozen parts that a configuration names; CheckpointError where they hold other weights.
+def load_checked(
+    config: BlspConfig, runtime: Runtime, folder: Any, audio_model: str | None = None, llm: str | None = None
+) -> FrozenParts:
+    """The frozen parts of an adapter folder, from where they lie now, which `config` says afterwards."""
+    audio_weights, text_weights = frozen_weights(config, folder, audio_model, llm)
+    config.audio_model_id, config.text_model_id = audio_weights.name, text_weights.name
+    return load_frozen(audio_weights, text_weights, runtime, config.template_args)
 
-    folder: the adapter's, for the message.
+
+def frozen_weights(
+    config: BlspConfig, folder: Any, audio_model: str | None = None, llm: str | None = None
+) -> tuple[Weights, Weights]:
+    """Encoder and LLM of the adapter `folder`: those that its configuration names, or `audio_model` and `llm`.
+
+    Raises CheckpointError where they are not found or hold other weights than those that the adapter was trained with.
     """
-    audio_model, text_model = (find_weights(str(name)) for name in (config.audio_model_id, config.text_model_id))
-    for weights, expected in ((audio_model, config.audio_model_sha256), (text_model, config.text_model_sha256)):
-        if weights.sha256 != expected:
-            raise CheckpointError(
-                f"{folder}: was trained with other weights than {weights.name} holds now "
-                f"(tensor digest {weights.sha256[:12]}…, config.json says {str(expected)[:12]}…); "
-                "load the weights it was trained with"
-            )
-    return load_frozen(audio_model, text_model, runtime, config.template_args)
+    return (
+        _checked_weights("--audio-model", config.audio_model_id, config.audio_model_sha256, folder, audio_model),
+        _checked_weights("--llm", config.text_model_id, config.text_model_sha256, folder, llm),
+    )
+
+
+def _checked_weights(flag: str, name: str | None, sha256: str | None, folder: Any, given: str | None) -> Weights:
+    """One frozen part, which has the digest `sha256`; `flag` says where it lies if not under `name`."""
+    try:
+        weights = find_weights(given) if given else _find_beside(str(name), folder)
+        found = weights.sha256
+    except WeightsNotFoundError as error:
+        raise CheckpointError(f"{folder}: {error}; {flag} says where the weights that it names lie now") from error
+    if found != sha256:
+        raise CheckpointError(
+            f"{folder}: was trained with other weights than {f'{flag} ' if given else ''}{weights.name} holds now "
+            f"(tensor digest {found[:12]}…, config.json says {str(sha256)[:12]}…); {flag} names the right ones"
+        )
+    return weights
+
+
+def _find_beside(name: str, folder: Any) -> Weights:
+    """A name of config.json: as it is, or a path relative to the adapter's folder or to one above it."""
+    if not Path(name).exists() and not name.startswith(PREFIX):
+        home = Path(folder).absolute()
+        for place in (home / name, *(parent / name for parent in home.parents)):
+            if (place / "config.json").is_file():
+                return find_weights(place)
+    return find_weights(name)
 
 
 def freeze(module: Any) -> Any:
@@ -125,9 +158,18 @@ def assemble(model_class: Any, config: BlspConfig, parts: FrozenParts, adapter: 
     return model.eval()
 
 
-def load_adapter_folder(model_class: Any, folder: Any, dtype: Any = None, device_map: Any = None, **others: Any) -> Any:
+def load_adapter_folder(
+    model_class: Any,
+    folder: Any,
+    dtype: Any = None,
+    device_map: Any = None,
+    audio_model: str | None = None,
+    llm: str | None = None,
+    **others: Any,
+) -> Any:
     """The model of an adapter folder, on the device `device_map` (default: CPU), in `dtype` (float32).
 
+    audio_model, llm: where the frozen parts lie now, if not where config.json says.
     Other arguments of transformers (`config`, `revision`, …) change nothing; those that would change the weights
     are refused.
     """
@@ -139,7 +181,7 @@ def load_adapter_folder(model_class: Any, folder: Any, dtype: Any = None, device
     dtype = dtype if isinstance(dtype, torch.dtype) else runtime.dtype
     config = BlspConfig.from_pretrained(folder)
     runtime = Runtime(runtime.device, dtype, 0, 1)
-    parts = load_checked(config, runtime, folder)
+    parts = load_checked(config, runtime, folder, audio_model, llm)
     return assemble(model_class, config, parts, load_adapter(folder, config), runtime)
 
 

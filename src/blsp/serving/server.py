@@ -30,7 +30,9 @@ def serve(settings: ServeSettings) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("blsp").setLevel(logging.INFO)  # other loggers would print URLs and parts of requests
     address = reserve(settings.host, settings.port)
-    listener = load(settings.model, device=settings.device, dtype=settings.dtype)
+    listener = load(
+        settings.model, audio_model=settings.audio_model, llm=settings.llm, device=settings.device, dtype=settings.dtype
+    )
     config = uvicorn.Config(
         create_app(listener, settings),
         log_level="warning",

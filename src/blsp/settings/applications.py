@@ -18,10 +18,12 @@ from tyro.conf import Positional
 
 from blsp.settings.shared import (
     DEFAULT_MODEL,
+    AudioModel,
     ConfigFile,
     Device,
     Dtype,
     Limit,
+    Llm,
     Normalise,
     Order,
     Precision,
@@ -49,7 +51,7 @@ class EvaluateSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "task": "suite task data limit routes normalise",
-        "model": "model asr asr_compute peer judge",
+        "model": "model audio_model llm asr asr_compute peer judge",
         "report": "out compare seed bootstrap",
         "compute": "batch_size device dtype",
     }
@@ -57,6 +59,8 @@ class EvaluateSettings:
     out: Path
     """the results folder"""
     model: Model = DEFAULT_MODEL
+    audio_model: AudioModel = None
+    llm: Llm = None
     suite: str | None = None
     """a named set of tasks, e.g. tiny"""
     task: tuple[str, ...] = ()
@@ -108,7 +112,7 @@ class GenerateSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "manifest out limit",
-        "model": "model",
+        "model": "model audio_model llm",
         "prompt": "instruction order",
         "generation": "max_new_tokens temperature top_p seed",
         "compute": "batch_size device dtype",
@@ -119,6 +123,8 @@ class GenerateSettings:
     out: Path
     """the rows plus `response`"""
     model: Model = DEFAULT_MODEL
+    audio_model: AudioModel = None
+    llm: Llm = None
     instruction: str | None = None
     """what to do, e.g. "Please translate the following audio into German text."; without: answer"""
     order: Order = "instruction-first"
@@ -153,7 +159,7 @@ class TranscribeSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "out",
-        "model": "model readout repeat",
+        "model": "model audio_model llm readout repeat",
         "generation": "max_new_tokens",
         "compute": "batch_size device dtype",
     }
@@ -161,6 +167,8 @@ class TranscribeSettings:
     files: Positional[tuple[str, ...]]
     """recordings: wav, flac, ogg, opus or mp3, any sample rate"""
     model: Model = DEFAULT_MODEL
+    audio_model: AudioModel = None
+    llm: Llm = None
     readout: bool = False
     """the tokens that the adapter reads out, without the LLM"""
     repeat: bool = False
@@ -195,12 +203,14 @@ class ChatSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "model": "model system",
+        "model": "model audio_model llm system",
         "generation": "max_new_tokens temperature top_p seed",
         "compute": "device dtype",
     }
 
     model: Model = DEFAULT_MODEL
+    audio_model: AudioModel = None
+    llm: Llm = None
     system: str | None = None
     """a system message for the whole conversation"""
     max_new_tokens: int = 256
@@ -230,7 +240,7 @@ class ServeSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "model": "model asr prefix_cache",
+        "model": "model audio_model llm asr prefix_cache",
         "address and access": "host port api_key insecure cors_origin allow_remote_audio",
         "limit": "max_upload_mb max_audio_seconds max_batch queue deadline max_new_tokens",
         "logging": "log_content",
@@ -238,6 +248,8 @@ class ServeSettings:
     }
 
     model: Model = DEFAULT_MODEL
+    audio_model: AudioModel = None
+    llm: Llm = None
     host: str = "127.0.0.1"
     """the address to listen on"""
     port: int = 8000
@@ -298,6 +310,8 @@ class ExportSettings:
     """the folder to write"""
     model: Model = DEFAULT_MODEL
     """the adapter to merge with its frozen models"""
+    audio_model: AudioModel = None
+    llm: Llm = None
     dtype: Dtype = "auto"
     """the type of the stored weights; auto: as in the frozen models"""
 

@@ -17,11 +17,13 @@ from tyro.conf import Positional
 
 from blsp.settings.shared import (
     DEFAULT_MODEL,
+    AudioModel,
     Choices,
     ConfigFile,
     Device,
     Dtype,
     Limit,
+    Llm,
     Normalise,
     NoThinking,
     SettingsError,
@@ -233,7 +235,11 @@ class AlignSettings:
         $ blsp align --manifest train.jsonl --cache features/
     """
 
-    GROUPS: ClassVar[dict[str, str]] = {"data": "manifest cache limit", "model": "model", "compute": "device dtype"}
+    GROUPS: ClassVar[dict[str, str]] = {
+        "data": "manifest cache limit",
+        "model": "model audio_model llm",
+        "compute": "device dtype",
+    }
 
     manifest: str
     """the clips with their transcripts: a manifest, a continuations file, or a glob of them"""
@@ -241,6 +247,8 @@ class AlignSettings:
     """the folder of the features; clips that it lacks are encoded"""
     model: str = DEFAULT_MODEL
     """an adapter that reads out, for the encoder and the LLM that the run will have"""
+    audio_model: AudioModel = None
+    llm: Llm = None
     limit: Limit = None
     device: Device = "auto"
     dtype: Dtype = "auto"

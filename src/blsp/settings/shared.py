@@ -64,6 +64,8 @@ Temperature = Annotated[float, "0 takes the most probable token each time"]
 TopP = Annotated[float, "when sampling: draw from the most probable tokens that together have this probability"]
 
 
+AudioModel = Annotated[str | None, "where the adapter's speech encoder lies now, if not where its config.json says"]
+Llm = Annotated[str | None, "where the adapter's LLM lies now, if not where its config.json says"]
 TemplateArg = Annotated[
     tuple[str, ...], "NAME=VALUE of a variable that the LLM's chat template reads, as in enable_thinking=false"
 ]

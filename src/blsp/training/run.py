@@ -325,8 +325,8 @@ def open_model(
         )
         model.config.no_speech_sentence = NO_SPEECH_SENTENCE
     else:
-        model, processor = load_mean(settings.init_from, runtime)
-        _check_start(settings, audio_model, llm, model, options)
+        model, processor = load_mean(settings.init_from, runtime, settings.audio_model, settings.llm)
+        _check_start(settings, model, options)
         set_template_args(model, processor, args, " ".join(settings.init_from))
         if model.config.readout_size is not None:
             tokens = _readout_vocabulary(settings, llm, runtime, sources)
@@ -348,13 +348,7 @@ def _option(flag: str) -> tuple[str, str]:
     return name.replace("-", "_"), value
 
 
-def _check_start(
-    settings: TrainSettings,
-    audio_model: Weights,
-    llm: Weights,
-    model: BlspForConditionalGeneration,
-    options: dict[str, Any],
-) -> None:
+def _check_start(settings: TrainSettings, model: BlspForConditionalGeneration, options: dict[str, Any]) -> None:
     """The adapter to start from must be what the other flags say."""
     start, config = " ".join(settings.init_from), model.config
     if config.adapter != settings.adapter:
@@ -364,12 +358,6 @@ def _check_start(
         raise SettingsError(f"--init-from {start}: has other {', '.join(differing)}; leave out --adapter-options")
     if config.full_window != settings.pad_to_30s:
         raise SettingsError(f"--init-from {start}: was trained with --pad-to-30s {config.full_window}")
-    for flag, weights, digest in (
-        ("--audio-model", audio_model, config.audio_model_sha256),
-        ("--llm", llm, config.text_model_sha256),
-    ):
-        if weights.sha256 != digest:
-            raise SettingsError(f"--init-from {start}: was trained with other weights than {flag} {weights.name}")
 
 
 def _readout_vocabulary(
