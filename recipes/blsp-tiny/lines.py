@@ -27,7 +27,7 @@ LICENCES = {
     "kjv": "public domain",
     "words": "Apache-2.0",
 }
-# Every sentence of a list falls at a fixed place in [0, 1); an engine speaks those between its two bounds.
+# Every sentence of a list falls at a fixed position in [0, 1); an engine speaks those between its two bounds.
 # The best voices get most of what people say to machines, the cheap ones the long tail of words.
 SHARES: dict[str, dict[str, tuple[float, float]]] = {
     "kokoro": {
@@ -58,7 +58,7 @@ QUESTION = re.compile(
 
 @dataclass(frozen=True)
 class Line:
-    """One thing to say. `place` orders the lines of an engine; the audio is named by `id`."""
+    """One thing to say. `position` orders the lines of an engine; the audio is named by `id`."""
 
     id: str
     text: str
@@ -66,7 +66,7 @@ class Line:
     voice: str
     tempo: float
     pitch: float
-    place: float
+    position: float
 
 
 def sentences(list_name: str, held_out: HeldOut) -> list[str]:
@@ -87,19 +87,19 @@ def as_sentence(text: str) -> str:
 def plan(engine: str, seed: int) -> list[Line]:
     """All lines of `engine` in the order of speaking: a random one, so that any beginning is varied."""
     if engine == "words":
-        return [_line(engine, "words", text, place, seed) for text, place in drills(seed)]
+        return [_line(engine, "words", text, position, seed) for text, position in drills(seed)]
     lines = []
     held_out = HeldOut.load()
     for list_name, (low, high) in SHARES[engine].items():
         for text in sentences(list_name, held_out):
-            place = (fraction("place", text) - low) / (high - low)
-            if 0 <= place < 1:
-                place *= SOONER.get((engine, list_name), 1.0)
-                lines.append(_line(engine, list_name, text, place, seed))
-    return sorted(lines, key=lambda line: line.runtime)
+            position = (fraction("place", text) - low) / (high - low)
+            if 0 <= position < 1:
+                position *= SOONER.get((engine, list_name), 1.0)
+                lines.append(_line(engine, list_name, text, position, seed))
+    return sorted(lines, key=lambda line: line.position)
 
 
-def _line(engine: str, list_name: str, text: str, place: float, seed: int) -> Line:
+def _line(engine: str, list_name: str, text: str, position: float, seed: int) -> Line:
     digest = hashlib.sha256(f"{engine}\0{seed}\0{text}".encode()).hexdigest()[:12]
     return Line(
         id=f"{engine}/{digest[:2]}/{digest}",
@@ -108,7 +108,7 @@ def _line(engine: str, list_name: str, text: str, place: float, seed: int) -> Li
         voice=_voice(engine, digest),
         tempo=round(_between(TEMPO, fraction("tempo", digest)), 3),
         pitch=round(_between(PITCH, fraction("pitch", digest)), 3),
-        runtime=place,
+        position=position,
     )
 
 

@@ -1,0 +1,17 @@
+"""The plan of the synthetic speech: every engine has lines in an order, each with an id of its own."""
+
+from __future__ import annotations
+
+import lines
+import pytest
+from lines import VOICES, HeldOut, plan
+
+
+@pytest.mark.parametrize("engine", VOICES)
+def test_every_engine_has_a_plan_in_order(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HeldOut, "touches", lambda self, text: False)  # slow, and tested in test_recipe_split.py
+    monkeypatch.setattr(lines, "drills", lambda seed: [("one two", 0.0), ("three four", 0.5)])
+    planned = plan(engine, seed=0)
+    assert len(planned) > (5_000 if engine != "words" else 1)
+    assert [line.position for line in planned] == sorted(line.position for line in planned)
+    assert len({line.id for line in planned}) == len(planned)
