@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from blsp.continuation.engines import Top, Written
 from blsp.continuation.requests import PlannedPrompt, PromptSpec, prompt_digest
-from blsp.continuation.work import AnswerLog, AnswerReader, PromptPlan, open_parts, read_answers, write_plan
+from blsp.continuation.work import (
+    AnswerReader,
+    PromptPlan,
+    answer_rows,
+    open_answers,
+    open_parts,
+    read_answers,
+    write_plan,
+)
 from blsp.data.files import digest_of
 from blsp.data.jobs import Parts
 
@@ -117,16 +125,19 @@ def parts_in(folder: Path) -> Parts:
     return open_parts(folder, {}, 0)
 
 
+def add(parts: Parts, rank: int, written: list[Written]) -> None:
+    with open_answers(parts, rank) as log:
+        log.append(*answer_rows(written))
+
+
 def recorded(parts: Parts) -> list[int]:
     return [fields["key"] for path in parts.paths() for _, _, fields in read_answers(path)]
 
 
 def test_answers_come_back_by_number(tmp_path: Path) -> None:
     parts = parts_in(tmp_path / "parts")
-    with AnswerLog(parts, 0, K) as log:
-        log.add(batch(5, 1))
-    with AnswerLog(parts, 1, K) as log:
-        log.add(batch(2))
+    add(parts, 0, batch(5, 1))
+    add(parts, 1, batch(2))
     answers = AnswerReader(parts, 6, K)
     assert recorded(parts) == [5, 1, 2]
     for key in (5, 1, 2):
@@ -140,30 +151,25 @@ def test_a_torn_batch_is_written_again(tmp_path: Path, fraction: float) -> None:
     """Whatever is left of the second batch's lines, going on ends in the same bytes."""
     whole, torn = parts_in(tmp_path / "whole"), parts_in(tmp_path / "torn")
     for parts in (whole, torn):
-        with AnswerLog(parts, 0, K) as log:
-            log.add(batch(5, 1))
-            kept = parts.paths()[0].stat().st_size
-            log.add(batch(2, 4, 3))
+        add(parts, 0, batch(5, 1))
+        kept = parts.paths()[0].stat().st_size
+        add(parts, 0, batch(2, 4, 3))
     (path,) = torn.paths()
     size = path.stat().st_size
     with open(path, "r+b") as file:
         file.truncate(kept + int((size - kept) * fraction))
     assert recorded(torn) == [5, 1]
-    with AnswerLog(torn, 0, K) as log:
-        log.add(batch(2, 4, 3))
-    for name in ("part-00000.jsonl", "part-00000.ids.u32", "part-00000.logp.f16"):
-        assert (whole.folder / name).read_bytes() == (torn.folder / name).read_bytes()
+    add(torn, 0, batch(2, 4, 3))
+    assert whole.paths()[0].read_bytes() == torn.paths()[0].read_bytes()
 
 
 def test_zeros_after_a_power_cut_are_not_answers(tmp_path: Path) -> None:
     parts = parts_in(tmp_path / "parts")
-    with AnswerLog(parts, 0, 0) as log:
-        log.add([Written(0, "a", [1], "stop")])
+    add(parts, 0, [Written(0, "a", [1], "stop")])
     with open(parts.paths()[0], "ab") as file:
         file.write(b"\0" * 64 + b"\n")
     assert recorded(parts) == [0]
-    with AnswerLog(parts, 0, 0) as log:
-        log.add([Written(1, "b", None, "length", refused="no")])
+    add(parts, 0, [Written(1, "b", None, "length", refused="no")])
     assert recorded(parts) == [0, 1]
 
 
@@ -177,3 +183,13 @@ def test_answers_of_version_0_1_are_kept_where_the_job_is_the_same(tmp_path: Pat
     (plan.parent / "part-00000.jsonl").write_text(json.dumps(answer) + "\n")
     parts = open_parts(plan.parent, facts, 0)
     assert recorded(parts) == ([4] if facts == {"seed": 1} else []) and not plan.exists()
+
+
+def test_answers_whose_top_k_lies_apart_are_computed_again(tmp_path: Path) -> None:
+    """Earlier versions kept it in two files beside the log."""
+    parts = parts_in(tmp_path / "parts")
+    answer = {"key": 4, "left": 0, "text": "a", "ids": [1], "finish": "stop", "top": [0, 2]}
+    (parts.folder / "part-00000.jsonl").write_text(json.dumps(answer) + "\n")
+    assert recorded(parts) == []
+    add(parts, 0, batch(4))
+    assert recorded(parts) == [4] and len(AnswerReader(parts, 5, K).top(4)[0]) == 1

@@ -5,8 +5,6 @@ Try: `TextModel(find_weights("embedded:smollm2-135m-instruct"), {}).tokenizer`
 Flow: settings → **text_model.py** → writer.py (the header), engines.py, openai_engine.py
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blsp.data.files import text_digest
 from blsp.data.jobs import Job
 from blsp.distributed import Runtime
-from blsp.llm.chat_template import PROMPT_DATE
+from blsp.llm.prompt import PROMPT_DATE
 from blsp.model.loading import load_language_model, load_tokenizer
 from blsp.settings import ContinueSettings, SettingsError
 from blsp.settings.shared import read_template_args

@@ -16,16 +16,15 @@ prompts share their steps. A no-speech row has none: a rule gives its sentence, 
 Shapes: N steps of one row, K top-k.
 """
 
-from __future__ import annotations
-
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from blsp.data.files import write_atomically, write_json
 
 
 class TopKError(ValueError):
@@ -75,36 +74,33 @@ class TopKStore:
 
 def write_top_k(
     target: Path,
-    partial: Path,
+    through: Path,
     firsts: Iterable[int | None],
     rows: int,
     read_steps: Callable[[int], tuple[np.ndarray, np.ndarray]],
     meta: dict[str, Any],
 ) -> None:
-    """Write the folder under the name `partial`, then rename it to `target`.
+    """Write the folder at the path `through`, then rename it to `target`.
 
     firsts: for each row the number of the first row with an equal prompt, or None where it has no steps.
     read_steps: ids (N, K) and logp (N, K) of such a first row. meta: `k`, and what else meta.json holds.
     """
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
-    partial.mkdir()
-    index = np.lib.format.open_memmap(partial / "index.npy", "w+", np.int64, (rows, 2))
-    total = 0
-    with open(partial / "ids.u32", "wb") as ids_file, open(partial / "logp.f16", "wb") as logp_file:
-        for row, first in enumerate(firsts):
-            if first == row:
-                ids, logp = read_steps(row)
-                ids_file.write(ids.astype("<u4").tobytes())
-                logp_file.write(logp.astype("<f2").tobytes())
-                index[row] = (total, len(ids))
-                total += len(ids)
-            elif first is not None:
-                index[row] = index[first]
-    index.flush()
-    text = json.dumps(meta | {"rows": rows, "steps": total}, indent=2)
-    (partial / "meta.json").write_text(text + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    with write_atomically(target, through=through) as folder:
+        folder.mkdir()
+        index = np.lib.format.open_memmap(folder / "index.npy", "w+", np.int64, (rows, 2))
+        total = 0
+        with open(folder / "ids.u32", "wb") as ids_file, open(folder / "logp.f16", "wb") as logp_file:
+            for row, first in enumerate(firsts):
+                if first == row:
+                    ids, logp = read_steps(row)
+                    ids_file.write(ids.astype("<u4").tobytes())
+                    logp_file.write(logp.astype("<f2").tobytes())
+                    index[row] = (total, len(ids))
+                    total += len(ids)
+                elif first is not None:
+                    index[row] = index[first]
+        index.flush()
+        write_json(folder / "meta.json", meta | {"rows": rows, "steps": total})
 
 
 def _open_matrix(path: Path, dtype: np.dtype, shape: tuple[int, int]) -> np.ndarray:

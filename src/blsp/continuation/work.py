@@ -9,8 +9,6 @@ Flow: requests.py → **work.py** (plan, batches, answer logs) → writer.py, wh
                          queue     position  number                             one for each different prompt
                          specs     number  behaviour  instruction  prompt_order
     part-00003.jsonl     the answers of rank 3, in whole batches: `left` counts the answers of the batch that follow
-    part-00003.ids.u32   their top-k token ids, and
-    part-00003.logp.f16  log-probabilities; written before the line of the answer
 
 `first` is the number of the first equal prompt; it is NULL where a rule answers and not the LLM. The queue is sorted by
 what is asked (a batch shares its prefix), then longest first (a batch holds like lengths, and a batch that does
@@ -18,8 +16,7 @@ not fit into memory shows at once). Batch b is positions b·B + 1 to (b + 1)·B,
 are on disk and not in memory.
 """
 
-from __future__ import annotations
-
+import base64
 import hashlib
 import json
 import os
@@ -30,16 +27,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from blsp.continuation.engines import Engine, Prompt, Top, Written
+from blsp.continuation.engines import Engine, Prompt, Written
 from blsp.continuation.requests import PlannedPrompt, PromptSpec
 from blsp.data.files import digest_of, write_atomically, write_json
-from blsp.data.jobs import WAIT, Parts
+from blsp.data.jobs import WAIT, Parts, RowLog
 from blsp.distributed import Runtime
 
 TABLES = """
@@ -61,9 +57,6 @@ INSERT INTO queue (number) SELECT number FROM prompts WHERE first = number ORDER
 """
 PROMPT = "prompts.row, behaviour, instruction, prompt_order, tokens, digest"
 SPEC = "JOIN specs ON specs.number = prompts.spec"
-# What the header's digest of the plan is taken over, for each prompt. `first` -1: no prompt for the LLM.
-RECORD = np.dtype([("row", "<i8"), ("spec", "<i4"), ("tokens", "<i4"), ("digest", "S16"), ("first", "<i8")])
-RECORDS_AT_ONCE = 1 << 16
 
 
 # --- the plan ---------------------------------------------------------------------------------------------
@@ -109,9 +102,7 @@ class PromptPlan:
 
     def missing_batches(self, done: np.ndarray, mine: range) -> list[int]:
         """Those of my batches whose answers are not recorded. A batch is recorded whole, so its first tells."""
-        heads = self._database.execute(
-            "SELECT number FROM queue WHERE (position - 1) % ? = 0 ORDER BY position", (self.batch_size,)
-        )
+        heads = self._database.execute("SELECT number FROM queue WHERE (position - 1) % ? = 0", (self.batch_size,))
         return [batch for batch, (number,) in enumerate(heads) if batch in mine and not done[number]]
 
     def size_of(self, batch: int) -> int:
@@ -144,35 +135,21 @@ def _records(database: sqlite3.Connection, prompts: Iterable[PlannedPrompt]) -> 
     @lru_cache(maxsize=1024)  # rows may bring an instruction each: the table holds them, not the memory
     def number_of(spec: PromptSpec) -> int:
         fields = (spec.behaviour, spec.instruction, spec.order)
-        known = database.execute(
-            "SELECT number FROM specs WHERE behaviour = ? AND instruction = ? AND prompt_order = ?", fields
-        ).fetchone()
-        if known:
-            return int(known[0])
-        new = "INSERT INTO specs (behaviour, instruction, prompt_order) VALUES (?, ?, ?)"
-        return int(database.execute(new, fields).lastrowid or 0)
+        database.execute("INSERT OR IGNORE INTO specs (behaviour, instruction, prompt_order) VALUES (?, ?, ?)", fields)
+        query = "SELECT number FROM specs WHERE behaviour = ? AND instruction = ? AND prompt_order = ?"
+        return int(database.execute(query, fields).fetchone()[0])
 
     for number, prompt in enumerate(prompts):
         yield number, prompt.row, number_of(prompt.spec), prompt.tokens, prompt.digest
 
 
 def _plan_digest(database: sqlite3.Connection) -> str:
-    """SHA-256 over the digests of the prompts, the queue and the specs: the header names the plan by it."""
-    prompts, queue, specs = (hashlib.sha256() for _ in range(3))
-    cursor = database.execute(
-        "SELECT row, spec - 1, tokens, COALESCE(digest, ''), COALESCE(first, -1) FROM prompts ORDER BY number"
-    )
-    while records := cursor.fetchmany(RECORDS_AT_ONCE):
-        prompts.update(np.array([(*r[:3], bytes(r[3] or b""), r[4]) for r in records], RECORD).tobytes())
-    cursor = database.execute("SELECT number FROM queue ORDER BY position")
-    while records := cursor.fetchmany(RECORDS_AT_ONCE):
-        queue.update(np.array(records, "<i8").tobytes())
-    cursor = database.execute("SELECT behaviour, instruction, prompt_order FROM specs ORDER BY number")
-    for number, (behaviour, instruction, order) in enumerate(cursor):
-        spec = {"behaviour": behaviour, "instruction": instruction, "order": order}
-        specs.update(((", " if number else "[") + json.dumps(spec)).encode())
-    specs.update(b"]" if database.execute("SELECT 1 FROM specs").fetchone() else b"[]")
-    return hashlib.sha256(prompts.digest() + queue.digest() + specs.digest()).hexdigest()
+    """SHA-256 over all prompts, the order of the queue and the specs: the header names the plan by it."""
+    digest = hashlib.sha256()
+    for table in ("prompts", "queue", "specs"):
+        for record in database.execute(f"SELECT * FROM {table} ORDER BY 1"):
+            digest.update(f"{record}\n".encode())
+    return digest.hexdigest()
 
 
 def open_parts(folder: Path, facts: dict[str, Any], rank: int) -> Parts:
@@ -198,61 +175,27 @@ def open_plan(parts: Parts, batch_size: int, prompts: Callable[[], Iterable[Plan
 # --- answers ----------------------------------------------------------------------------------------------
 
 
-class AnswerLog:
-    """The append-only answers of one rank. A batch that was cut off by a kill is removed on opening."""
-
-    def __init__(self, parts: Parts, rank: int, top_k: int) -> None:
-        self._log = parts.log(rank)
-        end = self._steps = 0
-        for _, batch_end, fields in read_answers(self._log.path):
-            end, (first, steps) = batch_end, fields.get("top", (0, 0))
-            self._steps = max(self._steps, first + steps)
-        os.truncate(self._log.path, end)
-        self._ids = _open_cut(self._log.path.with_suffix(".ids.u32"), self._steps * top_k * 4, top_k)
-        self._logp = _open_cut(self._log.path.with_suffix(".logp.f16"), self._steps * top_k * 2, top_k)
-
-    def add(self, batch: list[Written]) -> None:
-        """Record a whole batch."""
-        rows = []
-        for left, written in zip(range(len(batch) - 1, -1, -1), batch, strict=True):
-            row: dict[str, Any] = {"key": written.key, "left": left}
-            if written.refused is not None:
-                row["refused"] = written.refused
-            else:
-                row |= {"text": written.text, "ids": written.ids, "finish": written.finish}
-            if written.top is not None:
-                row["top"] = self._add_top(written.top)
-            rows.append(row)
-        for file in (self._ids, self._logp):
-            if file is not None:
-                file.flush()
-        self._log.append(*rows)
-
-    def _add_top(self, top: Top) -> tuple[int, int]:
-        """(first step, number of steps) in the files of this rank."""
-        assert self._ids is not None and self._logp is not None, "an engine gave a top-k without --top-k"
-        self._ids.write(top.ids.astype("<u4").tobytes())
-        self._logp.write(top.logp.astype("<f2").tobytes())
-        first, self._steps = self._steps, self._steps + len(top.ids)
-        return first, len(top.ids)
-
-    def __enter__(self) -> AnswerLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for file in (self._ids, self._logp, self._log):
-            if file is not None:
-                file.close()
+def open_answers(parts: Parts, rank: int) -> RowLog:
+    """The append-only answers of one rank. A batch that was cut off by a kill is removed."""
+    log, end = parts.log(rank), 0
+    for _, end, _ in read_answers(log.path):  # noqa: B007  (the last batch's end)
+        pass
+    os.truncate(log.path, end)
+    return log
 
 
-def _open_cut(path: Path, size: int, top_k: int) -> Any:
-    """The file, to be written on after its first `size` bytes; None where no top-k is kept."""
-    if not top_k:
-        return None
-    file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 (lives as long as the log)
-    file.truncate(size)
-    file.seek(size)
-    return file
+def answer_rows(batch: list[Written]) -> Iterator[dict[str, Any]]:
+    """A whole batch as rows of the log, to be appended together. Top-k arrays are base64 of their bytes."""
+    for left, written in zip(range(len(batch) - 1, -1, -1), batch, strict=True):
+        row: dict[str, Any] = {"key": written.key, "left": left}
+        if written.refused is not None:
+            row["refused"] = written.refused
+        else:
+            row |= {"text": written.text, "ids": written.ids, "finish": written.finish}
+        if written.top is not None:
+            arrays = written.top.ids.astype("<u4"), written.top.logp.astype("<f2")
+            row["top_k"] = [base64.b64encode(array.tobytes()).decode() for array in arrays]
+        yield row
 
 
 def read_answers(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -265,7 +208,7 @@ def read_answers(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 fields = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:  # zeros, after a power cut
                 fields = None
-            if not isinstance(fields, dict):
+            if not isinstance(fields, dict) or "top" in fields:  # its top-k lies apart: of an earlier version
                 return
             batch.append((begin, begin + len(line), fields))
             begin += len(line)
@@ -278,12 +221,11 @@ class AnswerReader:
     """Answers of all ranks by the number of their prompt, for the merge."""
 
     def __init__(self, parts: Parts, rows: int, top_k: int) -> None:
-        paths = parts.paths()
-        self._files = [open(path, "rb") for path in paths]  # noqa: SIM115
-        self._tops = [_open_tops(path, top_k) for path in paths] if top_k else []
+        self._top_k = top_k
+        self._files = [open(path, "rb") for path in parts.paths()]  # noqa: SIM115
         # (rows, 2): file and first byte of each answer, on disk
         self._offsets = np.memmap(parts.folder / "offsets.i64", "<i8", "w+", shape=(max(rows, 1), 2))
-        for number, path in enumerate(paths):
+        for number, path in enumerate(parts.paths()):
             for begin, _, fields in read_answers(path):
                 self._offsets[fields["key"]] = (number, begin)
 
@@ -294,24 +236,10 @@ class AnswerReader:
         return json.loads(self._files[file].readline())
 
     def top(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids (N, K) and logp (N, K) of an answer."""
-        first, steps = self.fields(number).get("top", (0, 0))
-        ids, logp = self._tops[int(self._offsets[number][0])]
-        return ids[first : first + steps], logp[first : first + steps]
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
-
-
-def _open_tops(path: Path, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-    arrays = []
-    for suffix, dtype in ((".ids.u32", np.dtype("<u4")), (".logp.f16", np.dtype("<f2"))):
-        file = path.with_suffix(suffix)
-        empty = not file.exists() or file.stat().st_size == 0  # an empty file cannot be mapped
-        array = np.empty((0, top_k), dtype) if empty else np.memmap(file, dtype, "r").reshape(-1, top_k)
-        arrays.append(array)
-    return arrays[0], arrays[1]
+        """ids (N, K) and logp (N, K) of an answer; no steps where it was refused."""
+        ids, logp = (base64.b64decode(array) for array in self.fields(number).get("top_k", ("", "")))
+        shape = (-1, self._top_k)
+        return np.frombuffer(ids, "<u4").reshape(shape), np.frombuffer(logp, "<f2").reshape(shape)
 
 
 # --- computing --------------------------------------------------------------------------------------------
@@ -321,36 +249,26 @@ def compute_answers(
     plan: PromptPlan,
     parts: Parts,
     runtime: Runtime,
-    top_k: int,
     make_engine: Callable[[], Engine],
     make_prompt: Callable[[int, PlannedPrompt], Prompt],
 ) -> None:
     """Answer those of this rank's batches that are not answered; the engine is made only if there are any."""
     if parts.is_finished(runtime.rank, runtime.world):
         return
-    done = _done_prompts(parts, len(plan))
-    mine = range(runtime.rank, plan.batches, runtime.world)
-    missing = plan.missing_batches(done, mine)
-    with AnswerLog(parts, runtime.rank, top_k) as log, _progress(plan, mine, missing, runtime) as progress:
-        started, tokens = time.monotonic(), 0
-        prompts = ([make_prompt(*numbered) for numbered in plan.batch(batch)] for batch in missing)
-        for answers in make_engine().write(prompts) if missing else ():
-            log.add(answers)
-            tokens += sum(len(written.ids or ()) for written in answers)
-            progress.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
-            progress.update(len(answers))
-    parts.finish(runtime.rank, runtime.world)
-
-
-def _done_prompts(parts: Parts, rows: int) -> np.ndarray:
-    """(rows,) bool: the prompts whose answers are recorded, by whichever rank."""
-    done = np.zeros(rows, bool)
+    done = np.zeros(len(plan), bool)  # the prompts whose answers are recorded, by whichever rank
     for path in parts.paths():
         for _, _, fields in read_answers(path):
             done[fields["key"]] = True
-    return done
-
-
-def _progress(plan: PromptPlan, mine: range, missing: list[int], runtime: Runtime) -> tqdm:
+    mine = range(runtime.rank, plan.batches, runtime.world)
+    missing = plan.missing_batches(done, mine)
     total, left = sum(map(plan.size_of, mine)), sum(map(plan.size_of, missing))
-    return tqdm(total=total, initial=total - left, unit="prompt", disable=runtime.rank != 0, dynamic_ncols=True)
+    bar = tqdm(total=total, initial=total - left, unit="prompt", disable=runtime.rank != 0, dynamic_ncols=True)
+    with open_answers(parts, runtime.rank) as log, bar:
+        started, tokens = time.monotonic(), 0
+        prompts = ([make_prompt(*numbered) for numbered in plan.batch(batch)] for batch in missing)
+        for answers in make_engine().write(prompts) if missing else ():
+            log.append(*answer_rows(answers))
+            tokens += sum(len(written.ids or ()) for written in answers)
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+            bar.update(len(answers))
+    parts.finish(runtime.rank, runtime.world)

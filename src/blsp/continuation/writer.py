@@ -14,8 +14,6 @@ it is started again, and the output is the same to the byte. It appears whole, u
 `continuation_ids`, from servers that do not return them, get the ids of their text first; the header says so.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil
@@ -50,10 +48,9 @@ from blsp.data.files import file_digest, write_json
 from blsp.data.jobs import WAIT, Job, JobError, Parts, differences
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, write_manifest
 from blsp.distributed import Runtime, find_runtime
-from blsp.llm.chat_template import show_args
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import NO_SPEECH_SENTENCE, instruction_for
-from blsp.llm.prompt import ORDERS, text_ids
+from blsp.llm.prompt import ORDERS, show_args, text_ids
 from blsp.settings import ContinueSettings, SettingsError
 from blsp.weights.digest import find_weights
 
@@ -191,7 +188,7 @@ def continue_manifest(run: Step1) -> None:
         return Prompt(number, spec.instruction, spec.order, text, seed & 0x7FFFFFFF)
 
     make_engine = partial(_make_engine, run)
-    compute_answers(plan, parts, run.runtime, run.settings.top_k, make_engine, make_prompt)
+    compute_answers(plan, parts, run.runtime, make_engine, make_prompt)
     if rank == 0:
         parts.wait(run.runtime.world)
         rows = _merge(run, parts, plan, facts)
@@ -364,7 +361,7 @@ def _score_rows(run: Step1, rows: Manifest, folder: Path, top_k: dict[str, Any])
         ids, finish = tuple(row.extra["continuation_ids"]), row.extra["finish"]
         return Prompt(number, spec.instruction, spec.order, row.text, answer=ids, finish=finish)
 
-    compute_answers(plan, parts, run.runtime, top_k["k"], make_engine, make_prompt)
+    compute_answers(plan, parts, run.runtime, make_engine, make_prompt)
     if rank == 0:
         parts.wait(run.runtime.world)
         meta = top_k | {"llm_sha256": digest, "source": "teacher-forced"}

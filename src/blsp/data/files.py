@@ -7,8 +7,6 @@ Try: `write_json("settings.json", {"seed": 1})`, `for line, row in read_rows("tr
 Flow: data/ — under everything that reads and writes; `jobs.py` and `manifest.py` build on it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -20,35 +18,43 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+END_BYTES = 65_536
 
 
 # --- atomic writes ----------------------------------------------------------------------------------------
 
 
 @contextmanager
-def write_atomically(path: str | os.PathLike[str], *, durable: bool = False) -> Iterator[Path]:
+def write_atomically(
+    path: str | os.PathLike[str], *, through: Path | None = None, durable: bool = False
+) -> Iterator[Path]:
     """A path beside `path`, with the same suffix; what the block writes there gets the name `path` at the end.
 
-    The block may make a file or a folder. When it raises, `path` stays as it was. `durable`: wait until the
-    bytes are on the disk.
+    The block may make a file or a folder. When it raises, `path` stays as it was. `through`: write at this path;
+    what a killed writer left there is removed. `durable`: wait until the bytes are on the disk.
     """
     target = Path(path)
-    partial = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.partial{target.suffix}")
+    partial = through or target.with_name(f".{target.stem}.{secrets.token_hex(4)}.partial{target.suffix}")
+    _remove(partial)
     try:
         yield partial
         if durable:
             for file in partial.rglob("*") if partial.is_dir() else [partial]:
                 flush_to_disk(file)
         if target.is_dir():  # a folder cannot replace a folder with files in it
-            shutil.rmtree(target)
+            _remove(target)
         os.replace(partial, target)
         if durable:
             flush_to_disk(target.parent)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, durable: bool = False) -> None:
@@ -74,6 +80,16 @@ def flush_to_disk(path: Path) -> None:
 
 
 # --- digests ----------------------------------------------------------------------------------------------
+
+
+def read_ends(path: Path) -> tuple[int, bytes]:
+    """The length of a file in bytes, and its first and last 64 KiB: they tell that a long file has changed."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        first = file.read(END_BYTES)
+        file.seek(max(0, size - END_BYTES))
+        return size, first + file.read(END_BYTES)
 
 
 def digest_of(value: Any) -> str:

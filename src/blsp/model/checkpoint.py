@@ -6,19 +6,17 @@ Try: `model, processor = load_blsp("models/blsp-tiny", find_runtime())`
 Flow: training/ → **checkpoint.py** → inference/, evaluation/, serving/
 """
 
-from __future__ import annotations
-
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
+from blsp.data.files import write_atomically
 from blsp.distributed import Runtime, find_runtime
-from blsp.llm.chat_template import show_args
 from blsp.llm.language_model import embed
+from blsp.llm.prompt import show_args
 from blsp.model import register
 from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter, load_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, config_file, is_adapter_folder
@@ -26,11 +24,9 @@ from blsp.model.grounded import token_strings
 from blsp.model.loading import assemble, freeze, frozen_weights, load_checked, load_frozen
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
+from blsp.settings import ExportSettings
 from blsp.weights.digest import Weights
 from blsp.weights.shipped import find_model
-
-if TYPE_CHECKING:
-    from blsp.settings import ExportSettings
 
 
 def new_blsp(
@@ -160,7 +156,7 @@ def save_adapter(
     card: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the adapter folder under a temporary name, then rename it into place."""
+    """Write the adapter folder; it appears whole."""
     state = {name: as_dtype(tensor, dtype).contiguous() for name, tensor in model.adapter_state().items()}
     _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card)
 
@@ -180,18 +176,12 @@ def _write_folder(
     folder = Path(folder).absolute()
     if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
         raise CheckpointError(f"{folder}: is no checkpoint and is not empty; name another folder")
-    fresh, old = (folder.with_name(f".{folder.name}.{state}") for state in ("writing", "old"))
-    for leftover in (fresh, old):  # of a killed writer
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.parent.mkdir(parents=True, exist_ok=True)
-    write(fresh)
-    processor.save_pretrained(fresh)
-    if card is not None:
-        (fresh / "README.md").write_text(card)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(folder, through=folder.with_name(f".{folder.name}.writing")) as fresh:
+        write(fresh)
+        processor.save_pretrained(fresh)
+        if card is not None:
+            (fresh / "README.md").write_text(card, encoding="utf-8")
 
 
 def export(settings: ExportSettings) -> None:
