@@ -25,8 +25,7 @@ from typing import Any
 from benchmarks.support.serving import Served, Server, crowd, recordings, serving, spoken_question
 from blsp.inference.conversation import Memory, lay_out, request_for, user_turn
 from blsp.inference.listener import Listener, decode_alone, load
-from blsp.llm.decoding import Decoder
-from blsp.llm.text_stream import answer_text
+from blsp.llm.decoding import Decoder, answer_text
 from blsp.settings import DEFAULT_MODEL
 
 INSTRUCTIONS = ("Please repeat the following words:", "Answer the following:", "Continue the following text:")

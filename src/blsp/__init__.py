@@ -8,8 +8,6 @@ modules when they are first used. docs/architecture.md lists every file.
     print(listener.answer("question.wav"))
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

@@ -3,10 +3,8 @@
 In:  the command line. Out: an exit code: 0 done; 1 the job failed, with one line that says what to do; 2 the
      command line (or the YAML file of --config) is wrong; 130 interrupted.
 Try: `blsp --help`, `blsp train --help`
-Flow: plugins.py → settings/reading.py → **cli.py** → the function of the command, which imports torch if it needs it.
+Flow: **cli.py** (plugins) → settings/reading.py → the function of the command, which imports torch if it needs it.
 """
-
-from __future__ import annotations
 
 import os
 import sys
@@ -14,6 +12,9 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 DONE, FAILED, WRONG_COMMAND_LINE, INTERRUPTED = 0, 1, 2, 130
@@ -29,38 +30,31 @@ EXTRAS = {  # a package that may be missing -> our extra that installs it
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its name, its function as MODULE:NAME, a line about it; its settings are `NameSettings`."""
+    """A command: its name, the module and name of its function, a line about it; its settings are `NameSettings`."""
 
     name: str
-    target: str
+    module: str
+    function: str
     summary: str
 
     @property
     def settings(self) -> str:
         return f"{self.name.capitalize()}Settings"
 
-    @property
-    def module(self) -> str:
-        return self.target.partition(":")[0]
-
-    @property
-    def function(self) -> str:
-        return self.target.partition(":")[2]
-
 
 _COMMANDS = (  # in the order of the flow
-    Command("prepare", "blsp.data.prepare:prepare", "a corpus → a manifest"),
-    Command("continue", "blsp.continuation.writer:write_continuations", "step 1: the LLM continues transcripts"),
-    Command("encode", "blsp.features.encode:encode", "the frozen encoder's output, on disk"),
-    Command("align", "blsp.features.align:align", "when each token of the transcripts is spoken"),
-    Command("train", "blsp.training.loop:train", "step 2: the adapter learns to listen"),
-    Command("evaluate", "blsp.evaluation.judge:evaluate", "the same questions as text, cascade and speech"),
-    Command("generate", "blsp.inference.generate:generate", "answer every row of a manifest"),
-    Command("transcribe", "blsp.inference.transcribe:transcribe", "write down the words of recordings"),
-    Command("chat", "blsp.inference.chat:chat", "chat in the terminal, with text and speech"),
-    Command("serve", "blsp.serving.server:serve", "OpenAI-compatible server and a web page"),
-    Command("export", "blsp.model.checkpoint:export", "one self-contained Hugging Face folder"),
-    Command("tour", "blsp.tour:tour", "every step on real speech, in minutes"),
+    Command("prepare", "blsp.data.prepare", "prepare", "a corpus → a manifest"),
+    Command("continue", "blsp.continuation.writer", "write_continuations", "step 1: the LLM continues transcripts"),
+    Command("encode", "blsp.features.encode", "encode", "the frozen encoder's output, on disk"),
+    Command("align", "blsp.features.align", "align", "when each token of the transcripts is spoken"),
+    Command("train", "blsp.training.loop", "train", "step 2: the adapter learns to listen"),
+    Command("evaluate", "blsp.evaluation.judge", "evaluate", "the same questions as text, cascade and speech"),
+    Command("generate", "blsp.inference.generate", "generate", "answer every row of a manifest"),
+    Command("transcribe", "blsp.inference.transcribe", "transcribe", "write down the words of recordings"),
+    Command("chat", "blsp.inference.chat", "chat", "chat in the terminal, with text and speech"),
+    Command("serve", "blsp.serving.server", "serve", "OpenAI-compatible server and a web page"),
+    Command("export", "blsp.model.checkpoint", "export", "one self-contained Hugging Face folder"),
+    Command("tour", "blsp.tour", "tour", "every step on real speech, in minutes"),
 )
 COMMANDS = {command.name: command for command in _COMMANDS}
 
@@ -123,7 +117,6 @@ def help_text() -> str:
 def parse(name: str, flags: Sequence[str]) -> Any:
     """The settings of command `name`; a wrong flag makes tyro explain itself and exit with 2."""
     from blsp import settings
-    from blsp.plugins import load_plugins
     from blsp.settings.reading import read_settings
 
     load_plugins()
@@ -147,7 +140,9 @@ def run(command: Command, settings: Any) -> int:
 
 def _failed(error: Exception) -> int:
     """One line for what a user can mend; the traceback too for what only we can, or with BLSP_TRACEBACK."""
-    expected = _is_expected(error)
+    # our own classes, and the kinds that we raise or let through with a message meant for users
+    ours = type(error).__module__.partition(".")[0] == "blsp"
+    expected = ours or isinstance(error, OSError | ValueError | ImportError | NotImplementedError)
     if not expected or os.environ.get("BLSP_TRACEBACK"):
         traceback.print_exception(error)
     message = _one_line(str(error)) or type(error).__name__
@@ -159,12 +154,6 @@ def _failed(error: Exception) -> int:
     return FAILED
 
 
-def _is_expected(error: Exception) -> bool:
-    """Our own classes, and the kinds that we raise or let through with a message meant for users."""
-    ours = type(error).__module__.partition(".")[0] == "blsp"
-    return ours or isinstance(error, OSError | ValueError | ImportError | NotImplementedError)
-
-
 def _wrong(message: str) -> int:
     print(f"blsp: error: {_one_line(message)}", file=sys.stderr)
     return WRONG_COMMAND_LINE
@@ -172,6 +161,48 @@ def _wrong(message: str) -> int:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+# --- plugins: your own Python files (docs/extending.md) ----------------------------------------------------
+
+
+class PluginError(ImportError):
+    """A plugin that cannot be imported; the message names it."""
+
+
+def load_plugins() -> None:
+    """Import every plugin once, before flags are read; raises PluginError for one that is not there or fails.
+
+    Plugins are the modules and files that BLSP_PLUGINS names, separated by commas, and installed packages with an
+    entry point in the group `blsp.plugins`. They add entries to `ADAPTERS`, `LOSSES` and `READERS`.
+    """
+    installed = [entry.module for entry in entry_points(group="blsp.plugins")]
+    named = [name.strip() for name in os.environ.get("BLSP_PLUGINS", "").split(",") if name.strip()]
+    for name in installed + named:
+        try:
+            _import_file(Path(name)) if name.endswith(".py") else import_module(name)
+        except Exception as error:
+            raise PluginError(f"plugin {name} (of BLSP_PLUGINS): {type(error).__name__}: {error}") from error
+
+
+def _import_file(path: Path) -> None:
+    """Run a file as the module of its name, once a process."""
+    path = path.resolve()
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return
+    if loaded is not None:
+        raise ImportError(f"a module {path.stem!r} is loaded already; give the file another name")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[path.stem] = module = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ from blsp.continuation.topk import TopKStore, topk_folder
 from blsp.continuation.writer import write_continuations
 from blsp.data.jobs import JobError
 from blsp.distributed import find_runtime
-from blsp.llm.chat_template import TemplateError
-from blsp.llm.prompt import prompt_template
+from blsp.llm.prompt import TemplateError, prompt_template
 from blsp.model.checkpoint import load_blsp
 from blsp.model.configuration_blsp import CheckpointError
 from blsp.settings import ContinueSettings, SettingsError, TrainSettings

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from support.tiny_models import tiny_blsp
 from support.training_examples import write_data
 
-from blsp.features.align import AlignError, align, best_path
+from blsp.features.align import AlignError, TokenTimes, align, best_path, token_places
 from blsp.features.cache import FeatureCache
 from blsp.features.encode import encoder_id
-from blsp.features.token_times import TokenTimes, token_places
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import AlignSettings
 from blsp.weights.digest import find_weights

@@ -12,8 +12,7 @@ from support.tiny_models import IM_END, IM_START, speech_like
 
 from blsp.inference.conversation import ContextError, Conversation, Memory, lay_out, request_for, user_turn
 from blsp.inference.listener import Listener, Question
-from blsp.llm.decoding import Decoder, decode
-from blsp.llm.text_stream import answer_text
+from blsp.llm.decoding import Decoder, answer_text, decode
 
 ADAPTERS = pytest.mark.parametrize("adapter", ["conv", "grounded"])
 

@@ -10,8 +10,7 @@ from support.templates import DATED, DATED_LLAMA, THINKING
 from support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from transformers.utils import chat_template_utils
 
-from blsp.llm.chat_template import TemplateError, fix_template, fix_tokenizer
-from blsp.llm.prompt import prompt_template
+from blsp.llm.prompt import TemplateError, fix_template, fix_tokenizer, prompt_template
 from blsp.settings import SettingsError
 from blsp.settings.shared import read_template_args
 

@@ -9,7 +9,7 @@ from support.tiny_models import IM_END, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from blsp.llm.text_stream import TextStream, answer_text
+from blsp.llm.decoding import TextStream, answer_text
 
 
 @pytest.fixture(scope="module")

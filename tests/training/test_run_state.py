@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from blsp.data.jobs import JobError
+from blsp.distributed import Runtime
 from blsp.training.run_state import (
     Progress,
     add_to_window,
@@ -21,19 +22,21 @@ from blsp.training.run_state import (
     save_checkpoint,
 )
 
+HERE = Runtime(torch.device("cpu"), torch.float32)
+
 
 def _save(folder: Path, step: int, keep: int = 2) -> Path:
     weights = {"w": torch.full((2, 3), float(step)), "s": torch.tensor(1.5)}
     optimiser = torch.optim.AdamW([torch.nn.Parameter(weights["w"])], lr=0.1)
     progress = Progress(step=step, samples=8 * step, seconds=0.1 * step)
-    return save_checkpoint(folder, progress, weights, {}, optimiser.state_dict(), environment(1, "cpu"), keep)
+    return save_checkpoint(folder, progress, weights, {}, optimiser.state_dict(), environment(HERE), keep)
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     stored = load_checkpoint(_save(tmp_path, 3))
     assert stored.progress == Progress(step=3, samples=24, seconds=0.1 * 3)
     assert torch.equal(stored.adapter["w"], torch.full((2, 3), 3.0))
-    assert stored.environment == environment(1, "cpu")
+    assert stored.environment == environment(HERE)
     assert stored.average == {}
 
 
@@ -58,7 +61,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_another_machine_is_refused_by_name(tmp_path: Path) -> None:
-    here = environment(1, "cpu")
+    here = environment(HERE)
     check_environment(here, here, tmp_path, inexact=False)
     other = here | {"threads": 64, "torch": "9.9"}
     with pytest.raises(JobError, match=r"torch was .*threads was .*--resume-inexact"):

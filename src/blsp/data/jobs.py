@@ -3,37 +3,15 @@
 In:  an output file, and the settings that decide what will be in it.
 Out: what is done already, and where to write the rest; a `JobError` where a job cannot go on.
 Try: `with Job("out.jsonl") as job: job.begin({"seed": 1}); job.log.append({"id": "a"})`
-Flow: data/ — every command that writes for longer than a moment: prepare, continue, encode, train, generate,
-      transcribe, evaluate, tour.
+Flow: data/ — every command that writes for longer than a moment.
 
-One file or folder (`blsp.data.files`):
-    with write_atomically(path) as partial:          # a new path; renamed to `path` when the block ends
-        np.savez(partial, ...)                       # or partial.mkdir(), for a folder
-    write_text(path, text), write_json(path, value)  # the same, in one call; durable=True: for checkpoints
-    digest_of({"model": "x"}), text_digest(template), file_digest(path, ...)
-
-An output with one row for each input, in the inputs' order (generate, transcribe):
-    with Job(out) as job:                            # one process at a time; a second one is told who works
-        job.begin(settings)                          # writes OUT.meta.json, or JobError: other settings
-        done = job.count_done(inputs, key="id", answer="response")
-        job.log.append(row)                          # to OUT
-        job.skipped.add(id, audio, reason)           # to OUT.skipped.jsonl
-
-An output that appears at the end (prepare, continue), written by one process or several ranks:
-    with Job(out, rank) as job:
-        parts = job.parts(settings)                  # OUT.parts/; a folder of other settings is emptied
-        with parts.log(rank) as log: log.append(row) # OUT.parts/part-00000.jsonl
-        for row in parts.rows(): ...                 # rows of all ranks that are done already
-        parts.finish(rank, world)                    # this rank has done its share
-        parts.wait(world)                            # rank 0: until all ranks have
-        job.finish(merged, header)                   # OUT.meta.json, then OUT; OUT.parts/ is removed
-
-Rows found by their id, for one question (evaluate, tour):
-    with RecordLog(path, digest_of(settings)) as log:  # rows of other settings are dropped
-        log.rows; log.append({"id": ...})              # `rows`: by id, those of earlier runs included
+- One file or folder: `write_atomically` (files.py).
+- One row for each input, in the inputs' order (generate, transcribe): `Job.begin` writes OUT.meta.json or refuses other
+  settings, `count_done` tells where to go on, `log` appends to OUT and `skipped` to OUT.skipped.jsonl.
+- An output that appears at the end (prepare, continue), from one process or several ranks: `Job.parts` is the folder
+  OUT.parts/ with one log for each rank, and `finish` gives the merged file its name.
+- Rows found by their id, for one question (evaluate, tour): `RecordLog`.
 """
-
-from __future__ import annotations
 
 import errno
 import json
@@ -43,16 +21,20 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
 from blsp.data.files import digest_of, dump_row, read_rows, show, write_json
 
+In = TypeVar("In")
+Out = TypeVar("Out")
 SKIPPED_SUFFIX = ".skipped.jsonl"
 WAIT = 0.5  # seconds between two looks for what another rank writes
 
@@ -135,7 +117,7 @@ class SkippedLog:
         if self._log is not None:
             self._log.close()
 
-    def __enter__(self) -> SkippedLog:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -218,6 +200,55 @@ def differences(begun: dict[str, Any], now: dict[str, Any], ignore: Collection[s
     return "; ".join(f"{name} was {show(begun.get(name))}, is {show(now[name])}" for name in names)
 
 
+class Parts:
+    """Part files of several ranks in one folder. The ranks meet through files alone: a wait of hours is longer
+    than a collective's time-out.
+
+        job.json              digest of the settings
+        part-00003.jsonl      rows of rank 3
+        rank-3-of-8.done      rank 3 has done its share of 8
+    """
+
+    def __init__(self, folder: Path, settings: Any, rank: int = 0) -> None:
+        """Open the folder. Rank 0 empties it where it belongs to other settings; other ranks wait for that."""
+        self.folder = folder
+        stamp = {"settings": digest_of(settings)}
+        note = folder / "job.json"
+        while not (note.exists() and json.loads(note.read_text(encoding="utf-8")) == stamp):
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                write_json(note, stamp)
+            else:
+                time.sleep(WAIT)
+
+    def log(self, rank: int = 0) -> RowLog:
+        """The part file of one rank, for appending."""
+        return RowLog(self.folder / f"part-{rank:05d}.jsonl")
+
+    def paths(self) -> list[Path]:
+        """All part files, in the order of the ranks."""
+        return sorted(self.folder.glob("part-*.jsonl"))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows in all part files; a torn last line (a rank is writing, or was killed) is passed over."""
+        for path in self.paths():
+            with open(path, "rb") as lines:
+                yield from (json.loads(line) for line in lines if line.endswith(b"\n"))
+
+    def is_finished(self, rank: int, world: int) -> bool:
+        return (self.folder / f"rank-{rank}-of-{world}.done").exists()
+
+    def finish(self, rank: int, world: int) -> None:
+        """Note that a rank has done its share."""
+        (self.folder / f"rank-{rank}-of-{world}.done").touch()
+
+    def wait(self, world: int) -> None:
+        """Return when all ranks have done their share."""
+        while not all(self.is_finished(rank, world) for rank in range(world)):
+            time.sleep(WAIT)
+
+
 class Job:
     """One output and what is unfinished of it. Only rank 0 locks and writes the header."""
 
@@ -228,7 +259,7 @@ class Job:
         self.parts_folder = Path(f"{self.out}.parts")
         self._open = ExitStack()
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> Self:
         self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             self._open.enter_context(lock_job(self.out))
@@ -322,50 +353,19 @@ class Job:
         shutil.rmtree(self.parts_folder, ignore_errors=True)
 
 
-class Parts:
-    """Part files of several ranks in one folder. The ranks meet through files alone: a wait of hours is longer
-    than a collective's time-out.
+# --- threads ----------------------------------------------------------------------------------------------
 
-        job.json              digest of the settings
-        part-00003.jsonl      rows of rank 3
-        rank-3-of-8.done      rank 3 has done its share of 8
-    """
 
-    def __init__(self, folder: Path, settings: Any, rank: int = 0) -> None:
-        """Open the folder. Rank 0 empties it where it belongs to other settings; other ranks wait for that."""
-        self.folder = folder
-        stamp = {"settings": digest_of(settings)}
-        note = folder / "job.json"
-        while not (note.exists() and json.loads(note.read_text(encoding="utf-8")) == stamp):
-            if rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                write_json(note, stamp)
-            else:
-                time.sleep(WAIT)
-
-    def log(self, rank: int = 0) -> RowLog:
-        """The part file of one rank, for appending."""
-        return RowLog(self.folder / f"part-{rank:05d}.jsonl")
-
-    def paths(self) -> list[Path]:
-        """All part files, in the order of the ranks."""
-        return sorted(self.folder.glob("part-*.jsonl"))
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows in all part files; a torn last line (a rank is writing, or was killed) is passed over."""
-        for path in self.paths():
-            with open(path, "rb") as lines:
-                yield from (json.loads(line) for line in lines if line.endswith(b"\n"))
-
-    def is_finished(self, rank: int, world: int) -> bool:
-        return (self.folder / f"rank-{rank}-of-{world}.done").exists()
-
-    def finish(self, rank: int, world: int) -> None:
-        """Note that a rank has done its share."""
-        (self.folder / f"rank-{rank}-of-{world}.done").touch()
-
-    def wait(self, world: int) -> None:
-        """Return when all ranks have done their share."""
-        while not all(self.is_finished(rank, world) for rank in range(world)):
-            time.sleep(WAIT)
+def in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
+    """`work` of each item, in the items' order; at most `ahead` of them are begun before they are asked for."""
+    futures: deque[Future[Out]] = deque()
+    try:
+        for item in items:
+            futures.append(pool.submit(work, item))
+            if len(futures) >= ahead:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+    finally:
+        for future in futures:  # the consumer has failed: begin nothing more
+            future.cancel()

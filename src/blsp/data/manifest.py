@@ -10,8 +10,6 @@ Rows are found through an index beside the file (`train.jsonl.idx`, see `row_ind
 a file whole.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import weakref
@@ -20,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 from blsp.data.files import ManifestError, dump_row, parse_row, read_rows, show, write_atomically
 from blsp.data.jobs import SKIPPED_SUFFIX
@@ -70,7 +68,7 @@ class Utterance:
         return row | {name: value for name, value in self.extra.items() if name not in row}
 
     @classmethod
-    def from_json(cls, row: dict[str, Any], where: str = "row") -> Utterance:
+    def from_json(cls, row: dict[str, Any], where: str = "row") -> Self:
         """The checked utterance; `where` ("file:line") begins every message."""
         known: dict[str, Any] = {}
         extra: dict[str, Any] = {}
@@ -228,6 +226,13 @@ def resolve_audio(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     return row
 
 
+def name_relative(row: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """`row` with its audio path relative to `folder`, where the audio lies below it."""
+    below = os.path.abspath(folder) + os.sep
+    audio = str(row.get("audio", ""))
+    return row | {"audio": audio.removeprefix(below)} if audio.startswith(below) else row
+
+
 # --- writing ----------------------------------------------------------------------------------------------
 
 
@@ -238,16 +243,12 @@ def write_manifest(
 ) -> int:
     """Write the rows one by one and return their number; the file appears whole, at the end.
 
-    Audio paths that lie under the folder `relative_to` are written relative to it (give the manifest's own
-    folder).
+    Audio paths that lie under the folder `relative_to` are written relative to it (give the manifest's own folder).
     """
-    base = os.path.abspath(relative_to) + os.sep if relative_to is not None else None
     count = 0
     with write_atomically(path) as partial, open(partial, "wb") as out:
         for row in rows:
             values = row.to_json() if isinstance(row, Utterance) else row
-            if base and str(values.get("audio", "")).startswith(base):
-                values = values | {"audio": values["audio"][len(base) :]}
-            out.write(dump_row(values, str(path)))
+            out.write(dump_row(name_relative(values, relative_to) if relative_to else values, str(path)))
             count += 1
     return count

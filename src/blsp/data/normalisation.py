@@ -11,8 +11,6 @@ would be equal. Here marks stay, with three exceptions: invisible ones, those th
 points of Arabic and Hebrew script, which ordinary writing leaves out.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable

@@ -13,16 +13,15 @@ there, lets the reader go past it (readers keep their order), and goes on. The f
 Memory does not grow with the corpus.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,12 +29,10 @@ from blsp.data.audio import AudioError, is_silent, load_audio
 from blsp.data.corpora import folders, hub, no_speech, recognition, translation, understanding
 from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, Rows
 from blsp.data.files import digest_of, read_rows
-from blsp.data.jobs import Job
-from blsp.data.manifest import Utterance
+from blsp.data.jobs import Job, in_order
+from blsp.data.manifest import Utterance, name_relative
 from blsp.data.row_index import index_path, open_index
-
-if TYPE_CHECKING:
-    from blsp.settings import PrepareSettings
+from blsp.settings import PrepareSettings
 
 CHECKED_AHEAD = 64  # recordings being decoded at a time
 
@@ -77,7 +74,7 @@ def prepare(settings: PrepareSettings) -> None:
                 if isinstance(row, Dropped):
                     job.skipped.add(row.id, row.audio, row.reason)
                 else:
-                    log.append(_relative(row, out.parent))
+                    log.append(name_relative(row.to_json(), out.parent))
         _finish(settings, job, log.path, facts)
 
 
@@ -91,19 +88,9 @@ def _facts(settings: PrepareSettings) -> dict[str, Any]:
 
 def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Rows:
     """The corpus' rows, `limit` utterances at most."""
-    request = ReadRequest(
-        root=settings.root,
-        split=settings.split,
-        language=settings.language,
-        target_language=settings.target_language,
-        made_audio=out.parent / f"{out.stem}_audio" / digest_of(facts)[:8],
-        text_field=settings.text_field,
-        reference_field=settings.reference_field,
-        subset=settings.subset,
-        limit=settings.limit,
-        seed=settings.seed,
-    )
-    left = settings.limit
+    made_audio = out.parent / f"{out.stem}_audio" / digest_of(facts)[:8]
+    given = {field.name: getattr(settings, field.name) for field in fields(ReadRequest) if field.name != "made_audio"}
+    request, left = ReadRequest(**given, made_audio=made_audio), settings.limit
     for row in READERS[settings.corpus](request):
         yield row
         if left is not None and isinstance(row, Utterance):
@@ -132,10 +119,7 @@ def _checked(rows: Rows, check_audio: bool) -> Rows:
         yield from rows
         return
     with ThreadPoolExecutor(os.cpu_count()) as decoders:  # libsndfile and soxr let other threads run
-        ahead: list[Future[Row]] = [decoders.submit(_check, row) for row in islice(rows, CHECKED_AHEAD)]
-        while ahead:
-            yield ahead.pop(0).result()
-            ahead += [decoders.submit(_check, row) for row in islice(rows, 1)]
+        yield from in_order(decoders, _check, rows, CHECKED_AHEAD)
 
 
 def _check(row: Row) -> Row:
@@ -150,19 +134,11 @@ def _check(row: Row) -> Row:
     return row
 
 
-def _relative(row: Utterance, folder: Path) -> dict[str, Any]:
-    """The row as JSON; audio that lies below the manifest's folder is named relative to it."""
-    values = row.to_json()
-    inside = str(folder) + os.sep
-    if row.audio.startswith(inside):
-        values["audio"] = row.audio[len(inside) :]
-    return values
-
-
 def _finish(settings: PrepareSettings, job: Job, part: Path, facts: dict[str, Any]) -> None:
     """Refuse a manifest without rows or with an id that occurs twice; else give it its name, and say what
     was done."""
-    reasons = _count_reasons(job)
+    dropped = read_rows(job.skipped_path) if job.skipped_path.exists() else ()
+    reasons = Counter(str(row["reason"]).partition(":")[0] for _, row in dropped)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
     if not part.stat().st_size:
         shutil.rmtree(job.parts_folder)
@@ -172,9 +148,3 @@ def _finish(settings: PrepareSettings, job: Job, part: Path, facts: dict[str, An
     job.finish(part, {"settings": facts, "rows": rows, "skipped": dict(reasons)})
     more = f" ({left_out})" if left_out else ""
     print(f"{settings.out}: {rows:,} rows; {reasons.total():,} left out{more}")
-
-
-def _count_reasons(job: Job) -> Counter[str]:
-    """How often each reason for leaving a row out occurs, up to its first colon."""
-    rows = read_rows(job.skipped_path) if job.skipped_path.exists() else iter(())
-    return Counter(str(row["reason"]).partition(":")[0] for _, row in rows)

@@ -12,8 +12,6 @@ An index appears whole and is never changed, so any number of processes may read
 folder cannot be written, the index lives in a temporary file.
 """
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 import json
@@ -27,12 +25,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from blsp.data.files import BYTE_ORDER_MARK, ManifestError, parse_row, show, write_atomically
+from blsp.data.files import BYTE_ORDER_MARK, ManifestError, parse_row, read_ends, show, write_atomically
 
 INDEX_SUFFIX = ".idx"
 FORMAT = 2  # 1 was no database
 LONGEST_LINE = 64 << 20  # bytes; a file without newlines must not be read into memory
-END_BYTES = 65_536  # of both ends of the file, which the stamp covers
 FIRST_REPEATED = """
     SELECT MIN(row), second FROM rows JOIN (
         SELECT key AS twice, row AS second FROM (
@@ -71,7 +68,7 @@ class RowIndex:
                 left -= len(block)
         return f"{self.path}:{line}"
 
-    def refusal(self, row: int, first: RowIndex, first_row: int) -> ManifestError:
+    def refusal(self, row: int, first: "RowIndex", first_row: int) -> ManifestError:
         """The error about a row whose key stands at another row already."""
         (start,) = self.starts(row, row + 1)
         with open(self.path, "rb") as file:
@@ -108,14 +105,10 @@ def index_path(path: Path) -> Path:
 
 def _stamp(path: Path, key: tuple[str, ...]) -> str:
     """What tells the file as it is now from what it was: size, time, and a checksum of its two ends."""
-    status = path.stat()
-    if not status.st_size:
+    size, ends = read_ends(path)
+    if not size:
         raise ManifestError(f"{path}: is empty; a manifest needs at least one row")
-    with open(path, "rb") as file:
-        ends = file.read(END_BYTES)
-        file.seek(max(0, status.st_size - END_BYTES))
-        ends += file.read(END_BYTES)
-    return json.dumps([FORMAT, status.st_size, status.st_mtime_ns, zlib.crc32(ends), key])
+    return json.dumps([FORMAT, size, path.stat().st_mtime_ns, zlib.crc32(ends), key])
 
 
 def _load(database: Path, path: Path, key: tuple[str, ...], stamp: str) -> RowIndex | None:

@@ -18,8 +18,6 @@ of the speech vectors:
 Shapes: N answer tokens, D LLM width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

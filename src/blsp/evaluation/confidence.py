@@ -11,8 +11,6 @@ and the interval of their ratio is a paired one (Koehn 2004; Efron & Tibshirani 
 Shapes: N utterances, K sums that a figure needs, S bootstrap samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

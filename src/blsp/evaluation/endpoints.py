@@ -9,8 +9,6 @@ refused. A peer gets the instruction as text and the clip as `input_audio`. It c
 since no endpoint tells how likely a given answer is.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import os

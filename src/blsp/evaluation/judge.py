@@ -8,13 +8,10 @@ Every answer is logged when its batch is done. After a kill, the same command co
 the last digit.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -42,10 +39,8 @@ from blsp.evaluation.routes import (
 from blsp.evaluation.scoring import plain_words, score, score_transcripts
 from blsp.evaluation.tasks import Suite, Task, check_manifests, check_recordings, select
 from blsp.inference.listener import Listener, load
+from blsp.settings import EvaluateSettings
 from blsp.weights.embedded import cache_root
-
-if TYPE_CHECKING:
-    from blsp.settings import EvaluateSettings
 
 ROUTES = ("text", "cascade", "speech")
 ENGLISH_ENCODER = "the speech encoder knows English only"

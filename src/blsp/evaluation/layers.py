@@ -17,8 +17,6 @@ instruction and content, while a mean over the question shows the content alone.
 Shapes: A layers + 1, L question, N answer tokens, D LLM width, C clips, I instructions, M points (I × 2 routes × C).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

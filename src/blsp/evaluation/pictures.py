@@ -8,8 +8,6 @@ A route has the same colour and mark in every picture: text black circles, casca
 (Okabe & Ito's palette).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

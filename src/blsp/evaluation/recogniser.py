@@ -9,8 +9,6 @@ runs as many clips side by side as there are cores, one core each, which is fast
 folder in transformers' format is run by transformers' own pipeline.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Sequence

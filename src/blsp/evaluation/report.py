@@ -5,8 +5,6 @@ Try: `print(write_report(results, Path("results/tiny")))`
 Flow: evaluation/ — judge.py → **report**; the end of `blsp evaluate`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

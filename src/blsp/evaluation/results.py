@@ -9,8 +9,6 @@ results.json: {"suite", "tasks": {task: {route: {metric, metric_ci, "n", faults}
 what differs between runs.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import platform

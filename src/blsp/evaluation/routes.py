@@ -12,8 +12,6 @@ Batches are planned from all rows before the first one is asked, and a finished 
 resumed run therefore gives exactly the numbers of an uninterrupted one.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

@@ -11,8 +11,6 @@ em, f1: SQuAD's, on words as Whisper's normaliser writes them. accuracy: for cho
 (mean log-likelihood a token); for short answers, the reference stands in the answer.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 import zlib

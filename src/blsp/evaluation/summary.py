@@ -5,8 +5,6 @@ Try: `print(summarise(results, results.to_json()))`
 Flow: evaluation/ — results.py → **summary** → report.py. The model cards use the tables, too.
 """
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from collections.abc import Callable, Sequence

@@ -17,8 +17,6 @@ scored, and in nothing else:
     no-speech     silence, noise, music: nothing was said           accuracy: the set sentence and nothing else
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace

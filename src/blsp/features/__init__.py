@@ -2,6 +2,5 @@
 
 encode.py  `blsp encode`: audio files to encoder states, in one process or many
 cache.py   the folder of stored states, found by audio content and encoder
-align.py   `blsp align`: when each token of a transcript is spoken
-token_times.py  the store of those times, and the adapter's place of each token
+align.py   `blsp align`: when each token of a transcript is spoken; the adapter's place of each token
 """

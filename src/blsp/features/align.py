@@ -1,7 +1,8 @@
 """`blsp align`: when each token of a transcript is spoken, from an adapter that reads out.
 
 In:  a manifest with transcripts, the cache of its features, an adapter that reads out (`grounded`).
-Out: the times in that cache (token_times.py); clips without them in `DIR/<manifest>.align.skipped.jsonl`.
+Out: `DIR/<encoder>/token_times.sqlite`: one encoder frame for each token; clips without them in
+     `DIR/<manifest>.align.skipped.jsonl`. For training, the place of each token among an adapter's vectors.
 Try: `blsp align --manifest train.jsonl --cache features/ --model blsp-tiny`
 Flow: speech features → **token times** → `blsp train --loss embed`, which brings a fresh adapter to the embedding of
       the token that is spoken at each place
@@ -11,13 +12,12 @@ Tokens that the read-out does not know get times between their neighbours. The t
 hear only well enough to tell where in the clip a known word lies.
 
 Shapes: B clips, T encoder frames, E encoder width, F frames of the read-out, C classes of a batch (blank first),
-U transcript tokens, D LLM width.
+U transcript tokens, S places of an adapter, D LLM width.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator, Sequence
+import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +28,8 @@ from tqdm import tqdm
 from blsp.data.jobs import SKIPPED_SUFFIX, SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import find_runtime, leave
+from blsp.features.cache import FeatureCache, key_of
 from blsp.features.encode import open_features
-from blsp.features.token_times import Times, TokenTimes
 from blsp.llm.prompt import transcript_ids
 from blsp.model.adapter_parts import BLANK, place_centres
 from blsp.model.checkpoint import load_blsp
@@ -38,7 +38,8 @@ from blsp.settings import AlignSettings
 
 ROWS_AT_A_TIME = 64
 LONG_FRAMES = 1500  # 30 s: a longer clip is aligned alone, so that short ones are not padded to it
-IMPOSSIBLE = -1e30
+IMPOSSIBLE = -1e30  # score of a path that cannot be
+Times = NDArray[np.int16]  # (U,) encoder frames, 50/s
 
 
 class AlignError(ValueError):
@@ -68,7 +69,8 @@ def align(settings: AlignSettings) -> None:
             missing = [i for i in range(len(batch)) if frames[i] and store.get(keys[i], tokens[i]) is None]
             known += int((frames > 0).sum()) - len(missing)
             reasons = {i: "its audio could not be encoded" for i in range(len(batch)) if not frames[i]}
-            for part in _parts(missing, frames):
+            short, long = ([i for i in missing if (frames[i] > LONG_FRAMES) == is_long] for is_long in (False, True))
+            for part in [*([short] if short else []), *([i] for i in long)]:
                 times = align_batch(model, [cache.get(keys[i]) for i in part], [tokens[i] for i in part])
                 fitted = [(i, frames_of) for i, frames_of in zip(part, times, strict=True) if frames_of is not None]
                 unfitted = set(part) - {i for i, _ in fitted}
@@ -79,14 +81,6 @@ def align(settings: AlignSettings) -> None:
                 skipped.add(batch[i].id, batch[i].audio, reason)
         print(f"aligned {aligned} clips, {known} were aligned before; {skipped.count} could not be")
     leave(runtime)
-
-
-def _parts(rows: Sequence[int], frames: NDArray[np.int32]) -> Iterator[list[int]]:
-    """The rows to align together: those of usual length, then each long one alone."""
-    short = [row for row in rows if frames[row] <= LONG_FRAMES]
-    if short:
-        yield short
-    yield from ([row] for row in rows if frames[row] > LONG_FRAMES)
 
 
 @torch.no_grad()
@@ -157,3 +151,53 @@ def best_path(scores: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np
         path[frame] = state
         state -= came[frame, state]
     return np.array([np.flatnonzero(path == 2 * number + 1).mean() for number in range(len(classes))])
+
+
+# --- the store of the times, and the adapter's places ------------------------------------------------------
+
+
+class TokenTimes:
+    """The store: (features of a clip, transcript ids) → the encoder frame at which each token is spoken."""
+
+    def __init__(self, cache: FeatureCache) -> None:
+        # a thread that reads examples ahead uses it too
+        self._database = sqlite3.connect(cache.folder / "token_times.sqlite", timeout=60, check_same_thread=False)
+        self._database.execute("create table if not exists times (key blob primary key, frames blob) without rowid")
+
+    def __len__(self) -> int:
+        return int(self._database.execute("select count(*) from times").fetchone()[0])
+
+    def get(self, feature_key: bytes, tokens: Sequence[int]) -> Times | None:
+        """(U,) encoder frames, or None where this transcript was not aligned with this clip."""
+        query = "select frames from times where key = ?"
+        found = self._database.execute(query, [_key(feature_key, tokens)]).fetchone()
+        return None if found is None else np.frombuffer(found[0], dtype="<i2")
+
+    def add(self, entries: Sequence[tuple[bytes, Sequence[int], Times]]) -> None:
+        """Add (feature key, tokens, times) of several clips in one transaction."""
+        rows = [(_key(key, tokens), times.astype("<i2").tobytes()) for key, tokens, times in entries]
+        with self._database:
+            self._database.executemany("insert or replace into times values (?, ?)", rows)
+
+
+def _key(feature_key: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a clip with a transcript."""
+    return key_of(feature_key + np.asarray(tokens, "<u4").tobytes())
+
+
+def token_places(times: Times, places: int, frames_per_place: int, first_centre: float) -> NDArray[np.int64] | None:
+    """The place (U,) of each token among S = `places`, strictly increasing; None where there are more tokens.
+
+    A token goes to the place whose centre is nearest. Where several meet in one, they make room to both sides.
+    frames_per_place, first_centre: of the adapter, in encoder frames (`place_centres`).
+    """
+    if len(times) > places:
+        return None
+    order = np.arange(len(times))
+    nearest = np.rint((times - first_centre) / frames_per_place).astype(np.int64)
+    # Strictly increasing places are a non-decreasing row after `order` is taken off: the mean of the row that is
+    # pushed to the right and the one that is pushed to the left. [3, 3, 3] - [0, 1, 2] -> [3, 3, 3], [1, 1, 1] -> 2
+    slack = nearest - order
+    right = np.maximum.accumulate(slack)
+    left = np.minimum.accumulate(slack[::-1])[::-1]
+    return np.clip((right + left) // 2, 0, places - len(times)) + order

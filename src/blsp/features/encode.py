@@ -19,16 +19,12 @@ share the rows; each writes shards of its own.
 Shapes: B clips, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width.
 """
 
-from __future__ import annotations
-
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +34,7 @@ from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from blsp.data.audio import AudioError, load_audio
-from blsp.data.jobs import SkippedLog
+from blsp.data.jobs import SkippedLog, in_order
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import Runtime, barrier, find_runtime, leave, shard_rows, sum_across
 from blsp.features.cache import FeatureCache
@@ -55,9 +51,6 @@ AHEAD = 64  # clips that are read before they are needed
 SORTED_SECONDS = 600.0  # on an accelerator, clips are sorted by length within this much speech
 BLOCK_ROWS = 256  # neighbouring rows go to one rank: they often share a file, or are the same clip
 PIECE_MEL_FRAMES = 8 * WINDOW_MEL_FRAMES  # a longer clip is encoded in pieces of eight windows
-
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 
 def encoder_id(audio_model_sha256: str, *, full_window: bool = False) -> str:
@@ -76,9 +69,18 @@ def encode(settings: EncodeSettings) -> None:
     cache = _open_cache(settings.cache, identity, runtime)
     manifest = re.sub(r"[^\w.-]", "_", Path(settings.manifest).name.removesuffix(".jsonl"))
     with _new_skip_list(settings.cache / manifest, runtime) as skipped:
-        tally = encode_manifest(cache, rows, encoder, skipped, batch_seconds=settings.batch_seconds)
+        progress = encode_manifest(cache, rows, encoder, skipped, batch_seconds=settings.batch_seconds)
+        wall = progress.wall
     cache = _open_cache(settings.cache, identity, runtime)  # makes the index now, so that training starts at once
-    _report(tally, skipped, runtime, len(cache))
+    counts = torch.tensor([progress.encoded, progress.cached, progress.skipped, progress.seconds], dtype=torch.float64)
+    encoded, cached, left_out, seconds = sum_across(counts, runtime).tolist()
+    if runtime.rank == 0:
+        speed = f" at {seconds / wall:.0f} × real time" if encoded else ""
+        print(f"encoded {encoded:.0f} clips, {seconds / 3600:.2f} h of speech{speed}")
+        print(f"{cached:.0f} rows needed nothing; the cache holds {len(cache)} clips of this encoder")
+    if left_out and runtime.rank == 0:
+        where = f"{skipped.path} and those of the other ranks" if runtime.world > 1 else str(skipped.path)
+        print(f"skipped {left_out:.0f} rows, listed with the reason in {where}")
     leave(runtime)
 
 
@@ -116,19 +118,6 @@ def _new_skip_list(path: Path, runtime: Runtime) -> SkippedLog:
     return SkippedLog(out)
 
 
-def _report(tally: Tally, skipped: SkippedLog, runtime: Runtime, clips: int) -> None:
-    counts = torch.tensor([tally.encoded, tally.cached, tally.skipped, tally.seconds], dtype=torch.float64)
-    encoded, cached, left_out, seconds = sum_across(counts, runtime).tolist()
-    if runtime.rank != 0:
-        return
-    speed = f" at {seconds / tally.wall:.0f} × real time" if encoded else ""
-    print(f"encoded {encoded:.0f} clips, {seconds / 3600:.2f} h of speech{speed}")
-    print(f"{cached:.0f} rows needed nothing; the cache holds {clips} clips of this encoder")
-    if left_out:
-        where = f"{skipped.path} and those of the other ranks" if runtime.world > 1 else str(skipped.path)
-        print(f"skipped {left_out:.0f} rows, listed with the reason in {where}")
-
-
 # --- what passes through the stages -----------------------------------------------------------------------
 
 
@@ -151,42 +140,40 @@ class Clip:
 
 
 @dataclass
-class Tally:
-    """What was done with the rows."""
+class Progress:
+    """What was done with the rows so far, keys on their way through the stages, the skip list, the bar."""
 
+    log: SkippedLog
+    bar: tqdm
     encoded: int = 0
     cached: int = 0
     skipped: int = 0
     seconds: float = 0.0  # of speech that was encoded
-    wall: float = 0.0  # seconds that it took
-
-
-@dataclass
-class Progress:
-    """The rows so far: counts, keys on their way through the stages, the skip list, the bar."""
-
-    skipped: SkippedLog
-    bar: tqdm
-    tally: Tally = field(default_factory=Tally)
     pending: set[bytes] = field(default_factory=set)
     began: float = field(default_factory=time.perf_counter)
 
+    @property
+    def wall(self) -> float:
+        """Seconds since the beginning."""
+        return time.perf_counter() - self.began
+
     def need_nothing(self, rows: int = 1) -> None:
-        self.tally.cached += rows
+        self.cached += rows
         self.bar.update(rows)
 
     def stored(self, clip: Clip) -> None:
         self.pending.discard(clip.key)
-        self.tally.encoded += 1
-        self.tally.seconds += clip.seconds
-        speed = self.tally.seconds / (time.perf_counter() - self.began)
-        self.bar.set_postfix_str(f"{self.tally.seconds:.0f} s of speech, {speed:.0f} × real time", refresh=False)
+        self.encoded += 1
+        self.seconds += clip.seconds
+        self.bar.set_postfix_str(
+            f"{self.seconds:.0f} s of speech, {self.seconds / self.wall:.0f} × real time", refresh=False
+        )
         self.bar.update()
 
     def skip(self, row: Utterance, key: bytes, reason: str) -> None:
         self.pending.discard(key)
-        self.tally.skipped += 1
-        self.skipped.add(row.id, row.audio, reason)
+        self.skipped += 1
+        self.log.add(row.id, row.audio, reason)
         self.bar.update()
 
 
@@ -212,8 +199,8 @@ class Encoder:
     def states(self, clips: Sequence[Clip]) -> list[np.ndarray]:
         """The states (T, E) float16 of each clip of a batch."""
         width, device = max(clip.width for clip in clips), self.runtime.device
-        mels = torch.stack([_padded(clip.mel, width) for clip in clips]).to(device)  # (B, M, Tm)
-        masks = torch.stack([_padded(clip.mask, width) for clip in clips]).to(device)  # (B, Tm)
+        mels = torch.stack([nn.functional.pad(clip.mel, (0, width - clip.width)) for clip in clips]).to(device)
+        masks = torch.stack([nn.functional.pad(clip.mask, (0, width - clip.width)) for clip in clips]).to(device)
         # a very long clip goes through in pieces: its windows of 30 s do not attend to each other anyway
         piece = PIECE_MEL_FRAMES if len(clips) == 1 else width
         pieces, lengths = [], torch.zeros(len(clips), dtype=torch.long, device=device)
@@ -236,7 +223,7 @@ def encode_manifest(
     skipped: SkippedLog,
     *,
     batch_seconds: float = 120.0,
-) -> Tally:
+) -> Progress:
     """Encode the clips of this rank's rows that the cache lacks. Rows without audio need nothing.
 
     batch_seconds: speech and padding of one batch on an accelerator.
@@ -268,8 +255,7 @@ def encode_manifest(
                     progress.skip(clip.row, clip.key, reason)
     finally:
         torch.set_num_threads(threads)
-    progress.tally.wall = time.perf_counter() - progress.began
-    return progress.tally
+    return progress
 
 
 def missing_rows(
@@ -321,21 +307,6 @@ def encode_batches(
         yield from pairs
 
 
-def in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
-    """`work` of each item, in the items' order; at most `ahead` of them are begun before they are asked for."""
-    futures: deque[Future[Out]] = deque()
-    try:
-        for item in items:
-            futures.append(pool.submit(work, item))
-            if len(futures) >= ahead:
-                yield futures.popleft().result()
-        while futures:
-            yield futures.popleft().result()
-    finally:
-        for future in futures:  # the consumer has failed: begin nothing more
-            future.cancel()
-
-
 def _blocks(rows: int, runtime: Runtime) -> list[range]:
     """This rank's rows, in blocks of neighbours; where rows are few, the blocks are small."""
     size = max(1, min(BLOCK_ROWS, rows // (4 * runtime.world)))
@@ -367,7 +338,3 @@ def _cut(window: list[Clip], budget: float) -> Iterator[list[Clip]]:
         batch.append(clip)
     if batch:
         yield batch
-
-
-def _padded(tensor: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(tensor, (0, width - tensor.shape[-1]))

@@ -9,15 +9,12 @@ A word that ends like an audio file is taken for one. A path with spaces is quot
 terminals do when a file is dropped on them. A file that cannot be read is named with the reason, and the chat goes on.
 """
 
-from __future__ import annotations
-
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from blsp.data.audio import AudioError, load_audio
 from blsp.data.containers import AUDIO_SUFFIXES
@@ -25,9 +22,7 @@ from blsp.inference.conversation import ContextError, Conversation
 from blsp.inference.listener import load
 from blsp.llm.prompt import PromptError
 from blsp.model.adapter_parts import AudioEmbeds
-
-if TYPE_CHECKING:
-    from blsp.settings import ChatSettings
+from blsp.settings import ChatSettings
 
 # "quoted", 'quoted', or characters where \ escapes the next one; punctuation after it is not part of the word
 WORD = re.compile(r"""(?<!\S)(?:"([^"]+)"|'([^']+)'|((?:\\.|[^\s\\])+?))(?=[?!,;:.]*(?:\s|$))""")

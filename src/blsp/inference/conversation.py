@@ -16,8 +16,6 @@ only the rest runs through the LLM.
 Shapes: L positions, D LLM width.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
@@ -28,11 +26,10 @@ import torch
 from torch import Tensor
 
 from blsp.inference.listener import Listener, decode_alone
-from blsp.llm.decoding import Decoder, Decoding, Event, Request
+from blsp.llm.decoding import Decoder, Decoding, Event, Request, TextStream
 from blsp.llm.language_model import embed
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import Speech, render
-from blsp.llm.text_stream import TextStream
 from blsp.model.adapter_parts import AudioEmbeds
 
 Content = str | AudioEmbeds | tuple[int, ...]  # text, a clip, or the ids of an earlier answer

@@ -10,27 +10,20 @@ are written in order. A killed job computes the chunk in which it stopped once m
 and writes what was missing.
 """
 
-from __future__ import annotations
-
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio
 from blsp.data.jobs import Job, SkippedLog
-from blsp.data.manifest import Manifest, Utterance
+from blsp.data.manifest import Manifest, Utterance, name_relative
 from blsp.inference.listener import Listener, Question, load
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
+from blsp.settings import GenerateSettings
 from blsp.weights.shipped import model_digest
-
-if TYPE_CHECKING:
-    from blsp.settings import GenerateSettings
 
 BATCHES_PER_CHUNK = 4  # more of them: lengths fit together better, and more clips are in memory
 
@@ -58,7 +51,7 @@ def generate(settings: GenerateSettings) -> None:
     header = {name: getattr(settings, name) for name in names}
     with Job(settings.out) as job:
         job.begin(header | {"model_sha256": model_digest(settings.model)})
-        inputs = (output_row(row, settings.out) for row in islice(rows, total))
+        inputs = (name_relative(row.to_json(), settings.out.parent) for row in islice(rows, total))
         done = job.count_done(inputs, key="id", answer="response")
         if done < total:
             listener = load(
@@ -94,7 +87,7 @@ def answer_rows(
             pairs = list(zip(chunk, responses, strict=True))
             for row, response in pairs[max(numbers.start - begin, 0) :]:
                 if response is not None:
-                    job.log.append(output_row(row, job.out) | {"response": response})
+                    job.log.append(name_relative(row.to_json(), job.out.parent) | {"response": response})
                 bar.update()
 
 
@@ -123,12 +116,3 @@ def _question(row: Utterance, options: GenerateOptions, skipped: SkippedLog) -> 
         skipped.add(row.id, row.audio, str(error))
         return None
     return Question(audio=clip, instruction=instruction, order=options.order)
-
-
-def output_row(row: Utterance, out: Path) -> dict[str, Any]:
-    """The row as the file `out` holds it: audio under that file's folder is named relative to it."""
-    values = row.to_json()
-    folder = os.path.abspath(out.parent) + os.sep
-    if row.audio.startswith(folder):
-        values["audio"] = row.audio[len(folder) :]
-    return values

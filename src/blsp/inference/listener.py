@@ -12,8 +12,6 @@ the answer, and the LLM does not run.
 Shapes: N samples, T encoder frames, E encoder width, n vectors of a clip, L prompt after its prefix, D LLM width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +23,11 @@ from torch import Tensor
 
 from blsp.data.audio import SAMPLE_RATE, is_silent, load_audio
 from blsp.distributed import find_runtime
-from blsp.llm.decoding import Decoder, Decoding, Event, Request, decode
+from blsp.llm.decoding import Decoder, Decoding, Event, Request, TextStream, answer_text, decode
 from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import embed, stop_ids
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import Order, prompt_template, transcript_ids
-from blsp.llm.text_stream import TextStream, answer_text
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.checkpoint import load_blsp
 from blsp.model.hypotheses import choose
@@ -56,21 +53,6 @@ class Question:
     text: str | None = None
     instruction: str = ""
     order: Order = "instruction-first"
-
-
-def load(
-    model: str | Path = DEFAULT_MODEL,
-    *,
-    audio_model: str | None = None,
-    llm: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> Listener:
-    """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default).
-
-    audio_model, llm: where the adapter's encoder and LLM lie now, if not where its config.json says.
-    """
-    return Listener(*load_blsp(model, find_runtime(device, dtype), audio_model, llm))
 
 
 class Listener:
@@ -227,6 +209,21 @@ class Listener:
             content = embed(self.model, transcript_ids(self.tokenizer, question.text or ""))
         embeds = torch.cat([content, embed(self.model, template.suffix_ids)]).detach()  # (L, D)
         return Request(key, embeds, self.prefixes.get(template.prefix_ids), decoding)
+
+
+def load(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    audio_model: str | None = None,
+    llm: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Listener:
+    """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default).
+
+    audio_model, llm: where the adapter's encoder and LLM lie now, if not where its config.json says.
+    """
+    return Listener(*load_blsp(model, find_runtime(device, dtype), audio_model, llm))
 
 
 def decode_alone(decoder: Decoder, request: Request) -> Iterator[Event]:

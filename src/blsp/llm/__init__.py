@@ -2,11 +2,9 @@
 
 language_model.py   decoder, embeddings, logits, log-probabilities; the check of LLM families
 prefix.py           the LLM behind the constant beginning of a prompt: `run_after_prefix`, `PrefixCache`
-chat_template.py    variables and a fixed date at the head of the chat template
-prompt.py           the chat template with a placeholder for the speech
+prompt.py           the chat template with a placeholder for the speech; its variables and a fixed date
 instructions.py     every instruction text
-decoding.py         the decode loop: greedy and sampled, rows join and leave between steps
+decoding.py         the decode loop: greedy and sampled, rows join and leave; the text of an answer's tokens
 kv_cache.py         key/values of a running batch
 teacher_forcing.py  scores and hidden states of given answers
-text_stream.py      text of an answer while its tokens arrive
 """

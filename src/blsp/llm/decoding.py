@@ -1,7 +1,7 @@
-"""The one decode loop: a batch whose rows join and leave between steps.
+"""The one decode loop: a batch whose rows join and leave between steps; and the text of its tokens.
 
 In:  requests: embeddings that follow a (shared) prefix, and how to decode.
-Out: events, one a token a row; or finished results, by `decode`.
+Out: events, one a token a row; or finished results, by `decode`; text as tokens arrive, by `TextStream`.
 Try: `decode(llm, [Request("a", embed(llm, ids), prefix, Decoding(stop_ids=stop_ids(llm)))], batch_size=1)`
 Flow: prefix.py, kv_cache.py → **decoding.py** → step 1, generate, transcribe, chat, the judge and the server.
 
@@ -14,15 +14,14 @@ count, stay true. A row's answer does not depend on the other rows (law 3).
 Shapes: R rows, L sequence after the prefix, K top-k, D LLM width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
+from tokenizers.decoders import DecodeStream
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from blsp.llm.kv_cache import BatchKVCache
 from blsp.llm.language_model import at_least_float32, decoder_of, embed, logits_of
@@ -268,3 +267,49 @@ def _sample(scores: Tensor, decoding: Decoding, generator: torch.Generator) -> i
         outside[0] = False  # also where top_p is smaller than rounding errors
         probabilities = probabilities.index_fill(0, order[outside], 0.0)
     return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+# --- tokens to text ---------------------------------------------------------------------------------------
+
+
+class TextStream:
+    """The text of one answer. A character whose bytes are not complete is held back, and so is trailing white space."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._start()
+        self._space = ""  # white space that is the answer's end, unless more text follows
+        self._begun = False
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; often none."""
+        try:
+            text = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+        except Exception:  # a byte token that no character contains: some tokenizers void the bytes before it too
+            self._start()
+            text = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._ids.append(token)
+        self._decoded += len(text)
+        return self._trim(text)
+
+    def close(self) -> str:
+        """What is left at the answer's end, incomplete characters included."""
+        return self._trim(answer_text(self._tokenizer, self._ids)[self._decoded :])
+
+    def _start(self) -> None:
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []  # tokens since the start
+        self._decoded = 0  # characters that the decoder has returned for them
+
+    def _trim(self, text: str) -> str:
+        text = self._space + text
+        text = text if self._begun else text.lstrip()
+        certain = text.rstrip()
+        self._space = text[len(certain) :]
+        self._begun = self._begun or bool(certain)
+        return certain
+
+
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of an answer's tokens, control tokens left out, spaces as they were written."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -10,8 +10,6 @@ would be false on one of the two routes. `continue` is the paper's (arXiv 2309.0
 chosen on text alone, for the smallest LLM we ship with (docs/log.md, "Wording of the instructions").
 """
 
-from __future__ import annotations
-
 NO_SPEECH_SENTENCE = "I could not hear any speech."  # the answer where a clip holds no speech
 
 BEHAVIOURS: dict[str, str] = {

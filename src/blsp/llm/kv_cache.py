@@ -18,8 +18,6 @@ removed, the last row takes its slot, and `start` moves to the longest row that 
 Shapes: R rows in use, H key/value heads, C columns in use, d head width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache

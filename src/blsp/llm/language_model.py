@@ -12,8 +12,6 @@ key/value attention (state-space and hybrid models) are refused: their state can
 Shapes: V vocabulary, D LLM width, B batch.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -13,8 +13,6 @@ Flow: prompt.py (ids) → **prefix.py** → training, teacher passes, decoding a
 Shapes: B batch, L sequence after the prefix, P prefix length, H key/value heads, d head width, D LLM width.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -44,7 +42,7 @@ class Prefix:
     def __len__(self) -> int:
         return self.layers[0][0].shape[2] if self.layers else len(self.ids)
 
-    def cut(self, length: int) -> Prefix:
+    def cut(self, length: int) -> "Prefix":
         """The first `length` tokens, as views."""
         layers = tuple((keys[:, :, :length], values[:, :, :length]) for keys, values in self.layers)
         return Prefix(self.ids[:length], layers)

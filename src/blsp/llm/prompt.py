@@ -1,6 +1,7 @@
 """Prompts with a placeholder for the speech, rendered through the LLM's own chat template.
 
-In:  a tokenizer with a chat template; an instruction and an order, or a conversation of text and speech parts.
+In:  a tokenizer with a chat template; an instruction and an order, or a conversation of text and speech parts;
+     the variables that `--template-arg` sets, such as `{"enable_thinking": False}`.
 Out: the ids before and after the speech (`PromptTemplate`), or a conversation as a list of ids and speech indices.
 Try: `template = prompt_template(tokenizer, "Please repeat the following words:", "instruction-first")`
 Flow: instructions.py → **prompt.py** → step 1, step 2, inference and the judge.
@@ -16,12 +17,19 @@ template is cut at the marks, and the text is tokenised apart, with special toke
     parts       ["Repeat:", Speech(0)]
     rendered    "<|im_start|>user\\n" mark 0 mark 1 "<|im_end|>\\n<|im_start|>assistant\\n"
     segments    ids of the start and of "Repeat:", joined; Speech(0); ids of the rest
+
+`fix_template` sets variables at the head of a template, and a fixed date, so that every command renders the same
+prompt. The head is part of the template's text, and so it is in the adapter folder and in each of its routes:
+
+    {% set enable_thinking = False %}
+    {% macro strftime_now(format) %}…{% endmacro %}      only where the template asks for today's date
+    {# end of fixed variables #}
+    … the LLM's own template, unchanged
 """
 
-from __future__ import annotations
-
+import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,18 +136,15 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     added = tokenizer.added_tokens_decoder
-    control = next((str(added[token]) for token in ids if token in added and not _is_space(added[token])), None)
+    # runs of spaces or line breaks, which some tokenizers (Gemma, Phi) add as tokens, are plain text too
+    names = [str(added[token]) for token in ids if token in added]
+    control = next((name for name in names if name.strip(" \n\t\r\u2581")), None)
     if control is None or len(control) < 2:
         return ids
     if control not in text:
         raise PromptError(f"the text would be read as the control token {control!r}; write it otherwise")
     middle = text.index(control) + len(control) // 2
     return [*text_ids(tokenizer, text[:middle]), *text_ids(tokenizer, text[middle:])]
-
-
-def _is_space(token: object) -> bool:
-    """Whether a token is a run of spaces or line breaks, which some tokenizers (Gemma, Phi) add: plain text too."""
-    return not str(token).strip(" \n\t\r\u2581")
 
 
 def _join(segments: Sequence[Segment]) -> tuple[int, ...]:
@@ -157,3 +162,68 @@ def _merge(segments: Sequence[Segment]) -> list[Segment]:
         elif segment:
             merged.append(segment)
     return merged
+
+
+# --- variables and a date at the head of a chat template ----------------------------------------------------
+
+# The day of every prompt whose template writes a date: the one that Llama 3's template falls back to.
+PROMPT_DATE = datetime.date(2024, 7, 26)
+RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now", "raise_exception")
+_BEGIN = "{# fixed variables #}\n"
+_END = "{# end of fixed variables #}\n"
+_FORMAT = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')")
+
+
+class TemplateError(ValueError):
+    """A variable that a chat template does not read; the message names it."""
+
+
+def fix_template(template: str, template_args: Mapping[str, Any] | None = None) -> str:
+    """The template with these variables, and the date, set at its head.
+
+    A head that is there already is replaced; with `template_args` None it stays.
+    """
+    if template_args is None and _END in template:
+        return template
+    before, _, own = template.rpartition(_END)
+    # A processor's template has its own part before the head, which begins at its first line
+    kept = before[: before.index(_BEGIN)] if before else ""
+    for name in template_args or ():
+        if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", own):
+            raise TemplateError(
+                f"--template-arg {name}: the LLM's chat template has no such variable; read its chat_template.jinja "
+                "for those it has, or leave it out (--no-thinking sets enable_thinking)"
+            )
+    lines = [f"{{% set {name} = {value!r} %}}\n" for name, value in (template_args or {}).items()]
+    if "strftime_now" in own:
+        lines.append(_date_macro(own))
+    return kept + (_BEGIN + "".join(lines) + _END if lines else "") + own
+
+
+def _date_macro(template: str) -> str:
+    """`strftime_now` on the fixed day, for every format that the template writes out.
+
+    Line breaks after a tag are not rendered: transformers sets `trim_blocks`.
+    """
+    formats = {literal[1:-1] for literal in _FORMAT.findall(template)}
+    dates = {text: PROMPT_DATE.strftime(text) for text in sorted(formats)}
+    other = PROMPT_DATE.strftime("%d %B %Y")
+    return f"{{% macro strftime_now(format) %}}{{{{ {dates!r}.get(format, {other!r}) }}}}{{% endmacro %}}\n"
+
+
+def fix_tokenizer(tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> Any:
+    """The tokenizer, its chat template fixed in place."""
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = fix_template(tokenizer.chat_template, template_args)
+    elif template_args:
+        raise TemplateError(f"--template-arg {', '.join(template_args)}: the LLM has no single chat template")
+    return tokenizer
+
+
+def show_args(template_args: Mapping[str, Any] | None) -> str:
+    """`{"enable_thinking": False}` as messages say it: `enable_thinking=false`."""
+    words = [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in sorted((template_args or {}).items())
+    ]
+    return ", ".join(words) or "no template variables"

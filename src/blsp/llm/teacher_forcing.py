@@ -14,8 +14,6 @@ Shapes: R rows, L sequence, P prefix length, N answer positions, M options, O an
 H key/value heads, C columns, d head width, D LLM width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 

@@ -12,8 +12,6 @@ loading.py              frozen parts by name; a whole model from an adapter fold
 checkpoint.py           new models, adapter folders, merged exports
 """
 
-from __future__ import annotations
-
 
 def register() -> None:
     """Make transformers' Auto classes know the model type `blsp`; calling it again changes nothing.

@@ -27,8 +27,6 @@ A module of your own can add one without a change here (docs/extending.md): `ADA
 Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width, K read-out classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar

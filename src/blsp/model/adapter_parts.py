@@ -8,8 +8,6 @@ Flow: speech_encoder.py â†’ **adapter_parts.py** in adapter.py and grounded.py â
 Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width, K read-out classes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -23,12 +23,10 @@ Shapes: B clips, T encoder frames, S frames after the stack (= audio tokens), E 
 D LLM width, K classes (blank + read-out tokens), F frames of a batch that are not blank, G letter groups.
 """
 
-from __future__ import annotations
-
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -269,7 +267,7 @@ class Spelling(nn.Module):
         keys = self.keys() if tokens is None else _spell(self.groups[tokens], self.letters.weight)
         return self.query(hidden) @ keys.to(hidden.dtype).T
 
-    def train(self, mode: bool = True) -> Spelling:
+    def train(self, mode: bool = True) -> Self:
         """Switch the mode; cached keys are dropped: a fused optimiser changes weights but not their version."""
         self._keys = CachedValue()
         return super().train(mode)

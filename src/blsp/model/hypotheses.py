@@ -13,8 +13,6 @@ Shapes: S frames of the stack, K classes (blank first), N hypotheses, I inner no
 V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

@@ -9,8 +9,6 @@ An adapter fits the very weights it was trained between: their digests are check
 error. No tensor is ever left at a random value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +27,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
 from blsp.distributed import Runtime, find_runtime
-from blsp.llm.chat_template import fix_tokenizer
 from blsp.llm.language_model import check_supported
+from blsp.llm.prompt import fix_tokenizer
 from blsp.model.adapter import load_adapter, set_vocabulary
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
 from blsp.weights.digest import Weights, find_weights

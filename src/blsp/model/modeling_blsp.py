@@ -19,8 +19,6 @@ Shapes: B batch, M mel bins, Tm mel frames, T encoder frames, S audio tokens, N 
 L sequence, E encoder width, D LLM width, V vocabulary, K read-out classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

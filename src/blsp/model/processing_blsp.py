@@ -6,8 +6,6 @@ Try: `processor(text=prompt, audio=[array], sampling_rate=16000, return_tensors=
 Flow: audio and text → **inputs** → `BlspForConditionalGeneration`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +13,7 @@ import numpy as np
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, load_audio
-from blsp.llm.chat_template import fix_template, fix_tokenizer
+from blsp.llm.prompt import fix_template, fix_tokenizer
 from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames

@@ -13,8 +13,6 @@ one by one. Speech beyond 30 s is cut into windows, and their states are joined.
 Shapes: B batch, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width, W windows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

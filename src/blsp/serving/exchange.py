@@ -15,8 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from blsp.llm.decoding import Decoding
-from blsp.llm.text_stream import TextStream
+from blsp.llm.decoding import Decoding, TextStream
 from blsp.serving.refusals import ApiError
 from blsp.serving.scheduler import Begun, Done, Failed, Job, Report, Scheduler, Token
 

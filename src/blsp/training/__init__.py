@@ -11,6 +11,5 @@ run.py        everything before the first step
 run_state.py  run folder, settings, checkpoints, stop signal
 optimiser.py  AdamW, schedules, averaging
 probes.py     divergence and read-out error during training
-reporting.py  metrics.jsonl and the model card
-curves.py     metrics.jsonl as a picture
+reporting.py  metrics.jsonl, its picture, the model card
 """

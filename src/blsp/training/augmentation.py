@@ -9,8 +9,6 @@ Flow: training/examples.py loads a clip -> **augmentation.py** -> the encoder, o
 Shapes: N samples, T encoder frames, E encoder width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

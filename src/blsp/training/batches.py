@@ -20,8 +20,6 @@ What a step learns from depends on `batch_size` alone. The budget of positions a
 decide how it is cut up, and change nothing but rounding (law 5).
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

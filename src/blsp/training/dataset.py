@@ -16,23 +16,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from blsp.continuation.topk import TopKStore, topk_folder
-from blsp.data.files import write_atomically, write_json
+from blsp.data.files import read_ends, write_atomically, write_json
 from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance, find_manifests, read_rows
 from blsp.distributed import Runtime, barrier
-from blsp.llm.chat_template import show_args
+from blsp.llm.prompt import show_args
+
+if TYPE_CHECKING:
+    from blsp.training.examples import RowMeasurer
 
 Teacher = Literal["auto", "online", "stored"]
 
@@ -164,8 +166,7 @@ ROW = np.dtype(
 MEASURED = np.dtype([("values", ROW), ("recording", "<u8"), ("text", "<u8")])
 
 
-@dataclass(frozen=True)
-class Measures:
+class Measures(NamedTuple):
     """The numbers of one row: the last five fields of `ROW`."""
 
     template: int
@@ -177,14 +178,6 @@ class Measures:
 
 class Refused(Exception):
     """A row that cannot be learnt from; the message is the reason in the skip list."""
-
-
-class Measurer(Protocol):
-    """Measures rows (`RowMeasurer` in training/examples.py)."""
-
-    templates: list[tuple[str, str]]
-
-    def measure(self, rows: Sequence[Utterance]) -> list[Measures | Refused]: ...
 
 
 @dataclass(frozen=True)
@@ -207,7 +200,7 @@ class Dataset:
 
 
 def open_dataset(
-    sources: Sequence[Source], measurer: Measurer, folder: Path, skipped: SkippedLog, hold_out: int, runtime: Runtime
+    sources: Sequence[Source], measurer: RowMeasurer, folder: Path, skipped: SkippedLog, hold_out: int, runtime: Runtime
 ) -> Dataset:
     """The run's rows: measured by the first process unless the folder has them, then mapped by every process."""
     head = folder / "table.json"
@@ -241,17 +234,12 @@ def _load_rows(path: Path) -> NDArray[np.void]:
 
 def _source_facts(source: Source) -> dict[str, object]:
     """What tells that a data file has changed: its length and its two ends."""
-    with open(source.path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        ends = file.read(65_536)
-        file.seek(max(0, size - 65_536))
-        ends += file.read()
+    size, ends = read_ends(source.path)
     return {"bytes": size, "ends": hashlib.sha256(ends).hexdigest(), "weight": source.weight}
 
 
 def _measure_sources(
-    sources: Sequence[Source], measurer: Measurer, folder: Path, skipped: SkippedLog, hold_out: int
+    sources: Sequence[Source], measurer: RowMeasurer, folder: Path, skipped: SkippedLog, hold_out: int
 ) -> None:
     """Measure every row once, block by block; then write rows.npy and held_out.npy."""
     count = 0
@@ -270,7 +258,7 @@ def _measure_sources(
 
 
 def _measure_block(
-    number: int, source: Source, first: int, measurer: Measurer, skipped: SkippedLog
+    number: int, source: Source, first: int, measurer: RowMeasurer, skipped: SkippedLog
 ) -> NDArray[np.void]:
     """`MEASURED` entries of a block of rows; those that cannot be learnt from go to the skip list."""
     utterances = source.rows[first : first + ROWS_AT_A_TIME]
@@ -281,17 +269,7 @@ def _measure_block(
         if isinstance(measures, Refused):
             skipped.add(utterance.id, utterance.audio, str(measures))
             continue
-        values = (
-            text_hash(utterance.id),
-            row,
-            number,
-            measures.template,
-            measures.encoder_frames,
-            measures.transcript_tokens,
-            measures.tokens_after_audio,
-            measures.no_speech,
-        )
-        entries.append((values, *group_keys(utterance)))
+        entries.append(((text_hash(utterance.id), row, number, *measures), *group_keys(utterance)))
     return np.array(entries, MEASURED)
 
 

@@ -11,12 +11,10 @@ Examples are numpy arrays and lists. Torch computes nothing here, so that a thre
 Shapes: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response tokens, K stored top-k.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +22,8 @@ from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
 from blsp.data.manifest import Utterance
-from blsp.features.token_times import TokenTimes, token_places
+from blsp.features.align import TokenTimes, token_places
+from blsp.features.cache import FeatureCache
 from blsp.llm.prompt import PromptTemplate, prompt_template, text_ids, transcript_ids
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
 from blsp.training.augmentation import Kind, augment, hide_spans
@@ -66,7 +65,7 @@ class Example:
     def encoder_frames(self) -> int:
         return encoder_frames(self.mel_frames) if self.features is None else len(self.features)
 
-    def with_speech_of(self, other: Example) -> Example:
+    def with_speech_of(self, other: Self) -> Self:
         """This example with another one's speech: a control for an adapter that does not listen."""
         return replace(self, features=other.features, mel=other.mel, mel_frames=other.mel_frames)
 
@@ -131,15 +130,6 @@ def _prompt_of(row: Utterance) -> tuple[str, str]:
 # --- measuring rows ---------------------------------------------------------------------------------------
 
 
-class Features(Protocol):
-    """What training asks of the feature cache (features/cache.py)."""
-
-    def key(self, utterance: Utterance) -> bytes: ...
-    def keys(self, rows: Sequence[Utterance]) -> list[bytes]: ...
-    def lengths(self, keys: Sequence[bytes]) -> NDArray[np.int32]: ...
-    def get(self, key: bytes) -> NDArray[np.float16]: ...
-
-
 @dataclass
 class RowMeasurer:
     """Gives the lengths of rows without reading their speech; collects the prompts that they use.
@@ -149,27 +139,21 @@ class RowMeasurer:
 
     targets: Targets
     texts: RowTexts
-    cache: Features | None = None
+    cache: FeatureCache | None = None
     max_seconds: float = math.inf
     templates: list[tuple[str, str]] = field(default_factory=list)
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def measure(self, rows: Sequence[Utterance]) -> list[Measures | Refused]:
         """The numbers of each row, or why it cannot be learnt from."""
-        lengths = [_or_refused(self.text_lengths, row) for row in rows]
-        usable = [row for row, found in zip(rows, lengths, strict=True) if not isinstance(found, Refused)]
-        frames = iter(self.encoder_frames(usable))
-        return [
-            found if isinstance(found, Refused) else self._measures(row, found, next(frames))
-            for row, found in zip(rows, lengths, strict=True)
-        ]
-
-    def _measures(self, row: Utterance, lengths: tuple[int, int], frames: int | Refused) -> Measures | Refused:
-        if isinstance(frames, Refused):
-            return frames
-        transcript_tokens, tokens_after_audio = lengths
-        template = self._template_number(row)
-        return Measures(template, frames, transcript_tokens, tokens_after_audio, row.no_speech)
+        measured: list[Measures | Refused] = []
+        for row, frames in zip(rows, self.encoder_frames(rows), strict=True):
+            lengths = _or_refused(self.text_lengths, row)
+            if refusal := next((found for found in (lengths, frames) if isinstance(found, Refused)), None):
+                measured.append(refusal)
+            else:
+                measured.append(Measures(self._template_number(row), frames, *lengths, row.no_speech))
+        return measured
 
     def encoder_frames(self, rows: Sequence[Utterance]) -> list[int | Refused]:
         """Encoder frames of each clip: from the cache, else from the manifest or the file's header."""
@@ -254,7 +238,7 @@ class ExampleReader:
     extractor: WhisperFeatureExtractor
     num_audio_tokens: Callable[[Any], Any]
     classes: dict[int, int] = field(default_factory=dict)
-    cache: Features | None = None
+    cache: FeatureCache | None = None
     times: TokenTimes | None = None
     centres: tuple[int, float] = (1, 0.0)
     augmentation: tuple[Kind, ...] = ()
@@ -288,8 +272,10 @@ class ExampleReader:
         utterance = self.dataset.utterance(row)
         example = self._with_speech(utterance, (self.seed, epoch, int(row["id_hash"])))
         example = replace(example, template=self.template(row))
-        if self.targets.runs_llm:
-            example = replace(example, response=self._response(utterance))
+        if self.targets.runs_llm and not utterance.no_speech:
+            example = replace(example, response=self.texts.response(utterance))
+        elif self.targets.runs_llm and not self.targets.reads_out:  # one that reads out answers silence by a rule
+            example = replace(example, response=self.texts.no_speech)
         teacher = self.dataset.sources[int(row["source"])].teacher
         if teacher is not None and example.response and not example.no_speech:
             ids, logp = teacher.get(int(row["row"]))
@@ -324,12 +310,6 @@ class ExampleReader:
         mel, _ = mel_features(self.extractor, [audio], full_window=self.full_window)  # (1, M, Tm)
         seconds = len(audio) / SAMPLE_RATE
         return replace(blank, mel=mel[0].numpy(), mel_frames=mel_frames(len(audio)), seconds=seconds)
-
-    def _response(self, row: Utterance) -> list[int]:
-        """The response's ids. An adapter that reads out answers clips without speech by a rule: none to learn."""
-        if row.no_speech:
-            return [] if self.targets.reads_out else self.texts.no_speech
-        return self.texts.response(row)
 
     def _with_extra(self, example: Example, need: Need, add: Callable[[Example], Example]) -> Example:
         """The example with a target that the loss needs, or that a further term can use."""

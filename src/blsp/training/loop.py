@@ -9,8 +9,6 @@ A step takes its rows from the order of the data, sums the losses of its micro-b
 the whole step, and moves the adapter. The same command goes on after a kill, to the bit; SIGTERM saves and exits.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable
@@ -26,7 +24,7 @@ from blsp.training import step
 from blsp.training.batches import prefetch
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
-from blsp.training.reporting import draw_curves, model_card, print_once, progress_bar, report
+from blsp.training.reporting import draw_curves, finish_stages, model_card, print_once, progress_bar, report
 from blsp.training.run import Run, check_loss, prepare, step_examples
 from blsp.training.run_state import (
     StopSignal,
@@ -34,7 +32,6 @@ from blsp.training.run_state import (
     begin_folder,
     claim_folder,
     deterministic,
-    finish_stages,
     is_finished,
     merge_skipped,
 )

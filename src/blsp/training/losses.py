@@ -18,8 +18,6 @@ Shapes: N response positions, V vocabulary, K stored top-k, B batch, S adapter p
 C classes, U target tokens, X = 2U + 1 CTC states, D LLM width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise

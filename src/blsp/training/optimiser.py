@@ -6,8 +6,6 @@ Try: `state = begin_or_resume(run)`
 Flow: training/run.py -> **optimiser.py** (run_state.py) -> training/loop.py
 """
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, replace
@@ -50,7 +48,7 @@ def begin_or_resume(run: Run) -> State:
     if newest is None:
         return state
     stored = load_checkpoint(newest)
-    check_environment(stored.environment, environment_here(run), newest, run.settings.resume_inexact)
+    check_environment(stored.environment, environment(run.runtime), newest, run.settings.resume_inexact)
     adapter = run.model.model.multi_modal_projector
     # older checkpoints have no read-out vocabulary; the one of vocabulary.json is in the adapter already
     vocabulary = {name: tensor for name, tensor in adapter.named_buffers() if name == "vocabulary"}
@@ -60,10 +58,6 @@ def begin_or_resume(run: Run) -> State:
     state.progress = stored.progress
     state.began -= stored.progress.seconds
     return state
-
-
-def environment_here(run: Run) -> dict[str, object]:
-    return environment(run.runtime.world, str(run.runtime.device.type))
 
 
 def new_optimiser(run: Run) -> torch.optim.Optimizer:
@@ -122,6 +116,6 @@ def save(run: Run, state: State) -> None:
         run.model.model.multi_modal_projector.state_dict(),
         state.average,
         state.optimiser.state_dict(),
-        environment_here(run),
+        environment(run.runtime),
         run.settings.keep,
     )

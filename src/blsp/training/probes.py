@@ -18,8 +18,6 @@ Shapes: S adapter places, U transcript tokens, V vocabulary, N response position
 D LLM width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 

@@ -6,8 +6,6 @@ Try: ``prepare(settings, find_runtime("cpu"))``
 Flow: settings -> **run.py** (dataset.py, examples.py, batches.py, probes.py) -> training/loop.py
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,8 +25,8 @@ from blsp.data.files import write_text
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.distributed import Runtime, barrier, shard_language_model
+from blsp.features.align import TokenTimes
 from blsp.features.encode import open_features
-from blsp.features.token_times import TokenTimes
 from blsp.llm.instructions import NO_SPEECH_SENTENCE
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import PrefixCache

@@ -16,8 +16,6 @@ enough.
     OUT/adapter/        the result                                           state.json    written last
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -29,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy
 import torch
@@ -37,11 +35,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blsp.data.files import flush_to_disk, read_rows, write_atomically, write_text
+from blsp.data.files import flush_to_disk, read_rows, write_text
 from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences, lock_job
 from blsp.distributed import Runtime, barrier, sum_across
 from blsp.settings import TrainSettings
-from blsp.training.curves import draw
 
 STATE = "state.json"
 
@@ -83,7 +80,7 @@ def empty_window(progress: Progress) -> Progress:
 # --- checkpoints ------------------------------------------------------------------------------------------
 
 
-def environment(world: int, device: str) -> dict[str, Any]:
+def environment(runtime: Runtime) -> dict[str, Any]:
     """What must be equal for two runs to be equal to the bit."""
     return {
         "blsp": version("blsp"),
@@ -92,9 +89,9 @@ def environment(world: int, device: str) -> dict[str, Any]:
         "numpy": numpy.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "device": device,
+        "device": runtime.device.type,
         "threads": torch.get_num_threads(),
-        "processes": world,
+        "processes": runtime.world,
     }
 
 
@@ -193,7 +190,10 @@ MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "m
 
 def as_flags(settings: TrainSettings) -> dict[str, Any]:
     """The settings as a YAML mapping of flags; what is left out at the command line is left out here."""
-    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return _given({field.name: getattr(settings, field.name) for field in fields(settings)})
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
     plain = {name: _plain(value) for name, value in values.items() if name not in NOT_WRITTEN}
     return {name: value for name, value in plain.items() if value is not None and value != []}
 
@@ -214,7 +214,7 @@ def begin_folder(settings: TrainSettings, runtime: Runtime) -> None:
             for name in MADE_AT_START:
                 (settings.out / name).unlink(missing_ok=True)
             shutil.rmtree(settings.out / "checkpoints", ignore_errors=True)
-        write_text(settings.out / "settings.yaml", _dump(as_flags(settings)), durable=True)
+        write_text(settings.out / "settings.yaml", dump_flags(as_flags(settings)), durable=True)
     barrier(runtime)
 
 
@@ -230,8 +230,9 @@ def _refuse_other_settings(settings: TrainSettings) -> None:
     path = settings.out / "settings.yaml"
     if not path.exists():
         return
-    begun, now = yaml.safe_load(path.read_text(encoding="utf-8")), as_flags(settings)
-    begun = _new_flags(settings) | begun
+    # a folder of an older version does not name the flags added since: they had their defaults
+    defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+    begun, now = _given(defaults) | yaml.safe_load(path.read_text(encoding="utf-8")), as_flags(settings)
     changed = differences(begun, dict.fromkeys(begun) | now, MAY_CHANGE)
     if changed:
         raise JobError(
@@ -240,14 +241,8 @@ def _refuse_other_settings(settings: TrainSettings) -> None:
         )
 
 
-def _new_flags(settings: TrainSettings) -> dict[str, Any]:
-    """The default of each flag that has one: a folder of an older version does not name the flags added since."""
-    known = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
-    plain = {name: _plain(value) for name, value in known.items() if name not in NOT_WRITTEN}
-    return {name: value for name, value in plain.items() if value is not None and value != []}
-
-
-def _dump(flags: dict[str, Any]) -> str:
+def dump_flags(flags: dict[str, Any]) -> str:
+    """Flags as YAML."""
     return yaml.safe_dump(flags, sort_keys=False, allow_unicode=True)
 
 
@@ -265,27 +260,6 @@ def merge_skipped(skipped: SkippedLog, out: Path) -> None:
         for _, row in read_rows(path):
             skipped.add(row["id"], row["audio"], row["reason"])
         path.unlink()
-
-
-def finish_stages(settings: TrainSettings) -> None:
-    """The last stage's adapter, all stages' metrics and one picture, in the folder of the whole recipe."""
-    with write_atomically(settings.out / "adapter") as partial:
-        shutil.copytree(settings.stages[-1].out / "adapter", partial)
-    lines, steps_before = [], 0
-    for stage in settings.stages:
-        rows = [row for _, row in read_rows(stage.out / "metrics.jsonl")]
-        for row in rows:
-            lines.append(json.dumps(row | {"step": row["step"] + steps_before, "stage": stage.out.name}) + "\n")
-        steps_before += rows[-1]["step"]
-    write_text(settings.out / "metrics.jsonl", "".join(lines), durable=True)
-    draw(settings.out / "metrics.jsonl", settings.out / "curves.png")
-    stages = []
-    for stage in settings.stages:
-        flags = as_flags(stage)
-        del flags["out"]
-        stages.append({"name": stage.out.name} | flags)
-    write_text(settings.out / "settings.yaml", _dump({"out": str(settings.out), "stages": stages}), durable=True)
-    print(f"{settings.out}: all {len(stages)} stages are finished; the adapter is {settings.out / 'adapter'}")
 
 
 # --- while a run lasts ------------------------------------------------------------------------------------
@@ -317,7 +291,7 @@ class StopSignal:
         self._interrupted = False
         self._handlers: dict[int, Any] = {}  # those that were set before
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # other threads cannot have handlers
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._request)

@@ -125,17 +125,14 @@ def autocast(runtime: Runtime) -> torch.autocast:
 # --- what a micro-batch computes --------------------------------------------------------------------------
 
 
+@dataclass
 class MicroBatch:
     """The tensors of a micro-batch; each is computed when a loss first asks for it, and shared by all losses."""
 
-    def __init__(
-        self,
-        model: BlspForConditionalGeneration,
-        examples: Sequence[Example],
-        objective: Objective,
-        prefixes: PrefixCache,
-    ) -> None:
-        self.model, self.examples, self.objective, self.prefixes = model, examples, objective, prefixes
+    model: BlspForConditionalGeneration
+    examples: Sequence[Example]
+    objective: Objective
+    prefixes: PrefixCache
 
     @cached_property
     def encoded(self) -> tuple[Tensor, Tensor]:

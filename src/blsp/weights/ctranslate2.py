@@ -15,8 +15,6 @@ Flow:  **ctranslate2.py** → embedded.py.
 Shapes: E encoder width, M mel bins.
 """
 
-from __future__ import annotations
-
 import shutil
 import struct
 from pathlib import Path

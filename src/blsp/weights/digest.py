@@ -13,8 +13,6 @@ Flow:  a command resolves its names here, once; model/loading.py loads from the 
        features/ keys its cache by it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,8 +6,6 @@ Try:  find_model("blsp-tiny")   # -> '/…/models/blsp-tiny'
 Flow: every command that takes --model comes here first.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from blsp.data.files import file_digest
