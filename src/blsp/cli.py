@@ -164,8 +164,6 @@ def _one_line(text: str) -> str:
 
 
 # --- plugins: your own Python files (docs/extending.md) ----------------------------------------------------
-
-
 class PluginError(ImportError):
     """A plugin that cannot be imported; the message names it."""
 

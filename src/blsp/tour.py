@@ -74,12 +74,12 @@ def visit(stop: Stop, folder: Path, commands: list[list[str]]) -> str:
     commands: those of all steps up to this one. Where one of them has changed, the record does not count.
     """
     with RecordLog(folder / f"{stop.name.replace(' ', '-')}.jsonl", digest_of(commands)) as log:
-        if stop.name in log.rows:
-            return "(done by an earlier tour)\n" + log.rows[stop.name]["seen"]
+        if stop.name in log.records:
+            return "(done by an earlier tour)\n" + log.records[stop.name]["seen"]
         for command in stop.commands:
             run_command(command)
         seen = stop.look()
-        log.append({"id": stop.name, "seen": seen})
+        log.write({stop.name: {"seen": seen}})
     return seen
 
 
@@ -176,8 +176,6 @@ def plan(settings: TourSettings) -> list[Stop]:
 
 
 # --- what there is to see ---------------------------------------------------------------------------------
-
-
 def read_manifest(path: Path) -> Rows:
     """All rows of a small manifest, as they are in the file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -61,14 +61,14 @@ def test_the_list_of_what_was_skipped(tmp_path: Path) -> None:
 def test_records_of_other_settings_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "log" / "task.jsonl"
     with RecordLog(path, "one") as log:
-        log.append({"id": "a", "n": 1}, {"id": "b", "n": 2})
+        log.write({"a": {"n": 1}, "b": {"n": 2}})
     path.write_bytes(path.read_bytes() + b'{"id": "c", "n"')
     with RecordLog(path, "one") as log:
-        assert log.rows == {"a": {"id": "a", "n": 1}, "b": {"id": "b", "n": 2}}
-        log.append({"id": "c", "n": 3})
-        assert list(log.rows) == ["a", "b", "c"]
+        assert log.records == {"a": {"id": "a", "n": 1}, "b": {"id": "b", "n": 2}}
+        log.write({"c": {"n": 3}})
+        assert list(log.records) == ["a", "b", "c"]
     with RecordLog(path, "two") as log:
-        assert log.rows == {} and "begun again" in capsys.readouterr().out
+        assert log.records == {} and "begun again" in capsys.readouterr().out
     assert path.read_text() == '{"fingerprint": "two"}\n'
 
 

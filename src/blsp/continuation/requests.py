@@ -148,8 +148,6 @@ class PromptLengths:
 
 
 # --- transcripts ------------------------------------------------------------------------------------------
-
-
 def read_text(row: Utterance, normalise: str) -> str:
     """The transcript as the LLM reads it: as given, or through Whisper's normaliser, as in the paper."""
     if normalise == "none":
@@ -173,8 +171,6 @@ def no_words(text: str) -> str | None:
 
 
 # --- mixtures of behaviours and orders --------------------------------------------------------------------
-
-
 class MixtureError(ValueError):
     """A mixture that cannot be read; the message shows the entry and how it should look."""
 

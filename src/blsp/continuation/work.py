@@ -60,8 +60,6 @@ SPEC = "JOIN specs ON specs.number = prompts.spec"
 
 
 # --- the plan ---------------------------------------------------------------------------------------------
-
-
 class PromptPlan:
     """A finished plan, read from its file. `len(plan)` is the number of output rows."""
 
@@ -173,8 +171,6 @@ def open_plan(parts: Parts, batch_size: int, prompts: Callable[[], Iterable[Plan
 
 
 # --- answers ----------------------------------------------------------------------------------------------
-
-
 def open_answers(parts: Parts, rank: int) -> RowLog:
     """The append-only answers of one rank. A batch that was cut off by a kill is removed."""
     log, end = parts.log(rank), 0
@@ -243,8 +239,6 @@ class AnswerReader:
 
 
 # --- computing --------------------------------------------------------------------------------------------
-
-
 def compute_answers(
     plan: PromptPlan,
     parts: Parts,

@@ -71,8 +71,6 @@ def write_continuations(settings: ContinueSettings) -> None:
 
 
 # --- the settings, and what they name ---------------------------------------------------------------------
-
-
 def check_settings(settings: ContinueSettings) -> None:
     """Raise SettingsError for settings that cannot be used, before anything is loaded."""
     behaviours, orders = parse_mixture(settings.behaviours).names, parse_mixture(settings.orders).names
@@ -159,8 +157,6 @@ class Step1:
 
 
 # --- step 1 -----------------------------------------------------------------------------------------------
-
-
 def continue_manifest(run: Step1) -> None:
     """Write the continuations of a manifest, or what is missing of them."""
     job, facts, rank = run.job, run.facts(), run.runtime.rank
@@ -288,8 +284,6 @@ def _report(job: Job, what: str) -> None:
 
 
 # --- the top-k of rows that exist -------------------------------------------------------------------------
-
-
 def score_continuations(run: Step1) -> None:
     """Add the top-k to the finished rows of `--out`; the manifest is not read again."""
     job, folder, top_k = run.job, topk_folder(run.job.out), top_k_facts(run.settings)

@@ -22,8 +22,6 @@ END_BYTES = 65_536
 
 
 # --- atomic writes ----------------------------------------------------------------------------------------
-
-
 @contextmanager
 def write_atomically(
     path: str | os.PathLike[str], *, through: Path | None = None, durable: bool = False
@@ -80,8 +78,6 @@ def flush_to_disk(path: Path) -> None:
 
 
 # --- digests ----------------------------------------------------------------------------------------------
-
-
 def read_ends(path: Path) -> tuple[int, bytes]:
     """The length of a file in bytes, and its first and last 64 KiB: they tell that a long file has changed."""
     with open(path, "rb") as file:
@@ -112,8 +108,6 @@ def file_digest(*paths: Path) -> str:
 
 
 # --- JSON Lines -------------------------------------------------------------------------------------------
-
-
 class ManifestError(ValueError):
     """A manifest or one of its rows is not usable; the message names the file, the line and the way out."""
 

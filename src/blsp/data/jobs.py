@@ -27,14 +27,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
 from blsp.data.files import digest_of, dump_row, read_rows, show, write_json
 
-In = TypeVar("In")
-Out = TypeVar("Out")
+In, Out, Record = TypeVar("In"), TypeVar("Out"), TypeVar("Record")
 SKIPPED_SUFFIX = ".skipped.jsonl"
 WAIT = 0.5  # seconds between two looks for what another rank writes
 
@@ -44,8 +43,6 @@ class JobError(ValueError):
 
 
 # --- append-only logs -------------------------------------------------------------------------------------
-
-
 class RowLog:
     """An append-only JSONL file of a job that may be killed: opening it cuts off a torn last line."""
 
@@ -124,31 +121,39 @@ class SkippedLog:
         self.close()
 
 
-class RecordLog(RowLog):
-    """Rows with an `id` under a first line that names the job by its digest; another job's rows are dropped."""
+class RecordLog(RowLog, Generic[Record]):
+    """Records by their id, under a first line that names the job by its digest; another job's records are dropped.
 
-    def __init__(self, path: Path, fingerprint: str) -> None:
+    from_row, to_row: a record from its JSON object, and back; without them a record is such an object.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: str,
+        from_row: Callable[[dict[str, Any]], Record] = dict,  # type: ignore[assignment]
+        to_row: Callable[[Record], dict[str, Any]] = dict,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         super().__init__(path)
-        self.rows: dict[str, dict[str, Any]] = {}
+        self._to_row = to_row
+        self.records: dict[str, Record] = {}
         earlier = [row for _, row in read_rows(path)]
         if earlier and earlier[0].get("fingerprint") == fingerprint:
-            self.rows = {row["id"]: row for row in earlier[1:]}
+            self.records = {row["id"]: from_row(row) for row in earlier[1:]}
             return
         if len(earlier) > 1:
             print(f"{path}: belongs to another model, task or version; it is begun again")
         self._file.truncate(0)
-        super().append({"fingerprint": fingerprint})
+        self.append({"fingerprint": fingerprint})
 
-    def append(self, *rows: dict[str, Any]) -> None:
-        """Write whole lines, in one call to the system."""
-        super().append(*rows)
-        self.rows.update({row["id"]: row for row in rows})
+    def write(self, records: dict[str, Record]) -> None:
+        """Store a finished batch, in one call to the system."""
+        self.append(*({"id": name, **self._to_row(record)} for name, record in records.items()))
+        self.records.update(records)
 
 
 # --- one job ----------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def lock_job(output: Path) -> Iterator[None]:
     """Keep other processes away from an output (a file or a folder) while the block runs.
@@ -354,8 +359,6 @@ class Job:
 
 
 # --- threads ----------------------------------------------------------------------------------------------
-
-
 def in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
     """`work` of each item, in the items' order; at most `ahead` of them are begun before they are asked for."""
     futures: deque[Future[Out]] = deque()

@@ -116,8 +116,6 @@ def _check_seconds(name: str, value: Any, where: str) -> None:
 
 
 # --- reading ----------------------------------------------------------------------------------------------
-
-
 class Manifest(Sequence[Utterance]):
     """The rows of one file or of all files that match a glob (in the order of their names), by number.
 
@@ -234,8 +232,6 @@ def name_relative(row: dict[str, Any], folder: str | os.PathLike[str]) -> dict[s
 
 
 # --- writing ----------------------------------------------------------------------------------------------
-
-
 def write_manifest(
     path: str | os.PathLike[str],
     rows: Iterable[Utterance | dict[str, Any]],

@@ -111,8 +111,6 @@ def _rows_left(rows: Rows, part: Path) -> Rows:
 
 
 # --- checking and writing ---------------------------------------------------------------------------------
-
-
 def _checked(rows: Rows, check_audio: bool) -> Rows:
     """The rows in their order; with `check_audio`, `Dropped` for those that cannot be decoded or are silent."""
     if not check_audio:

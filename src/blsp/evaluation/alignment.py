@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from blsp.data.jobs import RecordLog
 from blsp.data.manifest import Utterance
-from blsp.evaluation.answers import Answer, Answers, Log, answer_log
+from blsp.evaluation.answers import Answer, Answers, answer_log
 from blsp.evaluation.confidence import Figure, draws, interval, ratio
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
 from blsp.evaluation.routes import RouteInput, RouteInputFn, ask, plan_batches, request, route_fingerprint, text_input
@@ -118,7 +119,7 @@ def measure(
         recognised = routes.cascade(rows) if routes.cascade else None
         route += f" baselines {recognised and sorted(recognised.items())}"
         mark = route_fingerprint(routes.speech_id, task, rows, route, batch_size)
-        with Log(folder / f"{task.name}.jsonl", mark, _from_row, _to_row) as log:
+        with RecordLog(folder / f"{task.name}.jsonl", mark, _from_row, _to_row) as log:
             for batch in plan_batches(rows, batch_size):
                 if not all(row.id in log.records for row in batch):
                     inputs = {"text": text_input(transcripts)(batch), "speech": routes.speech(batch)}

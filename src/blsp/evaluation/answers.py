@@ -8,16 +8,12 @@ A log with another fingerprint (model, task, rows, batch plan, versions) is star
 two models or two wordings.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from blsp.data.jobs import RecordLog
 
-Record = TypeVar("Record")
 NO_SPEECH = "no-speech"  # Answer.finish where the set sentence is the answer, or where there was nothing to answer
 
 
@@ -40,38 +36,12 @@ class Answer:
 Answers = dict[str, Answer]  # by the row's id
 
 
-class Log(Generic[Record]):
-    """Records by id; `records` begins with those of earlier runs that had the same fingerprint."""
-
-    def __init__(
-        self,
-        path: Path,
-        fingerprint: str,
-        from_row: Callable[[dict[str, Any]], Record],
-        to_row: Callable[[Record], dict[str, Any]],
-    ) -> None:
-        self._to_row = to_row
-        self._log = RecordLog(path, fingerprint)
-        self.records: dict[str, Record] = {name: from_row(row) for name, row in self._log.rows.items()}
-
-    def write(self, records: dict[str, Record]) -> None:
-        """Store a finished batch."""
-        self._log.append(*({"id": name, **self._to_row(record)} for name, record in records.items()))
-        self.records.update(records)
-
-    def __enter__(self) -> Log[Record]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._log.close()
-
-
-AnswerLog = Log[Answer]
+AnswerLog = RecordLog[Answer]
 
 
 def answer_log(path: Path, fingerprint: str) -> AnswerLog:
     """One route's answers to one task."""
-    return Log(path, fingerprint, _from_row, _to_row)
+    return RecordLog(path, fingerprint, _from_row, _to_row)
 
 
 def _from_row(row: dict[str, Any]) -> Answer:

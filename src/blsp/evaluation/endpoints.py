@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import soundfile
 
 from blsp.continuation.engines import Prompt
@@ -31,7 +30,6 @@ from blsp.evaluation.tasks import Task
 from blsp.llm.decoding import Decoding
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-ROWS_AT_A_TIME = 32
 OWN_COLUMNS = ("text", "cascade", "speech", "transcript", "recogniser", "readout")
 JUDGE = """\
 Rate how well an assistant answered a spoken question, from 1 (useless) to 10 (excellent): is the answer \
@@ -89,31 +87,33 @@ def ask_peer(
     progress: Callable[[int], Any] = lambda count: None,
 ) -> Answers:
     """The peer's answers to the task; those in the log are not asked for again."""
-    by_number = dict(enumerate(rows))
-    engine = _engine(endpoint, task.max_new_tokens, lambda prompt: _speech_turn(by_number[prompt.key], prompt))
-    waiting = [number for number, row in by_number.items() if row.id not in log.records]
-    progress(len(rows) - len(waiting))
-    for start in range(0, len(waiting), ROWS_AT_A_TIME):
-        numbers = waiting[start : start + ROWS_AT_A_TIME]
-        prompts = [Prompt(n, by_number[n].instruction or "", task.order, by_number[n].text) for n in numbers]
-        for written in engine.write([[prompt] for prompt in prompts]):
-            for reply in written:
-                log.write({by_number[reply.key].id: Answer(reply.text.strip(), reply.finish)})
-        progress(len(numbers))
+    engine = _engine(endpoint, task.max_new_tokens, lambda prompt: _speech_turn(rows[prompt.key], prompt))
+    prompts = [Prompt(n, row.instruction or "", task.order, row.text) for n, row in enumerate(rows)]
+    _ask_missing(engine, prompts, rows, log, progress)
     return {row.id: log.records[row.id] for row in rows}
 
 
 def rate(endpoint: Endpoint, rows: Sequence[Utterance], answers: Answers, log: AnswerLog) -> dict[str, float]:
     """The judge's mark for each answer (nan where it wrote no number from 1 to 10)."""
-    by_number = dict(enumerate(rows))
-    engine = _engine(endpoint, 8, lambda prompt: prompt.text)
-    texts = {number: JUDGE.format(question=row.text, answer=answers[row.id].text) for number, row in by_number.items()}
-    waiting = [number for number, row in by_number.items() if row.id not in log.records]
-    prompts = [[Prompt(number, "", "instruction-first", texts[number])] for number in waiting]
-    for written in engine.write(prompts):
-        for reply in written:
-            log.write({by_number[reply.key].id: Answer(reply.text.strip(), reply.finish)})
+    texts = [JUDGE.format(question=row.text, answer=answers[row.id].text) for row in rows]
+    prompts = [Prompt(n, "", "instruction-first", text) for n, text in enumerate(texts)]
+    _ask_missing(_engine(endpoint, 8, lambda prompt: prompt.text), prompts, rows, log)
     return {row.id: read_mark(log.records[row.id].text) for row in rows}
+
+
+def _ask_missing(
+    engine: OpenAIEngine,
+    prompts: Sequence[Prompt],
+    rows: Sequence[Utterance],
+    log: AnswerLog,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> None:
+    """Write the replies to the log that it lacks. A prompt's key is the number of its row."""
+    waiting = [[prompt] for prompt in prompts if rows[prompt.key].id not in log.records]
+    progress(len(rows) - len(waiting))
+    for written in engine.write(waiting):
+        log.write({rows[reply.key].id: Answer(reply.text.strip(), reply.finish) for reply in written})
+        progress(len(written))
 
 
 def read_mark(text: str) -> float:
@@ -135,14 +135,10 @@ def _engine(endpoint: Endpoint, max_new_tokens: int, content: Callable[[Prompt],
 
 def _speech_turn(row: Utterance, prompt: Prompt) -> list[dict[str, Any]]:
     """The user's turn: instruction and clip, in the task's order."""
-    clip: dict[str, Any] = {"type": "input_audio", "input_audio": {"data": _as_wav(load_clip(row)), "format": "wav"}}
+    wav = io.BytesIO()
+    soundfile.write(wav, load_clip(row), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    audio = {"data": base64.b64encode(wav.getvalue()).decode(), "format": "wav"}
+    clip: dict[str, Any] = {"type": "input_audio", "input_audio": audio}
     words = {"type": "text", "text": prompt.instruction}
     parts = [clip, words] if prompt.order == "speech-first" else [words, clip]
     return [part for part in parts if part is clip or prompt.instruction]
-
-
-def _as_wav(clip: np.ndarray) -> str:
-    """Base64 of a 16-bit WAV file."""
-    buffer = io.BytesIO()
-    soundfile.write(buffer, clip, SAMPLE_RATE, format="WAV", subtype="PCM_16")
-    return base64.b64encode(buffer.getvalue()).decode()

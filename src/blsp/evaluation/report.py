@@ -87,7 +87,7 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
     figures = results.to_json()
     sections = [
         f"# How well does `{results.environment.get('model', 'the model')}` listen?\n\n{INTRODUCTION}",
-        _in_short(results, figures),
+        f"## In short\n\n{sentences}" if (sentences := summarise(results, figures)) else "",
         "## At a glance\n\n" + _glance(results, figures) + "\n\n" + _remarks(results, figures),
         _draw_scores(results, figures, folder),
         _alignment(results, figures, folder),
@@ -103,13 +103,6 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
 
 
 # --- tables -------------------------------------------------------------------------------------------------
-
-
-def _in_short(results: Results, figures: Figures) -> str:
-    sentences = summarise(results, figures)
-    return f"## In short\n\n{sentences}" if sentences else ""
-
-
 def _glance(results: Results, figures: Figures) -> str:
     """One line a task: the main metric on every route."""
     routes = _routes(results)
@@ -264,8 +257,6 @@ def _measured(results: Results) -> str:
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
-
-
 def _draw_scores(results: Results, figures: Figures, folder: Path) -> str:
     panels: dict[str, list[pictures.Point]] = {}
     for result in results.tasks:

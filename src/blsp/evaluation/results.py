@@ -172,16 +172,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "numpy",
-    "faster-whisper",
-    "ctranslate2",
-    "jiwer",
-    "sacrebleu",
-    "whisper-normalizer",
-)
+# packages whose versions are noted
+STACK = ("torch", "transformers", "numpy", "faster-whisper", "ctranslate2", "jiwer", "sacrebleu", "whisper-normalizer")
 
 
 def describe(listener: Listener) -> dict[str, Any]:
@@ -195,7 +187,7 @@ def describe(listener: Listener) -> dict[str, Any]:
         "device": str(listener.model.lm_head.weight.device),
         "dtype": str(listener.model.lm_head.weight.dtype).removeprefix("torch."),
         "python": platform.python_version(),
-        "packages": {name: number for name in PACKAGES if (number := _version(name))},
+        "packages": {name: number for name in STACK if (number := _version(name))},
         "adapter": config.adapter,
         "audio_model": config.audio_model_id,
         "audio_model_sha256": config.audio_model_sha256,

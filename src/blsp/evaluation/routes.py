@@ -163,8 +163,6 @@ def _transcript(listener: Listener, route_input: RouteInput) -> str | None:
 
 
 # --- what decides an answer ---------------------------------------------------------------------------------
-
-
 def text_fingerprint(listener: Listener) -> str:
     """The LLM alone: text route and cascade do not depend on the adapter, so they are not asked again for a new one."""
     config = listener.model.config

@@ -96,12 +96,6 @@ def plain_words(text: str, language: str = "en") -> list[str]:
 
 
 # --- recognition --------------------------------------------------------------------------------------------
-
-
-def _score_recognition(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
-    _add_word_errors(task.language, rows, [answer.text for answer in answers], result)
-
-
 def _add_word_errors(language: str, rows: Sequence[Utterance], texts: Sequence[str], result: Score) -> None:
     between = "" if language in UNSPACED else " "  # of letters that were split, the blanks are no characters
     pairs = [
@@ -111,12 +105,8 @@ def _add_word_errors(language: str, rows: Sequence[Utterance], texts: Sequence[s
         counts = [_errors(align, blank.join(reference), blank.join(transcript)) for reference, transcript in pairs]
         values = [errors / max(length, 1) for errors, length in counts]
         # Where no reference has a word, every word written is an error: their number, as in a row's own value.
-        rate = ratio if any(length for _, length in counts) else _sum_of_errors
+        rate = ratio if any(length for _, length in counts) else lambda total: float(total[0])
         result.add(name, rows, Figure(np.array(counts, dtype=float), rate), values)
-
-
-def _sum_of_errors(total: np.ndarray) -> float:
-    return float(total[0])
 
 
 def _errors(align: Callable, reference: str, transcript: str) -> tuple[int, int]:
@@ -127,8 +117,6 @@ def _errors(align: Callable, reference: str, transcript: str) -> tuple[int, int]
 
 
 # --- translation --------------------------------------------------------------------------------------------
-
-
 def _score_translation(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
     references = [row.reference or "" for row in rows]
     texts = [answer.text for answer in answers]
@@ -162,8 +150,6 @@ def _add_sacrebleu(
 
 
 # --- understanding ------------------------------------------------------------------------------------------
-
-
 def _score_understanding(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
     pairs = list(zip(rows, answers, strict=True))
     if all(row.options is not None for row in rows):
@@ -175,9 +161,11 @@ def _score_understanding(task: Task, rows: Sequence[Utterance], answers: Sequenc
             result.add_mean("accuracy_generated", rows, values)
         return
     words = [plain_words(answer.text, task.answer_language) for answer in answers]
-    accepted = [_accepted(row, task.answer_language) for row in rows]
+    # the words of each reference and of its other spellings
+    spellings = [dict.fromkeys([row.reference or "", *row.extra.get("references", [])]) for row in rows]
+    accepted = [[plain_words(spelling, task.answer_language) for spelling in of_row] for of_row in spellings]
     metrics: dict[str, Callable[[list[str], list[list[str]]], float]] = {
-        "accuracy": lambda answer, spellings: any(_contains(answer, words) for words in spellings),
+        "accuracy": lambda answer, spellings: any(_position(answer, words) is not None for words in spellings if words),
         "em": lambda answer, spellings: answer in spellings,
         "f1": lambda answer, spellings: max(_f1(answer, words) for words in spellings),
     }
@@ -211,23 +199,9 @@ def _names_reference(row: Utterance, answer: Answer, language: str) -> float:
         return float(min(named)[2] == row.reference)
     if answer.finish == NO_SPEECH:
         return 0.0
-    likeness = [_lowercase_chrf().sentence_score(answer.text, [option]).score for option in row.options]
+    chrf = CHRF(lowercase=True)
+    likeness = [chrf.sentence_score(answer.text, [option]).score for option in row.options]
     return float(max(likeness) > 0 and row.options[int(np.argmax(likeness))] == row.reference)
-
-
-@cache
-def _lowercase_chrf() -> CHRF:
-    return CHRF(lowercase=True)
-
-
-def _accepted(row: Utterance, language: str) -> list[list[str]]:
-    """The words of the reference and of its other spellings (`references` in the row)."""
-    spellings = dict.fromkeys([row.reference or "", *row.extra.get("references", [])])
-    return [plain_words(spelling, language) for spelling in spellings]
-
-
-def _contains(words: list[str], part: list[str]) -> bool:
-    return bool(part) and _position(words, part) is not None
 
 
 def _position(words: list[str], part: list[str]) -> int | None:
@@ -242,8 +216,6 @@ def _f1(answer: list[str], reference: list[str]) -> float:
 
 
 # --- open answers and silence -------------------------------------------------------------------------------
-
-
 def _score_open(
     task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], references: Sequence[str] | None, result: Score
 ) -> None:
@@ -256,16 +228,14 @@ def _score_open(
     result.add_mean("words", rows, [float(count_words(text, task.answer_language)) for text in texts])
 
 
-def _score_no_speech(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
-    result.add_mean("accuracy", rows, [float(answer.finish == NO_SPEECH) for answer in answers])
-
-
 SCORERS: dict[str, Callable[[Task, Sequence[Utterance], Sequence[Answer], Score], None]] = {
-    "asr": _score_recognition,
+    "asr": lambda task, rows, answers, score: _add_word_errors(task.language, rows, [a.text for a in answers], score),
     "st": _score_translation,
     "slu": _score_understanding,
     "sqa": _score_understanding,
-    "no-speech": _score_no_speech,
+    "no-speech": lambda _, rows, answers, score: score.add_mean(
+        "accuracy", rows, [float(answer.finish == NO_SPEECH) for answer in answers]
+    ),
 }
 
 

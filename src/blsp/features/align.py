@@ -154,8 +154,6 @@ def best_path(scores: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np
 
 
 # --- the store of the times, and the adapter's places ------------------------------------------------------
-
-
 class TokenTimes:
     """The store: (features of a clip, transcript ids) → the encoder frame at which each token is spoken."""
 

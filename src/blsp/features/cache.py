@@ -164,8 +164,6 @@ class FeatureCache:
 
 
 # --- shards -----------------------------------------------------------------------------------------------
-
-
 class ShardWriter:
     """Appends clips to shards of its own until it is closed; an added clip is kept even if the process is killed."""
 
@@ -262,8 +260,6 @@ def _sound_clips(paths: Sequence[Path], states: Sequence[ShardState]) -> np.ndar
 
 
 # --- the index --------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Index:
     """Records sorted by their keys; both arrays are memory-mapped."""
@@ -321,8 +317,6 @@ def read_log(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 # --- hashes of audio files --------------------------------------------------------------------------------
-
-
 class ContentHashes:
     """Hashes of audio files, remembered by path, size and time, so that a file is read once. Threads may share one."""
 

@@ -119,8 +119,6 @@ def _new_skip_list(path: Path, runtime: Runtime) -> SkippedLog:
 
 
 # --- what passes through the stages -----------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Clip:
     """A row with its log-mel features: mel (M, Tm), and mask (Tm,) bool, True where there is speech."""
@@ -214,8 +212,6 @@ class Encoder:
 
 
 # --- the stages -------------------------------------------------------------------------------------------
-
-
 def encode_manifest(
     cache: FeatureCache,
     rows: Sequence[Utterance],

@@ -66,7 +66,6 @@ class Listener:
         self.prefixes = PrefixCache(model, PREFIXES_KEPT)
 
     # --- answers --------------------------------------------------------------------------------------------
-
     def answer(self, audio: Any, instruction: str = "", *, max_new_tokens: int = ZERO_SHOT_TOKENS) -> str:
         """The answer to a spoken question, or to `instruction` about the speech."""
         decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
@@ -114,7 +113,6 @@ class Listener:
         return {key: answer_text(self.tokenizer, result.ids).strip() for key, result in results.items()}
 
     # --- transcripts ----------------------------------------------------------------------------------------
-
     def transcribe(self, audio: Any, *, method: TranscribeMethod | None = None) -> str:
         """The transcript of one clip; "" where no speech is found. See `transcribe_all`."""
         return self.transcribe_all([audio], method=method)[0]
@@ -174,7 +172,6 @@ class Listener:
         return [answers.get(i, "") for i in range(len(clips))]
 
     # --- the way of a clip into the prompt ------------------------------------------------------------------
-
     @torch.no_grad()
     def embed_audio(self, audios: Sequence[Any], *, beam: int = 0) -> list[AudioEmbeds]:
         """Each clip's vectors, computed in batches of like length. A clip of digital silence holds no speech.

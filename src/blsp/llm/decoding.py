@@ -270,8 +270,6 @@ def _sample(scores: Tensor, decoding: Decoding, generator: torch.Generator) -> i
 
 
 # --- tokens to text ---------------------------------------------------------------------------------------
-
-
 class TextStream:
     """The text of one answer. A character whose bytes are not complete is held back, and so is trailing white space."""
 

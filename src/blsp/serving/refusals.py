@@ -44,8 +44,6 @@ def _sendable(text: str) -> str:
 
 
 # --- fields that are wrong --------------------------------------------------------------------------------
-
-
 def wrong_field(code: str, message: str, param: str = "") -> PydanticCustomError:
     """An error for pydantic's validators. param: the field below the one that is validated, where it is another."""
     return PydanticCustomError("refused", "{message}", {"message": message, "code": code, "param": param})

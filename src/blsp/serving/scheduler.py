@@ -132,7 +132,6 @@ class Scheduler:
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     # --- called from other threads ------------------------------------------------------------------------
-
     def start(self) -> None:
         self._thread.start()
 
@@ -180,7 +179,6 @@ class Scheduler:
         return max(1, 2 * len(self._waiting) // self.limits.batch)
 
     # --- in the thread of the model -------------------------------------------------------------------------------
-
     def _work(self) -> None:
         while self._wait():
             try:

@@ -44,8 +44,6 @@ class DataError(ValueError):
 
 
 # --- sources ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Source:
     """One data file: continuations, or a plain manifest.
@@ -291,8 +289,6 @@ def _write_rows(path: Path, measured: NDArray[np.void], chosen: NDArray[np.bool_
 
 
 # --- groups and what is held out --------------------------------------------------------------------------
-
-
 def text_hash(text: str) -> int:
     """64 bits of a text that are the same in every process."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

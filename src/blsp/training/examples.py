@@ -128,8 +128,6 @@ def _prompt_of(row: Utterance) -> tuple[str, str]:
 
 
 # --- measuring rows ---------------------------------------------------------------------------------------
-
-
 @dataclass
 class RowMeasurer:
     """Gives the lengths of rows without reading their speech; collects the prompts that they use.
@@ -221,8 +219,6 @@ def _frames_of_audio(row: Utterance) -> int:
 
 
 # --- reading examples -------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class ExampleReader:
     """Reads measured rows as examples.

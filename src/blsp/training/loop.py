@@ -91,8 +91,6 @@ def train_stage(settings: TrainSettings, runtime: Runtime, stop: StopSignal) -> 
 
 
 # --- one step ---------------------------------------------------------------------------------------------
-
-
 def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> None:
     """Step `number` (from 0): forward and backward over this rank's micro-batches, then one move of the adapter."""
     examples = [example for batch in batches for example in batch]
@@ -169,8 +167,6 @@ def bad_loss(run: Run, number: int, value: float, examples: Iterable[Example]) -
 
 
 # --- the end ----------------------------------------------------------------------------------------------
-
-
 def finish(run: Run, state: State) -> None:
     """Write the adapter, its card and the curves; say which rows of any rank were skipped."""
     barrier(run.runtime)  # every rank has written its skip list

@@ -33,8 +33,6 @@ IMPOSSIBLE = -1e30  # log-probability of an impossible path; finite, so that no 
 
 
 # --- at response positions --------------------------------------------------------------------------------
-
-
 def ce_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of ``targets`` (N,) under ``logits`` (N, V)."""
     return F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
@@ -87,8 +85,6 @@ def _teacher_with_rest(top_logp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- on the adapter's own output --------------------------------------------------------------------------
-
-
 def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int) -> Tensor:
     """-log p(targets), for ``targets`` (B, U; right-padded) and ``log_probs`` (B, S, C) of true ``lengths`` (B,).
 
@@ -207,8 +203,6 @@ def _draw(tokens: Tensor, count: int, seed: int) -> Tensor:
 
 
 # --- a part of the positions at a time --------------------------------------------------------------------
-
-
 def chunked(hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
     """Sum of ``loss_of(hidden[part], part)`` over parts of ``rows`` positions of ``hidden`` (N, D).
 

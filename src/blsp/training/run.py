@@ -140,8 +140,6 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
 
 
 # --- what is learnt ---------------------------------------------------------------------------------------
-
-
 def check_loss(settings: TrainSettings) -> None:
     """Raise SettingsError where the adapter or the loss is not known, or where they do not fit each other."""
     try:
@@ -201,8 +199,6 @@ def targets_of(settings: TrainSettings, objective: Objective) -> Targets:
 
 
 # --- data -------------------------------------------------------------------------------------------------
-
-
 def data_sources(settings: TrainSettings, runtime: Runtime, stored_teacher: bool) -> list[Source]:
     """The files of --data, and made clips of silence and noise for --no-speech."""
     sources = open_sources(
@@ -293,8 +289,6 @@ def _read_examples(run: Run, rows: NDArray[np.void], epoch: int) -> Iterator[Exa
 
 
 # --- the model --------------------------------------------------------------------------------------------
-
-
 def open_model(
     settings: TrainSettings, runtime: Runtime, sources: list[Source]
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:

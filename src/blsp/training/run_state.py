@@ -44,8 +44,6 @@ STATE = "state.json"
 
 
 # --- progress ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come. `window_*`: sums since the last line of metrics.jsonl."""
@@ -78,8 +76,6 @@ def empty_window(progress: Progress) -> Progress:
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
-
-
 def environment(runtime: Runtime) -> dict[str, Any]:
     """What must be equal for two runs to be equal to the bit."""
     return {
@@ -263,8 +259,6 @@ def merge_skipped(skipped: SkippedLog, out: Path) -> None:
 
 
 # --- while a run lasts ------------------------------------------------------------------------------------
-
-
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Use only algorithms that give the same bits each time, while the block runs."""

@@ -123,8 +123,6 @@ def autocast(runtime: Runtime) -> torch.autocast:
 
 
 # --- what a micro-batch computes --------------------------------------------------------------------------
-
-
 @dataclass
 class MicroBatch:
     """The tensors of a micro-batch; each is computed when a loss first asks for it, and shared by all losses."""
@@ -231,8 +229,6 @@ def response_states(
 
 
 # --- ce and kl --------------------------------------------------------------------------------------------
-
-
 def _response_tokens(example: Example) -> int:
     return len(example.response)
 
@@ -288,8 +284,6 @@ def _divergence(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) 
 
 
 # --- ctc --------------------------------------------------------------------------------------------------
-
-
 def _readout_tokens(example: Example) -> int:
     """Tokens of the CTC target; a clip without speech counts as one."""
     return 0 if example.readout is None else max(1, len(example.readout))
@@ -331,8 +325,6 @@ def _posteriors(batch: MicroBatch, targets: Sequence[Sequence[int]]) -> tuple[Te
 
 
 # --- embed ------------------------------------------------------------------------------------------------
-
-
 def _spoken_tokens(example: Example) -> int:
     """Transcript tokens whose places are known; a clip without speech counts as one."""
     return 0 if example.places is None else max(1, len(example.places))
@@ -373,8 +365,6 @@ LOSSES: dict[str, Loss] = {
 
 
 # --- an LLM that is sharded over ranks --------------------------------------------------------------------
-
-
 def pad_micro_batches(batches: list[list[Example]], runtime: Runtime) -> Iterator[list[Example]]:
     """`batches`, then empty ones, as many as the rank with the most has: a sharded LLM is run by all ranks at once."""
     most = torch.tensor(len(batches), device=runtime.device)
