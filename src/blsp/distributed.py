@@ -1,8 +1,7 @@
 """Device, number format and rank of this process, and the operations that ranks do together.
 
-One launcher for every heavy job: `torchrun` or `accelerate launch` start the processes and give each its rank
-through the environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT); without them there is one process.
-Ranks share work by row and meet in a few sums.
+`torchrun` or `accelerate launch` start the processes and give each its rank through the environment; without them there
+is one process. Ranks share work by row and meet in a few sums.
 
 In:    the names of a device and a number format, or "auto"; the launcher's environment variables.
 Out:   a `Runtime`, which every function that computes gets as an argument.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blsp.cli import main
-from blsp.data.files import digest_of
+from blsp.data.files import digest_of, read_rows
 from blsp.data.jobs import RecordLog
 from blsp.settings import DEFAULT_MODEL, SettingsError, TourSettings
 from blsp.weights.shipped import is_shipped
@@ -73,7 +73,7 @@ def visit(stop: Stop, folder: Path, commands: list[list[str]]) -> str:
 
     commands: those of all steps up to this one. Where one of them has changed, the record does not count.
     """
-    with RecordLog(folder / f"{stop.name.replace(' ', '-')}.jsonl", digest_of(commands)) as log:
+    with RecordLog[dict[str, Any]](folder / f"{stop.name.replace(' ', '-')}.jsonl", digest_of(commands)) as log:
         if stop.name in log.records:
             return "(done by an earlier tour)\n" + log.records[stop.name]["seen"]
         for command in stop.commands:
@@ -130,7 +130,8 @@ def plan(settings: TourSettings) -> list[Stop]:
                     *device,
                 ),
             ),
-            lambda: f"kept in {features}: {_megabytes(features):.1f} MB",
+            lambda: f"kept in {features}: "
+            f"{sum(file.stat().st_size for file in features.rglob('*') if file.is_file()) / 1e6:.1f} MB",
         ),
         Stop(
             "the training",
@@ -178,7 +179,7 @@ def plan(settings: TourSettings) -> list[Stop]:
 # --- what there is to see ---------------------------------------------------------------------------------
 def read_manifest(path: Path) -> Rows:
     """All rows of a small manifest, as they are in the file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in read_rows(path)]
 
 
 def read_clips(manifest: Path) -> Rows:
@@ -285,10 +286,6 @@ def _error_rate(listener: Listener, rows: Rows) -> float:
     normalise = EnglishTextNormalizer()
     readouts = listener.readout(listener.embed_audio([row["audio"] for row in rows]))
     return float(jiwer.wer([normalise(row["text"]) for row in rows], [normalise(text) for text in readouts]))
-
-
-def _megabytes(folder: Path) -> float:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
 def _short(text: str, width: int = 150) -> str:

@@ -12,11 +12,11 @@ from support.tiny_models import tiny_tokenizer
 from blsp.continuation.requests import (
     MixtureError,
     PlannedPrompt,
-    PromptLengths,
     PromptPolicy,
     PromptSpec,
     parse_mixture,
     plan_continuations,
+    prompt_lengths,
 )
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import Utterance
@@ -80,11 +80,11 @@ def test_a_rows_instruction_wins_over_the_commands() -> None:
 @pytest.mark.parametrize(("tokens", "kept"), [(191, True), (192, False), (193, False)])
 def test_prompts_of_192_tokens_are_dropped(tmp_path: Path, tokens: int, kept: bool) -> None:
     """The paper's limit, to the token."""
-    lengths, spec = PromptLengths(tiny_tokenizer()), PromptSpec("continue", "Say:", "instruction-first")
+    count, spec = prompt_lengths(tiny_tokenizer()), PromptSpec("continue", "Say:", "instruction-first")
     text = "a"
-    while lengths.count(spec, text) < tokens:
+    while count(spec, text) < tokens:
         text += "~"
-    assert lengths.count(spec, text) == tokens
+    assert count(spec, text) == tokens
     policy = PromptPolicy(parse_mixture("continue"), parse_mixture("instruction-first"), instruction="Say:")
     with SkippedLog(tmp_path / "out.jsonl") as skipped:
         row = Utterance(id="a", audio="a.wav", text=text)

@@ -29,7 +29,7 @@ from blsp.features.encode import (
     Clip,
     Encoder,
     Progress,
-    batches_by_length,
+    batches_of,
     encode,
     encoder_id,
     in_order,
@@ -247,10 +247,10 @@ def test_batches_hold_like_lengths_within_the_budget(
     clips = read(encoder, manifest, tmp_path)
     random.Random(0).shuffle(clips)
     monkeypatch.setattr(encoding, "SORTED_SECONDS", 8.0)
-    batches = list(batches_by_length(clips, 3.0))
+    batches = list(batches_of(clips, 3.0))
     assert sorted(clip.row.id for batch in batches for clip in batch) == sorted(clip.row.id for clip in clips)
     assert all(len(batch) * max(clip.width for clip in batch) <= 300 for batch in batches)
-    assert len(batches) < 15 and len(list(batches_by_length(clips, 0.01))) == 20, "above the budget: alone"
+    assert len(batches) < 15 and len(list(batches_of(clips, 0.01))) == 20, "above the budget: alone"
 
 
 def test_work_is_begun_ahead_and_given_in_order() -> None:

@@ -10,6 +10,7 @@ import torch
 from blsp.data.jobs import JobError
 from blsp.distributed import Runtime
 from blsp.training.run_state import (
+    Checkpoint,
     Progress,
     add_to_window,
     check_environment,
@@ -29,7 +30,8 @@ def _save(folder: Path, step: int, keep: int = 2) -> Path:
     weights = {"w": torch.full((2, 3), float(step)), "s": torch.tensor(1.5)}
     optimiser = torch.optim.AdamW([torch.nn.Parameter(weights["w"])], lr=0.1)
     progress = Progress(step=step, samples=8 * step, seconds=0.1 * step)
-    return save_checkpoint(folder, progress, weights, {}, optimiser.state_dict(), environment(HERE), keep)
+    checkpoint = Checkpoint(progress, environment(HERE), weights, {}, optimiser.state_dict())
+    return save_checkpoint(folder, checkpoint, keep)
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:

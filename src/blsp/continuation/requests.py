@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -84,18 +84,18 @@ def plan_continuations(
     rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, policy: PromptPolicy, skipped: SkippedLog
 ) -> Iterator[PlannedPrompt]:
     """The prompts of step 1; a prompt that is left out is noted in `skipped`."""
-    lengths = PromptLengths(tokenizer)
+    count = prompt_lengths(tokenizer)
     for number, row in enumerate(rows):
         if row.no_speech:
             for spec in policy.specs_for(row):
-                yield PlannedPrompt(number, spec, lengths.count(spec, ""), None)
+                yield PlannedPrompt(number, spec, count(spec, ""), None)
             continue
         text = read_text(row, policy.normalise)
         if reason := no_words(row.text) or no_words(text):
             skipped.add(row.id, row.audio, reason)
             continue
         for spec in policy.specs_for(row):
-            tokens = lengths.count(spec, text)
+            tokens = count(spec, text)
             if tokens >= policy.max_prompt_tokens:
                 limit = f"below {policy.max_prompt_tokens} are continued (--max-prompt-tokens)"
                 skipped.add(row.id, row.audio, f"the {spec.behaviour} prompt has {tokens} tokens; {limit}")
@@ -105,15 +105,15 @@ def plan_continuations(
 
 def plan_scoring(rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, path: str) -> Iterator[PlannedPrompt]:
     """The prompts of `--score-only`. They are equal where prompt, continuation and its end are equal."""
-    lengths = PromptLengths(tokenizer)
+    count = prompt_lengths(tokenizer)
     for number, row in enumerate(rows):
         spec = spec_of_finished(row, path)
         if row.no_speech:
-            yield PlannedPrompt(number, spec, lengths.count(spec, ""), None)
+            yield PlannedPrompt(number, spec, count(spec, ""), None)
             continue
         ids, finish = row.extra["continuation_ids"], row.extra["finish"]
         digest = prompt_digest(spec.instruction, spec.order, row.text, str(ids), finish)
-        yield PlannedPrompt(number, spec, lengths.count(spec, row.text) + len(ids), digest)
+        yield PlannedPrompt(number, spec, count(spec, row.text) + len(ids), digest)
 
 
 def spec_of_finished(row: Utterance, path: str) -> PromptSpec:
@@ -130,21 +130,18 @@ def prompt_digest(*fields: str) -> bytes:
     return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
 
 
-class PromptLengths:
-    """Prompt lengths in tokens; the part around the transcript is counted once for each instruction."""
+def prompt_lengths(tokenizer: PreTrainedTokenizerBase) -> Callable[[PromptSpec, str], int]:
+    """(spec, transcript) -> tokens of the whole prompt; what is around a transcript is counted once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._template_length = lru_cache(TEMPLATE_LENGTHS)(self._count_template)
-
-    def count(self, spec: PromptSpec, text: str) -> int:
-        """Tokens of the whole prompt with this transcript."""
-        transcript = len(transcript_ids(self._tokenizer, text)) if text else 0
-        return self._template_length(spec.instruction, spec.order) + transcript
-
-    def _count_template(self, instruction: str, order: Order) -> int:
-        template = prompt_template(self._tokenizer, instruction, order)
+    @lru_cache(TEMPLATE_LENGTHS)
+    def around(instruction: str, order: Order) -> int:
+        template = prompt_template(tokenizer, instruction, order)
         return len(template.prefix_ids) + len(template.suffix_ids)
+
+    def count(spec: PromptSpec, text: str) -> int:
+        return around(spec.instruction, spec.order) + (len(transcript_ids(tokenizer, text)) if text else 0)
+
+    return count
 
 
 # --- transcripts ------------------------------------------------------------------------------------------
@@ -213,10 +210,10 @@ def parse_mixture(text: str) -> Mixture:
 def _parse_entry(entry: str) -> tuple[str, float | None]:
     name, colon, last = entry.rpartition(":")
     try:
-        weight = float(last) if colon else None
+        weight = float(last)
     except ValueError:
         return entry, None
-    if weight is None:
+    if not colon:
         return entry, None
     if not math.isfinite(weight) or weight <= 0:
         raise MixtureError(f"{entry!r}: a weight must be a number above 0")

@@ -6,12 +6,9 @@ Out: `out.jsonl`, the manifest's rows with `continuation` and what it was made f
 Try: `blsp continue --manifest in.jsonl --out out.jsonl --llm embedded:smollm2-135m-instruct`
 Flow: manifest → requests.py (prompts) → work.py (plan, answers) → **writer.py** (rows, top-k) → training
 
-The batches are planned from the whole input before the first token, and they never change. Ranks compute batches in
-turn and record them in `out.jsonl.parts/`. A run that was killed at any moment computes the missing batches when
-it is started again, and the output is the same to the byte. It appears whole, under its name, at the end.
-
---score-only runs the LLM once over prompt and continuation instead of once for each token. Rows without
-`continuation_ids`, from servers that do not return them, get the ids of their text first; the header says so.
+A killed run computes the missing batches when it is started again, and the output is the same to the byte.
+--score-only runs the LLM once over prompt and continuation. Rows without `continuation_ids`, from servers that do not
+return them, get the ids of their text first; the header says so.
 """
 
 import os

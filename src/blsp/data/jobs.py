@@ -33,7 +33,9 @@ from filelock import FileLock, Timeout
 
 from blsp.data.files import digest_of, dump_row, read_rows, show, write_json
 
-In, Out, Record = TypeVar("In"), TypeVar("Out"), TypeVar("Record")
+In = TypeVar("In")
+Out = TypeVar("Out")
+Record = TypeVar("Record")
 SKIPPED_SUFFIX = ".skipped.jsonl"
 WAIT = 0.5  # seconds between two looks for what another rank writes
 
@@ -110,15 +112,12 @@ class SkippedLog:
         self._log.append({"id": id, "audio": audio, "reason": reason})
         self._seen.add(hash(id))
 
-    def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        if self._log is not None:
+            self._log.close()
 
 
 class RecordLog(RowLog, Generic[Record]):
@@ -132,7 +131,7 @@ class RecordLog(RowLog, Generic[Record]):
         path: Path,
         fingerprint: str,
         from_row: Callable[[dict[str, Any]], Record] = dict,  # type: ignore[assignment]
-        to_row: Callable[[Record], dict[str, Any]] = dict,
+        to_row: Callable[[Record], dict[str, Any]] = dict,  # type: ignore[assignment]
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         super().__init__(path)

@@ -1,16 +1,12 @@
 """`blsp prepare`: a corpus on disk becomes a manifest.
 
-    $ blsp prepare librispeech --root /data/LibriSpeech --split dev-clean --out dev.jsonl
-    dev.jsonl: 2,703 rows; 0 left out
-
 In:  `PrepareSettings`.
 Out: the manifest; OUT.meta.json (settings and counts); OUT.skipped.jsonl, if anything was left out.
-Try: the command above.
+Try: `blsp prepare librispeech --root /data/LibriSpeech --split dev-clean --out dev.jsonl`
 Flow: **corpora → manifest** → continuations (`blsp continue`) → speech features (`blsp encode`).
 
-Rows are appended to a part file (`jobs.py`), one whole line at a time. A run that was killed counts what is
-there, lets the reader go past it (readers keep their order), and goes on. The file gets its name at the end.
-Memory does not grow with the corpus.
+A run that was killed counts the rows of its part file (jobs.py), lets the reader go past them (readers keep their
+order), and goes on. Memory does not grow with the corpus.
 """
 
 import os

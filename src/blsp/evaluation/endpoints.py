@@ -4,9 +4,8 @@ In:  rows and a URL. Out: a peer's answers, as one more column; a judge's marks 
 Try: `blsp evaluate --suite tiny --task sqa --peer ultravox@http://localhost:8000/v1 --out results/x`
 Flow: evaluation/ — beside routes.py (peers answer the same questions) and after it (the judge reads the answers).
 
-Requests go through the engine of step 1, which keeps many in flight and repeats those that a full or broken server
-refused. A peer gets the instruction as text and the clip as `input_audio`. It chooses among options by writing one,
-since no endpoint tells how likely a given answer is.
+A peer gets the instruction as text and the clip as `input_audio`. It chooses among options by writing one, since no
+endpoint tells how likely a given answer is.
 """
 
 import base64

@@ -3,9 +3,7 @@
 In:  `EvaluateSettings`, or a loaded model and a `Suite`. Out: the results folder, and the table on the screen.
 Try: `blsp evaluate --suite tiny --out results/tiny`
 Flow: evaluation/ — tasks.py → routes.py → scoring.py → alignment.py → report.py; this file calls them in this order.
-
-Every answer is logged when its batch is done. After a kill, the same command continues and gives the same numbers to
-the last digit.
+      A killed run continues with the batches that are not logged, and gives the same numbers to the last digit.
 """
 
 import time

@@ -10,9 +10,8 @@ By layer, at the positions of the answer's tokens, where both routes hold the sa
 applied to its state, the "logit lens"). The question's length differs between the routes, so there it is the cosine
 of the two means.
 
-The picture is the paper's (§4.4), with one point for each clip, route and instruction. A point is the last-layer state
-at the question's last position, from which the answer's first token is predicted. At that position the LLM has joined
-instruction and content, while a mean over the question shows the content alone.
+The picture is the paper's (§4.4): one point for each clip, route and instruction. It is the last-layer state at the
+question's last position, where the LLM has joined instruction and content.
 
 Shapes: A layers + 1, L question, N answer tokens, D LLM width, C clips, I instructions, M points (I × 2 routes × C).
 """

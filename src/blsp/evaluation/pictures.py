@@ -4,8 +4,7 @@ In:  scores and the alignment analysis. Out: PNG files in the results folder.
 Try: `draw_positions(alignment, Path("results/tiny/divergence_by_position.png"))`
 Flow: evaluation/ — scoring.py, alignment.py → **pictures** → report.py.
 
-A route has the same colour and mark in every picture: text black circles, cascade blue squares, speech orange diamonds
-(Okabe & Ito's palette).
+A route has the same colour and mark in every picture (Okabe & Ito's palette).
 """
 
 from collections.abc import Sequence
@@ -159,7 +158,9 @@ def draw_layers(layers: LayerAnalysis, picture: Path) -> None:
     )
     for values, colour, line, label in curves:
         left.plot(numbers, values, color=colour, linewidth=2, linestyle=line, label=label)
-    left.set(title="Similarity of the states", ylim=_similarity_range(layers))
+    # From the tenth below the lowest value to a little above 1: routes may differ in hundredths only
+    bottom = min(np.floor(10 * min(*layers.cosine, *layers.cka, *layers.cosine_question)) / 10, 0.9)
+    left.set(title="Similarity of the states", ylim=(bottom, 1 + 0.03 * (1 - bottom)))
     left.legend(frameon=False, loc="best")
     right.plot(numbers, layers.kl, color=INK, linewidth=2, marker="o", markersize=3.5)
     right.set(title="Divergence of the layer's predictions", ylabel="KL(text ‖ speech), nats")
@@ -169,13 +170,6 @@ def draw_layers(layers: LayerAnalysis, picture: Path) -> None:
         axis.grid(**GRID)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, picture)
-
-
-def _similarity_range(layers: LayerAnalysis) -> tuple[float, float]:
-    """From the tenth below the lowest value to a little above 1: routes may differ in hundredths only."""
-    lowest = min(*layers.cosine, *layers.cka, *layers.cosine_question)
-    bottom = min(np.floor(10 * lowest) / 10, 0.9)
-    return bottom, 1 + 0.03 * (1 - bottom)
 
 
 def draw_instructions(layers: LayerAnalysis, picture: Path) -> None:

@@ -4,9 +4,8 @@ In:  clips and their languages; the name of a recogniser. Out: transcripts, kept
 Try: `Recogniser("embedded:whisper-tiny.en:ct2", "int8").transcribe(rows, log)`
 Flow: evaluation/ — recogniser → the same LLM with the same prompt (routes.py). The speech route never uses it.
 
-faster-whisper (CTranslate2) with beam 1, without timestamps, and without conditioning on earlier text. On a CPU it
-runs as many clips side by side as there are cores, one core each, which is faster than all cores on one clip. A
-folder in transformers' format is run by transformers' own pipeline.
+faster-whisper (CTranslate2), beam 1, without timestamps; on a CPU one clip a core, which is faster than all cores on
+one clip. A folder in transformers' format is run by transformers' own pipeline.
 """
 
 import os

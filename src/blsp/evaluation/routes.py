@@ -4,12 +4,9 @@ In:  a loaded model, a task and its rows. Out: one answer a row, kept in a log s
 Try: `ask(listener, task, rows, text_input(transcripts), log, batch_size=32)`
 Flow: evaluation/ — tasks.py → **routes** → scoring.py.
 
-A route decides one thing only: what stands between the same prefix ids and the same suffix ids of the prompt
-(`Listener.request`). It is the transcript, the recogniser's transcript, or the speech vectors. All that follows is
-shared: one decode loop, one scoring of options.
-
-Batches are planned from all rows before the first one is asked, and a finished batch is skipped as a whole. A
-resumed run therefore gives exactly the numbers of an uninterrupted one.
+A route decides only what stands between the same prefix ids and the same suffix ids of the prompt: the transcript, the
+recogniser's transcript, or the speech vectors. Batches are planned from all rows before the first one is asked, and a
+finished batch is skipped as a whole, so a resumed run gives exactly the numbers of an uninterrupted one.
 """
 
 import hashlib

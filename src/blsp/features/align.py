@@ -31,14 +31,13 @@ from blsp.distributed import find_runtime, leave
 from blsp.features.cache import FeatureCache, key_of
 from blsp.features.encode import open_features
 from blsp.llm.prompt import transcript_ids
-from blsp.model.adapter_parts import BLANK, place_centres
+from blsp.model.adapter_parts import BLANK, IMPOSSIBLE, place_centres
 from blsp.model.checkpoint import load_blsp
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.settings import AlignSettings
 
 ROWS_AT_A_TIME = 64
 LONG_FRAMES = 1500  # 30 s: a longer clip is aligned alone, so that short ones are not padded to it
-IMPOSSIBLE = -1e30  # score of a path that cannot be
 Times = NDArray[np.int16]  # (U,) encoder frames, 50/s
 
 

@@ -15,10 +15,9 @@ another key, and a clip that two manifests share is encoded once. The folder:
     ENCODER/NAME.ok             size and time of both at the last check, and which records are damaged
     */index-DIGEST.npy          all records of all logs, sorted by key (and index-DIGEST.keys.npy: the keys alone)
 
-Each process appends to files of its own, so no locks are needed. A record is written after its bytes: a killed
-writer leaves at most bytes without a record, or half a record, and both are passed over. A shard that changed since
-its .ok file is checked again; damaged clips are left out of the index, so `blsp encode` makes them again. The index
-is made once: its name is a digest of the logs' names and sizes. Readers map it and hold none of it in memory.
+Each process appends to files of its own, so no locks are needed. A record is written after its bytes, so a killed
+writer leaves nothing that counts. A shard that changed since its .ok file is checked again; damaged clips are left out
+of the index, and `blsp encode` makes them again. The index is named by a digest of the logs' names and sizes.
 
 Shapes: T encoder frames (50/s), E encoder width, n clips.
 """

@@ -5,16 +5,14 @@ Out: the features in that folder (cache.py); clips that cannot be read in `DIR/<
 Try: `blsp encode --manifest train.jsonl --audio-model embedded:whisper-tiny.en --cache features/`
 Flow: manifest → continuations → **speech features** → alignment training.
 
-Each row passes through four stages. Every stage is a generator that reads from the one before it, works ahead in
-threads, and keeps the order of the rows:
+Each row passes through four stages: generators that work ahead in threads and keep the order of the rows.
 
     missing_rows    rows whose features are not in the cache, each clip once
     read_clips      audio files → log-mel features
     batches         one clip a batch on a CPU, clips of like length together on an accelerator
     encode_batches  log-mel features → encoder states
 
-Run again after a kill, after new rows, or after damage, it encodes what is missing. Several processes (torchrun)
-share the rows; each writes shards of its own.
+It encodes what is missing. Several processes (torchrun) share the rows; each writes shards of its own.
 
 Shapes: B clips, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width.
 """
@@ -24,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +40,13 @@ from blsp.features.cache import FeatureCache
 from blsp.model.loading import load_speech_encoder
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.model.speech_encoder import FEATURES_VERSION, WINDOW_MEL_FRAMES, encode_speech, mel_features
+from blsp.model.speech_encoder import (
+    FEATURES_VERSION,
+    WINDOW_MEL_FRAMES,
+    batches_by_length,
+    encode_speech,
+    mel_features,
+)
 from blsp.settings import EncodeSettings
 from blsp.weights.digest import find_weights
 
@@ -240,7 +245,7 @@ def encode_manifest(
         ):
             missing = missing_rows(readers, cache, (rows[b.start : b.stop] for b in blocks), progress)
             clips = read_clips(readers, encoder, missing, progress)
-            batches = ([clip] for clip in clips) if on_cpu else batches_by_length(clips, batch_seconds)
+            batches = ([clip] for clip in clips) if on_cpu else batches_of(clips, batch_seconds)
             ahead = threads + 1 if on_cpu else 2
             for clip, states in encode_batches(encoders, encoder, batches, ahead):
                 if np.isfinite(states).all():
@@ -310,27 +315,16 @@ def _blocks(rows: int, runtime: Runtime) -> list[range]:
     return [range(start, min(start + size, rows)) for start in starts]
 
 
-def batches_by_length(clips: Iterable[Clip], batch_seconds: float) -> Iterator[list[Clip]]:
+def batches_of(clips: Iterable[Clip], batch_seconds: float) -> Iterator[list[Clip]]:
     """Clips of like length together, at most `batch_seconds` with padding; a longer clip goes alone.
 
     Clips are sorted within windows of `SORTED_SECONDS`, so that few of them wait at a time.
     """
     window: list[Clip] = []
-    for clip in clips:
-        window.append(clip)
-        if sum(clip.width for clip in window) >= SORTED_SECONDS * MEL_PER_SECOND:
-            yield from _cut(window, batch_seconds * MEL_PER_SECOND)
+    for clip in chain(clips, [None]):
+        if clip is not None:
+            window.append(clip)
+        if clip is None or sum(clip.width for clip in window) >= SORTED_SECONDS * MEL_PER_SECOND:
+            for batch in batches_by_length([clip.width for clip in window], batch_seconds * MEL_PER_SECOND):
+                yield [window[i] for i in batch]
             window = []
-    yield from _cut(window, batch_seconds * MEL_PER_SECOND)
-
-
-def _cut(window: list[Clip], budget: float) -> Iterator[list[Clip]]:
-    """Batches of clips sorted by width; a batch's clips times its widest one stay within the budget."""
-    batch: list[Clip] = []
-    for clip in sorted(window, key=lambda clip: clip.width):
-        if batch and (len(batch) + 1) * clip.width > budget:
-            yield batch
-            batch = []
-        batch.append(clip)
-    if batch:
-        yield batch

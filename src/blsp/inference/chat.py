@@ -5,21 +5,19 @@ Out: read-outs of the recordings, and answers, streamed as they are written.
 Try: `blsp chat`, then `What is said here? examples/speech/questions/capital-of-canada.opus`
 Flow: inference/ — lines → **parts of a turn → Conversation** → answers.
 
-A word that ends like an audio file is taken for one. A path with spaces is quoted or has its spaces escaped, as
-terminals do when a file is dropped on them. A file that cannot be read is named with the reason, and the chat goes on.
+A word that ends like an audio file is taken for one; a path with spaces is quoted, or its spaces are escaped.
 """
 
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from blsp.data.audio import AudioError, load_audio
 from blsp.data.containers import AUDIO_SUFFIXES
 from blsp.inference.conversation import ContextError, Conversation
-from blsp.inference.listener import load
+from blsp.inference.listener import decoding_of, load
 from blsp.llm.prompt import PromptError
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.settings import ChatSettings
@@ -38,15 +36,10 @@ def chat(settings: ChatSettings) -> None:
     listener = load(
         settings.model, audio_model=settings.audio_model, llm=settings.llm, device=settings.device, dtype=settings.dtype
     )
-    decoding = replace(
-        listener.decoding,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        seed=settings.seed,
-    )
     print(HELP)
-    converse(Conversation(listener, system=settings.system, decoding=decoding), typed_lines(), show)
+    converse(
+        Conversation(listener, system=settings.system, decoding=decoding_of(settings, listener)), typed_lines(), show
+    )
 
 
 def typed_lines() -> Iterator[str]:

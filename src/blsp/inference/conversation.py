@@ -5,9 +5,8 @@ Out: answers, piece by piece.
 Try: `talk = Conversation(listener); print("".join(talk.ask("What did I say?", *listener.embed_audio(["a.wav"]))))`
 Flow: inference/ — `blsp chat` and the server both lay conversations out here.
 
-A conversation is laid out as a row of positions. Each has an embedding and a name: a token id, or a clip's digest
-with a number. The names find what was computed before: the key/values of the longest common beginning are reused, and
-only the rest runs through the LLM.
+A conversation is a row of positions. Each has an embedding and a name: a token id, or a clip's digest with a number.
+The names find what was computed before: the key/values of the longest common beginning are reused.
 
     turn 1   <user> What is this ? (clip,0) (clip,1) <end> <assistant>     and the answer:  A dog . <end>
     turn 2   <user> What is this ? (clip,0) (clip,1) <end> <assistant> A dog .   <end> <user> Sure ? <end> <assistant>
@@ -17,6 +16,7 @@ Shapes: L positions, D LLM width.
 """
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -75,17 +75,13 @@ def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
     for segment in render(listener.tokenizer, marked):
         if isinstance(segment, Speech):
             vectors = clips[segment.index].vectors.to(listener.model.lm_head.weight.dtype)
-            digest = _digest(vectors)
+            digest = hashlib.blake2b(vectors.detach().cpu().float().numpy().tobytes(), digest_size=16).digest()
             names += [(digest, i) for i in range(len(vectors))]
             embeds.append(vectors)
         else:
             names += segment
             embeds.append(embed(listener.model, segment))
     return LaidOut(tuple(names), torch.cat(embeds).detach())
-
-
-def _digest(vectors: Tensor) -> bytes:
-    return hashlib.blake2b(vectors.detach().cpu().float().numpy().tobytes(), digest_size=16).digest()
 
 
 class Memory:
@@ -104,11 +100,9 @@ class Memory:
         for beginning in [stored for stored in self._stored if stored == names[: len(stored)]]:
             del self._stored[beginning]
         self._stored[names] = states
-        while len(self._stored) > self._sequences or (len(self._stored) > 1 and self._too_many_positions()):
+        most = math.inf if self._positions is None else self._positions
+        while len(self._stored) > self._sequences or (len(self._stored) > 1 and sum(map(len, self._stored)) > most):
             self._stored.popitem(last=False)
-
-    def _too_many_positions(self) -> bool:
-        return self._positions is not None and sum(map(len, self._stored)) > self._positions
 
     def longest(self, names: tuple[Hashable, ...]) -> Prefix | None:
         """The states of the longest stored beginning of `names`, the latest of several.

@@ -5,9 +5,8 @@ Out: the rows, in their order, plus `response`; clips that cannot be read in `<o
 Try: `blsp generate --manifest questions.jsonl --out answers.jsonl`
 Flow: inference/ — manifest → **Listener.generate, a chunk of rows at a time** → rows with answers.
 
-A chunk is a fixed range of the manifest: its clips are encoded and its prompts decoded sorted by length, and its rows
-are written in order. A killed job computes the chunk in which it stopped once more, with the same rows side by side,
-and writes what was missing.
+A chunk is a fixed range of the manifest, decoded sorted by length and written in order. A killed job computes the chunk
+in which it stopped once more, with the same rows side by side, and writes what was missing.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from blsp.data.audio import AudioError, load_audio
 from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import Manifest, Utterance, name_relative
-from blsp.inference.listener import Listener, Question, load
+from blsp.inference.listener import Listener, Question, decoding_of, load
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
 from blsp.settings import GenerateSettings
@@ -61,13 +60,7 @@ def generate(settings: GenerateSettings) -> None:
                 device=settings.device,
                 dtype=settings.dtype,
             )
-            decoding = replace(
-                listener.decoding,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed,
-            )
+            decoding = decoding_of(settings, listener)
             options = GenerateOptions(settings.instruction or "", settings.order, decoding, settings.batch_size)
             answer_rows(listener, rows, range(done, total), options, job)
         print(f"{settings.out}: {total - job.skipped.count} of {total} rows answered", end="")

@@ -5,9 +5,8 @@ Out: answers, streams of text, transcripts.
 Try: `blsp.load().answer("question.wav")`
 Flow: inference/ — `blsp generate`, `transcribe`, `chat`, the evaluation and the server all use a `Listener`.
 
-A clip is encoded once (encoder, adapter). Its vectors stand between the prompt's constant prefix, whose key/values are
-cached, and its suffix; `llm/decoding.py` writes the answer. Where no speech is found, the model's fixed sentence is
-the answer, and the LLM does not run.
+A clip's vectors stand between the prompt's prefix, whose key/values are cached, and its suffix. Where no speech is
+found, the model's fixed sentence is the answer, and the LLM does not run.
 
 Shapes: N samples, T encoder frames, E encoder width, n vectors of a clip, L prompt after its prefix, D LLM width.
 """
@@ -33,7 +32,7 @@ from blsp.model.checkpoint import load_blsp
 from blsp.model.hypotheses import choose
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.model.speech_encoder import encode_speech, mel_features
+from blsp.model.speech_encoder import batches_by_length, encode_speech, mel_features
 from blsp.settings import DEFAULT_MODEL
 
 PREFIXES_KEPT = 32
@@ -180,7 +179,7 @@ class Listener:
         """
         samples = [_samples(audio) for audio in audios]
         clips: dict[int, AudioEmbeds] = {}
-        for batch in _by_length([len(signal) for signal in samples]):
+        for batch in batches_by_length([len(signal) for signal in samples], SECONDS_PER_BATCH * SAMPLE_RATE):
             states = self.encode([samples[i] for i in batch])
             for i, clip in zip(batch, self.model.listen(states, beam), strict=True):
                 clips[i] = replace(clip, speech=clip.speech and not is_silent(samples[i]))
@@ -223,6 +222,12 @@ def load(
     return Listener(*load_blsp(model, find_runtime(device, dtype), audio_model, llm))
 
 
+def decoding_of(settings: Any, listener: Listener) -> Decoding:
+    """How answers are decoded, from a command's flags."""
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    return replace(listener.decoding, **{name: getattr(settings, name) for name in names})
+
+
 def decode_alone(decoder: Decoder, request: Request) -> Iterator[Event]:
     """The events of one request that is the decoder's only one."""
     events = decoder.join([request])
@@ -234,19 +239,6 @@ def decode_alone(decoder: Decoder, request: Request) -> Iterator[Event]:
 def _samples(audio: Any) -> np.ndarray:
     """16 kHz samples (N,) of a path, bytes or data-URI; an array is taken as such samples."""
     return audio if isinstance(audio, np.ndarray) else load_audio(audio)
-
-
-def _by_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in groups of like length, each of at most `SECONDS_PER_BATCH` with its padding."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        # Lengths grow, so the batch would be padded to lengths[i].
-        if batch and (len(batch) + 1) * lengths[i] > SECONDS_PER_BATCH * SAMPLE_RATE:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 # --- pauses -------------------------------------------------------------------------------------------------

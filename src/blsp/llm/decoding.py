@@ -8,8 +8,7 @@ Flow: prefix.py, kv_cache.py → **decoding.py** → step 1, generate, transcrib
     join:  new rows are prefilled together on their prefix's key/values, inserted into free slots, and get a first token
     step:  each row is fed its last token and gets its next one; a finished row leaves its slot at once
 
-Padding lies only before a row's first token (see kv_cache.py), so distances between tokens, which sliding windows
-count, stay true. A row's answer does not depend on the other rows (law 3).
+Padding lies only before a row's first token (kv_cache.py). A row's answer does not depend on the other rows (law 3).
 
 Shapes: R rows, L sequence after the prefix, K top-k, D LLM width, V vocabulary.
 """

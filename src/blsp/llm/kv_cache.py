@@ -12,8 +12,8 @@ Flow: prefix.py (prefill) → **kv_cache.py** ↔ decoding.py
     slot 2   . . . . . x x x x x x x x x x x x  _ . . . .     _: the column that the next step fills in each slot
     slot 3   . . . . . . . . . . . . . . . . .  . . . . .     free
 
-Rows end at one column, so a step writes one column and reads the columns from `start` on, as a view. When a row is
-removed, the last row takes its slot, and `start` moves to the longest row that is left.
+A step writes one column and reads the columns from `start` on, as a view. When a row is removed, the last row takes
+its slot, and `start` moves to the longest row that is left.
 
 Shapes: R rows in use, H key/value heads, C columns in use, d head width.
 """

@@ -5,9 +5,8 @@ Out: its decoder without the head, its embeddings, its logits; an error that nam
 Try: `logits_of(llm, decoder_of(llm)(input_ids).last_hidden_state)`
 Flow: **language_model.py** → prefix.py, decoding.py, teacher_forcing.py; the model and the losses.
 
-The head is run apart from the decoder, so that logits are computed only where they are read.
-Families that scale or cap their logits (Gemma 2, Cohere, Granite) are handled here. Families without plain
-key/value attention (state-space and hybrid models) are refused: their state cannot be reused for a shared prefix.
+The head is run apart from the decoder, so that logits are computed only where they are read. Families that scale or cap
+their logits are handled; those without plain key/value attention are refused, as they cannot share a prefix.
 
 Shapes: V vocabulary, D LLM width, B batch.
 """

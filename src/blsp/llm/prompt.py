@@ -31,6 +31,7 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any, Literal
 
 import jinja2
@@ -77,9 +78,12 @@ def prompt_template(tokenizer: PreTrainedTokenizerBase, instruction: str, order:
     parts: list[Part] = [instruction, Speech(0)]
     if order == "speech-first":
         parts = [Speech(0), "\n" + instruction if instruction else ""]
-    segments = render(tokenizer, [{"role": "user", "content": parts}])
+    # ids may be missing on either side of the speech
+    segments: list[Segment] = [(), *render(tokenizer, [{"role": "user", "content": parts}]), ()]
     speech = segments.index(Speech(0))
-    return PromptTemplate(_join(segments[:speech]), _join(segments[speech + 1 :]))
+    prefix, suffix = segments[:speech][-1], segments[speech + 1]
+    assert not isinstance(prefix, Speech) and not isinstance(suffix, Speech)
+    return PromptTemplate(prefix, suffix)
 
 
 def render(
@@ -147,21 +151,13 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [*text_ids(tokenizer, text[:middle]), *text_ids(tokenizer, text[middle:])]
 
 
-def _join(segments: Sequence[Segment]) -> tuple[int, ...]:
-    return tuple(token for segment in segments if not isinstance(segment, Speech) for token in segment)
-
-
 def _merge(segments: Sequence[Segment]) -> list[Segment]:
     """Join neighbouring runs of ids and drop empty ones."""
     merged: list[Segment] = []
-    for segment in segments:
-        if isinstance(segment, Speech):
-            merged.append(segment)
-        elif segment and merged and not isinstance(merged[-1], Speech):
-            merged[-1] = merged[-1] + segment
-        elif segment:
-            merged.append(segment)
-    return merged
+    for is_speech, run in groupby(segments, key=lambda segment: isinstance(segment, Speech)):
+        parts: list[Any] = list(run)
+        merged += parts if is_speech else [tuple(chain.from_iterable(parts))]
+    return [segment for segment in merged if segment]
 
 
 # --- variables and a date at the head of a chat template ----------------------------------------------------

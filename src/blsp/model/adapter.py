@@ -8,8 +8,7 @@ Flow: encoder states → **vectors** → the LLM.
 `conv` is the paper's (§2.2 and its released code). `stack` joins neighbouring frames and applies a SwiGLU
 MLP, as most later systems do. `grounded` (grounded.py) reads the speech out over the LLM's own tokens.
 
-A new adapter is one class and one entry in `ADAPTERS`: the flag `--adapter`, the processor and checkpoints
-follow. The class is an `nn.Module` with
+A new adapter is one entry in `ADAPTERS`, here or from a plugin (docs/extending.md). It is an `nn.Module` with
 
     __init__(speech_width, text_width, *, embedding_std, …)  options come from `--adapter-options`; an adapter
                                                              that reads out also gets `classes`
@@ -21,8 +20,6 @@ follow. The class is an `nn.Module` with
                    and also has what grounded.py has: `hidden_states`, `logits`, `spell` and `widen`
     forward(states, lengths, table) -> AdapterOutput         table (K-1, D): embeddings of the read-out
                                                              vocabulary, None unless it reads out
-
-A module of your own can add one without a change here (docs/extending.md): `ADAPTERS["mine"] = MyAdapter`.
 
 Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width, K read-out classes.
 """

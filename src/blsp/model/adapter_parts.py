@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from blsp.llm.language_model import valid_mask
 
 BLANK = 0  # the CTC class "no token here"; class 1 + i is row i of the read-out table
+IMPOSSIBLE = -1e30  # log-probability of a CTC path that cannot be; finite, so that no gradient becomes NaN
 
 
 @dataclass(frozen=True)

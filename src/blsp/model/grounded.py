@@ -15,9 +15,8 @@ products with the LLM's frozen token embeddings (and with vectors that spell the
     vectors            mean of frames 1, 2; mean of frames 4, 5
 
 Frames of blank are dropped, and a run of the same token becomes one vector: the mean, over the run's frames, of
-posterior · embeddings. With a one-hot posterior that is exactly the token's embedding. Which frames form a run
-is an argmax and has no gradient; the posteriors inside a run have one. So step 2 trains through them, while a
-CTC term keeps the runs in place.
+posterior · embeddings, which for a one-hot posterior is exactly the token's embedding. Step 2 trains through the
+posteriors inside a run; which frames form one is an argmax, and a CTC term keeps the runs in place.
 
 Shapes: B clips, T encoder frames, S frames after the stack (= audio tokens), E encoder width, H hidden width,
 D LLM width, K classes (blank + read-out tokens), F frames of a batch that are not blank, G letter groups.

@@ -5,9 +5,8 @@ Out: hypotheses, best first; the log-likelihood of each under the LLM.
 Try: `n_best(log_probs, beam=8)`
 Flow: grounded.py (log-probabilities) → **hypotheses.py** → inference/listener.py (`transcribe`).
 
-The best path of a read-out takes the likeliest class of each frame. Several paths can stand for one sequence, and
-prefix beam search (Graves et al. 2006, §3.2; Hannun et al. 2014, algorithm 1, without a language model) adds up
-their probabilities and keeps the best few sequences. Which of them is likely as a user's words, the LLM says.
+Several CTC paths can stand for one sequence: prefix beam search (Graves et al. 2006, §3.2; Hannun et al. 2014,
+algorithm 1, without a language model) adds up their probabilities and keeps the best few. The LLM chooses among them.
 
 Shapes: S frames of the stack, K classes (blank first), N hypotheses, I inner nodes of their tree, P prefix length,
 V vocabulary.

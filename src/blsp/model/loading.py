@@ -5,8 +5,7 @@ Out: modules in eval mode without gradients, and the mel extractor and tokenizer
 Try: `llm, tokenizer = load_language_model(find_weights("embedded:smollm2-135m-instruct"), find_runtime())`
 Flow: weights/ → **loading.py** → modeling_blsp.py, checkpoint.py; also `blsp encode` and `blsp continue`.
 
-An adapter fits the very weights it was trained between: their digests are checked, and a mismatch is an
-error. No tensor is ever left at a random value.
+Digests are checked, since an adapter fits the very weights it was trained between.
 """
 
 from collections.abc import Collection, Mapping

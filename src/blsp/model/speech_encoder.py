@@ -5,15 +5,14 @@ Out: encoder states (B, T, E) at 50 frames/s, and how many frames of each row ar
 Try: `states, lengths = encode_speech(tower, *mel_features(extractor, [audio]))`
 Flow: audio → **mel → encoder states** → adapter.
 
-Whisper was trained on windows of 30 s, and the paper pads every clip to 30 s (`full_window`). Here the cost of a
-clip depends on its length: padding is masked in the attention, and set to zero again after the first convolution,
-whose bias would otherwise reach the last speech frame through the second one. So a batch gives the same as its rows
-one by one. Speech beyond 30 s is cut into windows, and their states are joined.
+Whisper was trained on windows of 30 s, and the paper pads every clip to 30 s (`full_window`). Here padding is masked in
+the attention, and set to zero again after the first convolution, whose bias would otherwise reach the last speech frame
+through the second one. Speech beyond 30 s is cut into windows, and their states are joined.
 
 Shapes: B batch, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width, W windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -37,6 +36,22 @@ def mel_frames(samples: int) -> int:
 def encoder_frames(mel: int) -> int:
     """Encoder frames of `mel` mel frames: the encoder's second convolution halves them, rounding up."""
     return -(-mel // 2)
+
+
+def batches_by_length(lengths: Sequence[int], budget: float) -> Iterator[list[int]]:
+    """Numbers of clips in groups of like length: in each, clips times the longest one stay within the budget.
+
+    A clip that is longer than the budget goes alone.
+    """
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Lengths grow, so the batch would be padded to lengths[i].
+        if batch and (len(batch) + 1) * lengths[i] > budget:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def mel_features(

@@ -5,13 +5,9 @@ Out: reports: `Begun`, tokens, the end, or the error.
 Try: `scheduler = Scheduler(listener, limits); scheduler.start(); scheduler.submit(job)`
 Flow: app.py, exchange.py → **scheduler.py** → inference/conversation.py, llm/decoding.py
 
-Jobs are served in the order of arrival. The queue is bounded, in requests and in seconds of speech; beyond that
-`submit` refuses with 429. Between two steps at most `MAX_JOINING` requests (or `MAX_JOINING_SECONDS` of speech)
-are encoded and prefilled, so that a crowd does not hold up the answers in progress. A job that is cancelled or
-past its deadline leaves at the next step. The key/values of finished conversations are kept (`Memory`, least
-recently used out), so the next turn runs only its new part.
-
-One turn of the thread:
+Jobs are served in the order of arrival. The queue is bounded; beyond that `submit` refuses with 429. Few jobs join
+between two steps, so that a crowd does not hold up the answers in progress. The key/values of finished conversations
+are kept (`Memory`), so the next turn runs only its new part. One turn of the thread:
 
     remove cancelled and late jobs → encode and prefill new jobs → one token for every running job
 """
@@ -265,7 +261,7 @@ class Scheduler:
             (
                 job,
                 [
-                    message | {"parts": [next(embeds) if _is_clip(part) else part for part in message["parts"]]}
+                    message | {"parts": [part if isinstance(part, str) else next(embeds) for part in message["parts"]]}
                     for message in job.messages
                 ],
             )
@@ -329,11 +325,7 @@ class Scheduler:
 
 
 def _clips(job: Job) -> list[np.ndarray]:
-    return [part for message in job.messages for part in message["parts"] if _is_clip(part)]
-
-
-def _is_clip(part: Any) -> bool:
-    return isinstance(part, np.ndarray)
+    return [part for message in job.messages for part in message["parts"] if isinstance(part, np.ndarray)]
 
 
 def _late() -> ApiError:

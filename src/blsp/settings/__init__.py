@@ -24,20 +24,3 @@ from blsp.settings.applications import (
 )
 from blsp.settings.pipeline import AlignSettings, ContinueSettings, EncodeSettings, PrepareSettings, TrainSettings
 from blsp.settings.shared import DEFAULT_MODEL, SettingsError
-
-__all__ = [
-    "DEFAULT_MODEL",
-    "SettingsError",
-    "PrepareSettings",
-    "ContinueSettings",
-    "EncodeSettings",
-    "AlignSettings",
-    "TrainSettings",
-    "EvaluateSettings",
-    "GenerateSettings",
-    "TranscribeSettings",
-    "ChatSettings",
-    "ServeSettings",
-    "ExportSettings",
-    "TourSettings",
-]

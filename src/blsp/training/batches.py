@@ -12,12 +12,9 @@ An epoch is a pure function of (seed, epoch) and the lengths, so any step can be
     window of 128 steps [.........................] its rows shuffled, sorted by length, cut into steps
     steps of the window in random order
 
-So clips of like length meet in a step (little padding), a large cache is read almost in sequence, and neither
-memory nor start-up time grows with the number of rows. The mean over the tokens of a step then weighs a token of a
-step with short clips more than one of a step with long clips (docs/training.md has the figure).
-
-What a step learns from depends on `batch_size` alone. The budget of positions and the number of processes only
-decide how it is cut up, and change nothing but rounding (law 5).
+So clips of like length meet in a step (docs/training.md says what that costs), a large cache is read almost in
+sequence, and memory does not grow with the number of rows. What a step learns from depends on `batch_size` alone; the
+budget of positions and the number of processes change nothing but rounding (law 5).
 """
 
 from collections import deque

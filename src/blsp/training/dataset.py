@@ -5,11 +5,8 @@ Out: `Dataset`: memory-mapped rows to learn from, rows that are held out, and th
 Try: ``dataset = open_dataset(sources, measurer, folder, skipped, hold_out=64, runtime=runtime)``
 Flow: continuations -> **dataset.py** -> training/batches.py (order of the rows), training/examples.py (whole rows)
 
-Rows are measured once a run and the result is kept in the run folder, so that a resumed run has the very same
-numbers. Rows that cannot be learnt from are left out here and listed with the reason in ``<out>.skipped.jsonl``.
-
-Held out by group (law 13): rows of one recording and rows of one text are in one group, and a group is either
-learnt from or held out. Otherwise a probe would measure what an augmented copy of the same clip has taught.
+Rows are measured once a run, so that a resumed run has the very same numbers. Rows are held out by group (law 13): rows
+of one recording or of one text are in one group. Otherwise a probe would measure what a copy of its clip has taught.
 """
 
 from __future__ import annotations

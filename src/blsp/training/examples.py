@@ -5,8 +5,7 @@ Out: `RowMeasurer`: the numbers of each row that the order of the data needs. `E
      `Example`. A row that cannot be learnt from is `Refused`, with the reason.
 Try: ``reader.example(dataset.rows[0], epoch=0)``
 Flow: training/dataset.py -> **examples.py** -> training/step.py
-
-Examples are numpy arrays and lists. Torch computes nothing here, so that a thread can read them ahead.
+      Examples are numpy arrays and lists, which a thread reads ahead.
 
 Shapes: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response tokens, K stored top-k.
 """
@@ -147,10 +146,12 @@ class RowMeasurer:
         measured: list[Measures | Refused] = []
         for row, frames in zip(rows, self.encoder_frames(rows), strict=True):
             lengths = _or_refused(self.text_lengths, row)
-            if refusal := next((found for found in (lengths, frames) if isinstance(found, Refused)), None):
-                measured.append(refusal)
+            if isinstance(lengths, Refused):
+                measured.append(lengths)
+            elif isinstance(frames, Refused):
+                measured.append(frames)
             else:
-                measured.append(Measures(self._template_number(row), frames, *lengths, row.no_speech))
+                measured.append(Measures(self._template_number(row), frames, lengths[0], lengths[1], row.no_speech))
         return measured
 
     def encoder_frames(self, rows: Sequence[Utterance]) -> list[int | Refused]:

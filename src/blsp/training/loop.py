@@ -20,21 +20,12 @@ import torch
 from blsp.distributed import Runtime, barrier, find_runtime, keep_freed_memory, leave, reduce_gradients, sum_across
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
-from blsp.training import step
+from blsp.training import run_state, step
 from blsp.training.batches import prefetch
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
 from blsp.training.reporting import draw_curves, finish_stages, model_card, print_once, progress_bar, report
 from blsp.training.run import Run, check_loss, prepare, step_examples
-from blsp.training.run_state import (
-    StopSignal,
-    add_to_window,
-    begin_folder,
-    claim_folder,
-    deterministic,
-    is_finished,
-    merge_skipped,
-)
 
 STEPS_AHEAD = 3  # steps whose examples are read before they are needed
 
@@ -50,12 +41,12 @@ def train(settings: TrainSettings) -> None:
         keep_freed_memory()
     for stage in settings.stages or (settings,):
         check_loss(stage)
-    with deterministic(), StopSignal() as stop:
+    with run_state.deterministic(), run_state.StopSignal() as stop:
         for stage in settings.stages or (settings,):
-            if is_finished(stage):
+            if run_state.is_finished(stage):
                 print_once(runtime, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
                 continue
-            with claim_folder(stage.out, runtime):
+            with run_state.claim_folder(stage.out, runtime):
                 train_stage(stage, runtime, stop)
             if stop.requested:
                 break
@@ -66,9 +57,9 @@ def train(settings: TrainSettings) -> None:
     stop.raise_if_interrupted()
 
 
-def train_stage(settings: TrainSettings, runtime: Runtime, stop: StopSignal) -> None:
+def train_stage(settings: TrainSettings, runtime: Runtime, stop: run_state.StopSignal) -> None:
     """One run from its newest checkpoint (or from the start) to its end, or until a signal asks it to stop."""
-    begin_folder(settings, runtime)
+    run_state.begin_folder(settings, runtime)
     run = prepare(settings, runtime)
     state = begin_or_resume(run)
     bar = progress_bar(run, state.progress)
@@ -116,7 +107,7 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
 
     move_adapter(run, state, number, examples)
     loss, total_positions, total_padding = sum_over_ranks(run.runtime, loss, positions, padding)
-    progress = add_to_window(state.progress, loss, int(total_positions), int(total_padding))
+    progress = run_state.add_to_window(state.progress, loss, int(total_positions), int(total_padding))
     state.progress = replace(
         progress,
         step=number + 1,
@@ -175,7 +166,7 @@ def finish(run: Run, state: State) -> None:
     out = run.settings.out
     draw_curves(run)
     save_adapter(run.model, run.processor, out / "adapter", card=model_card(run.settings, out / "metrics.jsonl"))
-    merge_skipped(run.skipped, out)
+    run_state.merge_skipped(run.skipped, out)
     if run.skipped.count:
         print(f"{run.skipped.count} rows could not be learnt from: see {run.skipped.path}", file=sys.stderr)
     print(f"{out}: {state.progress.step} steps done; the adapter is {out / 'adapter'}")

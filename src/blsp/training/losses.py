@@ -9,10 +9,8 @@ Flow: training/step.py -> **losses.py** -> training/loop.py
 - ``ce``: cross-entropy of the LLM's own continuation (BLSP, 2309.00916).
 - ``kl``: divergence between the text route and the speech route (BLSP-KD, 2405.19041), with the teacher run beside
   the student, or with stored top-k log-probabilities of the teacher.
-- ``embed``: distance of the adapter's vectors from the embeddings of the tokens that are spoken there
+- ``embed``: distance of the adapter's vectors from the embeddings of the tokens that are spoken there.
 - ``ctc``: the transcript under the adapter's posteriors over the LLM's tokens (Graves et al. 2006).
-
-A new loss is a function here and an entry in `LOSSES` of step.py.
 
 Shapes: N response positions, V vocabulary, K stored top-k, B batch, S adapter places,
 C classes, U target tokens, X = 2U + 1 CTC states, D LLM width.
@@ -28,8 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blsp.llm.language_model import at_least_float32, kl_divergence
-
-IMPOSSIBLE = -1e30  # log-probability of an impossible path; finite, so that no gradient becomes NaN
+from blsp.model.adapter_parts import IMPOSSIBLE
 
 
 # --- at response positions --------------------------------------------------------------------------------

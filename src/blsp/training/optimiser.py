@@ -14,23 +14,15 @@ import torch
 from torch import Tensor
 
 from blsp.settings import TrainSettings
+from blsp.training import run_state
 from blsp.training.run import Run
-from blsp.training.run_state import (
-    Progress,
-    check_environment,
-    cut_metrics,
-    environment,
-    load_checkpoint,
-    newest_complete,
-    save_checkpoint,
-)
 
 
 @dataclass
 class State:
     """What changes from step to step."""
 
-    progress: Progress
+    progress: run_state.Progress
     optimiser: torch.optim.Optimizer
     average: dict[str, Tensor]
     began: float  # time.monotonic() at which `progress.seconds` was 0
@@ -41,14 +33,15 @@ class State:
 def begin_or_resume(run: Run) -> State:
     """The state of step 0, or of the newest complete checkpoint; metrics.jsonl is cut back to it."""
     now = time.monotonic()
-    state = State(Progress(), new_optimiser(run), {}, began=now, saved=now, drawn=now)
-    newest = newest_complete(run.settings.out / "checkpoints")
+    state = State(run_state.Progress(), new_optimiser(run), {}, began=now, saved=now, drawn=now)
+    newest = run_state.newest_complete(run.settings.out / "checkpoints")
     if run.runtime.rank == 0:
-        cut_metrics(run.settings.out / "metrics.jsonl", 0 if newest is None else int(newest.name[5:]))
+        run_state.cut_metrics(run.settings.out / "metrics.jsonl", 0 if newest is None else int(newest.name[5:]))
     if newest is None:
         return state
-    stored = load_checkpoint(newest)
-    check_environment(stored.environment, environment(run.runtime), newest, run.settings.resume_inexact)
+    stored = run_state.load_checkpoint(newest)
+    here = run_state.environment(run.runtime)
+    run_state.check_environment(stored.environment, here, newest, run.settings.resume_inexact)
     adapter = run.model.model.multi_modal_projector
     # older checkpoints have no read-out vocabulary; the one of vocabulary.json is in the adapter already
     vocabulary = {name: tensor for name, tensor in adapter.named_buffers() if name == "vocabulary"}
@@ -110,12 +103,11 @@ def save(run: Run, state: State) -> None:
     state.saved = time.monotonic()
     if run.runtime.rank != 0:
         return
-    save_checkpoint(
-        run.settings.out / "checkpoints",
+    checkpoint = run_state.Checkpoint(
         state.progress,
+        run_state.environment(run.runtime),
         run.model.model.multi_modal_projector.state_dict(),
         state.average,
         state.optimiser.state_dict(),
-        environment(run.runtime),
-        run.settings.keep,
     )
+    run_state.save_checkpoint(run.settings.out / "checkpoints", checkpoint, run.settings.keep)

@@ -138,16 +138,13 @@ def exchange_speech(examples: Sequence[Example]) -> list[Example]:
     """Every example with the speech of another text; nothing where some example has no such partner."""
     exchanged = []
     for number, example in enumerate(examples):
-        others = [*examples[number + 1 :], *examples[:number]]
-        partner = next((other for other in others if _says_something_else(other, example)), None)
+        others = [other for other in (*examples[number + 1 :], *examples[:number]) if other.id != example.id]
+        text = example.transcript  # where it is not known, any other clip will do
+        partner = next((other for other in others if not text or other.transcript != text), None)
         if partner is None:
             return []
         exchanged.append(example.with_speech_of(partner))
     return exchanged
-
-
-def _says_something_else(other: Example, example: Example) -> bool:
-    return other.id != example.id and (not example.transcript or other.transcript != example.transcript)
 
 
 def micro_batches(examples: Sequence[Example], positions: int) -> Iterator[list[int]]:

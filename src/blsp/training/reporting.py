@@ -50,7 +50,9 @@ def report(run: Run, state: State, bar: tqdm) -> None:
     }
     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
     if probing and (run.runtime.rank == 0 or settings.shard_llm):  # all ranks run a sharded LLM, or none
-        row |= measure_probes(run)
+        with step.autocast(run.runtime):
+            for probe in run.probes:
+                row |= probes.measure(probe, run.prefixes, run.processor.tokenizer, settings.batch_tokens)
     if run.runtime.rank != 0:
         return
     if probing:
@@ -60,15 +62,6 @@ def report(run: Run, state: State, bar: tqdm) -> None:
     if probing and time.monotonic() - state.drawn > CURVES_SECONDS:
         state.drawn = time.monotonic()
         draw_curves(run)
-
-
-def measure_probes(run: Run) -> dict[str, float]:
-    """The probes on held-out and training clips."""
-    figures: dict[str, float] = {}
-    with step.autocast(run.runtime):
-        for probe in run.probes:
-            figures |= probes.measure(probe, run.prefixes, run.processor.tokenizer, run.settings.batch_tokens)
-    return figures
 
 
 def progress_bar(run: Run, progress: Progress) -> tqdm:

@@ -5,10 +5,9 @@ Out: ``checkpoints/step-N/``, complete only when its ``state.json`` exists; the 
 Try: ``newest_complete(Path("runs/x/checkpoints"))``
 Flow: training/loop.py saves here every so many steps, and starts from here.
 
-All that is drawn at random in a step (data order, augmentation, dropout) is a function of (seed, step), so no
-generator's state has to be kept. A run is equal to the bit only on the same kind of machine: versions, device, number
-of threads and of processes are stored, and a run that differs in one of them is refused unless told that close is good
-enough.
+All that is drawn at random in a step is a function of (seed, step), so no generator's state is kept. A run is equal to
+the bit only with equal versions, device, threads and processes: they are stored, and others are refused unless told
+that close is good enough.
 
     OUT/settings.yaml   the resolved settings         OUT/checkpoints/step-N/adapter.safetensors
     OUT/table.json      facts of the measured rows                           average.safetensors
@@ -35,7 +34,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blsp.data.files import flush_to_disk, read_rows, write_text
+from blsp.data.files import flush_to_disk, read_rows, write_json, write_text
 from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences, lock_job
 from blsp.distributed import Runtime, barrier, sum_across
 from blsp.settings import TrainSettings
@@ -101,39 +100,10 @@ def check_environment(stored: dict[str, Any], here: dict[str, Any], folder: Path
         )
 
 
-def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    adapter: dict[str, Tensor],
-    average: dict[str, Tensor],
-    optimiser: dict[str, Any],
-    here: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write ``folder/step-N``, `state.json` last, and remove all but the newest `keep`."""
-    target = folder / f"step-{progress.step}"
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, target / "adapter.safetensors")
-    if average:
-        save_file(average, target / "average.safetensors")
-    torch.save(optimiser, target / "optimizer.pt")
-    for file in target.iterdir():
-        flush_to_disk(file)
-    state = {"progress": asdict(progress), "environment": here}
-    write_text(target / STATE, json.dumps(state, indent=2) + "\n", durable=True)
-    for old in complete_checkpoints(folder)[:-keep]:
-        (old / STATE).unlink()  # first: a half-removed checkpoint must not count
-        shutil.rmtree(old)
-    return target
-
-
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint as read back."""
+    """What is saved. average: empty where no running average is kept."""
 
-    folder: Path
     progress: Progress
     environment: dict[str, Any]
     adapter: dict[str, Tensor]
@@ -141,12 +111,32 @@ class Checkpoint:
     optimiser: dict[str, Any]
 
 
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write ``folder/step-N``, `state.json` last, and remove all but the newest `keep`."""
+    target = folder / f"step-{checkpoint.progress.step}"
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    adapter = {name: tensor.contiguous() for name, tensor in checkpoint.adapter.items()}
+    save_file(adapter, target / "adapter.safetensors")
+    if checkpoint.average:
+        save_file(checkpoint.average, target / "average.safetensors")
+    torch.save(checkpoint.optimiser, target / "optimizer.pt")
+    for file in target.iterdir():
+        flush_to_disk(file)
+    state = {"progress": asdict(checkpoint.progress), "environment": checkpoint.environment}
+    write_json(target / STATE, state, durable=True)
+    for old in complete_checkpoints(folder)[:-keep]:
+        (old / STATE).unlink()  # first: a half-removed checkpoint must not count
+        shutil.rmtree(old)
+    return target
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a complete checkpoint onto the CPU."""
     state = json.loads((folder / STATE).read_text())
     averages = folder / "average.safetensors"
     return Checkpoint(
-        folder,
         Progress(**state["progress"]),
         state["environment"],
         load_file(folder / "adapter.safetensors"),

@@ -9,11 +9,8 @@ Flow: training/examples.py -> training/batches.py -> **step.py** (adapter -> LLM
     [s y s t e m]  | [v v v v  s s s s  r1 r2 r3]     the states at the last s, r1, r2, r3 predict
                                     ^^^^^^^^^^^^       r1, r2, r3, end
 
-Nothing is computed twice: the key/values of the prefix are shared by all batches, adapter places without a vector
-are left out, and the vocabulary head runs at response positions alone. No number changes by it (law 8).
-
-A loss is one entry in `LOSSES` below and one function in losses.py. A module of your own can add one without a
-change here: ``LOSSES["mine"] = Loss(...)`` (docs/extending.md).
+Adapter places without a vector are left out, and the vocabulary head runs at response positions alone; no number
+changes by it (law 8). A loss is one entry in `LOSSES` and one function in losses.py, or a plugin's (docs/extending.md).
 
 Shapes: B batch, T encoder frames, E encoder width, M mel bins, Tm mel frames, S adapter places, n valid vectors of a
 clip, L sequence after the prefix, N response positions, D LLM width, V vocabulary, K stored top-k, C read-out classes.
@@ -36,18 +33,8 @@ from blsp.llm.prefix import PrefixCache, run_after_prefix
 from blsp.model.adapter_parts import BLANK, AdapterOutput
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech
+from blsp.training import losses
 from blsp.training.examples import Example, Need
-from blsp.training.losses import (
-    FILLER_WEIGHT,
-    ce_loss,
-    chunked,
-    ctc_loss,
-    draw_others,
-    embed_loss,
-    kl_loss,
-    shortlist,
-    topk_kl_loss,
-)
 
 
 @dataclass(frozen=True)
@@ -173,7 +160,7 @@ class MicroBatch:
     def chunked(self, hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Sum of ``loss_of(logits, part)`` over parts of `hidden` (N, D): see losses.chunked."""
         rows = rows_per_chunk(self.model.config.text_config.vocab_size)
-        return chunked(hidden, lambda part, where: loss_of(self.model.compute_logits(part), where), rows)
+        return losses.chunked(hidden, lambda part, where: loss_of(self.model.compute_logits(part), where), rows)
 
 
 def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
@@ -243,7 +230,7 @@ def _ce(batch: MicroBatch) -> Tensor:
 def _cross_entropy(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) -> Tensor:
     """Sum over the responses of `examples`, predicted by `hidden` (N, D)."""
     targets = torch.tensor([token for e in examples for token in e.response], device=hidden.device)  # (N,)
-    return batch.chunked(hidden, lambda logits, part: ce_loss(logits, targets[part]))
+    return batch.chunked(hidden, lambda logits, part: losses.ce_loss(logits, targets[part]))
 
 
 def _kl(batch: MicroBatch) -> Tensor:
@@ -274,12 +261,14 @@ def _divergence(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) 
         top = [example.teacher for example in examples if example.teacher is not None]
         ids = torch.from_numpy(np.concatenate([ids for ids, _ in top]).astype(np.int64)).to(hidden.device)
         logp = torch.from_numpy(np.concatenate([logp for _, logp in top])).to(hidden.device)  # (N, K), as ids
-        return batch.chunked(hidden, lambda logits, part: topk_kl_loss(logits, ids[part], logp[part], temperature))
+        return batch.chunked(
+            hidden, lambda logits, part: losses.topk_kl_loss(logits, ids[part], logp[part], temperature)
+        )
     with torch.no_grad():
         vectors = transcript_vectors(batch.model, examples)
         text, _ = response_states(batch.model, examples, vectors, batch.prefixes)  # (N, D)
     return batch.chunked(
-        hidden, lambda logits, part: kl_loss(logits, batch.model.compute_logits(text[part]), temperature)
+        hidden, lambda logits, part: losses.kl_loss(logits, batch.model.compute_logits(text[part]), temperature)
     )
 
 
@@ -306,7 +295,7 @@ def _ctc(batch: MicroBatch) -> Tensor:
         [torch.tensor(target, dtype=torch.long) for target in targets], batch_first=True
     ).to(log_probs.device)  # (B, U)
     sizes = torch.tensor([len(target) for target in targets], device=log_probs.device)  # (B,)
-    return ctc_loss(log_probs, lengths, padded, sizes, BLANK)
+    return losses.ctc_loss(log_probs, lengths, padded, sizes, BLANK)
 
 
 def _posteriors(batch: MicroBatch, targets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Sequence[Sequence[int]]]:
@@ -318,7 +307,7 @@ def _posteriors(batch: MicroBatch, targets: Sequence[Sequence[int]]) -> tuple[Te
     hidden, places = adapter.hidden_states(states.to(next(adapter.parameters()).dtype), lengths)  # (B, S, D), (B,)
     negatives = batch.objective.negatives
     if 0 < negatives < len(table) - len(set().union(*targets)):
-        log_probs, targets = shortlist(adapter, hidden, table, targets, negatives)
+        log_probs, targets = losses.shortlist(adapter, hidden, table, targets, negatives)
     else:
         log_probs = adapter.logits(hidden, table).log_softmax(dim=-1)
     return log_probs, places, targets
@@ -349,9 +338,9 @@ def _embed(batch: MicroBatch) -> Tensor:
     # Candidates: the tokens of the micro-batch, and a sample of the others that depends on those alone
     table = batch.model.model.embedding_table()  # (V, D)
     own, classes = targets.unique(return_inverse=True)
-    candidates = table[torch.cat([own, draw_others(own, len(table), batch.objective.negatives)])]  # (C, D)
-    weight = torch.ones_like(vectors[:, 0]).masked_fill(targets == filler, FILLER_WEIGHT)  # (N,)
-    return embed_loss(vectors, classes, candidates, weight, *batch.model.model.embedding_moments())
+    candidates = table[torch.cat([own, losses.draw_others(own, len(table), batch.objective.negatives)])]  # (C, D)
+    weight = torch.ones_like(vectors[:, 0]).masked_fill(targets == filler, losses.FILLER_WEIGHT)  # (N,)
+    return losses.embed_loss(vectors, classes, candidates, weight, *batch.model.model.embedding_moments())
 
 
 # --- the losses -------------------------------------------------------------------------------------------

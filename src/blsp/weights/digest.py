@@ -1,9 +1,8 @@
 """Frozen weights by name: the folder they are loaded from, and the SHA-256 over their tensors.
 
-An adapter fits the very weights it was trained between; a dequantised or fine-tuned copy under the same name is
-another model. The digest is taken over (name, dtype, shape, bytes) of the stored tensors in the order of their
-names, whatever files they lie in. Of a Whisper checkpoint only the encoder counts, its prefix stripped, so a full
-checkpoint and an encoder-only folder of the same weights agree.
+The digest is taken over (name, dtype, shape, bytes) of the stored tensors in the order of their names, whatever files
+they lie in. Of a Whisper checkpoint only the encoder counts, its prefix stripped, so a full checkpoint and an
+encoder-only folder of the same weights agree.
 
 In:    a folder, an `embedded:` name, or a hub id (fetched once into Hugging Face's own cache).
 Out:   `Weights`; its digest is 64 hexadecimal digits, remembered on disk by path, size and time of the files, since
@@ -71,7 +70,9 @@ def tensor_digest(name: str | Path) -> str:
     memo = _memo_path(folder, files)
     if memo.is_file():
         return memo.read_text().strip()
-    digest = _hash_tensors(files, _is_whisper(folder))
+    config = folder / "config.json"
+    is_whisper = config.is_file() and json.loads(config.read_text()).get("model_type") == "whisper"
+    digest = _hash_tensors(files, encoder_only=is_whisper)
     _remember(memo, digest, files)
     return digest
 
@@ -103,11 +104,6 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{file}: no such file; weights must be safetensors (convert others with transformers' save_pretrained)"
             )
     return files
-
-
-def _is_whisper(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == "whisper"
 
 
 def _hash_tensors(files: list[Path], encoder_only: bool) -> str:
