@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from blsp.continuation.prompt_plan import write_plan
 from blsp.continuation.requests import PlannedPrompt, PromptSpec, prompt_digest
-from blsp.continuation.work import write_plan
 from blsp.data.manifest import Manifest
 from blsp.features.cache import FeatureCache
 

@@ -262,8 +262,8 @@ MUTANTS = (
     Mutant(
         "probes: exchanged clips are the own ones",
         "training/probes.py",
-        "return other.id != example.id and (not example.transcript or other.transcript != example.transcript)",
-        "return True",
+        "partner = next((other for other in others if not text or other.transcript != text), None)",
+        "partner = example",
         "tests/training/test_probes.py",
     ),
     Mutant(
@@ -296,14 +296,14 @@ MUTANTS = (
     ),
     Mutant(
         "evaluation: 90 % intervals called 95 %",
-        "evaluation/confidence.py",
+        "evaluation/bootstrap.py",
         "CONFIDENCE = 0.95",
         "CONFIDENCE = 0.90",
         "tests/evaluation",
     ),
     Mutant(
         "evaluation: the gap's two draws are not paired",
-        "evaluation/confidence.py",
+        "evaluation/bootstrap.py",
         "pairs = zip(figure.resampled(rows), other.resampled(rows), strict=True)",
         "pairs = zip(figure.resampled(rows), other.resampled(rows[::-1]), strict=True)",
         "tests/evaluation",

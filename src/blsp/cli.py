@@ -3,7 +3,7 @@
 In:  the command line. Out: an exit code: 0 done; 1 the job failed, with one line that says what to do; 2 the
      command line (or the YAML file of --config) is wrong; 130 interrupted.
 Try: `blsp --help`, `blsp train --help`
-Flow: **cli.py** (plugins) → settings/reading.py → the function of the command, which imports torch if it needs it.
+Flow: **cli.py** (plugins) → settings/flags.py → the function of the command, which imports torch if it needs it.
 """
 
 import os
@@ -117,7 +117,7 @@ def help_text() -> str:
 def parse(name: str, flags: Sequence[str]) -> Any:
     """The settings of command `name`; a wrong flag makes tyro explain itself and exit with 2."""
     from blsp import settings
-    from blsp.settings.reading import read_settings
+    from blsp.settings.flags import read_settings
 
     load_plugins()
     return read_settings(getattr(settings, COMMANDS[name].settings), flags, prog=f"blsp {name}")

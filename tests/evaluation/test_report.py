@@ -11,7 +11,7 @@ import pytest
 from support.speech_copies import Parrot
 
 from blsp.data.manifest import Utterance
-from blsp.evaluation.confidence import mean_figure
+from blsp.evaluation.bootstrap import mean_figure
 from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results, TaskResult

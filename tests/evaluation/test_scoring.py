@@ -10,7 +10,7 @@ from sacrebleu import corpus_bleu, corpus_chrf
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer
-from blsp.evaluation.confidence import Figure, draws, interval, mean_figure, ratio, relative_gap
+from blsp.evaluation.bootstrap import Figure, draws, interval, mean_figure, ratio, relative_gap
 from blsp.evaluation.scoring import Score, faults, is_in_other_language, loops, score, score_transcripts
 from blsp.evaluation.tasks import Task
 

@@ -11,7 +11,7 @@ from ablation import ARMS, settings_of, written
 
 from blsp.evaluation.tasks import load_suite
 from blsp.settings import TrainSettings
-from blsp.settings.reading import read_settings
+from blsp.settings.flags import read_settings
 
 PLAN = yaml.safe_load(ARMS.read_text(encoding="utf-8"))
 STARTED = {"kl", "ce", "ce-continuation", "ce-repeat", "ce-answers"}  # from a grounded adapter

@@ -21,7 +21,7 @@ from blsp.model.adapter_parts import CachedValue
 from blsp.model.checkpoint import load_blsp
 from blsp.model.configuration_blsp import CheckpointError
 from blsp.settings import SettingsError, TrainSettings
-from blsp.settings.reading import read_settings
+from blsp.settings.flags import read_settings
 from blsp.training import loop, reporting, step
 from blsp.training.dataset import DataError
 from blsp.training.loop import TrainingError, train

@@ -3,7 +3,7 @@
 writer.py         the command, for one process or many, and its --score-only
 requests.py       what each row is asked: behaviours, orders, mixtures
 text_model.py     the LLM of step 1, and the variables of its chat template
-work.py           the plan of batches, and the answers so far; a killed job goes on
+prompt_plan.py    equal prompts, the plan of batches, the answers so far; a killed job goes on
 engines.py        the LLM in this process
 openai_engine.py  an LLM behind an OpenAI-compatible URL
 topk.py           the stored top-k of the teacher's distribution

@@ -4,7 +4,7 @@ In:  a manifest (to be continued) or a continuations file (to be scored), and th
 Out: one `PlannedPrompt` for each output row, in input order; a row without words, or whose prompt is too long,
      goes to the skip list with the reason.
 Try: `list(plan_continuations(Manifest("in.jsonl"), tokenizer, policy, SkippedLog("out.jsonl")))`
-Flow: manifest → **requests.py** → work.py (equal prompts, batches) → engines.py
+Flow: manifest → **requests.py** → prompt_plan.py (equal prompts, batches) → engines.py
 """
 
 from __future__ import annotations

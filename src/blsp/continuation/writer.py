@@ -4,7 +4,7 @@ In:  a manifest, and an LLM in this process or behind a URL. With --score-only: 
 Out: `out.jsonl`, the manifest's rows with `continuation` and what it was made from; `out.jsonl.meta.json`, the header;
      `out.jsonl.topk/`, if the teacher's distribution is stored; `out.jsonl.skipped.jsonl`, the rows left out.
 Try: `blsp continue --manifest in.jsonl --out out.jsonl --llm embedded:smollm2-135m-instruct`
-Flow: manifest → requests.py (prompts) → work.py (plan, answers) → **writer.py** (rows, top-k) → training
+Flow: manifest → requests.py (prompts) → prompt_plan.py (plan, answers) → **writer.py** (rows, top-k) → training
 
 A killed run computes the missing batches when it is started again, and the output is the same to the byte.
 --score-only runs the LLM once over prompt and continuation. Rows without `continuation_ids`, from servers that do not
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from blsp.continuation.engines import Engine, Prompt, ScoringEngine, TransformersEngine
+from blsp.continuation.prompt_plan import AnswerReader, PromptPlan, compute_answers, open_parts, open_plan
 from blsp.continuation.requests import (
     PlannedPrompt,
     PromptPolicy,
@@ -40,7 +41,6 @@ from blsp.continuation.requests import (
 )
 from blsp.continuation.text_model import TextModel, engine_body, server_body, template_args_of
 from blsp.continuation.topk import topk_folder, write_top_k
-from blsp.continuation.work import AnswerReader, PromptPlan, compute_answers, open_parts, open_plan
 from blsp.data.files import file_digest, write_json
 from blsp.data.jobs import WAIT, Job, JobError, Parts, differences
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, write_manifest

@@ -9,7 +9,7 @@ recogniser.py  the speech recogniser of the cascade
 endpoints.py   other models behind a URL: as a further column, or as a judge of open answers
 answers.py     the logs of answers, with which a killed run continues
 scoring.py     metrics and faults of the answers
-confidence.py  bootstrap intervals
+bootstrap.py   confidence intervals
 alignment.py   divergence between the routes, token by token
 layers.py      the same inside the LLM, layer by layer
 results.py     results.json and samples.jsonl

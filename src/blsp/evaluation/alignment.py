@@ -29,7 +29,7 @@ from torch import Tensor
 from blsp.data.jobs import RecordLog
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, Answers, answer_log
-from blsp.evaluation.confidence import Figure, draws, interval, ratio
+from blsp.evaluation.bootstrap import Figure, draws, interval, ratio
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
 from blsp.evaluation.routes import RouteInput, RouteInputFn, ask, plan_batches, request, route_fingerprint, text_input
 from blsp.evaluation.tasks import AlignmentPlan, Task

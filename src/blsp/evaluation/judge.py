@@ -18,7 +18,7 @@ from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
 from blsp.evaluation.alignment import Alignment, Routes, measure
 from blsp.evaluation.answers import AnswerLog, Answers, answer_log
-from blsp.evaluation.confidence import mean_figure
+from blsp.evaluation.bootstrap import mean_figure
 from blsp.evaluation.endpoints import Endpoint, ask_peer, parse_endpoint, parse_peers, rate
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.evaluation.report import write_report

@@ -25,7 +25,7 @@ from blsp.data.files import write_json
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.evaluation.alignment import Alignment
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.confidence import draws, interval, relative_gap
+from blsp.evaluation.bootstrap import draws, interval, relative_gap
 from blsp.evaluation.scoring import MAIN_METRIC, Score
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener

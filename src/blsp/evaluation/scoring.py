@@ -28,7 +28,7 @@ from sacrebleu.metrics.base import Metric
 from blsp.data.manifest import Utterance
 from blsp.data.normalisation import UNSPACED, count_words, normaliser, split_words
 from blsp.evaluation.answers import NO_SPEECH, Answer, Answers
-from blsp.evaluation.confidence import Figure, mean_figure, ratio
+from blsp.evaluation.bootstrap import Figure, mean_figure, ratio
 from blsp.evaluation.tasks import Task
 
 LOWER_IS_BETTER = frozenset({"wer", "cer"})

@@ -178,8 +178,8 @@ def _score_rest(llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owne
     columns = cache.layers[0].keys.shape[2]
     steps = torch.arange(ids.shape[1] - 1, device=ids.device)
     # A row's key/values lie in the last `lengths` of the C columns, then come the option's own.
-    places = torch.arange(columns + len(steps), device=ids.device)
-    mask = (places[None, :] >= (columns - lengths[owner])[:, None]).long()  # (M, C + O - 1)
+    index = torch.arange(columns + len(steps), device=ids.device)
+    mask = (index[None, :] >= (columns - lengths[owner])[:, None]).long()  # (M, C + O - 1)
     hidden = decoder_of(llm)(
         inputs_embeds=embed(llm, ids[:, :-1]),
         attention_mask=mask,

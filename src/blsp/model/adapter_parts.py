@@ -76,7 +76,7 @@ def num_audio_tokens(frames: Any, strides: Sequence[int]) -> Any:
 
 
 def place_centres(adapter: Any) -> tuple[int, float]:
-    """Where an adapter's places lie, in encoder frames: from one to the next, and the centre of the first.
+    """Where an adapter's places (its audio tokens) lie, in encoder frames: from one to the next; the first's centre.
 
     A place without `first_centre` is taken to hold its own frames alone: 8 of them are centred on frame 3.5.
     """

@@ -88,14 +88,14 @@ def refusal_of(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{param or 'the body'}: {message}", param=param or None, code=code)
 
 
-def _path(places: Sequence[str | int]) -> str:
+def _path(location: Sequence[str | int]) -> str:
     """`("body", "messages", 0, "content", "<parts>", 1)` → `messages[0].content[1]`; `<…>` is a branch of a type."""
     path = ""
-    for place in places:
-        if isinstance(place, int):
-            path += f"[{place}]"
-        elif place and place not in ("body", "query", "path") and not place.startswith("<"):
-            path += f".{place}" if path else place
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif step and step not in ("body", "query", "path") and not step.startswith("<"):
+            path += f".{step}" if path else step
     return path
 
 

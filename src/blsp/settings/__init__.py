@@ -3,7 +3,7 @@
     shared.py        flags that several commands have, lists of choices, checks
     pipeline.py      prepare, continue, encode, align, train
     applications.py  evaluate, generate, transcribe, chat, serve, export, tour
-    reading.py       flags and YAML files → one settings object
+    flags.py         flags and YAML files → one settings object
 
 In:  the command line, or a YAML file given with --config, which holds the same flags.
 Out: one settings object, checked, handed to one function. Inner functions take plain arguments, not settings.

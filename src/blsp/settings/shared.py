@@ -3,7 +3,7 @@
 In:  the settings classes of pipeline.py and applications.py, which use these types for their fields.
 Out: types with their own help text; `Choices`, which reads a list from the dict that owns it.
 Try: `Choices("blsp.model.adapter", "ADAPTERS").keys()`
-Flow: **shared.py** → pipeline.py, applications.py → reading.py, which turns a class into flags
+Flow: **shared.py** → pipeline.py, applications.py → flags.py, which turns a class into flags
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ def shortlist(
     logits = adapter.logits(hidden, table, torch.cat([tokens, drawn]).to(hidden.device))  # (B, S, C)
     weight = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
     weight[1 + len(own) :] = math.log(max(1, int(others.sum())) / negatives)
-    number = {token: place for place, token in enumerate(own, start=1)}
+    number = {token: column for column, token in enumerate(own, start=1)}
     return (logits + weight).log_softmax(dim=-1), [[number[token] for token in row] for row in targets]
 
 

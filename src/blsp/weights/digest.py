@@ -110,7 +110,7 @@ def _hash_tensors(files: list[Path], encoder_only: bool) -> str:
     from safetensors import SafetensorError, safe_open
 
     # name in the digest -> the file that holds the tensor, and its name there
-    places: dict[str, tuple[Any, str]] = {}
+    tensors: dict[str, tuple[Any, str]] = {}
     for file in files:
         try:
             opened = safe_open(file, framework="pt")
@@ -122,12 +122,12 @@ def _hash_tensors(files: list[Path], encoder_only: bool) -> str:
                 continue
             if encoder_only:
                 name = ENCODER.sub("", name)
-            if name in places:
+            if name in tensors:
                 raise ValueError(f"{file}: tensor {name} is also in another file; remove one of the files")
-            places[name] = opened, stored_name
+            tensors[name] = opened, stored_name
 
     digest = hashlib.sha256()
-    for name, (opened, stored_name) in sorted(places.items(), key=lambda item: item[0]):
+    for name, (opened, stored_name) in sorted(tensors.items(), key=lambda item: item[0]):
         tensor = opened.get_slice(stored_name)
         digest.update(f"{name} {tensor.get_dtype()} {tensor.get_shape()}\n".encode())
         for chunk in _chunks(opened, stored_name):

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blsp.continuation.engines import Top, Written
-from blsp.continuation.requests import PlannedPrompt, PromptSpec, prompt_digest
-from blsp.continuation.work import (
+from blsp.continuation.prompt_plan import (
     AnswerReader,
     PromptPlan,
     answer_rows,
@@ -22,6 +21,7 @@ from blsp.continuation.work import (
     read_answers,
     write_plan,
 )
+from blsp.continuation.requests import PlannedPrompt, PromptSpec, prompt_digest
 from blsp.data.files import digest_of
 from blsp.data.jobs import Parts
 

@@ -3,7 +3,7 @@
 In:  planned prompts in the order of the output rows; an engine; the folder of unfinished work.
 Out: every different prompt answered once, by any number of ranks, in batches that never change.
 Try: `plan = write_plan(Path("plan.sqlite"), prompts, batch_size=64); plan.batch(0)`
-Flow: requests.py → **work.py** (plan, batches, answer logs) → writer.py, which merges the answers into rows.
+Flow: requests.py → **prompt_plan.py** (plan, batches, answer logs) → writer.py, which merges the answers into rows.
 
     plan.sqlite          prompts   number  row  spec  tokens  digest  first     one for each output row
                          queue     position  number                             one for each different prompt
