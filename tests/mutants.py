@@ -164,8 +164,8 @@ MUTANTS = (
     Mutant(
         "kl: the student's temperature is 1",
         "training/losses.py",
-        "student_temperature or temperature",
-        "student_temperature or 1.0",
+        "for logits in (teacher_logits, student_logits))",
+        "if logits is teacher_logits else at_least_float32(logits) for logits in (teacher_logits, student_logits))",
         "tests/laws/test_law_09_divergence.py tests/training/test_losses.py",
     ),
     Mutant(

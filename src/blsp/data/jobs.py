@@ -291,10 +291,10 @@ class Job:
         except (ValueError, TypeError) as error:
             raise JobError(f"{self.header_path}: is not a JSON object ({error}); remove it") from error
 
-    def begin(self, settings: dict[str, Any], ignore: Collection[str] = ()) -> None:
+    def begin(self, settings: dict[str, Any]) -> None:
         """Note the settings in the header; where there is one, raise JobError if it names other settings."""
         if self.header() is not None or (self.out.exists() and self.out.stat().st_size):
-            self.require_same(self.require_header(), settings, ignore)
+            self.require_same(self.require_header(), settings)
         elif self.rank == 0:
             write_json(self.header_path, settings)
 

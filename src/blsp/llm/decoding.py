@@ -13,7 +13,7 @@ Padding lies only before a row's first token (kv_cache.py). A row's answer does 
 Shapes: R rows, L sequence after the prefix, K top-k, D LLM width, V vocabulary.
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -81,9 +81,7 @@ class Result:
     top_logp: Tensor | None = None
 
 
-def decode(
-    llm: PreTrainedModel, requests: Iterable[Request], batch_size: int, on_event: Callable[[Event], None] | None = None
-) -> dict[Hashable, Result]:
+def decode(llm: PreTrainedModel, requests: Iterable[Request], batch_size: int) -> dict[Hashable, Result]:
     """Write every answer, at most `batch_size` at a time; free slots are filled once a quarter of them is free."""
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be 1 or more")
@@ -105,8 +103,6 @@ def decode(
             break
         for event in events:
             _collect(results.setdefault(event.key, Result()), event, tops)
-            if on_event:
-                on_event(event)
     return results
 
 

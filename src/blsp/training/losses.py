@@ -35,17 +35,13 @@ def ce_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
 
 
-def kl_loss(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, student_temperature: float | None = None
-) -> Tensor:
-    """KL(teacher || student) over the whole vocabulary, (N, V) both, in nats at ``temperature``.
+def kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) over the whole vocabulary, (N, V) both, in nats at ``temperature`` (Hinton et al. 2015).
 
-    The student has the teacher's temperature (Hinton et al. 2015) unless ``student_temperature`` is given. With the
-    student at 1 and the teacher's going to 0 this becomes ``ce_loss`` on the teacher's best token.
+    With the teacher's temperature alone going to 0 it becomes ``ce_loss`` on the teacher's best token.
     """
-    teacher = torch.log_softmax(at_least_float32(teacher_logits) / temperature, dim=-1)  # (N, V)
-    student_logits = at_least_float32(student_logits) / (student_temperature or temperature)
-    return kl_divergence(teacher, torch.log_softmax(student_logits, dim=-1)).sum()
+    teacher, student = (at_least_float32(logits) / temperature for logits in (teacher_logits, student_logits))
+    return kl_divergence(teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)).sum()
 
 
 def topk_kl_loss(student_logits: Tensor, top_ids: Tensor, top_logp: Tensor, temperature: float = 1.0) -> Tensor:

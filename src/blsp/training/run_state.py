@@ -34,7 +34,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blsp.data.files import flush_to_disk, read_rows, write_json, write_text
+from blsp.data.files import flush_to_disk, read_rows, write_text
 from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences, lock_job
 from blsp.distributed import Runtime, barrier, sum_across
 from blsp.settings import TrainSettings
@@ -125,7 +125,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     for file in target.iterdir():
         flush_to_disk(file)
     state = {"progress": asdict(checkpoint.progress), "environment": checkpoint.environment}
-    write_json(target / STATE, state, durable=True)
+    write_text(target / STATE, json.dumps(state, indent=2) + "\n", durable=True)
     for old in complete_checkpoints(folder)[:-keep]:
         (old / STATE).unlink()  # first: a half-removed checkpoint must not count
         shutil.rmtree(old)
