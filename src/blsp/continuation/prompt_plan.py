@@ -173,10 +173,8 @@ def open_plan(parts: Parts, batch_size: int, prompts: Callable[[], Iterable[Plan
 # --- answers ----------------------------------------------------------------------------------------------
 def open_answers(parts: Parts, rank: int) -> RowLog:
     """The append-only answers of one rank. A batch that was cut off by a kill is removed."""
-    log, end = parts.log(rank), 0
-    for _, end, _ in read_answers(log.path):  # noqa: B007  (the last batch's end)
-        pass
-    os.truncate(log.path, end)
+    log = parts.log(rank)
+    os.truncate(log.path, max((end for _, end, _ in read_answers(log.path)), default=0))
     return log
 
 

@@ -68,8 +68,9 @@ def align(settings: AlignSettings) -> None:
             missing = [i for i in range(len(batch)) if frames[i] and store.get(keys[i], tokens[i]) is None]
             known += int((frames > 0).sum()) - len(missing)
             reasons = {i: "its audio could not be encoded" for i in range(len(batch)) if not frames[i]}
-            short, long = ([i for i in missing if (frames[i] > LONG_FRAMES) == is_long] for is_long in (False, True))
-            for part in [*([short] if short else []), *([i] for i in long)]:
+            short = [i for i in missing if frames[i] <= LONG_FRAMES]
+            long = [[i] for i in missing if frames[i] > LONG_FRAMES]
+            for part in [short, *long] if short else long:
                 times = align_batch(model, [cache.get(keys[i]) for i in part], [tokens[i] for i in part])
                 fitted = [(i, frames_of) for i, frames_of in zip(part, times, strict=True) if frames_of is not None]
                 unfitted = set(part) - {i for i, _ in fitted}
