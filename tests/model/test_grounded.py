@@ -44,3 +44,16 @@ def test_a_clip_is_heard_alike_in_any_company() -> None:
     together = read_out(torch.cat([first, second]), lengths.repeat(2), table)
     assert together.readout is not None and alone.readout == together.readout[:1]
     torch.testing.assert_close(together.vectors[:1], alone.vectors, rtol=0, atol=1e-12)
+
+
+def test_a_run_of_one_token_is_one_vector() -> None:
+    """Equal tokens are two only if a blank is between them; a run's vector is the mean over its frames."""
+    path = torch.tensor([0, 2, 2, 0, 2, 1, 1])
+    scores = torch.randn(1, 7, 3, dtype=torch.float64)
+    scores[0, torch.arange(7), path] += 5  # the likeliest class of each frame
+    table = torch.randn(2, WIDTH, dtype=torch.float64)
+    output = read_out(scores.log_softmax(-1), torch.tensor([7]), table)
+    assert output.readout == [[1, 1, 0]] and output.valid[0].tolist() == [True] * 3 + [False] * 4
+    posteriors = scores[0, :, 1:].softmax(-1)  # without blank
+    expected = [posteriors[frames].mean(dim=0) @ table for frames in ([1, 2], [4], [5, 6])]
+    torch.testing.assert_close(output.vectors[0, :3], torch.stack(expected), rtol=0, atol=1e-12)
