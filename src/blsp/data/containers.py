@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import av
@@ -86,16 +85,20 @@ def skip_id3(raw: BinaryIO) -> int:
 
 def _has_placeholder_size(raw: BinaryIO, size: int) -> bool:
     """Whether a wav's data length was written before the recording was known."""
-    chunk = 12
+    begin, length = _wav_data(raw, size)
+    return length is not None and begin < size and (length == 0 or PLACEHOLDER_WAV <= length < STREAMED_WAV)
+
+
+def _wav_data(raw: BinaryIO, size: int) -> tuple[int, int | None]:
+    """First byte and length of a wav's data chunk, as its header says; without one, the end of its chunks and None."""
+    chunk = 12  # after RIFF, length, WAVE
     while chunk + 8 <= size:
         raw.seek(chunk)
         tag, length = struct.unpack("<4sI", raw.read(8))
         if tag == b"data":
-            rest = size - chunk - 8
-            unknown = length == 0 or length >= PLACEHOLDER_WAV
-            return rest > 0 and unknown and length < STREAMED_WAV
-        chunk += 8 + length + length % 2
-    return False
+            return chunk + 8, length
+        chunk += 8 + length + length % 2  # chunks begin at even bytes
+    return chunk, None
 
 
 def _is_chained(raw: BinaryIO, size: int) -> bool:
@@ -163,22 +166,11 @@ def missing_bytes(file: BinaryIO, size: int) -> int:
     file.seek(0)
     head = file.read(12)
     if head[:4] == b"RIFF" and head[8:] == b"WAVE":
-        return max(0, _missing_wav_bytes(file, size))
+        begin, length = _wav_data(file, size)
+        return 0 if length is not None and length >= STREAMED_WAV else max(0, begin + (length or 0) - size)
     if head[:4] == b"FORM" and len(head) == 12:
         return max(0, struct.unpack(">I", head[4:8])[0] + 8 - size)
     return max(0, _missing_ogg_bytes(file, size)) if head[:4] == b"OggS" else 0
-
-
-def _missing_wav_bytes(file: BinaryIO, size: int) -> int:
-    """Bytes by which the data chunk passes the file's end."""
-    chunk = 12  # after RIFF, length, WAVE
-    while chunk + 8 <= size:
-        file.seek(chunk)
-        tag, length = struct.unpack("<4sI", file.read(8))
-        if tag == b"data":
-            return 0 if length >= STREAMED_WAV else chunk + 8 + length - size
-        chunk += 8 + length + length % 2  # chunks begin at even bytes
-    return chunk - size
 
 
 def _missing_ogg_bytes(file: BinaryIO, size: int) -> int:
@@ -256,9 +248,7 @@ class FfmpegStream:
     def __enter__(self) -> FfmpegStream:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -267,37 +267,36 @@ class ExampleReader:
     def example(self, row: np.void, epoch: int) -> Example:
         """The example of a row, augmented as `epoch` says; raises `Refused`."""
         utterance = self.dataset.utterance(row)
-        example = self._with_speech(utterance, (self.seed, epoch, int(row["id_hash"])))
-        example = replace(example, template=self.template(row))
+        response: list[int] = []
         if self.targets.runs_llm and not utterance.no_speech:
-            example = replace(example, response=self.texts.response(utterance))
+            response = self.texts.response(utterance)
         elif self.targets.runs_llm and not self.targets.reads_out:  # one that reads out answers silence by a rule
-            example = replace(example, response=self.texts.no_speech)
+            response = self.texts.no_speech
+        example = Example(
+            id=utterance.id,
+            template=self.template(row),
+            transcript=self.texts.transcript(utterance),
+            response=response,
+            no_speech=utterance.no_speech,
+            text=utterance.text,
+            **self._speech(utterance, (self.seed, epoch, int(row["id_hash"]))),
+        )
         teacher = self.dataset.sources[int(row["source"])].teacher
-        if teacher is not None and example.response and not example.no_speech:
+        if teacher is not None and response and not example.no_speech:
             ids, logp = teacher.get(int(row["row"]))
-            if len(ids) != len(example.response):
-                raise Refused(f"stored top-k has {len(ids)} steps, its continuation {len(example.response)}")
+            if len(ids) != len(response):
+                raise Refused(f"stored top-k has {len(ids)} steps, its continuation {len(response)}")
             example = replace(example, teacher=(ids, logp))
         example = self._with_extra(example, "readout", self._readout)
         return self._with_extra(example, "token_times", lambda each: self._placed(each, utterance))
 
-    def _with_speech(self, row: Utterance, key: tuple[int, ...]) -> Example:
-        """The row's speech and transcript, without a prompt or a response. key: decides the augmentation."""
-        blank = Example(
-            id=row.id,
-            seconds=0.0,
-            template=PromptTemplate((), ()),
-            transcript=self.texts.transcript(row),
-            response=[],
-            no_speech=row.no_speech,
-            text=row.text,
-        )
+    def _speech(self, row: Utterance, key: tuple[int, ...]) -> dict[str, Any]:
+        """The row's speech, as fields of its example. key: decides the augmentation."""
         if self.cache is not None:
             features = np.array(self.cache.get(self.cache.key(row)))  # (T, E), read from disk here
             if "mask" in self.augmentation:
                 features = hide_spans(features, key)
-            return replace(blank, features=features, seconds=len(features) / FRAMES_PER_SECOND)
+            return {"features": features, "seconds": len(features) / FRAMES_PER_SECOND}
         try:
             audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)  # (samples,)
         except AudioError as error:
@@ -305,8 +304,7 @@ class ExampleReader:
         if self.augmentation:
             audio = augment(audio, self.augmentation, key)
         mel, _ = mel_features(self.extractor, [audio], full_window=self.full_window)  # (1, M, Tm)
-        seconds = len(audio) / SAMPLE_RATE
-        return replace(blank, mel=mel[0].numpy(), mel_frames=mel_frames(len(audio)), seconds=seconds)
+        return {"mel": mel[0].numpy(), "mel_frames": mel_frames(len(audio)), "seconds": len(audio) / SAMPLE_RATE}
 
     def _with_extra(self, example: Example, need: Need, add: Callable[[Example], Example]) -> Example:
         """The example with a target that the loss needs, or that a further term can use."""
