@@ -186,10 +186,14 @@ def test_answers_of_version_0_1_are_kept_where_the_job_is_the_same(tmp_path: Pat
 
 
 def test_answers_whose_top_k_lies_apart_are_computed_again(tmp_path: Path) -> None:
-    """Earlier versions kept it in two files beside the log."""
+    """Earlier versions kept it in two files beside the log, and rank 0 may have been done."""
     parts = parts_in(tmp_path / "parts")
     answer = {"key": 4, "left": 0, "text": "a", "ids": [1], "finish": "stop", "top": [0, 2]}
     (parts.folder / "part-00000.jsonl").write_text(json.dumps(answer) + "\n")
-    assert recorded(parts) == []
+    (parts.folder / "part-00000.ids.u32").write_bytes(bytes(16))
+    parts.finish(0, 1)
+    parts = parts_in(tmp_path / "parts")
+    assert recorded(parts) == [] and not parts.is_finished(0, 1)
     add(parts, 0, batch(4))
+    parts = parts_in(tmp_path / "parts")
     assert recorded(parts) == [4] and len(AnswerReader(parts, 5, K).top(4)[0]) == 1

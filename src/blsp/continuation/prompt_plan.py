@@ -157,6 +157,8 @@ def open_parts(folder: Path, facts: dict[str, Any], rank: int) -> Parts:
         if json.loads(earlier.read_text(encoding="utf-8")).get("identity") == digest_of(facts):
             write_json(folder / "job.json", {"settings": digest_of(facts)})
         shutil.rmtree(earlier.parent)
+    if rank == 0 and any(folder.glob("part-*.ids.u32")):  # top-k beside the answers, not in them: of an earlier version
+        shutil.rmtree(folder)
     return Parts(folder, facts, rank)
 
 
@@ -202,7 +204,7 @@ def read_answers(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 fields = json.loads(line) if line.endswith(b"\n") else None
             except ValueError:  # zeros, after a power cut
                 fields = None
-            if not isinstance(fields, dict) or "top" in fields:  # its top-k lies apart: of an earlier version
+            if not isinstance(fields, dict):
                 return
             batch.append((begin, begin + len(line), fields))
             begin += len(line)
