@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import entry_points
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -174,6 +173,8 @@ def load_plugins() -> None:
     Plugins are the modules and files that BLSP_PLUGINS names, separated by commas, and installed packages with an
     entry point in the group `blsp.plugins`. They add entries to `ADAPTERS`, `LOSSES` and `READERS`.
     """
+    from importlib.metadata import entry_points  # not at the top: it would slow --help down by half
+
     installed = [entry.module for entry in entry_points(group="blsp.plugins")]
     named = [name.strip() for name in os.environ.get("BLSP_PLUGINS", "").split(",") if name.strip()]
     for name in installed + named:

@@ -84,9 +84,5 @@ def count_words(text: str, language: str) -> int:
 
 def split_words(text: str) -> list[str]:
     """Runs of letters and digits with the marks on them, and underscores."""
-    kept = (letter if _in_word(letter) else " " for letter in text)
+    kept = (c if c.isalnum() or c == "_" or unicodedata.category(c)[0] == "M" else " " for c in text)
     return [word for word in "".join(kept).split() if re.search(r"\w", word)]
-
-
-def _in_word(letter: str) -> bool:
-    return letter.isalnum() or letter == "_" or unicodedata.category(letter)[0] == "M"

@@ -164,10 +164,9 @@ class RowMeasurer:
     def _checked(self, frames: int) -> int:
         if not frames:
             raise Refused("its features are not in the cache: the audio could not be encoded")
-        if frames / FRAMES_PER_SECOND > self.max_seconds:
-            raise Refused(
-                f"{frames / FRAMES_PER_SECOND:.1f} s of speech, longer than --max-seconds {self.max_seconds:g}"
-            )
+        seconds = frames / FRAMES_PER_SECOND
+        if seconds > self.max_seconds:
+            raise Refused(f"{seconds:.1f} s of speech, longer than --max-seconds {self.max_seconds:g}")
         return frames
 
     def text_lengths(self, row: Utterance) -> tuple[int, int]:
