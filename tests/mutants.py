@@ -278,7 +278,7 @@ MUTANTS = (
         "model/loading.py",
         "return module.eval().requires_grad_(False)",
         "return module.train().requires_grad_(False)",
-        "tests/training tests/laws/test_law_02_gradients.py",
+        "tests/laws/test_law_02_gradients.py",
     ),
     Mutant(
         "examples: a cut continuation teaches an end",

@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.tiny_models import runtime_of, save_language_model, save_whisper
 from support.training_examples import make_examples, write_data
 
 from blsp.distributed import find_runtime
 from blsp.llm.prefix import PrefixCache
+from blsp.model.loading import load_language_model, load_speech_encoder
 from blsp.settings import TrainSettings
 from blsp.training import loop, step
 from blsp.training import run as opening
 from blsp.training import run as preparation
 from blsp.training.step import Objective
+from blsp.weights.digest import find_weights
 
 ADAPTER = "model.multi_modal_projector."
 
@@ -101,3 +104,12 @@ def test_frozen_parts_are_not_in_training_mode(tmp_path: Path, tiny_llm, tiny_wh
     )
     loop.train(settings)
     assert modes == [(False, True)] * 3
+
+
+def test_frozen_parts_are_loaded_without_dropout_or_gradients(tmp_path: Path) -> None:
+    """Also where no model is built around them, as in `blsp continue` and `blsp encode`."""
+    llm = find_weights(save_language_model(tmp_path / "llm", "llama"))
+    whisper, runtime = find_weights(save_whisper(tmp_path / "whisper")), runtime_of("llama")
+    for module, _ in (load_language_model(llm, runtime), load_speech_encoder(whisper, runtime)):
+        assert not any(part.training for part in module.modules())
+        assert not any(weight.requires_grad for weight in module.parameters())
