@@ -34,6 +34,7 @@ class Misbehaving:
     most_together: int = 0
     pause: float = 0.0  # seconds before an answer
     extra: dict[str, Any] = field(default_factory=dict)  # merged into each choice
+    poison: dict[str, str] = field(default_factory=dict)  # the end of a prompt → its misdeed, each time
 
     async def misbehave(self, misdeed: str) -> Response:
         """Do one misdeed to the request at hand."""
@@ -68,8 +69,8 @@ class Misbehaving:
 
 
 @contextmanager
-def misbehaving_server(misdeeds: list[str], **more: Any) -> Iterator[Misbehaving]:
-    """The server in a thread, on a port of the system's choice."""
+def misbehaving_server(misdeeds: list[str], port: int = 0, **more: Any) -> Iterator[Misbehaving]:
+    """The server in a thread. port 0: one of the system's choice."""
     state = Misbehaving(list(misdeeds), **more)
     app = FastAPI()
 
@@ -82,20 +83,23 @@ def misbehaving_server(misdeeds: list[str], **more: Any) -> Iterator[Misbehaving
         state.together += 1
         state.most_together = max(state.most_together, state.together)
         try:
-            if state.misdeeds:
-                return await state.misbehave(state.misdeeds.pop(0))
+            words = str(body["messages"][-1]["content"]).removesuffix("\nPlease repeat the following words:")
+            for end, misdeed in state.poison.items():
+                if words.endswith(f" {end}"):
+                    return await state.misbehave(misdeed)
+            if state.misdeeds and (misdeed := state.misdeeds.pop(0)) != "answer":
+                return await state.misbehave(misdeed)
             await asyncio.sleep(state.pause)
             return Response(json.dumps(state.answer(body)), media_type="application/json")
         finally:
             state.together -= 1
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    state.url = f"http://127.0.0.1:{port}/v1"
+    state.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
     try:
         yield state
     finally:

@@ -5,6 +5,6 @@ requests.py       what each row is asked: behaviours, orders, mixtures
 text_model.py     the LLM of step 1, and the variables of its chat template
 prompt_plan.py    equal prompts, the plan of batches, the answers so far; a killed job goes on
 engines.py        the LLM in this process
-openai_engine.py  an LLM behind an OpenAI-compatible URL
+openai_engine.py  an LLM behind OpenAI-compatible URLs
 topk.py           the stored top-k of the teacher's distribution
 """

@@ -49,12 +49,12 @@ class Top:
 
 @dataclass(frozen=True)
 class Written:
-    """One answer. ids None: the engine does not say which tokens it wrote. refused: why there is no answer."""
+    """One answer. ids None: the engine does not say which tokens it wrote. refused: why the answer is of no use."""
 
     key: int
     text: str
     ids: list[int] | None
-    finish: str  # stop | length
+    finish: str  # stop | length; "" where no answer came
     top: Top | None = None
     refused: str | None = None
 

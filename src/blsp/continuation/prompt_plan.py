@@ -93,6 +93,10 @@ class PromptPlan:
         for record in records:
             yield _planned(record[1:]), record[0]
 
+    def row(self, number: int) -> int:
+        """The input row of prompt `number`."""
+        return int(self._database.execute("SELECT row FROM prompts WHERE number = ?", (number,)).fetchone()[0])
+
     def firsts(self) -> Iterator[int | None]:
         """For each output row the number of the first prompt that is equal to its own."""
         for (first,) in self._database.execute("SELECT first FROM prompts ORDER BY number"):
@@ -221,9 +225,13 @@ class AnswerReader:
         self._files = [open(path, "rb") for path in parts.paths()]  # noqa: SIM115
         # (rows, 2): file and first byte of each answer, on disk
         self._offsets = np.memmap(parts.folder / "offsets.i64", "<i8", "w+", shape=(max(rows, 1), 2))
+        answered = np.zeros(rows, bool)
         for number, path in enumerate(parts.paths()):
             for begin, _, fields in read_answers(path):
-                self._offsets[fields["key"]] = (number, begin)
+                key, refused = fields["key"], "refused" in fields
+                if not (refused and answered[key]):  # an answer outlives a refusal, by whichever rank
+                    self._offsets[key] = (number, begin)
+                answered[key] |= not refused
 
     def fields(self, number: int) -> dict[str, Any]:
         """`text`, `ids` and `finish` of an answer, or `refused`: why there is none."""
@@ -245,23 +253,30 @@ def compute_answers(
     runtime: Runtime,
     make_engine: Callable[[], Engine],
     make_prompt: Callable[[int, PlannedPrompt], Prompt],
+    check_refusals: Callable[[list[Written]], None] = lambda refused: None,
 ) -> None:
-    """Answer those of this rank's batches that are not answered; the engine is made only if there are any."""
+    """Answer those of this rank's batches that are not answered; the engine is made only if there are any.
+
+    check_refusals: gets all refused prompts after each new one, and raises where they are too many.
+    """
     if parts.is_finished(runtime.rank, runtime.world):
         return
-    done = np.zeros(len(plan), bool)  # the prompts whose answers are recorded, by whichever rank
+    done = np.zeros(len(plan), bool)  # the answered prompts, by whichever rank; refused ones are asked again
     for path in parts.paths():
         for _, _, fields in read_answers(path):
-            done[fields["key"]] = True
+            done[fields["key"]] |= "refused" not in fields
     mine = range(runtime.rank, plan.batches, runtime.world)
     missing = plan.missing_batches(done, mine)
     total, left = sum(map(plan.size_of, mine)), sum(map(plan.size_of, missing))
     bar = tqdm(total=total, initial=total - left, unit="prompt", disable=runtime.rank != 0, dynamic_ncols=True)
     with open_answers(parts, runtime.rank) as log, bar:
-        started, tokens = time.monotonic(), 0
+        started, tokens, refused = time.monotonic(), 0, list[Written]()
         prompts = ([make_prompt(*numbered) for numbered in plan.batch(batch)] for batch in missing)
         for answers in make_engine().write(prompts) if missing else ():
             log.append(*answer_rows(answers))
+            if new := [written for written in answers if written.refused is not None]:
+                refused += new
+                check_refusals(refused)
             tokens += sum(len(written.ids or ()) for written in answers)
             bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
             bar.update(len(answers))

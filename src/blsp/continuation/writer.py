@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from blsp.continuation.engines import Engine, Prompt, ScoringEngine, TransformersEngine
+from blsp.continuation.engines import Engine, Prompt, ScoringEngine, TransformersEngine, Written
 from blsp.continuation.prompt_plan import AnswerReader, PromptPlan, compute_answers, open_parts, open_plan
 from blsp.continuation.requests import (
     PlannedPrompt,
@@ -53,6 +53,7 @@ from blsp.weights.digest import find_weights
 
 DECODING = ("max_new_tokens", "temperature", "top_p", "seed")  # the settings that the header repeats
 PACKAGES = ("blsp", "torch", "transformers", "tokenizers", "numpy")
+FEW_FAILURES = 10  # prompts that may fail in a job of any size
 TOKENISED = "tokenised from the text where the server returned none"
 
 
@@ -150,7 +151,7 @@ class Step1:
         }
         versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
         url = self.settings.engine_url
-        return {"versions": versions, "numerics": numerics} | ({"server": {"url": url}} if url else {})
+        return {"versions": versions, "numerics": numerics} | ({"server": {"urls": list(url)}} if url else {})
 
 
 # --- step 1 -----------------------------------------------------------------------------------------------
@@ -180,8 +181,8 @@ def continue_manifest(run: Step1) -> None:
         spec = planned.spec  # the seed is the prompt's own, wherever its row stands
         return Prompt(number, spec.instruction, spec.order, text, seed & 0x7FFFFFFF)
 
-    make_engine = partial(_make_engine, run)
-    compute_answers(plan, parts, run.runtime, make_engine, make_prompt)
+    make_engine, check = partial(_make_engine, run), partial(_check_refusals, run, plan)
+    compute_answers(plan, parts, run.runtime, make_engine, make_prompt, check)
     if rank == 0:
         parts.wait(run.runtime.world)
         rows = _merge(run, parts, plan, facts)
@@ -230,15 +231,28 @@ def _make_engine(run: Step1) -> Engine:
     from blsp.continuation.openai_engine import OpenAIEngine
 
     return OpenAIEngine(
-        url=settings.engine_url,
+        urls=settings.engine_url,
         model=settings.engine_model or settings.llm,
         decoding=decoding,
         api_key=os.environ.get(settings.api_key_env, ""),
         in_flight=settings.concurrency,
         timeout=settings.timeout,
-        attempts=settings.retries + 1,
+        retries=settings.retries,
+        retry_minutes=settings.retry_minutes,
         body=server_body(settings, run.llm),
         stop_ids=tuple(run.llm.tokenizer.all_special_ids),
+    )
+
+
+def _check_refusals(run: Step1, plan: PromptPlan, refused: list[Written]) -> None:
+    """Raise JobError where a server has refused more prompts than --max-failures allows."""
+    if len(refused) <= max(FEW_FAILURES, run.settings.max_failures * plan.prompts / run.runtime.world):
+        return
+    row = run.manifest[plan.row(refused[-1].key)]
+    raise JobError(
+        f"{run.job.out}: {len(refused)} prompts cannot be answered, more than --max-failures "
+        f"{run.settings.max_failures:g} of {plan.prompts}; the last one, of row {row.id!r}: {refused[-1].refused}. "
+        "Answered rows are kept, and the same command asks for the others again"
     )
 
 
@@ -247,6 +261,8 @@ def _merge(run: Step1, parts: Parts, plan: PromptPlan, facts: dict[str, Any]) ->
     merged, answers = parts.folder / "merged.jsonl", AnswerReader(parts, len(plan), run.settings.top_k)
     out, rows = run.job.out, _output_rows(run, plan, answers)
     count = write_manifest(merged, rows, relative_to=out.absolute().parent)
+    if not count and len(plan):
+        raise JobError(f"{out}: no prompt was answered; {run.job.skipped_path} says why")
     if run.settings.top_k:
         meta = facts["top_k"] | {"llm_sha256": facts["llm_sha256"], "source": "generated"}
         write_top_k(topk_folder(out), parts.folder / "topk", plan.firsts(), len(plan), answers.top, meta)

@@ -27,6 +27,7 @@ from blsp.evaluation.answers import Answer, AnswerLog, Answers
 from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.tasks import Task
 from blsp.llm.decoding import Decoding
+from blsp.llm.servers import ServerError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 OWN_COLUMNS = ("text", "cascade", "speech", "transcript", "recogniser", "readout")
@@ -107,10 +108,15 @@ def _ask_missing(
     log: AnswerLog,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Write the replies to the log that it lacks. A prompt's key is the number of its row."""
+    """Write the replies to the log that it lacks. A prompt's key is the number of its row.
+
+    Raises ServerError for the first prompt without a reply, since a gap would count as a wrong answer.
+    """
     waiting = [[prompt] for prompt in prompts if rows[prompt.key].id not in log.records]
     progress(len(rows) - len(waiting))
     for written in engine.write(waiting):
+        if refused := [reply.refused for reply in written if not reply.finish]:
+            raise ServerError(f"{engine.model}@{engine.urls[0]}: {refused[0]}")
         log.write({rows[reply.key].id: Answer(reply.text.strip(), reply.finish) for reply in written})
         progress(len(written))
 
@@ -123,7 +129,7 @@ def read_mark(text: str) -> float:
 
 def _engine(endpoint: Endpoint, max_new_tokens: int, content: Callable[[Prompt], Any]) -> OpenAIEngine:
     return OpenAIEngine(
-        endpoint.url,
+        (endpoint.url,),
         endpoint.model,
         Decoding(max_new_tokens=max_new_tokens),
         api_key=os.environ.get(KEY_VARIABLE, ""),

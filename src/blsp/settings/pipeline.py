@@ -116,7 +116,8 @@ class ContinueSettings:
         "prompt": "behaviours orders instruction template_arg no_thinking",
         "generation": "max_new_tokens temperature top_p seed",
         "teacher": "top_k top_k_temperature score_only",
-        "server": "engine_url engine_model engine_body api_key_env concurrency timeout retries",
+        "server": "engine_url engine_model engine_body api_key_env concurrency timeout retries retry_minutes "
+        "max_failures",
         "compute": "batch_size device dtype",
     }
 
@@ -154,20 +155,25 @@ class ContinueSettings:
     """write no text: add --top-k to the rows of OUT, with the local LLM"""
     batch_size: int = 64
     """prompts generated together"""
-    engine_url: str | None = None
-    """an OpenAI-compatible server that generates instead, e.g. http://localhost:8000/v1"""
+    engine_url: tuple[str, ...] = ()
+    """OpenAI-compatible servers that generate instead, e.g. http://localhost:8000/v1; several share the prompts"""
     engine_model: str | None = None
-    """that server's name for the LLM, where it differs from --llm"""
+    """those servers' name for the LLM, where it differs from --llm"""
     engine_body: str = "{}"
     """JSON added to each request, e.g. '{"return_token_ids": true}' for a vLLM server"""
     api_key_env: str = "OPENAI_API_KEY"
-    """the environment variable that holds that server's key"""
+    """the environment variable that holds the servers' key"""
     concurrency: int = 64
-    """requests that are open at that server at a time"""
+    """requests that are open at each server at a time; eight vLLMs behind one address want 2,048"""
     timeout: float = 120.0
-    """seconds to wait for one of its answers, before the request is repeated"""
+    """seconds to wait for an answer, before the request is repeated"""
     retries: int = 8
-    """repetitions of a request, with growing pauses, before the job fails"""
+    """repetitions of a request that fails while the server is there, with growing pauses; then its row is left out"""
+    retry_minutes: float = 30.0
+    """minutes without any answer, as while a server restarts, before the job stops"""
+    max_failures: float = 0.01
+    """stop when more than this share of the prompts, and more than ten, cannot be answered; fewer are listed in
+    OUT.skipped.jsonl"""
     limit: Limit = None
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -180,6 +186,8 @@ class ContinueSettings:
         read_template_args(self.template_arg, self.no_thinking)
         if self.top_k < 0 or self.retries < 0:
             raise SettingsError("--top-k and --retries must be 0 or more")
+        if not 0 <= self.max_failures <= 1 or not self.retry_minutes >= 0:
+            raise SettingsError("--max-failures is a share from 0 to 1, and --retry-minutes must be 0 or more")
         if self.engine_url and self.top_k:
             raise SettingsError(
                 "--top-k needs the local LLM: write with --engine-url first, then add it with --score-only"

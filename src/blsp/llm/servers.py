@@ -1,0 +1,119 @@
+"""LLM servers behind OpenAI-compatible URLs: the least busy first, one that fails left out for a while.
+
+In:  URLs, a key. Out: for each request a `Server`, whose `client` is openai's.
+Try: `async with Servers(["http://localhost:8000/v1"]).take() as server: await server.client.models.list()`
+Flow: **servers.py** → continuation/openai_engine.py (step 1), serving/remote.py (`blsp serve --engine-url`)
+
+The `openai` client runs on aiohttp: a request costs half of the processor time that httpx takes, and it does not grow
+with the number of requests in flight. It repeats nothing by itself: where a request is sent again is decided here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from urllib.parse import urlsplit
+
+import aiohttp
+import httpx2
+from openai import APIConnectionError, AsyncOpenAI, DefaultAioHttpClient
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds between two attempts; each pause is twice the one before
+LONGEST_ABSENCE = 15.0  # seconds that a server is left out, at most, before it is tried again
+CONNECT_SECONDS = 10.0
+LONGEST_WAIT = 120.0  # seconds that a server may ask for; the client does not wait longer
+UNREACHABLE = (502, 503)  # what a proxy says when the server behind it is not there
+LOST = (APIConnectionError, aiohttp.ClientError)  # no whole reply came: no connection, or one that ended early
+NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+
+
+class ServerError(RuntimeError):
+    """The servers cannot be used; the message says what was answered and what to do."""
+
+
+@dataclass(eq=False)
+class Server:
+    """One URL, and how it fares."""
+
+    url: str
+    client: AsyncOpenAI = field(repr=False)
+    busy: int = 0  # requests that it has not answered
+    failures: int = 0  # since its last answer
+    failed_at: float = -1.0  # of time.monotonic()
+    back_at: float = 0.0  # until then it is left out
+
+    def works(self) -> None:
+        """Note that it has answered."""
+        self.failures, self.back_at = 0, 0.0
+
+    def leave_out(self, sent_at: float) -> None:
+        """Leave it out for a while, a longer one each time. A request that was sent before the last failure says
+        nothing new."""
+        if sent_at < self.failed_at:
+            return
+        self.failed_at = time.monotonic()
+        self.back_at = self.failed_at + min(LONGEST_ABSENCE, pause_before(self.failures))
+        self.failures += 1
+
+
+class Servers:
+    """All URLs of one job. Use it inside one event loop."""
+
+    def __init__(self, urls: Sequence[str], *, api_key: str = "", connections: int = 64) -> None:
+        """connections: requests that may be open at one URL."""
+        for url in urls:
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise ServerError(f"{url}: not a web address; write it like http://localhost:8000/v1")
+        self._servers = [Server(url, _client(url, api_key, connections)) for url in urls]
+        self.answered_at = time.monotonic()  # when any of them answered last; the beginning counts as an answer
+
+    @asynccontextmanager
+    async def take(self) -> AsyncIterator[Server]:
+        """The least busy server. Where all are left out, wait for the first one to be tried again."""
+        while (wait := min(server.back_at for server in self._servers) - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+        now = time.monotonic()
+        server = min((s for s in self._servers if s.back_at <= now), key=lambda s: (s.busy, s.failures))
+        server.busy += 1
+        try:
+            yield server
+        finally:
+            server.busy -= 1
+
+    def answered(self, server: Server) -> None:
+        server.works()
+        self.answered_at = time.monotonic()
+
+    async def close(self) -> None:
+        for server in self._servers:
+            await server.client.close()
+
+
+def _client(url: str, api_key: str, connections: int) -> AsyncOpenAI:
+    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+    timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)  # whoever asks limits the time of the whole answer
+    http_client = DefaultAioHttpClient(timeout=timeout, limits=limits)
+    return AsyncOpenAI(api_key=api_key or "none", base_url=url, max_retries=0, timeout=timeout, http_client=http_client)
+
+
+def pause_before(attempt: int, asked: str | None = None) -> float:
+    """Seconds to wait before a request is sent again. asked: the server's `Retry-After`, seconds or a date."""
+    with suppress(TypeError, ValueError):  # there is none, or it is nonsense
+        if (asked or "").replace(".", "", 1).isdecimal():
+            return min(float(asked or 0), LONGEST_WAIT)
+        date = parsedate_to_datetime(asked or "")
+        return min(max(0.0, (date - datetime.now(UTC)).total_seconds()), LONGEST_WAIT)
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(attempt, 16)) * random.uniform(0.5, 1.0)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What aiohttp said below an error in `LOST`; openai's own message is "Connection error." for all of them."""
+    while not isinstance(error, aiohttp.ClientError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
