@@ -116,8 +116,7 @@ class ContinueSettings:
         "prompt": "behaviours orders instruction template_arg no_thinking",
         "generation": "max_new_tokens temperature top_p seed",
         "teacher": "top_k top_k_temperature score_only",
-        "server": "engine_url engine_model engine_body api_key_env concurrency timeout retries retry_minutes "
-        "max_failures",
+        "servers": "engine_url engine_model engine_body api_key_env concurrency timeout retries retry_minutes max_failures",
         "compute": "batch_size device dtype",
     }
 
@@ -172,8 +171,7 @@ class ContinueSettings:
     retry_minutes: float = 30.0
     """minutes without any answer, as while a server restarts, before the job stops"""
     max_failures: float = 0.01
-    """stop when more than this share of the prompts, and more than ten, cannot be answered; fewer are listed in
-    OUT.skipped.jsonl"""
+    """stop when more than this share of the prompts, and more than ten, cannot be answered"""
     limit: Limit = None
     device: Device = "auto"
     dtype: Dtype = "auto"
