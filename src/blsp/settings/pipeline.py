@@ -106,8 +106,6 @@ class ContinueSettings:
               --top-k 32
         $ blsp continue --manifest clips.jsonl --out continued.jsonl --llm my-model \
               --engine-url http://localhost:8000/v1
-        $ torchrun --nproc-per-node 8 -m blsp continue --manifest 'shards/*.jsonl' \
-              --out continued.jsonl --llm MODEL
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
@@ -116,7 +114,8 @@ class ContinueSettings:
         "prompt": "behaviours orders instruction template_arg no_thinking",
         "generation": "max_new_tokens temperature top_p seed",
         "teacher": "top_k top_k_temperature score_only",
-        "servers": "engine_url engine_model engine_body api_key_env concurrency timeout retries retry_minutes max_failures",
+        "servers": "engine_url engine_model engine_body api_key_env concurrency",
+        "failures": "timeout retries retry_minutes max_failures",
         "compute": "batch_size device dtype",
     }
 
@@ -182,14 +181,10 @@ class ContinueSettings:
         above_zero(self, "top_k_temperature", "limit")
         can_sample(self.temperature, self.top_p)
         read_template_args(self.template_arg, self.no_thinking)
-        if self.top_k < 0 or self.retries < 0:
-            raise SettingsError("--top-k and --retries must be 0 or more")
-        if not 0 <= self.max_failures <= 1 or not self.retry_minutes >= 0:
-            raise SettingsError("--max-failures is a share from 0 to 1, and --retry-minutes must be 0 or more")
+        if min(self.top_k, self.retries, self.retry_minutes, self.max_failures) < 0:
+            raise SettingsError("--top-k, --retries, --retry-minutes and --max-failures must be 0 or more")
         if self.engine_url and self.top_k:
-            raise SettingsError(
-                "--top-k needs the local LLM: write with --engine-url first, then add it with --score-only"
-            )
+            raise SettingsError("--top-k needs the local LLM: write with --engine-url, then add it with --score-only")
         if self.score_only and not self.top_k:
             raise SettingsError("--score-only adds log-probabilities of the teacher: give their number with --top-k")
 
