@@ -1,7 +1,5 @@
 """Where the frozen parts of an adapter are found, and what is said of those that cannot be used."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -85,7 +85,7 @@ def check_top_k(settings: ContinueSettings, llm: TextModel) -> None:
     """Raise SettingsError where more log-probabilities are asked for than the LLM has tokens."""
     if not settings.top_k:  # a server may write then, and this machine may have no more than a tokenizer
         return
-    tokens = AutoConfig.from_pretrained(llm.weights.folder).get_text_config().vocab_size
+    tokens = AutoConfig.from_pretrained(llm.weights.folder, trust_remote_code=False).get_text_config().vocab_size
     if settings.top_k > tokens:
         raise SettingsError(f"--top-k {settings.top_k}: {llm.weights.name} has {tokens} tokens")
 

@@ -135,7 +135,7 @@ def _faster_type(load: Callable[[str], Any], transcribe: Callable[[Any, np.ndarr
 def _transformers(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:
     from transformers import pipeline
 
-    recognise = pipeline("automatic-speech-recognition", model=folder, device=device)
+    recognise = pipeline("automatic-speech-recognition", model=folder, device=device, trust_remote_code=False)
     # A folder without a tokenizer gets an almost empty one from transformers, which writes nothing.
     if len(recognise.tokenizer) < recognise.model.config.vocab_size // 2:
         raise RecogniserError(f"{folder}: holds no tokenizer, so it cannot write; name another with --asr")

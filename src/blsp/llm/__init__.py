@@ -3,6 +3,7 @@
 language_model.py   decoder, embeddings, logits, log-probabilities; the check of LLM families
 prefix.py           the LLM behind the constant beginning of a prompt: `run_after_prefix`, `PrefixCache`
 prompt.py           the chat template with a placeholder for the speech; its variables and a fixed date
+template_check.py   a chat template rendered once under limits, before it is trusted
 instructions.py     every instruction text
 decoding.py         the decode loop: greedy and sampled, rows join and leave; the text of an answer's tokens
 kv_cache.py         key/values of a running batch

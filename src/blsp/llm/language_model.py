@@ -26,10 +26,13 @@ class UnsupportedModelError(ValueError):
     """A language model or encoder that BLSP cannot drive; the message names it and says why."""
 
 
-def check_supported(config: PretrainedConfig) -> None:
-    """Raise `UnsupportedModelError` unless `config` is a decoder-only LLM with plain key/value attention."""
-    name = config.model_type
-    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
+def check_supported(config: PretrainedConfig, folder: str = "") -> None:
+    """Raise `UnsupportedModelError` unless `config` is a decoder-only LLM with plain key/value attention.
+
+    folder: where it lies, for the message.
+    """
+    name = f"{folder}: {config.model_type}" if folder else config.model_type
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{name}: not a decoder-only language model; take a causal LM such as Llama or Qwen"
         )

@@ -24,6 +24,7 @@ A new adapter is one entry in `ADAPTERS`, here or from a plugin (docs/extending.
 Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width, K read-out classes.
 """
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +39,10 @@ from blsp.llm.language_model import valid_mask
 from blsp.model.adapter_parts import AdapterOutput, ConvStack, num_audio_tokens, plain_output
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
 from blsp.model.grounded import GroundedAdapter, token_strings
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be made; the message names it, the option and what is allowed."""
 
 
 class ConvAdapter(nn.Module):
@@ -119,13 +124,22 @@ ADAPTERS: dict[str, Any] = {"conv": ConvAdapter, "stack": StackAdapter, "grounde
 
 
 def adapter_class(name: str) -> Any:
-    """The class of an adapter's name; ValueError where there is none."""
+    """The class of an adapter's name; AdapterError where there is none."""
     if name not in ADAPTERS:
-        raise ValueError(
+        raise AdapterError(
             f"adapter {name!r}: must be one of {', '.join(ADAPTERS)}; one of your own "
             "must be added to blsp.model.adapter.ADAPTERS first: BLSP_PLUGINS names the modules that add some"
         )
     return ADAPTERS[name]
+
+
+def check_options(adapter: str, names: Iterable[str]) -> None:
+    """Raise AdapterError for an option that the adapter's class does not have; `classes` is not for users."""
+    parameters = list(inspect.signature(adapter_class(adapter)).parameters.values())[2:]
+    allowed = {item.name: item.default for item in parameters if item.name != "classes"}
+    if unknown := [name for name in names if name not in allowed]:
+        listed = ", ".join(f"{name}={value}" for name, value in allowed.items())
+        raise AdapterError(f"adapter {adapter!r} has no option {unknown[0]!r}; it has {listed}")
 
 
 def build_adapter(config: BlspConfig) -> Any:
@@ -136,9 +150,17 @@ def build_adapter(config: BlspConfig) -> Any:
     """
     kind = adapter_class(config.adapter)
     options = dict(config.adapter_options or {})
+    check_options(config.adapter, options)
     if kind.reads_out:
         options["classes"] = config.readout_size or config.text_config.vocab_size
-    adapter = kind(config.audio_config.d_model, config.text_config.hidden_size, **options)
+        if options["classes"] > config.text_config.vocab_size:
+            raise AdapterError(
+                f"{options['classes']} tokens to read out, but the LLM has {config.text_config.vocab_size}"
+            )
+    try:
+        adapter = kind(config.audio_config.d_model, config.text_config.hidden_size, **options)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise AdapterError(f"adapter {config.adapter!r} cannot be made with {options}: {error}") from error
     if kind.reads_out and config.readout_size is not None:
         set_vocabulary(adapter, config, config.readout_vocabulary or range(config.readout_size))
     return adapter
@@ -167,12 +189,27 @@ def widen_readout(adapter: Any, config: BlspConfig, tokens: Iterable[int], token
 
 def load_adapter(folder: str | Path, config: BlspConfig) -> Any:
     """The trained adapter of a folder, in float32; CheckpointError where tensors are missing or do not fit."""
-    adapter = build_adapter(config)
+    state = adapter_state(folder, config)
     try:
-        adapter.load_state_dict(adapter_state(folder, config), strict=True)
-    except RuntimeError as error:
+        with torch.device("meta"):  # what does not fit is found before anything is allocated
+            build_adapter(config).load_state_dict(state, strict=True, assign=True)
+        adapter = build_adapter(config)
+        adapter.load_state_dict(state, strict=True)
+    except (RuntimeError, AdapterError) as error:
         raise CheckpointError(f"{folder}: its tensors do not fit its config.json: {error}") from error
+    check_adapter(folder, adapter, config)
     return adapter
+
+
+def check_adapter(folder: str | Path, adapter: nn.Module, config: BlspConfig) -> None:
+    """Raise CheckpointError for weights that are not finite, and for read-out tokens that the LLM does not have."""
+    for name, tensor in adapter.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: {name} holds NaN or infinite weights; take an earlier checkpoint")
+    vocabulary = getattr(adapter, "vocabulary", None)
+    size = config.text_config.vocab_size
+    if vocabulary is not None and not bool(((vocabulary >= 0) & (vocabulary < size)).all()):
+        raise CheckpointError(f"{folder}: reads out token {int(vocabulary.max())}, but the LLM has {size} tokens")
 
 
 def adapter_state(folder: str | Path, config: BlspConfig) -> dict[str, Tensor]:
@@ -180,7 +217,7 @@ def adapter_state(folder: str | Path, config: BlspConfig) -> dict[str, Tensor]:
 
     A folder that stores its read-out vocabulary in config.json (before November 2026) gets the tensor here.
     """
-    stored = load_file(str(cached_file(str(folder), "model.safetensors")))
+    stored = load_file(str(cached_file(str(folder), "model.safetensors")))  # loading has checked the file
     prefix = "model.multi_modal_projector."
     state = {name.removeprefix(prefix): as_dtype(tensor, torch.float32) for name, tensor in stored.items()}
     if config.readout_vocabulary is not None:

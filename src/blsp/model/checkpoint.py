@@ -17,15 +17,17 @@ from blsp.data.files import write_atomically
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import embed
 from blsp.llm.prompt import show_args
+from blsp.llm.template_check import check_template
 from blsp.model import register
 from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter, load_adapter
-from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, config_file, is_adapter_folder
+from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, is_adapter_folder, open_config
 from blsp.model.grounded import token_strings
-from blsp.model.loading import assemble, freeze, frozen_weights, load_checked, load_frozen
+from blsp.model.loading import assemble, freeze, frozen_weights, load_checked, load_frozen, tokenizer_digest
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import ExportSettings
 from blsp.weights.digest import Weights
+from blsp.weights.folder import naming_folder
 from blsp.weights.shipped import find_model
 
 
@@ -57,6 +59,7 @@ def new_blsp(
         text_model_id=text_model.name,
         audio_model_sha256=audio_model.sha256,
         text_model_sha256=text_model.sha256,
+        tokenizer_sha256=tokenizer_digest(parts.tokenizer),
         adapter=adapter,
         adapter_options=options | (adapter_options or {}),
         readout_vocabulary=readout_vocabulary,
@@ -91,13 +94,27 @@ def load_blsp(
     if not is_adapter_folder(folder):
         if audio_model or llm:
             raise CheckpointError(f"{folder}: holds its own encoder and LLM; leave out --audio-model and --llm")
-        model = BlspForConditionalGeneration.from_pretrained(folder, dtype=runtime.dtype)
-        return freeze(model.to(runtime.device)), BlspProcessor.from_pretrained(folder)
-    config = BlspConfig.from_pretrained(config_file(folder).parent)
+        with naming_folder(folder):
+            model = BlspForConditionalGeneration.from_pretrained(folder, dtype=runtime.dtype)
+        return freeze(model.to(runtime.device)), _load_processor(folder, model.config.tokenizer_sha256)
+    config = open_config(folder)
     parts = load_checked(config, runtime, folder, audio_model, llm)
     adapter = load_adapter(folder, config)
     model = assemble(BlspForConditionalGeneration, config, parts, adapter, runtime)
-    return model, BlspProcessor.from_pretrained(folder)
+    return model, _load_processor(folder, config.tokenizer_sha256 or tokenizer_digest(parts.tokenizer))
+
+
+def _load_processor(folder: str, tokenizer_sha256: str | None) -> BlspProcessor:
+    """The processor of a checkpoint; CheckpointError where its tokenizer has another digest."""
+    with naming_folder(folder):
+        processor = BlspProcessor.from_pretrained(folder, trust_remote_code=False)
+    check_template(processor.tokenizer)
+    if tokenizer_sha256 not in (None, tokenizer_digest(processor.tokenizer)):
+        raise CheckpointError(
+            f"{folder}: its tokenizer gives other ids than that of the LLM it was trained with; "
+            "tokenizer.json was changed: fetch or copy it again"
+        )
+    return processor
 
 
 def load_mean(
@@ -111,7 +128,7 @@ def load_mean(
     model, processor = load_blsp(folders[0], runtime, audio_model, llm)
     states = [model.model.multi_modal_projector.state_dict()]
     for folder in map(find_model, map(str, folders[1:])):
-        config = BlspConfig.from_pretrained(config_file(folder).parent)
+        config = open_config(folder)
         state = adapter_state(folder, config)
         if _structure(config) != _structure(model.config) or not _same_whole_numbers(state, states[0]):
             raise CheckpointError(f"{folder}: has no mean with {folders[0]}: other parts, shape or read-out tokens")
@@ -196,9 +213,9 @@ def export(settings: ExportSettings) -> None:
 def _stored_dtype(folder: str, settings: ExportSettings) -> str:
     """The type in which the LLM of a checkpoint is stored."""
     register()
-    config = BlspConfig.from_pretrained(folder)
+    config = open_config(folder)
     text = config.text_config
     if config.adapter_only:
         _, weights = frozen_weights(config, folder, settings.audio_model, settings.llm)
-        text = AutoConfig.from_pretrained(weights.folder)
+        text = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
     return str(text.dtype or torch.float32).removeprefix("torch.")

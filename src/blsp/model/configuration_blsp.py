@@ -9,6 +9,7 @@ Flow: config.json → **BlspConfig** → modeling_blsp.py, checkpoint.py
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers.models.whisper import WhisperConfig
 from transformers.utils import cached_file
 
 from blsp.llm.instructions import NO_SPEECH_SENTENCE
+from blsp.weights.folder import check_folder, naming_folder
 
 AUDIO_TOKEN = "<|audio|>"
 
@@ -33,6 +35,7 @@ class BlspConfig(PretrainedConfig):
         audio_token_id: id of the placeholder in `input_ids`; outside the LLM's vocabulary, never embedded.
         audio_model_id, text_model_id: where the frozen parts are loaded from (folder, hub id or `embedded:` name).
         audio_model_sha256, text_model_sha256: tensor digests; the adapter fits these weights and no others.
+        tokenizer_sha256: digest of the LLM's tokens and their ids; None in folders written before December 2026.
         adapter: a name in `adapter.ADAPTERS`; `conv` is the paper's.
         adapter_options: keyword arguments of that adapter's class.
         readout_size: number of LLM tokens that the adapter reads out; None: the whole vocabulary. Their ids are
@@ -55,6 +58,7 @@ class BlspConfig(PretrainedConfig):
     text_model_id: str | None = None
     audio_model_sha256: str | None = None
     text_model_sha256: str | None = None
+    tokenizer_sha256: str | None = None
     adapter: str = "conv"
     adapter_options: dict | None = None
     readout_size: int | None = None
@@ -93,6 +97,8 @@ def _config(value: Any, default: type) -> PretrainedConfig:
 def config_file(folder: Any) -> Path:
     """The config.json of a folder or hub id; CheckpointError where there is none."""
     path = cached_file(str(folder), "config.json", _raise_exceptions_for_missing_entries=False)
+    if path is None and os.path.lexists(Path(folder) / "config.json"):
+        check_folder(Path(folder))
     if path is None:
         raise CheckpointError(f"{folder}: no config.json there; give a folder written by `blsp train` or `blsp export`")
     return Path(path)
@@ -100,5 +106,13 @@ def config_file(folder: Any) -> Path:
 
 def is_adapter_folder(folder: Any) -> bool:
     """True for a checkpoint that holds the adapter alone."""
-    config = json.loads(config_file(folder).read_text())
+    path = config_file(folder)
+    check_folder(path.parent)
+    config = json.loads(path.read_text())
     return config.get("model_type") == "blsp" and config.get("adapter_only", False)
+
+
+def open_config(folder: Any) -> BlspConfig:
+    """The configuration of an adapter folder; the errors of transformers name the folder."""
+    with naming_folder(folder):
+        return BlspConfig.from_pretrained(config_file(folder).parent)

@@ -25,13 +25,16 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
+from blsp.data.files import digest_of
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import check_supported
 from blsp.llm.prompt import fix_tokenizer
+from blsp.llm.template_check import check_template
 from blsp.model.adapter import load_adapter, set_vocabulary
-from blsp.model.configuration_blsp import BlspConfig, CheckpointError
+from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, open_config
 from blsp.weights.digest import Weights, find_weights
 from blsp.weights.embedded import PREFIX, WeightsNotFoundError
+from blsp.weights.folder import naming_folder
 
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}  # the encoder's tensors inside a whole Whisper checkpoint
 
@@ -50,14 +53,20 @@ def load_language_model(
     weights: Weights, runtime: Runtime, template_args: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The text LLM, frozen, in eval mode on `runtime.device`, and its tokenizer."""
-    check_supported(AutoConfig.from_pretrained(weights.folder))
-    llm = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=runtime.dtype).to(runtime.device)
-    return freeze(llm), load_tokenizer(weights, template_args)
+    with naming_folder(weights.name):
+        config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
+    check_supported(config, weights.name)
+    with naming_folder(weights.name):
+        llm = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=runtime.dtype, trust_remote_code=False)
+    return freeze(llm.to(runtime.device)), load_tokenizer(weights, template_args)
 
 
 def load_tokenizer(weights: Weights, template_args: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The LLM's tokenizer, without its weights; its chat template has these variables and a fixed date."""
-    return fix_tokenizer(AutoTokenizer.from_pretrained(weights.folder), template_args)
+    with naming_folder(weights.name):
+        tokenizer = AutoTokenizer.from_pretrained(weights.folder, trust_remote_code=False)
+    check_template(tokenizer)
+    return fix_tokenizer(tokenizer, template_args)
 
 
 def load_speech_encoder(weights: Weights, runtime: Runtime) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
@@ -65,15 +74,17 @@ def load_speech_encoder(weights: Weights, runtime: Runtime) -> tuple[WhisperEnco
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # a whole Whisper has a decoder, which is left out on purpose
     try:
-        tower, loading = WhisperEncoder.from_pretrained(
-            weights.folder, dtype=runtime.dtype, key_mapping=ENCODER_KEYS, output_loading_info=True
-        )
+        with naming_folder(weights.name):
+            tower, loading = WhisperEncoder.from_pretrained(
+                weights.folder, dtype=runtime.dtype, key_mapping=ENCODER_KEYS, output_loading_info=True
+            )
+            extractor = WhisperFeatureExtractor.from_pretrained(weights.folder)
     finally:
         transformers_logging.set_verbosity(verbosity)
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])[0]
         raise CheckpointError(f"{weights.name}: not a Whisper encoder, {missing} is missing")
-    return freeze(tower.to(runtime.device)), WhisperFeatureExtractor.from_pretrained(weights.folder)
+    return freeze(tower.to(runtime.device)), extractor
 
 
 def load_frozen(
@@ -88,10 +99,22 @@ def load_frozen(
 def load_checked(
     config: BlspConfig, runtime: Runtime, folder: Any, audio_model: str | None = None, llm: str | None = None
 ) -> FrozenParts:
-    """The frozen parts of an adapter folder, from where they lie now, which `config` says afterwards."""
+    """The frozen parts of an adapter folder, from where they lie now; `config` names and describes these afterwards."""
     audio_weights, text_weights = frozen_weights(config, folder, audio_model, llm)
+    parts = load_frozen(audio_weights, text_weights, runtime, config.template_args)
+    if config.tokenizer_sha256 not in (None, tokenizer_digest(parts.tokenizer)):
+        raise CheckpointError(
+            f"{folder}: was trained with another tokenizer than that of {text_weights.name}; "
+            "the tokenizer files of one of the two folders were changed: fetch or copy them again"
+        )
     config.audio_model_id, config.text_model_id = audio_weights.name, text_weights.name
-    return load_frozen(audio_weights, text_weights, runtime, config.template_args)
+    config.audio_config, config.text_config = parts.tower.config, parts.llm.config
+    return parts
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the LLM's tokens and their ids; the placeholder of the speech is none of them."""
+    return digest_of(sorted((id, token) for token, id in tokenizer.get_vocab().items() if token != AUDIO_TOKEN))
 
 
 def frozen_weights(
@@ -110,7 +133,7 @@ def frozen_weights(
 def _checked_weights(flag: str, name: str | None, sha256: str | None, folder: Any, given: str | None) -> Weights:
     """One frozen part, which has the digest `sha256`; `flag` says where it lies if not under `name`."""
     try:
-        weights = find_weights(given) if given else _find_beside(str(name), folder)
+        weights = find_weights(given) if given else _find_beside(name, folder)
         found = weights.sha256
     except WeightsNotFoundError as error:
         raise CheckpointError(f"{folder}: {error}; {flag} says where the weights that it names lie now") from error
@@ -122,12 +145,14 @@ def _checked_weights(flag: str, name: str | None, sha256: str | None, folder: An
     return weights
 
 
-def _find_beside(name: str, folder: Any) -> Weights:
+def _find_beside(name: Any, folder: Any) -> Weights:
     """A name of config.json: as it is, or a path relative to the adapter's folder or to one above it."""
+    if not isinstance(name, str) or not name:
+        raise WeightsNotFoundError(f"its config.json names {name!r} as a frozen part")
     if not Path(name).exists() and not name.startswith(PREFIX):
         home = Path(folder).absolute()
         for place in (home / name, *(parent / name for parent in home.parents)):
-            if (place / "config.json").is_file():
+            if place.is_dir():
                 return find_weights(place)
     return find_weights(name)
 
@@ -176,7 +201,7 @@ def load_adapter_folder(
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     runtime = find_runtime(device="cpu" if device_map in (None, "auto") else str(device_map), dtype="float32")
     dtype = dtype if isinstance(dtype, torch.dtype) else runtime.dtype
-    config = BlspConfig.from_pretrained(folder)
+    config = open_config(folder)
     runtime = Runtime(runtime.device, dtype, 0, 1)
     parts = load_checked(config, runtime, folder, audio_model, llm)
     return assemble(model_class, config, parts, load_adapter(folder, config), runtime)

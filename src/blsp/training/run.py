@@ -31,7 +31,7 @@ from blsp.llm.instructions import NO_SPEECH_SENTENCE
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import text_ids, transcript_ids
-from blsp.model.adapter import ADAPTERS, adapter_class, widen_readout
+from blsp.model.adapter import ADAPTERS, AdapterError, adapter_class, check_options, widen_readout
 from blsp.model.adapter_parts import num_audio_tokens, place_centres
 from blsp.model.checkpoint import load_mean, new_blsp, set_template_args
 from blsp.model.loading import load_tokenizer
@@ -144,8 +144,9 @@ def check_loss(settings: TrainSettings) -> None:
     """Raise SettingsError where the adapter or the loss is not known, or where they do not fit each other."""
     try:
         reads_out = adapter_class(settings.adapter).reads_out
-    except ValueError as error:
-        raise SettingsError(f"--adapter: {error}") from error
+        check_options(settings.adapter, [_option(flag)[0] for flag in settings.adapter_options])
+    except AdapterError as error:
+        raise SettingsError(f"--adapter, --adapter-options: {error}") from error
     if settings.loss not in LOSSES:
         raise SettingsError(f"--loss {settings.loss}: must be one of {', '.join(LOSSES)}")
     if "readout" in LOSSES[settings.loss].needs and not reads_out:

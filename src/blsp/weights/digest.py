@@ -29,6 +29,7 @@ from torch import Tensor
 
 from blsp.data.files import write_text
 from blsp.weights.embedded import WeightsNotFoundError, cache_root, resolve_weights
+from blsp.weights.folder import check_folder, open_tensors, weight_files
 
 SCHEME = "tensors-1"  # raise it when the digest is taken another way
 CHUNK = 1 << 24  # bytes that are read at once
@@ -56,8 +57,11 @@ class Weights:
 
 
 def find_weights(name: str | Path) -> Weights:
-    """Resolve a name once: `embedded:` names are unpacked, a path that is not there is refused."""
-    return Weights(str(name), resolve_weights(str(name)))
+    """Resolve a name once: `embedded:` names are unpacked, a path that is not there or a damaged folder is refused."""
+    weights = Weights(str(name), resolve_weights(str(name)))
+    if (folder := Path(weights.folder).expanduser()).is_dir():
+        check_folder(folder)
+    return weights
 
 
 def tensor_digest(name: str | Path) -> str:
@@ -90,32 +94,11 @@ def _local_folder(name: str) -> Path:
         raise WeightsNotFoundError(f"{name}: neither a folder here nor a model on the hub ({error})") from error
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or `model.safetensors`."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    else:
-        names = {"model.safetensors"}
-    files = [folder / name for name in sorted(names)]
-    for file in files:
-        if not file.is_file():
-            raise WeightsNotFoundError(
-                f"{file}: no such file; weights must be safetensors (convert others with transformers' save_pretrained)"
-            )
-    return files
-
-
 def _hash_tensors(files: list[Path], encoder_only: bool) -> str:
-    from safetensors import SafetensorError, safe_open
-
     # name in the digest -> the file that holds the tensor, and its name there
     tensors: dict[str, tuple[Any, str]] = {}
     for file in files:
-        try:
-            opened = safe_open(file, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{file}: is damaged ({error}); fetch or write it again") from error
+        opened = open_tensors(file)
         for stored_name in opened.keys():  # noqa: SIM118  safe_open is no dict
             name = stored_name
             if encoder_only and DECODER.match(name):

@@ -1,0 +1,92 @@
+"""A chat template, rendered once in a process of its own that may take neither much time nor much memory.
+
+In:  a tokenizer. Out: nothing, or a `TemplateError` that names its folder.
+Try: `check_template(AutoTokenizer.from_pretrained("my-llm"))`
+Flow: model/loading.py, model/checkpoint.py (once a load) → **template_check.py** → prompt.py may render it
+
+A template is a program that comes with the weights. One expression can keep the processor busy for hours or fill the
+memory, and nothing in the same process can stop it.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import jinja2
+
+from blsp.llm.prompt import TemplateError
+
+CHECKED_ROLES = (("user",), ("system", "user"), ("user", "assistant", "user"))
+CHECKED_SECONDS = 3  # of processor time; a template takes some milliseconds
+CHECKED_BYTES = 1 << 30  # of memory beyond what the process has
+LONGEST_PROMPT = 1 << 20  # characters of a rendered conversation of three words
+PATIENCE = 60.0  # seconds for the process, however busy the machine is
+
+
+def check_template(tokenizer: Any) -> None:
+    """Raise TemplateError for a chat template that is no template, or runs too long or too large.
+
+    Short conversations are rendered in a forked process; where the system cannot fork (Windows), nothing is checked.
+    """
+    if not isinstance(tokenizer.chat_template, str) or not hasattr(os, "fork"):
+        return
+    if not (process := os.fork()):
+        _render_limited(tokenizer)
+    if _exit_code(process) != 0:
+        raise TemplateError(
+            f"{tokenizer.name_or_path}: its chat template runs on and on, or writes without end (it was stopped after "
+            f"{CHECKED_SECONDS} s or {CHECKED_BYTES >> 20} MB); put a chat_template.jinja that you trust there"
+        )
+    try:
+        _render(tokenizer, CHECKED_ROLES[0])
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"{tokenizer.name_or_path}: its chat template cannot be read: {error}") from error
+    except jinja2.TemplateError:
+        return  # a role that it refuses, which the prompt says when it is asked for
+
+
+def _exit_code(process: int) -> int | None:
+    """The exit code of a child process; None where it had to be killed after `PATIENCE`."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return None
+
+
+def _render_limited(tokenizer: Any) -> NoReturn:
+    """In a forked process: render the conversations under limits, and leave with 0 if that went well."""
+    code = 1
+    try:
+        _limit_this_process()
+        longest = 0
+        for roles in CHECKED_ROLES:
+            with suppress(jinja2.TemplateError):
+                longest = max(longest, len(_render(tokenizer, roles)))
+        code = int(longest > LONGEST_PROMPT)
+    finally:
+        os._exit(code)  # without the parent's handlers and buffers
+
+
+def _limit_this_process() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (CHECKED_SECONDS, CHECKED_SECONDS + 1))  # a child's time begins at 0
+    if sys.platform == "linux":
+        with open("/proc/self/statm", encoding="ascii") as pages:
+            size = int(pages.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + CHECKED_BYTES, size + CHECKED_BYTES))
+
+
+def _render(tokenizer: Any, roles: Sequence[str]) -> str:
+    messages = [{"role": role, "content": "x"} for role in roles]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
