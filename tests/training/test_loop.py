@@ -245,6 +245,11 @@ def test_a_loss_that_is_not_a_number_names_its_rows(settings, monkeypatch) -> No
         train(settings)
 
 
+def test_an_unknown_option_of_the_adapter_is_refused_with_those_that_there_are(settings) -> None:
+    with pytest.raises(SettingsError, match=r"'conv' has no option 'hiden'; it has bottleneck=512"):
+        train(replace(settings, adapter_options=("hiden=12",)))
+
+
 def test_init_from_goes_on_with_an_adapter_of_its_kind(settings, tmp_path: Path, tiny_llm) -> None:
     train(settings)
     start = str(settings.out / "adapter")
