@@ -83,7 +83,7 @@ def test_ten_kills_change_nothing(tmp_path: Path, settings: Settings, plain: Pat
 def test_rows_of_a_server_get_ids_of_their_text(tmp_path: Path, settings: Settings) -> None:
     out = tmp_path / "out.jsonl"
     with misbehaving_server([]) as server:
-        write_continuations(settings(out, engine_url=server.url))
+        write_continuations(settings(out, engine_url=(server.url,)))
     before = read_rows(out)
     write_continuations(settings(out, top_k=3, score_only=True))
     rows, store = read_rows(out), TopKStore(topk_folder(out))

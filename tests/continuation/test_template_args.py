@@ -110,7 +110,7 @@ def test_the_teacher_reads_the_prompt_of_the_header(settings: Any, llm: Any, tmp
 def test_a_server_is_sent_the_variables(settings: Any, llm: Any, tmp_path: Path) -> None:
     thinking = llm(THINKING)
     with misbehaving_server([]) as server:
-        given: ContinueSettings = settings(tmp_path / "out.jsonl", llm=thinking, engine_url=server.url)
+        given: ContinueSettings = settings(tmp_path / "out.jsonl", llm=thinking, engine_url=(server.url,))
         write_continuations(replace(given, no_thinking=True))
         assert all(body["chat_template_kwargs"] == {"enable_thinking": False} for body in server.asked)
         body = json.dumps({"chat_template_kwargs": {"enable_thinking": False}})
@@ -122,7 +122,7 @@ def test_a_server_is_sent_the_variables(settings: Any, llm: Any, tmp_path: Path)
 
 def test_a_server_is_sent_the_date_where_its_template_takes_one(settings: Any, llm: Any, tmp_path: Path) -> None:
     with misbehaving_server([]) as server:
-        write_continuations(settings(tmp_path / "out.jsonl", llm=llm(DATED_LLAMA), engine_url=server.url))
+        write_continuations(settings(tmp_path / "out.jsonl", llm=llm(DATED_LLAMA), engine_url=(server.url,)))
     assert all(body["chat_template_kwargs"] == {"date_string": "26 Jul 2024"} for body in server.asked)
 
 

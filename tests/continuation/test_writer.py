@@ -230,4 +230,4 @@ def test_settings_that_cannot_be_meant_are_refused(tmp_path: Path, settings: Set
 def test_a_server_and_top_k_do_not_go_together(tmp_path: Path, settings: Settings) -> None:
     for more in ({"top_k": 4}, {"top_k": 4, "score_only": True}):
         with pytest.raises(SettingsError):
-            settings(tmp_path / "out.jsonl", engine_url="http://localhost:1/v1", **more)
+            settings(tmp_path / "out.jsonl", engine_url=("http://localhost:1/v1",), **more)

@@ -119,10 +119,12 @@ def test_a_kept_cache_is_gone_on_from(model, finish: str) -> None:
         decoding = Decoding(max_new_tokens=6, stop_ids=(answer[3],))
         answer = answer[: answer.index(answer[3])]
     prefix = compute_prefix(model, ids[:5])
-    events: list[Event] = []
     request = Request(0, embed(model, ids[5:]), prefix, decoding, keep_cache=True)
     other = _request(model, 1, 40, max_new_tokens=30)
-    decode(model, [request, other], 2, events.append)
+    decoder = Decoder(model)
+    events = decoder.join([request, other])
+    while len(decoder):
+        events += decoder.step()
     last = next(event for event in events if event.key == 0 and event.finish)
     assert last.finish == finish
     fed = [*ids, *answer] if finish == "stop" else [*ids, *answer[:-1]]

@@ -3,8 +3,8 @@
 In:  an iterable of batches of `Prompt`. A batch is computed at once and never regrouped.
 Out: one list of `Written` for each batch, as the batches are done (behind a URL in any order, here in theirs).
 Try: `TransformersEngine(llm, tokenizer, Decoding()).write([[Prompt(0, "Say:", "instruction-first", "hi")]])`
-Flow: work.py (batches) → **engines.py** (`TransformersEngine` writes answers, `ScoringEngine` adds the teacher's
-      top-k to answers that exist) or openai_engine.py → work.py (answer logs)
+Flow: prompt_plan.py (batches) → **engines.py** (`TransformersEngine` writes answers, `ScoringEngine` adds the teacher's
+      top-k to answers that exist) or openai_engine.py → prompt_plan.py (answer logs)
 
 Shapes: N answer steps, K top-k, D LLM width.
 """

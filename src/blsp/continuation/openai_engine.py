@@ -3,7 +3,7 @@
 In:  batches of `Prompt`, sent as chat messages with the words that the local engine puts into its template.
 Out: `Written`, as answers come; up to `in_flight` requests wait at each server at once.
 Try: `OpenAIEngine(("http://localhost:8000/v1",), "my-llm", Decoding()).write([[prompt] for prompt in prompts])`
-Flow: work.py (batches) → **openai_engine.py** → llm/servers.py; answers go back to work.py, which records each
+Flow: prompt_plan.py (batches) → **openai_engine.py** → llm/servers.py; answers go back there
 
 What went wrong decides what happens then:
 

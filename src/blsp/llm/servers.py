@@ -2,10 +2,10 @@
 
 In:  URLs, a key. Out: for each request a `Server`, whose `client` is openai's.
 Try: `async with Servers(["http://localhost:8000/v1"]).take() as server: await server.client.models.list()`
-Flow: **servers.py** → continuation/openai_engine.py (step 1), serving/remote.py (`blsp serve --engine-url`)
+Flow: **servers.py** → continuation/openai_engine.py (step 1)
 
-The `openai` client runs on aiohttp: a request costs half of the processor time that httpx takes, and it does not grow
-with the number of requests in flight. It repeats nothing by itself: where a request is sent again is decided here.
+The `openai` client runs on aiohttp, on which a request took half the processor time (docs/log.md). It repeats nothing
+by itself: where a request is sent again is decided here.
 """
 
 from __future__ import annotations
