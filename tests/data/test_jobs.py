@@ -100,7 +100,7 @@ def test_differences() -> None:
 
 def count(out: Path, names: list[str], **fields: str) -> int:
     with Job(out) as job:
-        return job.count_done(({"id": name, **fields} for name in names), key="id", answer="response")
+        return job.count_done(({"id": name, **fields} for name in names), "id", "response")
 
 
 def test_rows_that_are_done(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ import sys, time
 from blsp.data.jobs import Job
 with Job(sys.argv[1]) as job:
     job.begin({"seed": 1})
-    for number in range(job.count_done(({"id": str(n)} for n in range(10**6)), "id", ""), 10**6):
+    for number in range(job.count_done(({"id": str(n)} for n in range(10**6)), "id"), 10**6):
         job.log.append({"id": str(number)})
         print(number, flush=True)
 """
@@ -182,7 +182,7 @@ def test_a_second_process_is_told_who_works_and_a_killed_one_leaves_no_lock(tmp_
         run.kill()
         run.communicate()
         with Job(out) as job:
-            done = job.count_done(({"id": str(n)} for n in range(10**6)), "id", "")
+            done = job.count_done(({"id": str(n)} for n in range(10**6)), "id")
         assert done > first
         first = done
     assert [row["id"] for _, row in read_rows(out)] == [str(n) for n in range(first)]

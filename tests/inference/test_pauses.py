@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import speech_like
 
-from blsp.inference.listener import cut_at_pauses
+from blsp.inference.pauses import cut_at_pauses
 
 
 @given(seconds=st.floats(0.01, 100), seed=st.integers(0, 9))

@@ -13,9 +13,10 @@ from support.tiny_models import speech_like
 from blsp import cli
 from blsp.data.audio import load_audio, write_wav
 from blsp.inference import transcribe as command
-from blsp.inference.listener import BEAM, cut_at_pauses
+from blsp.inference.pauses import cut_at_pauses
+from blsp.inference.transcript import BEAM
 from blsp.llm.instructions import instruction_for
-from blsp.settings import TranscribeSettings
+from blsp.settings import SettingsError, TranscribeSettings
 
 
 @pytest.fixture
@@ -104,12 +105,66 @@ def test_to_the_screen(monkeypatch: pytest.MonkeyPatch, listener_of, files: list
     assert [row["audio"] for row in rows] == [files[0], files[5]]
 
 
+def test_subtitles_of_several_files_go_to_a_folder_and_other_formats_follow_without_the_model(
+    run, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listener_of
+) -> None:
+    monkeypatch.setattr(command, "load", lambda *_, **__: listener_of("grounded"))
+    flags = {"files": tuple(files), "model": "tiny", "out": tmp_path / "subtitles"}
+    command.transcribe(TranscribeSettings(**flags, format="srt"))
+    written = {path.name: path.read_text() for path in (tmp_path / "subtitles").glob("*.srt")}
+    assert written.keys() == {"0.srt", "1.srt", "2.srt", "silence.srt"}
+    assert written["0.srt"].startswith("1\n00:00:00,") and " --> " in written["0.srt"]
+    assert written["silence.srt"] == ""
+    monkeypatch.setattr(command, "load", lambda *_, **__: pytest.fail("nothing is left to transcribe"))
+    for kind, beginning in (("vtt", "WEBVTT\n\n00:00:00."), ("txt", ""), ("json", '{\n  "audio": ')):
+        command.transcribe(TranscribeSettings(**flags, format=kind))
+        assert (tmp_path / "subtitles" / f"0.{kind}").read_text().startswith(beginning)
+    row = json.loads((tmp_path / "subtitles" / "0.json").read_text())
+    assert row["times"] == "readout" and row["segments"][0]["words"][0].keys() == {"word", "start", "end"}
+    assert (tmp_path / "subtitles" / "0.txt").read_text() == row["text"] + "\n"
+
+
+def test_the_name_of_the_output_says_the_format(run, files: list[str], tmp_path: Path, listener_of) -> None:
+    with pytest.raises(json.JSONDecodeError):  # `run` reads lines of JSON
+        run(files=(files[0],), out="0.vtt")
+    assert (tmp_path / "0.vtt").read_text().startswith("WEBVTT")
+    assert run(timestamps=True)[0].keys() == {"audio", "text", "seconds", "times", "segments"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"files": ("a/x.wav", "b/x.wav"), "format": "srt", "out": Path("out")}, "both would be written to x.srt"),
+        ({"files": ("a.wav", "b.wav"), "format": "srt"}, "needs --out FOLDER"),
+        ({"files": ("a.wav",), "out": Path(".")}, "is a folder"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_before_any_work(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        TranscribeSettings(**flags)
+
+
+def test_progress_is_counted_in_seconds_of_speech(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar(command.tqdm):
+        def __init__(self, **options: Any) -> None:
+            bars.append(self)
+            super().__init__(**options | {"disable": False})
+
+    monkeypatch.setattr(command, "tqdm", Bar)
+    run()
+    (bar,) = bars
+    assert bar.unit == "s" and bar.total == 3  # 0.9 + 1.4 + 0.5 + 0.5 s
+    assert bar.n == pytest.approx(3.3, abs=0.3)
+
+
 def test_a_long_recording_is_heard_piece_by_piece(listener_of) -> None:
     listener = listener_of("grounded")
     audio = speech_like(64, 3)
     expected = [listener.transcribe(piece) for piece in cut_at_pauses(audio)]
     assert len(expected) > 6
-    assert listener.transcribe(audio) == " ".join(expected)
+    assert listener.transcribe(audio, vad="none") == " ".join(expected)
 
 
 def test_from_the_command_line(tiny_models_folder: Path, files: list[str], tmp_path: Path, capsys) -> None:

@@ -316,11 +316,11 @@ class Job:
                 f"choose another --out, or remove {self.out} and {self.header_path}"
             )
 
-    def count_done(self, inputs: Iterable[dict[str, Any]], key: str, answer: str) -> int:
+    def count_done(self, inputs: Iterable[dict[str, Any]], key: str, *answers: str) -> int:
         """How many of `inputs`, from the first on, are done: they stand in the log, in this order, or are
         skipped.
 
-        An input's field `key` names it; in the log it stands with its field `answer`. Raises JobError where
+        An input's field `key` names it; in the log it stands with the fields `answers`. Raises JobError where
         the log holds other rows.
         """
         rows = (row for _, row in read_rows(self.log.path))
@@ -328,7 +328,9 @@ class Job:
         count = 0
         for given in inputs:
             if row is not None and given[key] == row.get(key):
-                changed = [name for name in {**row, **given} if name != answer and given.get(name) != row.get(name)]
+                changed = [
+                    name for name in {**row, **given} if name not in answers and given.get(name) != row.get(name)
+                ]
                 if changed:
                     raise JobError(
                         f"{self.out}: {key} {show(given[key])} was answered when its {changed[0]} was "

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from blsp.data.jobs import SKIPPED_SUFFIX, SkippedLog
@@ -83,19 +84,33 @@ def align(settings: AlignSettings) -> None:
     leave(runtime)
 
 
-@torch.no_grad()
 def align_batch(
     model: BlspForConditionalGeneration, features: Sequence[NDArray[np.float16]], tokens: Sequence[Sequence[int]]
 ) -> list[Times | None]:
     """The token times of each clip, from its encoder states (T, E) and transcript; None where they do not fit."""
+    runs = token_runs(model, [torch.from_numpy(np.array(each)) for each in features], tokens)
+    frames_per_place, first_centre = place_centres(model.model.multi_modal_projector)
+    return [
+        None if each is None else np.rint(first_centre + each.mean(axis=1) * frames_per_place).astype(np.int16)
+        for each in runs
+    ]
+
+
+@torch.no_grad()
+def token_runs(
+    model: BlspForConditionalGeneration, states: Sequence[Tensor], tokens: Sequence[Sequence[int]]
+) -> list[NDArray[np.float64] | None]:
+    """The first and the last place (U, 2) of each token of each clip; None where they do not fit.
+
+    states: of the encoder, (T, E) each. A token that the read-out does not know lies between its neighbours.
+    """
     adapter, table = model.model.multi_modal_projector, model.model.readout_table()  # table (K-1, D)
     assert table is not None
     weight = next(adapter.parameters())
 
     # Frames of the read-out
-    lengths = torch.tensor([len(each) for each in features], device=weight.device)
-    states = [torch.from_numpy(np.array(each)).to(weight) for each in features]
-    padded = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)  # (B, T, E)
+    lengths = torch.tensor([len(each) for each in states], device=weight.device)
+    padded = torch.nn.utils.rnn.pad_sequence([each.to(weight) for each in states], batch_first=True)  # (B, T, E)
     hidden, counts = adapter.hidden_states(padded, lengths)  # (B, F, D), (B,)
 
     # Only the classes of these transcripts are scored: a path's score needs no normaliser over the vocabulary
@@ -105,21 +120,20 @@ def align_batch(
     scored = torch.tensor(list(rows.values()), dtype=torch.long, device=weight.device)
     scores = adapter.logits(hidden, table, scored).float().cpu().numpy()  # (B, F, C)
 
-    frames_per_place, first_centre = place_centres(adapter)
-    found: list[Times | None] = []
+    found: list[NDArray[np.float64] | None] = []
     for clip, count, ids in zip(scores, counts.tolist(), tokens, strict=True):
         known = [number for number, token in enumerate(ids) if token in class_of]
-        middles = best_path(clip[:count], [class_of[ids[number]] for number in known])
-        if middles is None or not known:
+        runs = best_path(clip[:count], [class_of[ids[number]] for number in known])
+        if runs is None or not known:
             found.append(None)
             continue
-        times = np.interp(np.arange(len(ids)), known, first_centre + middles * frames_per_place)
-        found.append(np.rint(times).astype(np.int16))
+        found.append(np.stack([np.interp(np.arange(len(ids)), known, ends) for ends in runs.T], axis=1))
     return found
 
 
 def best_path(scores: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np.float64] | None:
-    """The middle frame of each token's run on the best CTC path that spells `classes` (U,); None if there is none.
+    """The first and the last frame (U, 2) of each token on the best CTC path that spells `classes` (U,); None without
+    such a path.
 
     scores: (F, C) log-scores, blank is class 0. States are blank, token 1, blank, token 2, …, blank (2U + 1).
     """
@@ -150,7 +164,8 @@ def best_path(scores: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np
     for frame in range(count - 1, -1, -1):
         path[frame] = state
         state -= came[frame, state]
-    return np.array([np.flatnonzero(path == 2 * number + 1).mean() for number in range(len(classes))])
+    frames = [np.flatnonzero(path == 2 * number + 1) for number in range(len(classes))]
+    return np.array([(run[0], run[-1]) for run in frames], dtype=np.float64).reshape(-1, 2)
 
 
 # --- the store of the times, and the adapter's places ------------------------------------------------------

@@ -51,7 +51,7 @@ def generate(settings: GenerateSettings) -> None:
     with Job(settings.out) as job:
         job.begin(header | {"model_sha256": model_digest(settings.model)})
         inputs = (name_relative(row.to_json(), settings.out.parent) for row in islice(rows, total))
-        done = job.count_done(inputs, key="id", answer="response")
+        done = job.count_done(inputs, "id", "response")
         if done < total:
             listener = load(
                 settings.model,

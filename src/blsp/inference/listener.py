@@ -14,14 +14,15 @@ Shapes: N samples, T encoder frames, E encoder width, n vectors of a clip, L pro
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from blsp.data.audio import SAMPLE_RATE, is_silent, load_audio
+from blsp.data.audio import SAMPLE_RATE, is_silent
 from blsp.distributed import find_runtime
+from blsp.inference.transcript import samples_of, transcripts
 from blsp.llm.decoding import Decoder, Decoding, Event, Request, TextStream, answer_text, decode
 from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import embed, stop_ids
@@ -37,11 +38,7 @@ from blsp.settings import DEFAULT_MODEL
 
 PREFIXES_KEPT = 32
 ZERO_SHOT_TOKENS = 128  # the paper's setting for answers without training on the task
-BEAM = 16  # hypotheses that are rescored for a transcript
 SECONDS_PER_BATCH = 60  # speech that is encoded in one pass, with its padding
-
-
-TranscribeMethod = Literal["readout", "rescored", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -112,37 +109,14 @@ class Listener:
         return {key: answer_text(self.tokenizer, result.ids).strip() for key, result in results.items()}
 
     # --- transcripts ----------------------------------------------------------------------------------------
-    def transcribe(self, audio: Any, *, method: TranscribeMethod | None = None) -> str:
-        """The transcript of one clip; "" where no speech is found. See `transcribe_all`."""
-        return self.transcribe_all([audio], method=method)[0]
 
-    def transcribe_all(
-        self,
-        audios: Sequence[Any],
-        *,
-        method: TranscribeMethod | None = None,
-        max_new_tokens: int = 256,
-        batch_size: int = 16,
-    ) -> list[str]:
-        """The transcript of each clip. A recording of more than 10 s is cut at pauses and transcribed in pieces.
+    def transcribe(self, audio: Any, **options: Any) -> str:
+        """The transcript of one clip; "" where no speech is found. options: of `transcripts`."""
+        return self.transcribe_all([audio], **options)[0]
 
-        method: readout: the adapter's own tokens, without the LLM. rescored: of the adapter's likeliest read-outs,
-        the one that the LLM finds likely, too. repeat: what the LLM writes when it is asked to repeat the speech.
-        None: rescored where the adapter reads out, else repeat.
-        """
-        method = method or ("rescored" if self.reads_out else "repeat")
-        pieces = [(i, piece) for i, audio in enumerate(audios) for piece in cut_at_pauses(_samples(audio))]
-        clips = self.embed_audio([piece for _, piece in pieces], beam=BEAM if method == "rescored" else 0)
-        if method == "rescored":
-            texts = self.rescore(clips)
-        elif method == "readout":
-            texts = self.readout(clips)
-        else:
-            texts = self._repeat(clips, max_new_tokens, batch_size)
-        transcripts: list[list[str]] = [[] for _ in audios]
-        for (i, _), text in zip(pieces, texts, strict=True):
-            transcripts[i] += [text] if text else []
-        return [" ".join(parts) for parts in transcripts]
+    def transcribe_all(self, audios: Sequence[Any], **options: Any) -> list[str]:
+        """The transcript of each clip; `transcripts` (transcript.py) explains the options, and gives times, too."""
+        return [transcript.text for transcript in transcripts(self, audios, **options)]
 
     @property
     def reads_out(self) -> bool:
@@ -161,7 +135,7 @@ class Listener:
         chosen = [choose(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in clips]
         return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
 
-    def _repeat(self, clips: Sequence[AudioEmbeds], max_new_tokens: int, batch_size: int) -> list[str]:
+    def repeat(self, clips: Sequence[AudioEmbeds], max_new_tokens: int, batch_size: int) -> list[str]:
         """The LLM's answers to the instruction to repeat the speech; "" where there is none."""
         question = Question(instruction=instruction_for("repeat"))
         decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
@@ -172,17 +146,18 @@ class Listener:
 
     # --- the way of a clip into the prompt ------------------------------------------------------------------
     @torch.no_grad()
-    def embed_audio(self, audios: Sequence[Any], *, beam: int = 0) -> list[AudioEmbeds]:
+    def embed_audio(self, audios: Sequence[Any], *, beam: int = 0, keep_states: bool = False) -> list[AudioEmbeds]:
         """Each clip's vectors, computed in batches of like length. A clip of digital silence holds no speech.
 
-        beam: how many hypotheses to return with each clip.
+        beam: how many hypotheses to return with each clip. keep_states: return the encoder's states, too.
         """
-        samples = [_samples(audio) for audio in audios]
+        samples = [samples_of(audio) for audio in audios]
         clips: dict[int, AudioEmbeds] = {}
         for batch in batches_by_length([len(signal) for signal in samples], SECONDS_PER_BATCH * SAMPLE_RATE):
             states = self.encode([samples[i] for i in batch])
-            for i, clip in zip(batch, self.model.listen(states, beam), strict=True):
-                clips[i] = replace(clip, speech=clip.speech and not is_silent(samples[i]))
+            for i, state, clip in zip(batch, states, self.model.listen(states, beam), strict=True):
+                clip = replace(clip, speech=clip.speech and not is_silent(samples[i]))
+                clips[i] = replace(clip, states=state) if keep_states else clip
         return [clips[i] for i in range(len(samples))]
 
     @torch.no_grad()
@@ -234,36 +209,3 @@ def decode_alone(decoder: Decoder, request: Request) -> Iterator[Event]:
     while events:
         yield events[0]
         events = decoder.step() if len(decoder) else []
-
-
-def _samples(audio: Any) -> np.ndarray:
-    """16 kHz samples (N,) of a path, bytes or data-URI; an array is taken as such samples."""
-    return audio if isinstance(audio, np.ndarray) else load_audio(audio)
-
-
-# --- pauses -------------------------------------------------------------------------------------------------
-
-LONGEST_SECONDS = 10.0  # adapters are trained on single utterances and are worse on longer ones (docs/log.md)
-SEARCHED = 0.5  # share of a piece, at its end, in which the quietest point is searched
-STEP = SAMPLE_RATE // 50  # samples: 20 ms
-PAUSE_STEPS = 10  # a pause is measured over 0.2 s
-
-
-def cut_at_pauses(audio: np.ndarray, longest: float = LONGEST_SECONDS) -> list[np.ndarray]:
-    """`audio` (N,) in pieces of at most `longest` seconds; a short recording is one piece."""
-    limit = int(longest * SAMPLE_RATE)
-    pieces = []
-    while len(audio) > limit:
-        end = _quietest(audio[:limit], int(limit * (1 - SEARCHED)))
-        pieces.append(audio[:end])
-        audio = audio[end:]
-    return [*pieces, audio]
-
-
-def _quietest(audio: np.ndarray, begin: int) -> int:
-    """The sample in the middle of the quietest 0.2 s after `begin`; the last one where several are equal."""
-    # Energy of each 20 ms, then of each 0.2 s: energies[i] is that of audio[begin + i * STEP : … + STEP].
-    energies = np.add.reduceat(np.square(audio[begin:], dtype=np.float64), np.arange(0, len(audio) - begin, STEP))
-    windows = np.convolve(energies, np.ones(PAUSE_STEPS), mode="valid")
-    quietest = len(windows) - 1 - int(windows[::-1].argmin())  # argmin finds the first, so search backwards
-    return begin + (quietest + PAUSE_STEPS // 2) * STEP

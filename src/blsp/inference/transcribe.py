@@ -1,51 +1,86 @@
 """`blsp transcribe`: the transcript of each recording, in the order given.
 
 In:  audio files; a model.
-Out: `{"audio", "text"}`, one line of JSON a file, to a file (resumable) or to the screen.
-Try: `blsp transcribe question.wav`
-Flow: inference/ — recordings → **Listener.transcribe_all** → transcripts.
+Out: a line of JSON a file, `{"audio", "text"}`, with times `{"seconds", "times", "segments"}`; or a txt, json, srt or
+     vtt file for each. To a file, to a folder (both resumable), or to the screen.
+Try: `blsp transcribe question.wav`, `blsp transcribe meeting.wav --out meeting.srt`
+Flow: inference/ — recordings → **transcript.py** → files
 
-An adapter that reads out writes its own tokens, and the LLM helps to choose among the likeliest sequences
-(`--readout`: the likeliest one, without the LLM). With the other adapters, or with `--repeat`, the LLM repeats the
-speech. A file that cannot be read is named with the reason, on the screen and in `<out>.skipped.jsonl`, and the job
-goes on. Where no speech is found, the text is "".
+A folder holds `transcripts.jsonl`, the lines of all recordings; the other files are written from it, so asking for
+another format transcribes nothing again. A file that cannot be read is named with the reason, on the screen and in
+`<out>.skipped.jsonl`, and the job goes on. Where no speech is found, the text is "".
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from blsp.data.audio import AudioError, load_audio
+from blsp.data.audio import AudioError, load_audio, probe_audio
+from blsp.data.files import read_rows, write_text
 from blsp.data.jobs import Job
-from blsp.inference.listener import Listener, TranscribeMethod, load
+from blsp.inference.listener import Listener, load
+from blsp.inference.transcript import TranscribeMethod, Transcript, transcripts
 from blsp.weights.shipped import model_digest
 
 if TYPE_CHECKING:
     from blsp.settings import TranscribeSettings
+    from blsp.settings.shared import TranscriptFormat
 
 Write = Callable[[dict[str, Any]], None]
 Skip = Callable[[str, str], None]  # (file, reason)
+RECORD = "transcripts.jsonl"  # in a folder of files
+MOST_SECONDS = 1800.0  # of recordings in memory at once, unless one is longer
 
 
 def transcribe(settings: TranscribeSettings) -> None:
     """Transcribe `settings.files`; those that `settings.out` holds are not transcribed again."""
-    if settings.out is None:
-        _transcribe(settings, 0, _print_row, lambda name, reason: None)
-        return
+    kind, out, folder = settings.written_as, settings.out, settings.folder
+
+    def text_of(row: dict[str, Any]) -> str:
+        return document(row, kind, settings.timestamps)
+
+    if folder is not None:
+        _resumable(settings, folder / RECORD, lambda row: write_text(folder / _name(row, kind), text_of(row)))
+    elif out is None:
+        _transcribe(settings, 0, lambda row: _print(text_of(row)), lambda name, reason: None)
+    elif kind == "jsonl":
+        _resumable(settings, out, lambda row: None)
+    else:
+        _transcribe(settings, 0, lambda row: write_text(out, text_of(row)), lambda name, reason: None)
+
+
+def _name(row: dict[str, Any], kind: TranscriptFormat) -> str:
+    return f"{Path(row['audio']).stem}.{kind}"
+
+
+def _resumable(settings: TranscribeSettings, out: Path, write: Write) -> None:
+    """Add the missing rows to `out`, each to be written elsewhere by `write`, too."""
     files = settings.files
     readout = {"readout": True, "repeat": False}.get(_method(settings) or "")  # the header's older form
     header = {"model": settings.model, "readout": readout, "max_new_tokens": settings.max_new_tokens}
-    with Job(settings.out) as job:
+    header |= {"timestamps": _timed(settings) or None, "aligner": settings.aligner}
+    header["vad"] = None if settings.vad == "auto" else settings.vad
+    with Job(out) as job:
         job.begin(header | {"model_sha256": model_digest(settings.model)})
-        done = job.count_done(({"audio": name} for name in files), key="audio", answer="text")
+        done = job.count_done(({"audio": name} for name in files), "audio", "text", "seconds", "times", "segments")
+
+        for _, row in read_rows(out) if done else ():
+            write(row)
+
+        def append(row: dict[str, Any]) -> None:
+            job.log.append(row)
+            write(row)
+
         if done < len(files):
-            _transcribe(settings, done, job.log.append, lambda name, why: job.skipped.add(name, name, why))
+            _transcribe(settings, done, append, lambda name, why: job.skipped.add(name, name, why))
         transcribed = len(files) - sum(name in job.skipped for name in files)
         print(f"{settings.out}: {transcribed} of {len(files)} files transcribed", end="")
         print(f"; {job.skipped.count} skipped, see {job.skipped.path}" if job.skipped.count else "")
@@ -55,30 +90,70 @@ def _method(settings: TranscribeSettings) -> TranscribeMethod | None:
     return "readout" if settings.readout else "repeat" if settings.repeat else None
 
 
+def _timed(settings: TranscribeSettings) -> bool:
+    """Whether times are asked for."""
+    return settings.timestamps or settings.folder is not None or settings.written_as in ("json", "srt", "vtt")
+
+
 def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Skip) -> None:
     """Transcribe all files from number `done` on.
 
     The chunk in which a killed job stopped is computed again as a whole, since the last digits of a clip depend on the
     clips beside it; only what is missing is written.
     """
-    listener = load(
-        settings.model, audio_model=settings.audio_model, llm=settings.llm, device=settings.device, dtype=settings.dtype
-    )
+    run = {"device": settings.device, "dtype": settings.dtype}
+    listener = load(settings.model, audio_model=settings.audio_model, llm=settings.llm, **run)
     if settings.readout and not listener.reads_out:
         listener.readout([])  # raises the error that says why not, before any file is read
-    size, files = settings.batch_size, settings.files
-    options = {"method": _method(settings), "max_new_tokens": settings.max_new_tokens, "batch_size": size}
-    with tqdm(total=len(files), initial=done, desc="transcribing", unit="file", disable=None) as bar:
-        for begin in range(done - done % size, len(files), size):
-            chunk = files[begin : begin + size]
-            texts = transcribe_files(listener, chunk, skip, **options)
-            for name, text in list(zip(chunk, texts, strict=True))[max(done - begin, 0) :]:
-                if text is not None:
-                    write({"audio": name, "text": text})
-                bar.update()
+    aligner = load(settings.aligner, **run) if settings.aligner and not listener.reads_out else None
+    if aligner and not aligner.reads_out:
+        aligner.readout([])
+    lengths = [_seconds(name) for name in settings.files]
+    with tqdm(
+        total=round(sum(lengths)), initial=round(sum(lengths[:done])), desc="transcribing", unit="s", disable=None
+    ) as bar:
+        for begin, end in _chunks(lengths, settings.batch_size):
+            if end <= done:
+                continue
+            before = bar.n
+            found = transcribe_files(
+                listener,
+                settings.files[begin:end],
+                skip,
+                method=_method(settings),
+                max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size,
+                timestamps=_timed(settings),
+                aligner=aligner,
+                vad=settings.vad,
+                progress=lambda seconds: bar.update(round(seconds, 1)),
+            )
+            for number, transcript in enumerate(found, start=begin):
+                if number >= done and transcript is not None:
+                    write({"audio": settings.files[number], **transcript.row()})
+            bar.update(max(0.0, round(before + sum(lengths[max(begin, done) : end]) - bar.n, 1)))
 
 
-def transcribe_files(listener: Listener, files: Sequence[str], skip: Skip, **options: Any) -> list[str | None]:
+def _seconds(name: str) -> float:
+    """The length of a recording; 0 where it cannot be read, which is said when its turn comes."""
+    with suppress(AudioError):
+        return probe_audio(name).seconds
+    return 0.0
+
+
+def _chunks(lengths: Sequence[float], size: int) -> Iterator[tuple[int, int]]:
+    """The files (first, end) that are transcribed together: at most `size`, and `MOST_SECONDS` unless one is longer."""
+    begin, seconds = 0, 0.0
+    for number, length in enumerate(lengths):
+        if number > begin and (number - begin == size or seconds + length > MOST_SECONDS):
+            yield begin, number
+            begin, seconds = number, 0.0
+        seconds += length
+    if begin < len(lengths):
+        yield begin, len(lengths)
+
+
+def transcribe_files(listener: Listener, files: Sequence[str], skip: Skip, **options: Any) -> list[Transcript | None]:
     """The transcript of each file; None where it cannot be read, after `skip(file, reason)`."""
     clips: dict[int, np.ndarray] = {}
     for i, name in enumerate(files):
@@ -87,10 +162,22 @@ def transcribe_files(listener: Listener, files: Sequence[str], skip: Skip, **opt
         except AudioError as error:
             print(f"blsp: skipped: {error}", file=sys.stderr)
             skip(name, str(error))
-    texts = dict(zip(clips, listener.transcribe_all(list(clips.values()), **options), strict=True))
-    return [texts.get(i) for i in range(len(files))]
+    found = dict(zip(clips, transcripts(listener, list(clips.values()), **options), strict=True))
+    return [found.get(i) for i in range(len(files))]
 
 
-def _print_row(row: dict[str, Any]) -> None:
+def document(row: dict[str, Any], kind: TranscriptFormat, timestamps: bool = False) -> str:
+    """The text of a row in another format, with a newline at its end. timestamps: in txt, too."""
+    if kind == "jsonl":
+        return json.dumps(row, ensure_ascii=False) + "\n"
+    if kind == "json":
+        return json.dumps(row, ensure_ascii=False, indent=2) + "\n"
+    transcript = Transcript.from_row(row)
+    if kind == "txt":
+        return transcript.txt() if timestamps else transcript.text + "\n"
+    return transcript.srt() if kind == "srt" else transcript.vtt()
+
+
+def _print(text: str) -> None:
     with tqdm.external_write_mode():
-        print(json.dumps(row, ensure_ascii=False), flush=True)
+        print(text, end="", flush=True)

@@ -56,6 +56,7 @@ class AudioEmbeds:
     """One clip as the LLM gets it: the valid vectors (n, D), and the read-out where the adapter has one.
 
     hypotheses: possible transcripts, best first, where they were asked for.
+    states: of the encoder, (T, E), where they were asked for.
     """
 
     vectors: Tensor
@@ -63,6 +64,7 @@ class AudioEmbeds:
     speech: bool
     token_ids: list[int] | None = None
     hypotheses: tuple[Hypothesis, ...] = ()
+    states: Tensor | None = None
 
 
 def num_audio_tokens(frames: Any, strides: Sequence[int]) -> Any:

@@ -30,7 +30,8 @@ from prometheus_client import generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from blsp.inference.listener import Listener, cut_at_pauses
+from blsp.inference.listener import Listener
+from blsp.inference.pauses import cut_at_pauses
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import instruction_for
 from blsp.serving import api, audio_input

@@ -29,7 +29,8 @@ import numpy as np
 from blsp.data.audio import SAMPLE_RATE
 from blsp.distributed import give_back_freed_memory
 from blsp.inference.conversation import ContextError, LaidOut, Memory, lay_out, remember, request_for, user_turn
-from blsp.inference.listener import BEAM, Listener
+from blsp.inference.listener import Listener
+from blsp.inference.transcript import BEAM
 from blsp.llm.decoding import Decoder, Decoding, Event, Request
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import PromptError

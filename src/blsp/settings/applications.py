@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from tyro.conf import Positional
 
@@ -30,6 +30,8 @@ from blsp.settings.shared import (
     SettingsError,
     Temperature,
     TopP,
+    TranscriptFormat,
+    VoiceActivity,
     above_zero,
     can_sample,
 )
@@ -149,23 +151,25 @@ class GenerateSettings:
 
 @dataclass(frozen=True)
 class TranscribeSettings:
-    """Write down the words of recordings: one line of JSON, {"audio", "text"}, per file, in the order given.
+    """Write down the words of recordings, as text, as JSON with times, or as subtitles.
 
     No recogniser is loaded. An adapter that reads out has tokens of its own, and the LLM chooses the most natural
     of the best sequences; --readout leaves the LLM out. With the other adapters the LLM repeats the speech.
 
         $ blsp transcribe meeting.wav question.mp3 --out transcripts.jsonl
+        $ blsp transcribe meeting.wav --out meeting.srt
+        $ blsp transcribe *.m4a --format vtt --out subtitles/
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "out",
+        "data": "out format timestamps aligner vad",
         "model": "model audio_model llm readout repeat",
         "generation": "max_new_tokens",
         "compute": "batch_size device dtype",
     }
 
     files: Positional[tuple[str, ...]]
-    """recordings: wav, flac, ogg, opus or mp3, any sample rate"""
+    """recordings: wav, flac, ogg, opus, mp3, m4a, webm and others, any sample rate"""
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
@@ -174,7 +178,16 @@ class TranscribeSettings:
     repeat: bool = False
     """the LLM repeats the speech, even where the adapter reads out"""
     out: Path | None = None
-    """write to this file instead of the screen"""
+    """write to this file instead of the screen; several recordings as txt, json, srt or vtt: to this folder"""
+    format: TranscriptFormat | None = None
+    """jsonl: one line of JSON a recording; json, srt and vtt: with times (default: as --out ends, else jsonl)"""
+    timestamps: bool = False
+    """times of the words, in jsonl and txt too"""
+    aligner: str | None = None
+    """an adapter that reads out (blsp-tiny): it times the words of one that does not"""
+    vad: VoiceActivity = "auto"
+    """search for speech first, by Silero's detector (pip install 'blsp[cascade]'); auto: in recordings above 30 s,
+    where it is installed"""
     max_new_tokens: int = 256
     """the most tokens of a transcript"""
     batch_size: int = 16
@@ -189,6 +202,33 @@ class TranscribeSettings:
             raise SettingsError("name at least one recording, as in `blsp transcribe question.wav`")
         if self.readout and self.repeat:
             raise SettingsError("--readout and --repeat: choose one, or neither for the better way")
+        if self.written_as == "jsonl" and self.out is not None and self.out.is_dir():
+            raise SettingsError(f"--out {self.out}: is a folder; name a file in it, or give --format")
+        if self.written_as in ("json", "srt", "vtt") and self.out is None and len(self.files) > 1:
+            raise SettingsError(f"--format {self.written_as} of several recordings needs --out FOLDER")
+        if self.folder is not None:
+            self._names_differ()
+
+    @property
+    def written_as(self) -> TranscriptFormat:
+        """The format, as given or as the name of --out ends."""
+        ending = self.out.suffix[1:] if self.out else ""
+        return self.format or next((kind for kind in get_args(TranscriptFormat) if kind == ending), "jsonl")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of files, one a recording; None where there is one file, or the screen."""
+        if self.written_as == "jsonl" or self.out is None:
+            return None
+        return self.out if len(self.files) > 1 or self.out.is_dir() or not self.out.suffix else None
+
+    def _names_differ(self) -> None:
+        sources: dict[str, str] = {}
+        for file in self.files:
+            other = sources.setdefault(Path(file).stem, file)
+            if other != file:
+                name = f"{Path(file).stem}.{self.written_as}"
+                raise SettingsError(f"{other} and {file}: both would be written to {name}; rename one, or run twice")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ ConfigFile = Annotated[Path | None, "a YAML file with these same flags"]
 Limit = Annotated[int | None, "read only this many rows"]
 Order = Literal["instruction-first", "speech-first"]
 Normalise = Literal["none", "whisper"]
+VoiceActivity = Literal["auto", "silero", "none"]
+TranscriptFormat = Literal["jsonl", "json", "txt", "srt", "vtt"]
 Temperature = Annotated[float, "0 takes the most probable token each time"]
 TopP = Annotated[float, "when sampling: draw from the most probable tokens that together have this probability"]
 
