@@ -40,6 +40,12 @@ def test_best_path_is_the_best_of_all_paths() -> None:
         np.testing.assert_allclose(best_path(scores, classes), ends)
 
 
+def test_a_long_transcript_is_aligned() -> None:
+    scores = np.zeros((200, 3), np.float32)
+    runs = best_path(scores, [1, 2] * 90)
+    assert runs is not None and (np.diff(runs[:, 0]) > 0).all()
+
+
 def test_too_many_tokens_have_no_path() -> None:
     assert best_path(np.zeros((2, 3), np.float32), [1, 2, 1]) is None
     assert best_path(np.zeros((2, 3), np.float32), [1, 1]) is None  # a blank must stand between them

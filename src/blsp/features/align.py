@@ -163,7 +163,7 @@ def best_path(scores: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np
     path = np.empty(count, dtype=np.int64)
     for frame in range(count - 1, -1, -1):
         path[frame] = state
-        state -= came[frame, state]
+        state -= int(came[frame, state])
     frames = [np.flatnonzero(path == 2 * number + 1) for number in range(len(classes))]
     return np.array([(run[0], run[-1]) for run in frames], dtype=np.float64).reshape(-1, 2)
 
