@@ -155,8 +155,8 @@ def test_progress_is_counted_in_seconds_of_speech(run, monkeypatch: pytest.Monke
     monkeypatch.setattr(command, "tqdm", Bar)
     run()
     (bar,) = bars
-    assert bar.unit == "s" and bar.total == 3  # 0.9 + 1.4 + 0.5 + 0.5 s
-    assert bar.n == pytest.approx(3.3, abs=0.3)
+    assert bar.unit == "s" and bar.total == 3.3  # 0.9 + 1.4 + 0.5 + 0.5 s
+    assert bar.n == pytest.approx(3.3, abs=0.05)
 
 
 def test_a_long_recording_is_heard_piece_by_piece(listener_of) -> None:

@@ -95,7 +95,7 @@ def quiet_spans(audio: np.ndarray) -> NDArray[np.float64]:
     quiet = levels <= noise + QUIET * (speech - noise)
     # +1 where a span begins, -1 after its end
     changes = np.diff(np.concatenate([[False], quiet, [False]]).astype(np.int8))
-    return np.flatnonzero(changes).reshape(-1, 2) * (FRAME / SAMPLE_RATE)
+    return np.flatnonzero(changes).reshape(-1, 2).astype(np.float64) * FRAME / SAMPLE_RATE
 
 
 # --- regions with speech ----------------------------------------------------------------------------------------

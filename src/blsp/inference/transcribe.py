@@ -110,7 +110,7 @@ def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Ski
         aligner.readout([])
     lengths = [_seconds(name) for name in settings.files]
     with tqdm(
-        total=round(sum(lengths)), initial=round(sum(lengths[:done])), desc="transcribing", unit="s", disable=None
+        total=round(sum(lengths), 1), initial=round(sum(lengths[:done]), 1), desc="transcribing", unit="s", disable=None
     ) as bar:
         for begin, end in _chunks(lengths, settings.batch_size):
             if end <= done:

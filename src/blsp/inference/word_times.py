@@ -92,8 +92,8 @@ def _word_runs(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The first and the last place of each of `count` words, from those of the tokens (U, 2)."""
     # a token belongs to the last word that is there when it has been written
-    owners = [len(tokenizer.decode(ids[: number + 1]).split()) - 1 for number in range(len(ids))]
-    owners = np.clip(owners, 0, count - 1)
+    written = [len(tokenizer.decode(ids[: number + 1]).split()) for number in range(len(ids))]
+    owners = np.clip(np.array(written) - 1, 0, count - 1)
     numbers = np.arange(count)
     first, last = np.searchsorted(owners, numbers), np.searchsorted(owners, numbers, side="right") - 1
     return runs[np.minimum(first, len(ids) - 1), 0], runs[np.maximum(last, 0), 1]

@@ -212,8 +212,8 @@ class TranscribeSettings:
     @property
     def written_as(self) -> TranscriptFormat:
         """The format, as given or as the name of --out ends."""
-        ending = self.out.suffix[1:] if self.out else ""
-        return self.format or next((kind for kind in get_args(TranscriptFormat) if kind == ending), "jsonl")
+        endings: dict[str, TranscriptFormat] = {f".{kind}": kind for kind in get_args(TranscriptFormat)}
+        return self.format or endings.get(self.out.suffix if self.out else "", "jsonl")
 
     @property
     def folder(self) -> Path | None:
