@@ -59,7 +59,10 @@ def user_turn(parts: Sequence[str | AudioEmbeds]) -> dict[str, Any]:
 
 
 def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
-    """Messages (`{"role", "content"}`, content a string or a list of `Content`), ready to be answered."""
+    """Messages (`{"role", "content"}`, content a string or a list of `Content`), ready to be answered.
+
+    Raises ContextError where the conversation alone is longer than the LLM can read.
+    """
     clips: list[AudioEmbeds] = []
     marked = []
     for message in messages:
@@ -70,9 +73,12 @@ def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
                 parts[i] = Speech(len(clips))
                 clips.append(part)
         marked.append({"role": message["role"], "content": parts})
+    segments = render(listener.tokenizer, marked)
+    length = sum(len(clips[part.index].vectors) if isinstance(part, Speech) else len(part) for part in segments)
+    _check_length(listener, length)  # before the embeddings, which take a thousand times the memory of the ids
     names: list[Hashable] = []
     embeds: list[Tensor] = []
-    for segment in render(listener.tokenizer, marked):
+    for segment in segments:
         if isinstance(segment, Speech):
             vectors = clips[segment.index].vectors.to(listener.model.lm_head.weight.dtype)
             digest = hashlib.blake2b(vectors.detach().cpu().float().numpy().tobytes(), digest_size=16).digest()
@@ -123,17 +129,22 @@ def _common(first: tuple[Hashable, ...], second: tuple[Hashable, ...]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
+def _check_length(listener: Listener, length: int, answer: int = 1) -> None:
+    """Raise ContextError where `length` tokens and an answer of as many as `answer` are more than the LLM can read."""
+    limit = getattr(listener.model.config.text_config, "max_position_embeddings", None)
+    if limit is not None and length + answer > limit:
+        raise ContextError(
+            f"the conversation has {length} tokens and the answer may have {answer}, but the LLM reads {limit}: "
+            "start anew or ask for less"
+        )
+
+
 def request_for(listener: Listener, key: Hashable, laid_out: LaidOut, decoding: Decoding, memory: Memory) -> Request:
     """The conversation for the decoder: what `memory` holds is not computed again.
 
     Raises ContextError where conversation and answer would be longer than the LLM can read.
     """
-    limit = getattr(listener.model.config.text_config, "max_position_embeddings", None)
-    if limit is not None and len(laid_out.names) + decoding.max_new_tokens > limit:
-        raise ContextError(
-            f"the conversation has {len(laid_out.names)} tokens and the answer may have "
-            f"{decoding.max_new_tokens}, but the LLM reads {limit}: start anew or ask for less"
-        )
+    _check_length(listener, len(laid_out.names), decoding.max_new_tokens)
     prefix = memory.longest(laid_out.names)
     embeds = laid_out.embeds[len(prefix) if prefix else 0 :]
     return Request(key, embeds, prefix, decoding, keep_cache=True)
