@@ -1,7 +1,7 @@
 """Audio from a path, bytes, a data-URI or an array as 16 kHz mono float32.
 
 In:  wav, flac, ogg/vorbis, opus, mp3, m4a, webm, aac, amr or wma at any rate (also aiff, au, caf, w64, rf64, NIST
-     sphere); or an array.
+     sphere), as a file, a piece of a file or behind a URL (addresses.py); or an array.
 Out: samples (N,) float32; an `AudioError` that names the source where it is not usable speech audio.
 Try: `load_audio("clip.opus", start=1.5, duration=2.0)`, `probe_audio("clip.opus").seconds`
 Flow: data/ — every step that needs samples gets them here.
@@ -31,6 +31,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from blsp.data.addresses import is_address, is_url, open_url, read_address
 from blsp.data.containers import (
     READABLE,
     UNKNOWN_LENGTH,
@@ -81,14 +82,16 @@ def load_audio(
     duration: float | None = None,
     sampling_rate: int | None = None,
     longest: float = LONGEST_SECONDS,
+    name: str = "",
 ) -> np.ndarray:
     """Samples of `source` from `start` on, `duration` seconds or to its end: (N,) float32, mono, 16 kHz.
 
-    `source`: a path, the bytes of a file, a `data:audio/...;base64,` URI, or an array, which needs its
-    `sampling_rate`; an array's shorter axis is its channels, integers are scaled by their type. Digital
-    silence is no error (see `is_silent`); more than `longest` seconds are, and are not decoded.
+    `source`: a path or an address (addresses.py), the bytes of a file, a `data:audio/...;base64,` URI, or an array,
+    which needs its `sampling_rate`; an array's shorter axis is its channels, integers are scaled by their type.
+    Digital silence is no error (see `is_silent`); more than `longest` seconds are, and are not decoded.
+    `name`: what messages call the source.
     """
-    name = _describe(source)
+    name = _describe(name or source)
     if not 0 <= start <= FARTHEST_SECONDS:
         raise AudioError(f"{name}: start is {start!r:.40} seconds; it must be 0 or more")
     if duration is not None and not 0 < duration <= FARTHEST_SECONDS:
@@ -96,6 +99,7 @@ def load_audio(
     if isinstance(source, np.ndarray):
         audio = _cut_array(source, name, start, duration, sampling_rate, longest)
     else:
+        source = _fetched(source)
         with _open_file(source, name) as stream:
             channel = _channel_of(source, name) if stream.channels > 1 else None
             audio = _cut_stream(stream, name, start, duration, longest, channel)
@@ -109,7 +113,7 @@ def load_audio(
 def probe_audio(source: str | os.PathLike[str] | bytes) -> AudioInfo:
     """What the header says; decodes only a stream whose header does not tell its length."""
     name = _describe(source)
-    with _open_file(source, name) as stream:
+    with _open_file(_fetched(source), name) as stream:
         frames = stream.frames
         if frames >= UNKNOWN_LENGTH:
             frames = sum(len(block) for block in _read_blocks(stream, name))
@@ -279,8 +283,14 @@ def _describe(source: AudioSource) -> str:
     return f"…{text[-200:]}" if len(text) > 300 else text or "audio path ''"
 
 
+def _fetched(source: FileSource) -> FileSource:
+    """The bytes at an address, unless it is a URL of a long file; any other source as it is."""
+    with _naming("REASON"):
+        return read_address(source) if isinstance(source, str) and is_address(source) else source
+
+
 def _open_file(source: FileSource, name: str) -> AudioStream:
-    """The decoder of a path, a file's bytes or a data-URI, after its header was checked against its size."""
+    """The decoder of a path, a URL, a file's bytes or a data-URI, after its header was checked against its size."""
     if isinstance(source, str) and source.startswith("data:"):
         source = _decode_data_uri(source, name)
     remedy = "wav, flac, ogg, opus, mp3, m4a, webm, aac, amr and wma are read, others must be converted first"
@@ -291,6 +301,10 @@ def _open_file(source: FileSource, name: str) -> AudioStream:
                 file = io.BytesIO(source[tags:])  # libsndfile would read the wav's end short by its tags
             size = file.seek(0, io.SEEK_END)
             stream = _open_decoder(file, file, size, name)
+        elif isinstance(source, str) and is_url(source):
+            remote = open_url(source)
+            size = remote.seek(0, io.SEEK_END)
+            stream = _open_decoder(remote, remote, size, name)
         else:
             size = _file_size(Path(source), name)
             with open(source, "rb") as opened:

@@ -20,6 +20,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Self, overload
 
+from blsp.data.addresses import is_url
 from blsp.data.files import ManifestError, dump_row, parse_row, read_rows, show, write_atomically
 from blsp.data.jobs import SKIPPED_SUFFIX
 from blsp.data.row_index import INDEX_SUFFIX, open_index, refuse_shared_keys
@@ -36,7 +37,7 @@ class Utterance:
 
     id: str
     audio: str
-    """Path; absolute when it comes out of a `Manifest`."""
+    """Path or other address (addresses.py); absolute when it comes out of a `Manifest`."""
     text: str
     """The transcript as given; "" where nothing is said (`extra["no_speech"]`) or it is not known."""
     start: float | None = None
@@ -217,9 +218,9 @@ def find_manifests(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def resolve_audio(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`row` with its audio path made absolute; data-URIs and text-only rows stay as they are."""
+    """`row` with its audio path made absolute; URLs, data-URIs and text-only rows stay as they are."""
     audio = row.get("audio")
-    if isinstance(audio, str) and audio and not audio.startswith(("/", "data:")):
+    if isinstance(audio, str) and audio and not audio.startswith(("/", "data:")) and not is_url(audio):
         row["audio"] = os.path.join(folder, audio)
     return row
 

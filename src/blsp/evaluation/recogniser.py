@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from blsp.data.addresses import audio_size
 from blsp.data.audio import SAMPLE_RATE, load_audio
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, AnswerLog
@@ -80,14 +81,9 @@ def load_clip(row: Utterance) -> np.ndarray:
     return load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
 
 
-def file_size(audio: str) -> int:
-    """Bytes of a file, 0 where there is none: another recording under an old name has another size."""
-    return os.path.getsize(audio) if audio and os.path.exists(audio) else 0
-
-
 def _clip_key(row: Utterance) -> str:
     part = f"{row.start or 0}+{row.duration or ''}"
-    return f"{row.audio}#{part}@{row.language or 'en'} {file_size(row.audio)} B"
+    return f"{row.audio}#{part}@{row.language or 'en'} {audio_size(row.audio)} B"
 
 
 def _faster(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:

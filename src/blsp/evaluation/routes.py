@@ -18,10 +18,11 @@ import torch
 import transformers
 
 import blsp
+from blsp.data.addresses import audio_size
 from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers
-from blsp.evaluation.recogniser import file_size, load_clip
+from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener, Question
 from blsp.llm.decoding import Request, Result, decode
@@ -181,7 +182,7 @@ def route_fingerprint(model: str, task: Task, rows: Sequence[Utterance], route: 
         {
             "model": model,
             "task": repr(replace(task, note="", name="")),
-            "rows": [(row.to_json(), file_size(row.audio)) for row in rows],
+            "rows": [(row.to_json(), audio_size(row.audio)) for row in rows],
             "route": route,
             "batch_size": batch_size,
             "versions": (blsp.__version__, torch.__version__, transformers.__version__),

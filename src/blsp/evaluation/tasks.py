@@ -26,6 +26,7 @@ from typing import Any, get_args
 
 import yaml
 
+from blsp.data.addresses import audio_size
 from blsp.data.manifest import Manifest, Utterance
 from blsp.llm.instructions import BehaviourError, instruction_for
 from blsp.llm.prompt import ORDERS, Order
@@ -191,7 +192,7 @@ def check_recordings(rows: Mapping[str, Sequence[Utterance]]) -> None:
     """Raise `TaskError` for the first recording that is not there, before hours of work. rows: by task."""
     for task, questions in rows.items():
         for row in questions:
-            if not Path(row.audio).is_file():
+            if not audio_size(row.audio):
                 raise TaskError(f"task {task!r}: row {row.id!r}: {row.audio or 'no audio'}: no such recording")
 
 

@@ -1,0 +1,263 @@
+"""Addresses of audio: a file, a piece of a file, and either of them behind a URL.
+
+In:  the `audio` of a row, in one of these forms:
+
+         clips/a.flac                           a file
+         s3://bucket/clips/a.flac               a file behind any URL that fsspec knows (gs, hf, https, memory, ...)
+         shard-000.tar#bytes=1536+48044         48,044 bytes of a file, from byte 1536 on
+         shard-000.tar.gz#member=a/b.flac       a member of a tar file, compressed or not
+         part-0.parquet#row=17&column=audio     the bytes in a row of a Parquet or Arrow file, from row 0
+
+     The file before the `#` may be behind a URL too. The column is `audio` unless it is named.
+Out: the bytes of the recording; an `AddressError` where there are none.
+Try: `read_address("shard-000.tar#member=a.flac")`
+Flow: data/audio.py and features/cache.py read what is not a plain file **here**.
+
+A file with pieces stays open, so rows in the order of the file read it forward once, without going back. Credentials
+and options of URLs are those of fsspec's configuration; the user installs the package of a protocol (s3fs, gcsfs).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+import fsspec
+
+PIECE = re.compile(
+    r"(?P<path>.+?)#(?:member=(?P<member>.+)|bytes=(?P<first>\d+)\+(?P<length>\d+)"
+    r"|row=(?P<row>\d+)(?:&column=(?P<column>.+))?)",
+    re.DOTALL,
+)
+URL = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.-]*(://|::)")
+MOST_BYTES = 1 << 31  # of one piece, which is held in memory
+MOST_BYTES_AT_ONCE = 1 << 24  # of a file behind a URL that is fetched whole; of a longer one, what is decoded
+BLOCK_BYTES = 1 << 20  # of one request, where a part of a file is fetched
+SHARDS_KEPT = 16  # open files with pieces, in a process
+LOOK_AGAIN = 10.0  # seconds after which a file behind a URL is asked again whether it has changed
+MARKS = {"size", "etag", "lastmodified", "last-modified", "mtime", "created", "md5hash", "blob_id", "versionid"}
+
+
+class AddressError(ValueError):
+    """There is no audio at an address; the message names it, the reason and the way out."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a recording is: a whole file, or the piece of it that is not None."""
+
+    path: str  # a local path or a URL
+    member: str | None = None
+    span: tuple[int, int] | None = None  # first byte, number of bytes
+    row: int | None = None
+    column: str = "audio"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.member is None and self.span is None and self.row is None
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec opens this path: `s3://bucket/a.wav`, or a chain such as `zip://a.wav::clips.zip`."""
+    return URL.match(path) is not None
+
+
+def parse_address(audio: str) -> Address:
+    """The address that `audio` spells; what has no piece of this form is a whole file."""
+    piece = PIECE.fullmatch(audio)
+    if piece is None:
+        return Address(audio)
+    span = (int(piece["first"]), int(piece["length"])) if piece["first"] else None
+    row = int(piece["row"]) if piece["row"] else None
+    return Address(piece["path"], piece["member"], span, row, piece["column"] or "audio")
+
+
+def is_address(audio: object) -> bool:
+    """Whether `audio` is a text that names a piece of a file or a URL: neither a data-URI nor a plain path."""
+    if not isinstance(audio, str) or audio.startswith("data:"):
+        return False
+    address = parse_address(audio)
+    return is_url(address.path) or not address.is_whole
+
+
+def read_address(audio: str) -> bytes | str:
+    """The recording's bytes; the URL itself for a long file, of which `open_url` reads the parts that are needed."""
+    address = parse_address(audio)
+    with _as_address_error(audio):
+        if not address.is_whole:
+            return _shard(address.path, _version(address.path), os.getpid()).read(address)
+        system, path = fsspec.url_to_fs(address.path)
+        size = system.info(path).get("size")
+        if size is not None:
+            return bytes(system.cat_file(path)) if size <= MOST_BYTES_AT_ONCE else audio
+        with system.open(path, "rb") as stream:
+            data = bytes(stream.read(MOST_BYTES_AT_ONCE + 1))
+        if len(data) > MOST_BYTES_AT_ONCE:
+            raise AddressError("the server does not say how long it is; copy it to a disk")
+        return data
+
+
+def open_url(url: str) -> BinaryIO:
+    """A file behind a URL, for reading and seeking; parts of it are fetched as they are read."""
+    with _as_address_error(url):
+        system, path = fsspec.url_to_fs(url)
+        file: BinaryIO = system.open(path, "rb", block_size=BLOCK_BYTES, cache_type="blockcache")
+        return file
+
+
+def version_of(audio: str) -> str:
+    """A text that changes when the file of an address does; "" where there is no file."""
+    address = parse_address(audio)
+    try:
+        return _version(address.path)
+    except Exception:  # every file system of fsspec has errors of its own
+        return ""
+
+
+def audio_size(audio: str) -> int:
+    """Bytes of the file of an address, or of its span of bytes; 0 where there is none."""
+    address = parse_address(audio)
+    version = version_of(audio) if audio else ""
+    return 0 if not version else address.span[1] if address.span else int(version.split()[0])
+
+
+def _version(path: str) -> str:
+    """Size and time (or the tag that a server gives) of a file."""
+    if is_url(path):
+        return _version_of_url(path, int(time.monotonic() / LOOK_AGAIN), os.getpid())
+    stat = os.stat(path)
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+@lru_cache(maxsize=1024)
+def _version_of_url(url: str, moment: int, process: int) -> str:
+    """`moment`, `process`: another request is made at another moment, and in another process."""
+    system, path = fsspec.url_to_fs(url)
+    info: dict[str, Any] = system.info(path)
+    marks = sorted(f"{name}={value}" for name, value in info.items() if name.lower() in MARKS and name != "size")
+    return f"{info.get('size') or 0} {' '.join(marks)}"
+
+
+@contextmanager
+def _as_address_error(audio: str) -> Iterator[None]:
+    """Raise what any file system or archive raises as an AddressError."""
+    name = audio if len(audio) <= 300 else f"…{audio[-200:]}"
+    try:
+        yield
+    except AddressError as error:
+        raise AddressError(f"{name}: {error}") from error
+    except FileNotFoundError as error:
+        silent = ", or no answer from its server" if is_url(audio) else ""
+        raise AddressError(f"{name}: no such file{silent}") from error
+    except ImportError as error:
+        raise AddressError(f"{name}: a package is missing that opens it ({error})") from error
+    except Exception as error:  # botocore, aiohttp, pyarrow, zlib, ... have errors of their own
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        raise AddressError(f"{name}: cannot be read ({reason})") from error
+
+
+# --- files with pieces ------------------------------------------------------------------------------------
+class Shard:
+    """An open file whose pieces are read. Threads may share one."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._file: BinaryIO = open_url(path) if is_url(path) else open(path, "rb")  # noqa: SIM115 (stays open)
+        self._lock = threading.Lock()
+        self._tar: tarfile.TarFile | None = None
+        self._members: dict[str, tarfile.TarInfo] = {}  # those that were passed so far
+        self._table: Table | None = None
+
+    def read(self, address: Address) -> bytes:
+        """The bytes of one piece; raises AddressError where there is no such piece."""
+        with self._lock:
+            if address.span is not None:
+                return self._read_span(*address.span)
+            if address.member is not None:
+                return self._read_member(address.member)
+            assert address.row is not None
+            self._table = self._table or Table(self._file)
+            return self._table.read(address.row, address.column)
+
+    def _read_span(self, first: int, length: int) -> bytes:
+        _check_size(length)
+        if self._file.tell() != first:
+            self._file.seek(first)
+        data = self._file.read(length)
+        if len(data) < length:
+            raise AddressError(f"the file ends {length - len(data)} bytes before the piece does; fetch it again")
+        return data
+
+    def _read_member(self, name: str) -> bytes:
+        """Go forward to the member, past others, which are remembered."""
+        self._tar = self._tar or tarfile.open(fileobj=self._file)  # noqa: SIM115 (stays open)
+        while name not in self._members:
+            member = self._tar.next()
+            if member is None:
+                raise AddressError(f"the archive has no such member; it has {len(self._members)} others")
+            self._members.setdefault(member.name, member)
+        _check_size(self._members[name].size)
+        content = self._tar.extractfile(self._members[name])
+        if content is None:
+            raise AddressError("the member is a folder or a device, not a file")
+        return content.read()
+
+
+class Table:
+    """A Parquet or Arrow file; one row group of Parquet is in memory, Arrow is mapped."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ImportError('reading Parquet needs pyarrow: pip install "blsp[data]"') from error
+        file.seek(0)
+        if file.read(4) == b"PAR1":
+            self._parquet = parquet.ParquetFile(file)
+            meta = self._parquet.metadata
+            sizes = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
+        else:
+            file.seek(0)
+            name = getattr(file, "name", None)
+            source = pyarrow.memory_map(name) if isinstance(name, str) and os.path.exists(name) else file
+            self._parquet = None
+            self._values = pyarrow.ipc.open_stream(source).read_all()
+            sizes = [self._values.num_rows]
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        self._read: tuple[int, str] | None = None  # row group and column that are in memory
+
+    def read(self, row: int, column: str) -> bytes:
+        """The bytes in a row: a column of bytes, or of `{"bytes": ..., "path": ...}` as Hugging Face writes it."""
+        if row >= self._starts[-1]:
+            raise AddressError(f"the table has {self._starts[-1]} rows, so no row {row}")
+        group = next(i for i, end in enumerate(self._starts[1:]) if row < end)
+        if self._parquet is not None and self._read != (group, column):
+            self._values = self._parquet.read_row_group(group, columns=[column])
+            self._read = group, column
+        if column not in self._values.column_names:
+            raise AddressError(f"the table has no column {column!r}")
+        value = self._values.column(column)[row - self._starts[group]].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise AddressError(f"column {column!r} holds no bytes in this row")
+        return data
+
+
+@lru_cache(maxsize=SHARDS_KEPT)
+def _shard(path: str, version: str, process: int) -> Shard:
+    """`version`, `process`: a file that has changed is opened again, and so it is in a process that was forked."""
+    return Shard(path)
+
+
+def _check_size(size: int) -> None:
+    if size > MOST_BYTES:
+        raise AddressError(f"the piece has {size} bytes; at most {MOST_BYTES} are read from inside another file")
