@@ -15,6 +15,7 @@ from support.training_examples import write_data
 
 from blsp.data.audio import write_wav
 from blsp.data.jobs import JobError, SkippedLog
+from blsp.data.manifest import Manifest
 from blsp.distributed import find_runtime
 from blsp.features.cache import FeatureCache
 from blsp.model.adapter_parts import CachedValue
@@ -29,6 +30,7 @@ from blsp.training.optimiser import learning_rate
 from blsp.training.run import objective_of
 from blsp.training.run_state import claim_folder, merge_skipped, newest_complete
 from blsp.training.step import Objective
+from blsp.training.verdict import Verdict
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +84,16 @@ def test_the_run_folder_is_what_the_contract_says(settings: TrainSettings, capsy
     assert {"held_out_kl_shuffled", "held_out_top1", "train_kl", "train_top1"} <= set(rows[-1])
     assert all(before["samples"] < after["samples"] for before, after in pairwise(rows))
     assert (out / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    verdict = Verdict.read(out)
+    assert verdict is not None and verdict.clips == 2 and verdict.own > 0 and verdict.exchanged > 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == str(verdict)
+    assert "6 steps: too few for a fresh adapter" in printed.err
+    held_out = list(Manifest(out / "heldout.jsonl"))
+    assert len(held_out) == 2 and all(Path(row.audio).exists() and row.instruction is None for row in held_out)
     assert newest_complete(out / "checkpoints").name == "step-6"
     card = (out / "adapter" / "README.md").read_text()
-    assert "library_name: transformers" in card and "held-out" in card
+    assert "library_name: transformers" in card and "held-out" in card and str(verdict) in card
     model, _ = load_blsp(out / "adapter", find_runtime("cpu"))
     stored = load_file(out / "checkpoints" / "step-6" / "adapter.safetensors")
     for name, tensor in model.model.multi_modal_projector.state_dict().items():
@@ -185,6 +194,8 @@ def test_stages_follow_each_other(settings: TrainSettings, tmp_path: Path) -> No
     assert [(row["stage"], row["step"]) for row in _metrics(out)] == [
         ("ground", 1), ("ground", 3), ("align", 4), ("align", 5),
     ]  # fmt: skip
+    assert Verdict.read(out / "stages" / "ground").finding == "not judged"  # the LLM was not run
+    assert Verdict.read(out) == Verdict.read(out / "stages" / "align") and Verdict.read(out).clips == 2
     assert "held_out_wer" in _metrics(out)[0] and "held_out_kl" in _metrics(out)[-1]
     first = torch.cat([tensor.flatten() for tensor in grounded.values()])
     last = torch.cat([tensor.flatten() for tensor in aligned.values()])

@@ -8,6 +8,7 @@ examples.py   rows to examples
 augmentation.py  speed, volume, noise, hidden spans
 batches.py    the order of the data
 run.py        everything before the first step
+verdict.py    whether it listens, at the end of a run; warnings at its beginning
 run_state.py  run folder, settings, checkpoints, stop signal
 optimiser.py  AdamW, schedules, averaging
 probes.py     divergence and read-out error during training

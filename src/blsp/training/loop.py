@@ -20,7 +20,7 @@ import torch
 from blsp.distributed import Runtime, barrier, find_runtime, keep_freed_memory, leave, reduce_gradients, sum_across
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
-from blsp.training import run_state, step
+from blsp.training import run_state, step, verdict
 from blsp.training.batches import prefetch
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
@@ -62,6 +62,9 @@ def train_stage(settings: TrainSettings, runtime: Runtime, stop: run_state.StopS
     run_state.begin_folder(settings, runtime)
     run = prepare(settings, runtime)
     state = begin_or_resume(run)
+    if runtime.rank == 0 and not state.progress.step:
+        for warning in verdict.warnings(run):
+            print(f"{settings.out}: {warning}", file=sys.stderr)
     bar = progress_bar(run, state.progress)
     with closing(prefetch(step_examples(run, state.progress.step), STEPS_AHEAD)) as steps, bar:
         for number, batches in steps:
@@ -159,14 +162,19 @@ def bad_loss(run: Run, number: int, value: float, examples: Iterable[Example]) -
 
 # --- the end ----------------------------------------------------------------------------------------------
 def finish(run: Run, state: State) -> None:
-    """Write the adapter, its card and the curves; say which rows of any rank were skipped."""
+    """Write the verdict, the curves, the adapter and its card; say which rows of any rank were skipped."""
     barrier(run.runtime)  # every rank has written its skip list
+    out = run.settings.out
+    if run.runtime.rank == 0 or run.settings.shard_llm:  # all ranks run a sharded LLM, or none
+        found = verdict.judge(run)
     if run.runtime.rank != 0:
         return
-    out = run.settings.out
+    found.write(out)
+    verdict.write_held_out(run)
     draw_curves(run)
-    save_adapter(run.model, run.processor, out / "adapter", card=model_card(run.settings, out / "metrics.jsonl"))
+    card = model_card(run.settings, out / "metrics.jsonl", str(found))
+    save_adapter(run.model, run.processor, out / "adapter", card=card)
     run_state.merge_skipped(run.skipped, out)
     if run.skipped.count:
         print(f"{run.skipped.count} rows could not be learnt from: see {run.skipped.path}", file=sys.stderr)
-    print(f"{out}: {state.progress.step} steps done; the adapter is {out / 'adapter'}")
+    print(f"{out}: {state.progress.step} steps done; the adapter is {out / 'adapter'}\n{found}")

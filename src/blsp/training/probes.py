@@ -20,6 +20,7 @@ D LLM width.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import jiwer
 import numpy as np
@@ -81,17 +82,25 @@ def divergence(probe: Probe, examples: Sequence[Example], prefixes: PrefixCache,
 
     examples: the probe's answered examples, with their own speech or with that of other clips.
     """
-    model, divergences, agreements = prefixes.llm, [], []
+    tokens = [token for tokens in token_divergences(probe, examples, prefixes, positions) for token in tokens]
+    nats, agreed = zip(*tokens, strict=True)
+    return sum(nats) / len(nats), sum(agreed) / len(agreed)
+
+
+def token_divergences(
+    probe: Probe, examples: Sequence[Example], prefixes: PrefixCache, positions: int
+) -> list[list[tuple[float, bool]]]:
+    """Of each example, at each position: KL(text || speech) in nats, and whether the likeliest tokens agree."""
+    model, found = prefixes.llm, dict[int, list[tuple[float, bool]]]()
     for numbers in micro_batches(examples, positions):
         batch = [examples[number] for number in numbers]
         audio = model.model.listen(*speech_states(model, batch))
         vectors = speech_vectors(audio, range(len(batch)))
         speech, _ = response_states(model, batch, vectors, prefixes)  # (N, D)
         text = _text_states(probe, numbers, batch, prefixes)  # (N, D)
-        nats, agree = teacher_forcing.divergence(model, text, speech)
-        divergences += nats
-        agreements += agree
-    return sum(divergences) / len(divergences), sum(agreements) / len(agreements)
+        tokens = zip(*teacher_forcing.divergence(model, text, speech), strict=True)
+        found |= {number: list(islice(tokens, len(examples[number].response))) for number in numbers}
+    return [found[number] for number in range(len(examples))]
 
 
 def _text_states(probe: Probe, numbers: Sequence[int], batch: Sequence[Example], prefixes: PrefixCache) -> Tensor:

@@ -6,10 +6,14 @@ Try: `report(run, state, bar)`
 Flow: training/loop.py after every step -> **reporting.py** -> the run folder
 """
 
+import itertools
 import json
+import math
 import shutil
 import sys
+import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from blsp.training import probes, step
 from blsp.training.optimiser import State, learning_rate
 from blsp.training.run import Run
 from blsp.training.run_state import Progress, as_flags, dump_flags, empty_window
+from blsp.training.verdict import Verdict
 
 CURVES_SECONDS = 60  # at least, between two drawings of curves.png
 
@@ -80,7 +85,8 @@ def progress_bar(run: Run, progress: Progress) -> tqdm:
 def draw_curves(run: Run) -> None:
     """Draw curves.png from metrics.jsonl; only the first rank does."""
     if run.runtime.rank == 0:
-        draw(run.settings.out / "metrics.jsonl", run.settings.out / "curves.png")
+        out = run.settings.out
+        draw(out / "metrics.jsonl", out / "curves.png", str(Verdict.read(out) or ""))
 
 
 def print_once(runtime: Runtime, text: str) -> None:
@@ -100,7 +106,10 @@ def finish_stages(settings: TrainSettings) -> None:
             lines.append(json.dumps(row | {"step": row["step"] + steps_before, "stage": stage.out.name}) + "\n")
         steps_before += rows[-1]["step"]
     write_text(settings.out / "metrics.jsonl", "".join(lines), durable=True)
-    draw(settings.out / "metrics.jsonl", settings.out / "curves.png")
+    found = Verdict.read(settings.stages[-1].out)
+    if found is not None:  # none where an older version finished the last stage
+        found.write(settings.out)
+    draw(settings.out / "metrics.jsonl", settings.out / "curves.png", str(found or ""))
     stages = []
     for stage in settings.stages:
         flags = as_flags(stage)
@@ -108,6 +117,8 @@ def finish_stages(settings: TrainSettings) -> None:
         stages.append({"name": stage.out.name} | flags)
     write_text(settings.out / "settings.yaml", dump_flags({"out": str(settings.out), "stages": stages}), durable=True)
     print(f"{settings.out}: all {len(stages)} stages are finished; the adapter is {settings.out / 'adapter'}")
+    if found is not None:
+        print(found)
 
 
 PROBE_MEANINGS = {
@@ -115,11 +126,12 @@ PROBE_MEANINGS = {
     "kl_shuffled": "the same with every clip exchanged for another one",
     "top1": "top-1 agreement with the text route",
     "wer": "word error rate of the read-out",
+    "tokens": "spoken tokens whose embedding is the nearest of all at their place",
 }
 
 
-def model_card(settings: TrainSettings, metrics: Path) -> str:
-    """The README of the adapter's folder: metadata, how to use it, how it was trained, and the last probes."""
+def model_card(settings: TrainSettings, metrics: Path, verdict: str) -> str:
+    """The README of the adapter's folder: metadata, how to use it, how it was trained, the verdict, the last probes."""
     head = {
         "library_name": "transformers",
         "pipeline_tag": "audio-text-to-text",
@@ -149,7 +161,9 @@ by digest.
 {dump_flags(as_flags(settings)).strip()}
 ```
 
-## Measured during training
+## Measured on clips that were not learnt from
+
+{verdict}
 
 {_probes(last)}
 """
@@ -172,46 +186,71 @@ def _probes(last: dict[str, float]) -> str:
 # Okabe and Ito's palette, for colour-blind readers; line styles for print
 INK, BLUE, ORANGE, GREY = "#000000", "#0072B2", "#D55E00", "#999999"
 PROBES = {
-    "kl": ("divergence from the text route (nats per token)", "lower is better"),
+    "kl": ("divergence from the text route, nats per token", "lower is better"),
     "top1": ("top-1 agreement with the text route", "higher is better"),
     "wer": ("read-out word error rate", "lower is better"),
+    "tokens": ("spoken tokens found at their place", "higher is better"),
 }
+SMOOTHING = 0.9  # a running mean over about ten logged points
+Row = dict[str, Any]  # a line of metrics.jsonl
 
 
-def draw(metrics: Path, picture: Path) -> None:
-    """One panel for the loss and one a probe: held-out and training clips, with their own and exchanged speech."""
+def draw(metrics: Path, picture: Path, verdict: str = "") -> None:
+    """The loss and each probe, two panels in a row: held-out and training clips, with their own and exchanged speech.
+
+    verdict: is written above them.
+    """
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not rows:
         return
-    probes = [name for name in PROBES if any(f"{part}_{name}" in row for row in rows for part in ("train", "held_out"))]
-    width = 5.4 * (1 + len(probes))
-    figure = Figure(figsize=(width, 3.8), dpi=110)
+    names = [name for name in PROBES if any(f"{part}_{name}" in row for row in rows for part in ("train", "held_out"))]
+    lines = math.ceil((1 + len(names)) / 2)
+    figure = Figure(figsize=(11, 0.9 + 3.7 * lines), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 1 + len(probes), squeeze=False)[0]
-    figure.subplots_adjust(left=0.7 / width, right=1 - 0.7 / width, bottom=0.14, top=0.86, wspace=0.34)
+    axes = figure.subplots(lines, 2, squeeze=False, sharex=True).flatten()
+    figure.suptitle("\n".join(textwrap.wrap(verdict, 130)), fontsize=10)
     _loss(axes[0], rows)
-    for axis, name in zip(axes[1:], probes, strict=True):
+    for axis, name in zip(axes[1:], names, strict=False):
         _probe(axis, rows, name)
+    for axis in axes[: 1 + len(names)]:
+        _stages(axis, rows)
+    for axis in axes[1 + len(names) :]:
+        axis.axis("off")
     with write_atomically(picture) as partial:
         figure.savefig(partial, format="png")
 
 
-def _loss(axis: Axes, rows: list[dict[str, Any]]) -> None:
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    axis.plot(steps, losses, color=GREY, linewidth=0.8, label="logged")
-    smooth, level = [], losses[0]  # a running mean over about ten points
-    for loss in losses:
-        level += (loss - level) * 0.1
-        smooth.append(level)
-    axis.plot(steps, smooth, color=INK, linewidth=1.8, label="smoothed")
-    axis.set(title="training loss", xlabel="step", ylabel="nats")
+def by_stage(rows: list[Row]) -> list[list[Row]]:
+    """The rows of each stage; of a run without stages, all of them."""
+    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.get("stage"))]
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Running means whose weights add up to 1 from the first value on, so that the start is not pulled to any level."""
+    means, level, weight = [], 0.0, 0.0
+    for value in values:
+        level = SMOOTHING * level + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        means.append(level / weight)
+    return means
+
+
+def _loss(axis: Axes, rows: list[Row]) -> None:
+    for number, stage in enumerate(by_stage(rows)):
+        steps, losses = [row["step"] for row in stage], [row["loss"] for row in stage]
+        axis.plot(steps, losses, color=GREY, linewidth=0.8, label="logged" if not number else None)
+        axis.plot(steps, smoothed(losses), color=INK, linewidth=1.8, label="smoothed" if not number else None)
+    losses = [row["loss"] for row in rows]
+    if min(losses) > 0 and max(losses) > 20 * min(losses):  # the losses of several stages have several scales
+        axis.set_yscale("log")
+    axis.set(title="training loss", ylabel="nats")
     rate = axis.twinx()
-    rate.plot(steps, [row["lr"] for row in rows], color=BLUE, linewidth=0.8, linestyle=":")
+    rate.plot([row["step"] for row in rows], [row["lr"] for row in rows], color=BLUE, linewidth=0.8, linestyle=":")
     rate.set_ylabel("learning rate (dotted)", color=BLUE)
     _finish(axis)
 
 
-def _probe(axis: Axes, rows: list[dict[str, Any]], name: str) -> None:
+def _probe(axis: Axes, rows: list[Row], name: str) -> None:
     title, remark = PROBES[name]
     styles = [
         (f"held_out_{name}", "held-out clips", ORANGE, "-"),
@@ -220,14 +259,44 @@ def _probe(axis: Axes, rows: list[dict[str, Any]], name: str) -> None:
         (f"train_{name}_shuffled", "training, clips exchanged", BLUE, ":"),
     ]
     for key, label, colour, line in styles:
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        if points:
-            axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker="o", markersize=3, label=label)
-    axis.set(title=f"{title}\n{remark}", xlabel="step")
+        shown: str | None = label
+        for stage in by_stage(rows):
+            points = [(row["step"], row[key]) for row in stage if key in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker="o", ms=3, label=shown)
+                shown = None  # one entry of the legend for all stages
+    axis.set(title=title, ylabel=remark)
     _finish(axis)
 
 
+def _stages(axis: Axes, rows: list[Row]) -> None:
+    """A line where each stage but the first begins, and the names of the stages along the top."""
+    stages = by_stage(rows)
+    if len(stages) < 2:
+        return
+    begin = 0
+    for stage in stages:
+        if begin:
+            axis.axvline(begin, color=GREY, linewidth=0.8, linestyle="--")
+        axis.annotate(
+            stage[0]["stage"],
+            (begin, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -3),
+            textcoords="offset points",
+            va="top",
+            fontsize=8,
+            color=INK,
+        )
+        begin = stage[-1]["step"]
+
+
 def _finish(axis: Axes) -> None:
+    """Everything drawn stays inside; a linear axis begins at 0 where nothing is negative."""
+    axis.set_xlabel("step")
+    axis.tick_params(labelbottom=True)
     axis.grid(alpha=0.25)
-    axis.set_ylim(bottom=0)
+    low, high = axis.dataLim.intervaly
+    if axis.get_yscale() == "linear":
+        axis.set_ylim(min(0, 1.15 * low), 1.15 * high or 1)
     axis.legend(fontsize=8, frameon=False)

@@ -245,18 +245,21 @@ def data_order(settings: TrainSettings, dataset: Dataset) -> DataOrder:
 
 
 def open_probes(reader: ExampleReader) -> tuple[Probe, ...]:
-    """The clips that divergence is measured on: always the same ones, never augmented."""
+    """The clips that divergence is measured on while training goes on."""
+    parts = {"held_out": reader.dataset.held_out, "train": reader.dataset.rows}
+    return tuple(Probe(part, draw_examples(reader, rows, PROBE_ROWS)) for part, rows in parts.items())
+
+
+def draw_examples(reader: ExampleReader, rows: NDArray[np.void], count: int) -> list[Example]:
+    """Examples of `count` of the rows: always the same ones, never augmented, none without speech."""
     plain = replace(reader, augmentation=())
-    probes = []
-    for part, rows in (("held_out", reader.dataset.held_out), ("train", reader.dataset.rows)):
-        examples: list[Example] = []
-        for row in rows[np.random.default_rng(0).permutation(len(rows))[: 2 * PROBE_ROWS]]:
-            try:
-                examples += [] if row["no_speech"] else [plain.example(row, epoch=0)]
-            except Refused:  # a few more rows are drawn than are needed
-                continue
-        probes.append(Probe(part, examples[:PROBE_ROWS]))
-    return tuple(probes)
+    examples: list[Example] = []
+    for row in rows[np.random.default_rng(0).permutation(len(rows))[: 2 * count]]:
+        try:
+            examples += [] if row["no_speech"] else [plain.example(row, epoch=0)]
+        except Refused:  # a few more rows are drawn than are needed
+            continue
+    return examples[:count]
 
 
 def step_examples(run: Run, first: int) -> Iterator[tuple[int, list[list[Example]]]]:
