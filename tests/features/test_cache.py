@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from blsp.data.manifest import Utterance
 from blsp.features import cache as feature_cache
-from blsp.features.cache import FILE, FeatureCache, FeaturesError, open_index, read_log
+from blsp.features import content_hashes
+from blsp.features.cache import FeatureCache, FeaturesError
+from blsp.features.content_hashes import FILE, open_index, read_log
 
 WIDTH = 6
 
@@ -200,7 +202,7 @@ def test_a_key_is_what_is_heard_and_by_whom(tmp_path: Path, row: Utterance) -> N
 def test_a_file_is_hashed_once(tmp_path: Path, row: Utterance, monkeypatch: pytest.MonkeyPatch) -> None:
     first = FeatureCache(tmp_path / "cache", "encoder")
     key = first.key(row)
-    monkeypatch.setattr(feature_cache.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(content_hashes.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
     for cache in (first, FeatureCache(tmp_path / "cache", "encoder")):
         assert cache.key(row) == key
     assert FeatureCache(tmp_path / "cache", "another encoder").key(row) != key
@@ -208,14 +210,54 @@ def test_a_file_is_hashed_once(tmp_path: Path, row: Utterance, monkeypatch: pyte
 
 def test_a_file_of_this_moment_is_hashed_again(tmp_path: Path, row: Utterance) -> None:
     os.utime(row.audio)
-    FeatureCache(tmp_path / "cache", "encoder").key(row)
-    assert not list((tmp_path / "cache" / "files").glob("*.log"))
+    key = FeatureCache(tmp_path / "cache", "encoder").key(row)
+    stat = os.stat(row.audio)
+    Path(row.audio).write_bytes(Path(row.audio).read_bytes()[::-1])
+    os.utime(row.audio, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    assert FeatureCache(tmp_path / "cache", "encoder").key(row) != key
 
 
 def test_a_file_that_cannot_be_read_has_a_key_of_its_own(tmp_path: Path, row: Utterance) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder")
     Path(row.audio).unlink()
     assert not cache.has(cache.key(row)) and len(cache.key(row)) == 16
+
+
+def test_audio_that_is_gone_or_elsewhere_is_known_by_its_row(tmp_path: Path, row: Utterance) -> None:
+    key = FeatureCache(tmp_path / "cache", "encoder").key(row)
+    Path(row.audio).unlink()
+    cache = FeatureCache(tmp_path / "cache", "encoder")
+    elsewhere = replace(row, audio=f"/another/disk/{Path(row.audio).name}")
+    assert cache.key(row) == cache.key(elsewhere) == key
+    for other in (
+        replace(row, id="b"),
+        replace(row, text="b"),
+        replace(row, start=0.5),
+        replace(row, audio="/x/y.wav"),
+    ):
+        assert cache.key(other) != key
+
+
+def test_rows_that_look_alike_are_not_taken_for_each_other(tmp_path: Path, row: Utterance) -> None:
+    (tmp_path / "noisy").mkdir()
+    noisy = replace(row, audio=str(tmp_path / "noisy" / Path(row.audio).name))
+    Path(noisy.audio).write_bytes(b"the same words in noise")
+    cache = FeatureCache(tmp_path / "cache", "encoder")
+    keys = cache.keys([row, noisy])
+    for again in (cache, FeatureCache(tmp_path / "cache", "encoder")):
+        assert again.keys([row, noisy]) == again.keys([row, noisy], check=False) == keys
+    Path(row.audio).unlink()
+    again = FeatureCache(tmp_path / "cache", "encoder")
+    assert again.key(row) not in keys and again.key(noisy) == keys[1]
+
+
+def test_known_rows_are_not_looked_at_without_a_check(
+    tmp_path: Path, row: Utterance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = FeatureCache(tmp_path / "cache", "encoder").key(row)
+    cache = FeatureCache(tmp_path / "cache", "encoder")
+    monkeypatch.setattr(content_hashes, "version_of", lambda _: pytest.fail("looked at the file"))
+    assert cache.key(row, check=False) == key
 
 
 # --- the index ----------------------------------------------------------------------------------------------
@@ -240,7 +282,9 @@ def test_the_index_finds_what_was_written_and_nothing_else(
     everything = [*written, *asked]
     for key, row in zip(everything, index.find(everything), strict=True):
         if key in written:
-            assert index.records["content"][row].tobytes()[0] == written.index(key)
+            assert index.records["content"][row].tobytes()[0] == len(written) - 1 - written[::-1].index(key), (
+                "the last stays"
+            )
             assert index.keys[row].ljust(16, b"\0") == key
         else:
             assert row == -1

@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from test_distributed import run_ranks
 from tqdm import tqdm
 
+from blsp.data.addresses import Shard
 from blsp.data.audio import load_audio, write_wav
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import Manifest, Utterance, read_rows, write_manifest
@@ -67,7 +69,7 @@ def settings(manifest: Path, ears: str, cache: Path, **more: object) -> EncodeSe
 
 def content(cache: Path, manifest: Path, ears: str) -> list[bytes]:
     opened = FeatureCache(cache, encoder_id(find_weights(ears).sha256))
-    return [opened.get(opened.key(row)).tobytes() for row in Manifest(manifest)]
+    return [opened.get(key).tobytes() for row in Manifest(manifest) if opened.has(key := opened.key(row))]
 
 
 def records(cache: Path) -> int:
@@ -266,3 +268,41 @@ def test_work_is_begun_ahead_and_given_in_order() -> None:
         assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
         assert len(begun) <= 13
         assert list(results) == list(range(5, 50))
+
+
+# --- shards and stores ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["", "memory://encode-test/"])
+def test_clips_of_a_shard_are_read_once_in_their_order(
+    place: str, manifest: Path, tmp_path: Path, tiny_whisper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, spans, shard = list(Manifest(manifest)), [], b""
+    for row in rows:
+        data = Path(row.audio).read_bytes()
+        spans.append((len(shard), len(data)))
+        shard += data
+    url = f"{place}shard.bin"
+    with fsspec.open(url if place else f"{tmp_path}/{url}", "wb") as file:
+        file.write(shard)
+    pieces = [f"{url}#bytes={first}+{length}" for first, length in spans] + [f"{url}#bytes=0+99999999"]
+    ids = [*(row.id for row in rows), "torn"]
+    write_manifest(tmp_path / "shard.jsonl", [Utterance(n, a, "noise") for n, a in zip(ids, pieces, strict=True)])
+    reads: list[str] = []
+    read = Shard.read
+    monkeypatch.setattr(Shard, "read", lambda self, address: (reads.append(str(address.span)), read(self, address))[1])
+
+    encode(settings(tmp_path / "shard.jsonl", tiny_whisper, tmp_path / "cache"))
+    assert reads == [str(span) for span in [*spans, (0, 99999999)]]
+    (torn,) = [row for _, row in read_rows(tmp_path / "cache" / "shard.skipped.jsonl")]
+    assert torn["id"] == "torn" and "ends" in torn["reason"]
+
+    # the same clips as files, and the shard when it is gone: nothing is encoded again
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    system, path = fsspec.url_to_fs(url if place else f"{tmp_path}/{url}")
+    system.rm(path)
+    encode(settings(tmp_path / "shard.jsonl", tiny_whisper, tmp_path / "cache"))
+    assert records(tmp_path / "cache") == len(rows)
+    assert content(tmp_path / "cache", tmp_path / "shard.jsonl", tiny_whisper) == content(
+        tmp_path / "cache", manifest, tiny_whisper
+    )

@@ -64,7 +64,7 @@ def align(settings: AlignSettings) -> None:
             spoken = [row for row in rows[start : start + ROWS_AT_A_TIME] if row.audio and row.text.strip()]
             batch = [row for row in spoken if not row.no_speech]
             tokens = [transcript_ids(processor.tokenizer, row.text) for row in batch]
-            keys = cache.keys(batch)
+            keys = cache.keys(batch, check=False)
             frames = cache.lengths(keys)
             missing = [i for i in range(len(batch)) if frames[i] and store.get(keys[i], tokens[i]) is None]
             known += int((frames > 0).sum()) - len(missing)

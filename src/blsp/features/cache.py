@@ -5,10 +5,12 @@ Out: keys of 16 bytes; encoder states (T, E) float16.
 Try: `cache = FeatureCache("features", identity); cache.get(cache.key(row))`
 Flow: `blsp encode` (encode.py) → **cache.py** → training/examples.py
 
-A key is a hash of the audio file's bytes, the cut (start, duration) and the encoder. So a clip that changes gets
-another key, and a clip that two manifests share is encoded once. The folder:
+A key is a hash of the audio's bytes, the cut (start, duration) and the encoder. So a clip that changes gets another
+key, and a clip that two manifests share is encoded once. The hash of the bytes is remembered for the file and for the
+row, so features stay in use when the audio is gone or the manifest has moved. The folder:
 
-    files/NAME.log              one record for each audio file: hash of (path, size, time), hash of its bytes
+    files/NAME.log              records for each clip: hash of (path, size, time), hash of its bytes; and
+                                hash of (id, text, cut, name of the file), hash of its bytes
     ENCODER/encoder.json        the encoder's identity and width E
     ENCODER/NAME.f16            a shard: frames of E float16 numbers, clip after clip
     ENCODER/NAME.idx            one record for each clip: key, offset in bytes, frames, CRC-32 of its bytes
@@ -27,11 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
-import tempfile
-import threading
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,27 +39,19 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from blsp.data.files import write_atomically, write_json
+from blsp.data.files import write_json
 from blsp.data.manifest import Utterance
+from blsp.features.content_hashes import KEY, ContentHashes, cut_bytes, key_of, open_index, read_log
 
-KEY = "S16"  # 16 bytes; numpy compares such strings byte by byte
 CLIP = np.dtype([("key", KEY), ("offset", "<u8"), ("frames", "<u4"), ("crc", "<u4")])  # in a shard's .idx
 INDEXED_CLIP = np.dtype([*CLIP.descr, ("shard", "<u4")])  # in the index
-FILE = np.dtype([("key", KEY), ("content", "V16")])  # in the logs of audio files
 SHARD_BYTES = 8 << 30  # a writer begins another shard after this many bytes
 CHECKERS = 4  # shards that are checked at the same time
 UNINDEXED_KEYS = 1 << 18  # clips that this process added since the index was made; more of them, and it is made again
-RECENT_FILES = 1 << 14  # hashes of this process that are held in memory
-SETTLED_NS = 2_000_000_000  # a younger file may change again without a change of its time stamp
 
 
 class FeaturesError(ValueError):
     """An entry is missing or damaged; the message says how to make it."""
-
-
-def key_of(content: bytes) -> bytes:
-    """The 16-byte hash of a few bytes."""
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 class FeatureCache:
@@ -94,18 +84,19 @@ class FeatureCache:
         """Clips in the index; those added since `refresh` do not count."""
         return len(self._index)
 
-    def key(self, row: Utterance) -> bytes:
-        """The key of a row's speech; for a file that cannot be read, a key that no clip has."""
-        return self.keys([row])[0]
+    def key(self, row: Utterance, *, check: bool = True) -> bytes:
+        """The key of a row's speech; for audio that cannot be read, a key that no clip has."""
+        return self.keys([row], check=check)[0]
 
-    def keys(self, rows: Sequence[Utterance]) -> list[bytes]:
-        """The keys of several rows, faster than one by one."""
-        keys = []
-        for row, content in zip(rows, self.hashes.of([row.audio for row in rows]), strict=True):
-            content = content or b"unreadable" + row.audio.encode(errors="surrogateescape")
-            cut = struct.pack("<dd", row.start or 0.0, row.duration or 0.0)
-            keys.append(key_of(content + cut + self.encoder_id.encode()))
-        return keys
+    def keys(self, rows: Sequence[Utterance], *, check: bool = True) -> list[bytes]:
+        """The keys of several rows, faster than one by one. check: see `ContentHashes.of`."""
+        contents = self.hashes.of(rows, check=check)
+        return [self.key_with(row, content) for row, content in zip(rows, contents, strict=True)]
+
+    def key_with(self, row: Utterance, content: bytes | None) -> bytes:
+        """The key of a row whose audio has this hash."""
+        content = content or b"unreadable" + row.audio.encode(errors="surrogateescape")
+        return key_of(content + cut_bytes(row) + self.encoder_id.encode())
 
     def has(self, key: bytes) -> bool:
         return bool(self.held([key])[0])
@@ -256,125 +247,3 @@ def _sound_clips(paths: Sequence[Path], states: Sequence[ShardState]) -> np.ndar
         part["shard"] = number
         parts.append(part)
     return np.concatenate([np.zeros(0, dtype=INDEXED_CLIP), *parts])
-
-
-# --- the index --------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Index:
-    """Records sorted by their keys; both arrays are memory-mapped."""
-
-    keys: np.ndarray  # (n,) KEY, apart from the records for the binary search
-    records: np.ndarray  # (n,)
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """(m,) int64: the row of each of m keys, or -1."""
-        asked = np.frombuffer(b"".join(keys), dtype=KEY)
-        rows = np.searchsorted(self.keys, asked)
-        # a key that is not there gets the row of the next larger one, or the end of the table
-        known = rows < len(self.keys)
-        known[known] = self.keys[rows[known]] == asked[known]
-        return np.where(known, rows, -1)
-
-
-def open_index(folder: Path, signature: Any, records: Callable[[], np.ndarray]) -> Index:
-    """The index of `records()`, made unless the folder has the one of this `signature`; of equal keys one stays.
-
-    Where the folder cannot be written, the index goes to the system's folder for temporary files.
-    """
-    digest = hashlib.blake2b(json.dumps(signature).encode(), digest_size=16).hexdigest()
-    path = folder / f"index-{digest}.npy"
-    if not path.exists() and not os.access(folder, os.W_OK):
-        path = Path(tempfile.gettempdir()) / f"blsp-{path.name}"
-        warnings.warn(f"{folder} cannot be written; its index goes to {path}", stacklevel=2)
-    if not path.exists():
-        unsorted = records()
-        keys, order = np.unique(unsorted["key"], return_index=True)  # sorted
-        for target, array in ((path.with_suffix(".keys.npy"), keys), (path, unsorted[order])):
-            with write_atomically(target) as partial:
-                np.save(partial, array)
-        for old in [*folder.glob("index-*"), *folder.glob("*.sorted")]:  # .sorted: of earlier versions
-            if path.parent == folder and not old.name.startswith(path.stem):
-                old.unlink(missing_ok=True)  # a process that has it open keeps it
-    try:
-        return Index(_mapped(path.with_suffix(".keys.npy")), _mapped(path))
-    except FileNotFoundError:  # another process has just made a newer one
-        return open_index(folder, signature, records)
-
-
-def _mapped(path: Path) -> np.ndarray:
-    """A .npy file as a memory map; an empty array cannot be mapped."""
-    return np.load(path, mmap_mode="r" if path.stat().st_size > 4096 else None)
-
-
-def read_log(path: Path, dtype: np.dtype) -> np.ndarray:
-    """The whole records of a log, memory-mapped; half a record at the end does not count."""
-    count = path.stat().st_size // dtype.itemsize
-    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype=dtype)
-
-
-# --- hashes of audio files --------------------------------------------------------------------------------
-class ContentHashes:
-    """Hashes of audio files, remembered by path, size and time, so that a file is read once. Threads may share one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._recent: dict[bytes, bytes] = {}
-        self._log: BinaryIO | None = None
-        self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = sorted(folder.glob("*.log"))
-        logs = [read_log(path, FILE) for path in paths]  # others may be appending: their lengths are fixed here
-        signature = [[path.name, len(log)] for path, log in zip(paths, logs, strict=True)]
-        self._index = open_index(folder, signature, lambda: np.concatenate([np.zeros(0, dtype=FILE), *logs]))
-
-    def of(self, sources: Sequence[str]) -> list[bytes | None]:
-        """16 bytes for each path or data URI; None where a file cannot be read."""
-        stamps = [_stamp(source) for source in sources]
-        keys = [key_of(stamp.encode(errors="surrogateescape")) if stamp else bytes(16) for stamp, _ in stamps]
-        rows = self._index.find(keys)
-        hashes: list[bytes | None] = []
-        for source, (stamp, changed), key, row in zip(sources, stamps, keys, rows, strict=True):
-            if source.startswith("data:"):
-                hashes.append(key_of(source.encode()))
-            elif not stamp:
-                hashes.append(None)
-            elif row >= 0:
-                hashes.append(self._index.records["content"][row].tobytes())
-            else:
-                hashes.append(self._recent.get(key) or self._read(source, key, changed))
-        return hashes
-
-    def _read(self, source: str, key: bytes, changed: int) -> bytes | None:
-        try:
-            with open(source, "rb") as file:
-                content = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-        except OSError:
-            return None
-        if time.time_ns() - changed > SETTLED_NS:
-            with self._lock:
-                if len(self._recent) >= RECENT_FILES:
-                    self._recent.pop(next(iter(self._recent)))
-                self._recent[key] = content
-                self._log = self._log or self._new_log()
-                self._log.write(key + content)
-        return content
-
-    def _new_log(self) -> BinaryIO:
-        try:
-            return open(self.folder / f"{time.time_ns():x}-{os.getpid():x}.log", "xb", buffering=0)
-        except PermissionError as error:
-            warnings.warn(f"{self.folder}: {error.strerror}; audio files are hashed at every start", stacklevel=4)
-            return open(os.devnull, "wb")
-
-
-def _stamp(source: str) -> tuple[str, int]:
-    """A file's path, size and time as one string, and its time in nanoseconds; "" where there is no file."""
-    try:
-        stat = os.stat(source)
-    except (OSError, ValueError):  # ValueError: a NUL in the path
-        return "", 0
-    path = source if os.path.isabs(source) else os.path.abspath(source)
-    return f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}", stat.st_mtime_ns

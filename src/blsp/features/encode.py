@@ -7,7 +7,7 @@ Flow: manifest → continuations → **speech features** → alignment training.
 
 Each row passes through four stages: generators that work ahead in threads and keep the order of the rows.
 
-    missing_rows    rows whose features are not in the cache, each clip once
+    missing_rows    rows whose features are not in the cache, each clip once; shards are read here, in order
     read_clips      audio files → log-mel features
     batches         one clip a batch on a CPU, clips of like length together on an accelerator
     encode_batches  log-mel features → encoder states
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from blsp.data.addresses import AddressError, is_address
 from blsp.data.audio import AudioError, load_audio
 from blsp.data.jobs import SkippedLog, in_order
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
@@ -189,10 +190,13 @@ class Encoder:
     runtime: Runtime
     full_window: bool = False
 
-    def mel(self, row: Utterance) -> tuple[Tensor, Tensor] | str:
-        """Log-mel features (M, Tm) and mask (Tm,) of a row's speech, or why it cannot be read."""
+    def mel(self, row: Utterance, source: bytes | str | None = None) -> tuple[Tensor, Tensor] | str:
+        """Log-mel features (M, Tm) and mask (Tm,) of a row's speech, or why it cannot be read.
+
+        source: the bytes of its audio, where they have been read.
+        """
         try:
-            audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
+            audio = load_audio(source or row.audio, start=row.start or 0.0, duration=row.duration, name=row.audio)
         except (AudioError, OSError) as error:
             return str(error)
         mel, mask = mel_features(self.extractor, [audio], full_window=self.full_window)
@@ -259,35 +263,54 @@ def encode_manifest(
     return progress
 
 
+Missing = tuple[Utterance, bytes, bytes | str]  # a row that needs encoding, its key, its audio: bytes or an address
+
+
 def missing_rows(
     pool: ThreadPoolExecutor, cache: FeatureCache, blocks: Iterable[Sequence[Utterance]], progress: Progress
-) -> Iterator[tuple[Utterance, bytes]]:
-    """The rows that need encoding, with their keys; of rows with the same clip, the first."""
+) -> Iterator[Missing]:
+    """The rows that need encoding; of rows with the same clip, the first.
 
-    def look_up(block: Sequence[Utterance]) -> tuple[int, list[tuple[Utterance, bytes]]]:
+    Files are hashed by several threads. What lies in a shard or behind a URL is read here, one row after the other,
+    and passed on, so that nothing is read twice or out of its order.
+    """
+
+    def look_up(block: Sequence[Utterance]) -> tuple[int, list[tuple[Utterance, bytes | None]]]:
         spoken = [row for row in block if row.audio]
-        keys = cache.keys(spoken)
+        contents = cache.hashes.of(spoken, read=False)
+        keys = [cache.key_with(row, content) for row, content in zip(spoken, contents, strict=True)]
         held = cache.held(keys)
-        return len(block), [(row, key) for row, key, is_held in zip(spoken, keys, held, strict=True) if not is_held]
+        unread = [content is None and is_address(row.audio) for row, content in zip(spoken, contents, strict=True)]
+        looked_up = zip(spoken, keys, held, unread, strict=True)
+        return len(block), [(row, None if unread else key) for row, key, is_held, unread in looked_up if not is_held]
 
     for size, missing in in_order(pool, look_up, blocks, READERS):
         progress.need_nothing(size - len(missing))
         for row, key in missing:
+            source: bytes | str = row.audio
+            if key is None:
+                try:
+                    content, source = cache.hashes.read(row)
+                except (AddressError, OSError) as error:
+                    progress.skip(row, b"", str(error))
+                    continue
+                key = cache.key_with(row, content)
             # blocks are looked up ahead: an earlier row with the same clip may have come through since
             if key in progress.pending or cache.has(key):
                 progress.need_nothing()
             else:
                 progress.pending.add(key)
-                yield row, key
+                yield row, key, source
 
 
 def read_clips(
-    pool: ThreadPoolExecutor, encoder: Encoder, rows: Iterable[tuple[Utterance, bytes]], progress: Progress
+    pool: ThreadPoolExecutor, encoder: Encoder, rows: Iterable[Missing], progress: Progress
 ) -> Iterator[Clip]:
     """The clips of the rows; those that cannot be read go to the skip list."""
 
-    def read(item: tuple[Utterance, bytes]) -> tuple[Utterance, bytes, tuple[Tensor, Tensor] | str]:
-        return *item, encoder.mel(item[0])
+    def read(item: Missing) -> tuple[Utterance, bytes, tuple[Tensor, Tensor] | str]:
+        row, key, source = item
+        return row, key, encoder.mel(row, source)
 
     for row, key, mel in in_order(pool, read, rows, AHEAD):
         if isinstance(mel, str):

@@ -158,7 +158,7 @@ class RowMeasurer:
         """Encoder frames of each clip: from the cache, else from the manifest or the file's header."""
         if self.cache is None:
             return [_or_refused(lambda row: self._checked(_frames_of_audio(row)), row) for row in rows]
-        lengths = self.cache.lengths(self.cache.keys(rows)).tolist()
+        lengths = self.cache.lengths(self.cache.keys(rows, check=False)).tolist()
         return [_or_refused(self._checked, frames) for frames in lengths]
 
     def _checked(self, frames: int) -> int:
@@ -292,7 +292,7 @@ class ExampleReader:
     def _speech(self, row: Utterance, key: tuple[int, ...]) -> dict[str, Any]:
         """The row's speech, as fields of its example. key: decides the augmentation."""
         if self.cache is not None:
-            features = np.array(self.cache.get(self.cache.key(row)))  # (T, E), read from disk here
+            features = np.array(self.cache.get(self.cache.key(row, check=False)))  # (T, E), read from disk here
             if "mask" in self.augmentation:
                 features = hide_spans(features, key)
             return {"features": features, "seconds": len(features) / FRAMES_PER_SECOND}
@@ -333,7 +333,7 @@ class ExampleReader:
         if example.no_speech:
             return replace(example, places=np.empty(0, np.int64))
         assert self.cache is not None and self.times is not None  # `check_loss` sees to it
-        times = self.times.get(self.cache.key(row), example.transcript)
+        times = self.times.get(self.cache.key(row, check=False), example.transcript)
         if times is None:
             raise Refused("the times of its tokens are not known: run blsp align over its manifest")
         room = int(self.num_audio_tokens(example.encoder_frames))
