@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,12 @@ import pytest
 from serving.conftest import Running, spoken, user, wav
 
 from blsp.inference import conversation
+from blsp.inference.listener import Listener
 from blsp.llm import prompt
+from blsp.llm.decoding import Decoding
+from blsp.serving.fair_queue import FairQueue
+from blsp.serving.refusals import ApiError
+from blsp.serving.scheduler import Done, Failed, Job, Limits, Report, Scheduler
 
 MEGABYTE = "hello " * 170_000
 TINY_CLIP = wav(np.zeros(160, dtype=np.float32))  # 10 ms
@@ -61,3 +68,74 @@ def test_a_text_of_too_many_tokens_is_not_embedded(server: Running, monkeypatch:
     text = "\N{HEADPHONE}" * 16_000  # below the bound on characters, far above the context
     answer = server.http().post("/v1/chat/completions", json={"messages": [user(text)]})
     assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+# --- the queue ------------------------------------------------------------------------------------------------
+
+
+def job_of(client: str, *parts: Any, tokens: int = 3, report: Any = None, seconds: float = math.inf) -> Job:
+    """A job that answers with `tokens` tokens, and its reports in a list of its own."""
+    decoding = Decoding(max_new_tokens=tokens)
+    message = {"role": "user", "parts": list(parts or ("hello",))}
+    reports: list[Report] = []
+    deadline = time.monotonic() + seconds
+    job = Job([message], decoding, report or reports.append, deadline=deadline, client=client)
+    job.seen = reports  # type: ignore[attr-defined]
+    return job
+
+
+def test_clients_take_turns() -> None:
+    queue: FairQueue[Job] = FairQueue(64)
+    jobs = [job_of(client) for client in "aaaabc"]
+    for job in jobs:
+        queue.add(job)
+    served = []
+    while len(queue):
+        job = next(iter(queue))
+        queue.take(job)
+        served.append(job)
+    assert [job.client for job in served] == list("abcaaa")
+    assert [job for job in served if job.client == "a"] == jobs[:4], "of one client, in the order of arrival"
+
+
+def test_a_short_request_waits_for_two_others_of_a_client_that_queues_60(listener: Listener) -> None:
+    scheduler = Scheduler(listener, Limits(batch=1))
+    ended: list[str] = []
+
+    def note(client: str) -> Any:
+        return lambda report: ended.append(client) if isinstance(report, Done | Failed) else None
+
+    for _ in range(60):
+        scheduler.submit(job_of("many", report=note("many")))
+    scheduler._turn()  # the first one runs
+    scheduler.submit(job_of("one", report=note("one")))
+    while "one" not in ended:
+        scheduler._turn()
+    assert len(ended) <= 3, ended
+
+
+def test_a_full_queue_is_shared_by_clients(listener: Listener) -> None:
+    scheduler = Scheduler(listener, Limits(queue=4))
+    many = [job_of("many") for _ in range(4)]
+    for job in many:
+        scheduler.submit(job)
+    with pytest.raises(ApiError, match="too many") as refused:
+        scheduler.submit(job_of("many"))
+    assert refused.value.status == 429 and refused.value.retry_after
+    for _ in range(2):  # the newest ones of the other client give way, until both hold half
+        scheduler.submit(job_of("one"))
+    with pytest.raises(ApiError, match="too many"):
+        scheduler.submit(job_of("one"))
+    assert [bool(job.seen) for job in many] == [False, False, True, True]  # type: ignore[attr-defined]
+    (report,) = many[3].seen  # type: ignore[attr-defined]
+    assert isinstance(report, Failed) and report.error.code == "queue_full"
+    with pytest.raises(ApiError, match="too many"):
+        scheduler.check_room("one")
+    scheduler.check_room("another")
+
+
+def test_speech_counts_in_a_clients_share_of_the_queue(listener: Listener) -> None:
+    scheduler = Scheduler(listener, Limits(queue=4))
+    scheduler.submit(job_of("long", np.zeros(16_000 * 110, dtype=np.float32)))
+    scheduler.submit(job_of("one", np.zeros(16_000 * 20, dtype=np.float32)))
+    assert [job.client for job in scheduler._waiting] == ["one"]

@@ -8,6 +8,7 @@
     refusals.py     errors in OpenAI's form
     audio_input.py  the audio of a request → samples, within limits
     exchange.py     one request between the event loop and the scheduler; stop strings
+    fair_queue.py   requests that wait, in which clients take turns
     scheduler.py    the one thread that runs the model; requests join and leave its batch between steps
     recogniser.py   the recogniser of the page's comparison
     metrics.py      counters and histograms for Prometheus

@@ -36,7 +36,7 @@ from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import instruction_for
 from blsp.serving import api, audio_input
 from blsp.serving.api import ChatRequest, TextPart
-from blsp.serving.exchange import Exchange
+from blsp.serving.exchange import Exchange, client_of
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
 from blsp.serving.page import WEB, Page
@@ -151,11 +151,12 @@ class Service:
         """Answer a conversation of text and speech; with `stream`, piece by piece."""
         began = time.monotonic()
         body.check_length(self.most_characters)
-        self.scheduler.check_room()  # before any clip is decoded
+        client = client_of(request)
+        self.scheduler.check_room(client)  # before any clip is decoded
         end = began + self.settings.deadline
         messages = await run_in_threadpool(self._decode_messages, body, end)
         seconds = end - time.monotonic()
-        exchange = self._ask(messages, self._decoding(body), stops=body.stops, seconds=seconds)
+        exchange = self._ask(messages, self._decoding(body), stops=body.stops, seconds=seconds, client=client)
         await self._while_connected(request, exchange.started(), exchange)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if body.stream:
@@ -291,7 +292,7 @@ class Service:
 
     async def _uploaded(self, request: Request, file: UploadFile, response_format: str) -> np.ndarray:
         api.check_form(await request.form(), response_format)
-        self.scheduler.check_room()
+        self.scheduler.check_room(client_of(request))
         data = await file.read()
         return await run_in_threadpool(audio_input.decode, data, self.settings.max_audio_seconds)
 
@@ -307,7 +308,8 @@ class Service:
         for piece in cut_at_pauses(clip):
             parts: list[Any] = [piece] if readout else [instruction_for(behaviour) + "\n", piece]
             messages = [{"role": "user", "parts": parts}]
-            exchange = self._ask(messages, decoding, readout=readout, seconds=end - time.monotonic())
+            seconds = end - time.monotonic()
+            exchange = self._ask(messages, decoding, readout=readout, seconds=seconds, client=client_of(request))
             await self._while_connected(request, exchange.started(), exchange)
             text = (await self._while_connected(request, _gather(exchange), exchange)).strip()
             if text and text != no_speech:

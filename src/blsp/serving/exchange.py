@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from starlette.requests import Request
 from transformers import PreTrainedTokenizerBase
 
 from blsp.llm.decoding import Decoding, TextStream
@@ -34,6 +35,7 @@ class Exchange:
         seconds: float,
         stops: Sequence[str] = (),
         readout: bool = False,
+        client: str = "",
     ) -> None:
         """Submits; raises ApiError (429) where the queue is full."""
         loop = asyncio.get_running_loop()
@@ -48,6 +50,7 @@ class Exchange:
             lambda report: _hand_over(loop, self._reports, report),
             time.monotonic() + seconds,
             readout,
+            client,
         )
         scheduler.submit(self._job)
 
@@ -106,6 +109,11 @@ class Exchange:
             "total_tokens": self.begun.prompt + self.tokens,
             "prompt_tokens_details": {"audio_tokens": self.begun.speech},
         }
+
+
+def client_of(request: Request) -> str:
+    """Whose turn it is in the queue: the client's address."""
+    return request.client.host if request.client else ""
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, reports: asyncio.Queue[Report], report: Report) -> None:

@@ -5,7 +5,7 @@ Out: reports: `Begun`, tokens, the end, or the error.
 Try: `scheduler = Scheduler(listener, limits); scheduler.start(); scheduler.submit(job)`
 Flow: app.py, exchange.py → **scheduler.py** → inference/conversation.py, llm/decoding.py
 
-Jobs are served in the order of arrival. The queue is bounded; beyond that `submit` refuses with 429. Few jobs join
+Clients take turns in the queue (fair_queue.py). It is bounded; beyond that `submit` refuses with 429. Few jobs join
 between two steps, so that a crowd does not hold up the answers in progress. The key/values of finished conversations
 are kept (`Memory`), so the next turn runs only its new part. One turn of the thread:
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +34,7 @@ from blsp.llm.decoding import Decoder, Decoding, Event, Request
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import PromptError
 from blsp.model.adapter_parts import AudioEmbeds
+from blsp.serving.fair_queue import FairQueue
 from blsp.serving.metrics import Metrics
 from blsp.serving.refusals import ApiError
 
@@ -44,7 +44,6 @@ MAX_JOINING_SECONDS = 60.0  # of speech among them; a longer recording joins alo
 RESCORING_COST = 4  # a second of speech takes this many times longer when the LLM scores its hypotheses
 FREE_MEMORY_EVERY = 64  # answers between two returns of unused memory to the system
 KEPT_POSITIONS = 512  # per kept conversation, on average: a few long ones do not fill the memory
-QUEUED_SECONDS = 30.0  # of speech per request that may wait: the limit of the whole queue
 
 Part = str | np.ndarray
 
@@ -82,13 +81,15 @@ Report = Begun | Token | Done | Failed
 @dataclass(eq=False)
 class Job:
     """One answer to generate. messages: `{"role", "parts"}`, parts are texts and clips (N,) in order; the last
-    message is the question. With `readout`, its clips are transcribed as `Listener.transcribe` does."""
+    message is the question. With `readout`, its clips are transcribed as `Listener.transcribe` does.
+    client: whose turn it is, an API key's name or an address."""
 
     messages: Sequence[dict[str, Any]]
     decoding: Decoding
     report: Callable[[Report], None]
     deadline: float  # of time.monotonic()
     readout: bool = False
+    client: str = ""
     key: int = field(default_factory=count().__next__)
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -121,7 +122,7 @@ class Scheduler:
         self.listener, self.limits, self.metrics = listener, limits, metrics or Metrics()
         self._decoder = Decoder(listener.model)
         self._memory = Memory(limits.kept, KEPT_POSITIONS * limits.kept)
-        self._waiting: deque[Job] = deque()
+        self._waiting: FairQueue[Job] = FairQueue(limits.queue)
         self._running: dict[Hashable, Job] = {}
         self._changed = threading.Condition()  # its lock is re-entrant
         self._stopping = False
@@ -133,31 +134,35 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Add `job` to the queue, or raise ApiError (429, 503)."""
+        """Add `job` to the queue, or raise ApiError (429, 503). Where the queue is full, newer jobs of a client that
+        holds more of it give way."""
         with self._changed:
-            self.check_room(job.seconds)
-            self._waiting.append(job)
+            for newer in self.check_room(job.client, job.seconds):
+                self._waiting.discard(newer)
+                newer.cancel()
+                self._end(newer, self._queue_full())
+            self._waiting.add(job)
             self.metrics.waiting.set(len(self._waiting))
             self._changed.notify()
 
-    def check_room(self, seconds: float = 0.0) -> None:
-        """Raise ApiError where the queue has no room for this much speech; an empty queue takes any amount."""
+    def check_room(self, client: str, seconds: float = 0.0) -> list[Job]:
+        """Raise ApiError where the queue has no room for this much speech; else the jobs that must give way to it."""
         with self._changed:
             if self._stopping:
                 raise ApiError(503, "the server is shutting down", code="shutting_down")
-            if any(job.cancelled for job in self._waiting):
-                self._waiting = deque(job for job in self._waiting if not job.cancelled)
-            waiting = sum(job.seconds for job in self._waiting)
-            too_long = waiting > 0 and waiting + seconds > QUEUED_SECONDS * self.limits.queue
-            if len(self._waiting) < self.limits.queue and not too_long:
-                return
-            retry_after = self._wait_seconds()
-        raise ApiError(
-            429,
-            f"too many requests are waiting; try again in {retry_after} s",
-            code="queue_full",
-            retry_after=retry_after,
-        )
+            for job in self._waiting:
+                if job.cancelled:
+                    self._waiting.discard(job)
+            yielding = self._waiting.making_room(client, seconds)
+            if yielding is None:
+                raise self._queue_full()
+            return yielding
+
+    def _queue_full(self) -> ApiError:
+        """The refusal, with a guess when to come back: two seconds of work per batch of waiting jobs."""
+        retry_after = max(1, 2 * len(self._waiting) // self.limits.batch)
+        text = f"too many requests are waiting; try again in {retry_after} s"
+        return ApiError(429, text, code="queue_full", retry_after=retry_after)
 
     def stop(self, seconds: float = 30.0) -> None:
         """Accept no new jobs, finish the accepted ones, and end the thread."""
@@ -171,10 +176,6 @@ class Scheduler:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def _wait_seconds(self) -> int:
-        """A guess: two seconds of work per batch of waiting jobs."""
-        return max(1, 2 * len(self._waiting) // self.limits.batch)
-
     # --- in the thread of the model -------------------------------------------------------------------------------
     def _work(self) -> None:
         while self._wait():
@@ -187,7 +188,7 @@ class Scheduler:
     def _wait(self) -> bool:
         """Wait until there is work; False when the server stops and all work is done."""
         with self._changed:
-            while not self._waiting and not self._running:
+            while not len(self._waiting) and not self._running:
                 if self._stopping:
                     return False
                 self._changed.wait()
@@ -210,8 +211,9 @@ class Scheduler:
         """Remove cancelled jobs and those past their deadline, from the queue and from the batch."""
         now = time.monotonic()
         with self._changed:
-            late = [job for job in self._waiting if now > job.deadline]
-            self._waiting = deque(job for job in self._waiting if now <= job.deadline and not job.cancelled)
+            late = [job for job in self._waiting if job.cancelled or now > job.deadline]
+            for job in late:
+                self._waiting.discard(job)
         for job in late:
             self._end(job, None if job.cancelled else _late())
         for job in [job for job in self._running.values() if job.cancelled or now > job.deadline]:
@@ -219,16 +221,18 @@ class Scheduler:
             self._end(job, None if job.cancelled else _late())
 
     def _next(self) -> list[Job]:
-        """The oldest waiting jobs, as many as may join now."""
+        """The next waiting jobs, as many as may join now."""
         free = min(self.limits.batch - len(self._running), MAX_JOINING)
         taken: list[Job] = []
         seconds = 0.0
         with self._changed:
-            while self._waiting and len(taken) < free:
-                seconds += self._waiting[0].seconds * (RESCORING_COST if self._waiting[0].readout else 1)
+            while len(self._waiting) and len(taken) < free:
+                job = next(iter(self._waiting))
+                seconds += job.seconds * (RESCORING_COST if job.readout else 1)
                 if taken and seconds > MAX_JOINING_SECONDS:
                     break
-                taken.append(self._waiting.popleft())
+                self._waiting.take(job)
+                taken.append(job)
             self.metrics.waiting.set(len(self._waiting))
         self._running |= {job.key: job for job in taken}
         return taken
