@@ -113,6 +113,24 @@ def test_defaults_are_the_papers() -> None:
     assert cli.parse("generate", MINIMAL["generate"]).max_new_tokens == 128
 
 
+PAPERS_TRAINING = ["--data", "d", "--out", "o", "--audio-model", "a", "--llm", "l", "--paper"]
+
+
+def test_the_papers_settings_are_one_flag() -> None:
+    train = cli.parse("train", PAPERS_TRAINING)
+    assert (train.adapter, train.loss, train.schedule, train.batch_size) == ("conv", "ce", "linear", 768)
+    assert train.pad_to_30s and "embedding_std=1" in train.adapter_options and train.dtype == "bfloat16"
+    assert cli.parse("continue", [*MINIMAL["continue"], "--paper"]).normalise == "whisper"
+    assert cli.parse("encode", [*MINIMAL["encode"], "--paper"]).pad_to_30s
+
+
+def test_flags_and_files_win_over_the_papers_settings(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("paper: true\nlr: 1e-3\nbatch-size: 16\n")
+    train = cli.parse("train", [*PAPERS_TRAINING[:-1], "--config", str(file), "--batch-size", "8"])
+    assert (train.lr, train.batch_size, train.schedule, train.paper) == (1e-3, 8, "linear", True)
+
+
 @pytest.mark.parametrize("name", ["continue", "encode", "train", "evaluate", "generate", "export"])
 def test_data_and_models_have_no_default(name: str) -> None:
     assert exit_code([name]) == 2

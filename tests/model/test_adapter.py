@@ -21,6 +21,12 @@ def test_a_fresh_adapter_starts_around_the_mean_of_the_embeddings(tiny_models_fo
     torch.testing.assert_close(norm.weight, spread.expand_as(norm.weight), rtol=1e-4, atol=1e-5)
 
 
+def test_a_spread_that_is_given_is_around_zero_as_in_the_paper(tiny_models_folder) -> None:
+    model, _ = tiny_blsp(tiny_models_folder, adapter="conv", adapter_options={"embedding_std": 1})
+    norm = model.model.multi_modal_projector.norm
+    assert norm.weight.eq(1).all() and norm.bias.eq(0).all()
+
+
 @pytest.mark.parametrize(("adapter", "reach"), [(ConvAdapter(4, 8, bottleneck=2), 14), (StackAdapter(4, 8), 3.5)])
 def test_a_place_hears_the_frames_around_its_centre(adapter: ConvAdapter | StackAdapter, reach: float) -> None:
     states = torch.randn(1, 96, 4, requires_grad=True)

@@ -49,7 +49,7 @@ class ConvAdapter(nn.Module):
     """The paper's adapter: 3 × (Conv1d k5 s2 p2 + GLU), bottleneck with residual, LayerNorm; 6.25 vectors/s.
 
     47,467,520 parameters for E = 768, D = 4096. `embedding_std` sets the LayerNorm's first gain, and `start_around` its
-    first bias, so that the vectors start where the LLM's own embeddings lie.
+    first bias, so that the vectors start where the LLM's own embeddings lie; given as an option, the bias starts at 0.
     """
 
     reads_out: ClassVar[bool] = False

@@ -43,7 +43,10 @@ def new_blsp(
     template_args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    """Two frozen parts and a fresh adapter between them; its vectors start where the LLM's embeddings lie."""
+    """Two frozen parts and a fresh adapter between them; its vectors start where the LLM's embeddings lie.
+
+    With the option `embedding_std` they start around 0 with that spread (the paper: 1).
+    """
     parts = load_frozen(audio_model, text_model, runtime, template_args)
     embeddings = embed(parts.llm, readout_vocabulary or range(parts.llm.config.vocab_size)).float()  # (V, D)
     kind, mean = adapter_class(adapter), embeddings.mean(dim=0)  # (D,)
@@ -69,7 +72,7 @@ def new_blsp(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapter_module = build_adapter(config)
-    if hasattr(adapter_module, "start_around"):
+    if hasattr(adapter_module, "start_around") and "embedding_std" not in (adapter_options or {}):
         adapter_module.start_around(mean.to("cpu"))
     if adapter_module.reads_out:
         ids = readout_vocabulary or range(config.text_config.vocab_size)

@@ -2,6 +2,7 @@
 
     shared.py        flags that several commands have, lists of choices, checks
     pipeline.py      prepare, continue, encode, align, train
+    paper.py         what `--paper` puts in place of the defaults
     applications.py  evaluate, generate, transcribe, chat, serve, export, tour
     flags.py         flags and YAML files → one settings object
 

@@ -3,8 +3,8 @@
 In:  a settings class and the flags. `--config FILE` among them names a YAML mapping of the same flags, with
      hyphens or underscores: `batch-size: 64`, `augment: [speed, noise]`, `pad-to-30s: true`, `cache: null`
      (not given).
-Out: the settings. The values of the file are the defaults of the flags, so a typed flag replaces them. A flag
-     that takes several values may be given several times.
+Out: the settings. The values of the file are the defaults of the flags, so a typed flag replaces them; with `--paper`,
+     the paper's values lie under both. A flag that takes several values may be given several times.
 Try: `read_settings(TrainSettings, ["--config", "recipes/blsp-tiny/train.yaml"], prog="blsp train")`
 Flow: cli.py → **flags.py** → tyro, over the classes of pipeline.py and applications.py
 
@@ -29,6 +29,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo, UnsupportedTypeAnnotationError
 
+from blsp.settings.paper import PAPER
 from blsp.settings.shared import Choices, SettingsError, flag_groups, flag_texts
 
 Settings = TypeVar("Settings")
@@ -52,6 +53,8 @@ def read_settings(kind: type[Settings], flags: Sequence[str], prog: str) -> Sett
 
 def _parse(kind: Any, flags: Sequence[str], defaults: Values, prog: str) -> Any:
     """The flags as tyro reads them over `defaults`, checked by the class; exits with 2 where one is wrong."""
+    if "--paper" in flags or defaults.get("paper"):
+        defaults = PAPER[kind.__name__] | defaults
     parsed: Any = tyro.cli(
         _flags_in_groups(kind, defaults), args=_join_repeated(kind, flags), prog=prog, description=inspect.getdoc(kind)
     )

@@ -26,6 +26,7 @@ from blsp.settings.shared import (
     Llm,
     Normalise,
     NoThinking,
+    Paper,
     SettingsError,
     Temperature,
     TemplateArg,
@@ -65,8 +66,7 @@ class PrepareSettings:
     out: Path
     """the manifest to write"""
     root: str = ""
-    """the folder of the corpus (hf: a folder or id of a dataset; no-speech: a manifest to mix babble from, or
-    nothing)"""
+    """the folder of the corpus (hf: a folder or id of a dataset; no-speech: or a manifest to mix babble from)"""
     split: str = "train"
     """the part to read, named as the corpus names it; several: `train-clean-100,train-clean-360`"""
     language: str | None = None
@@ -174,6 +174,7 @@ class ContinueSettings:
     limit: Limit = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    paper: Paper = False
     config: ConfigFile = None
 
     def __post_init__(self) -> None:
@@ -220,6 +221,7 @@ class EncodeSettings:
     device: Device = "auto"
     dtype: Dtype = "auto"
     """the type of the encoder; auto: bfloat16 where the device is fast at it, else float32"""
+    paper: Paper = False
     config: ConfigFile = None
 
     def __post_init__(self) -> None:
@@ -296,15 +298,13 @@ class TrainSettings:
     adapter: Adapter
     """the part that is trained; conv is the paper's, and docs/training.md describes each"""
     loss: Loss
-    """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (the token spoken at each place; run
-    `blsp align` first)"""
+    """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (spoken tokens; run `blsp align` first)"""
     data_weights: tuple[float, ...] = ()
     """one weight per data file: 0.5 uses half of it per epoch, 2 all of it twice"""
     adapter_options: tuple[str, ...] = ()
     """NAME=VALUE of the chosen adapter, see docs/training.md"""
     readout: Literal["data", "full"] = "data"
-    """tokens that a fresh adapter can read out, if it reads out: those of the transcripts, or the whole
-    vocabulary of the LLM"""
+    """what a fresh adapter can read out, if it reads out: tokens of the transcripts, or the LLM's whole vocabulary"""
     init_from: tuple[str, ...] = ()
     """start from the weights of this adapter instead of fresh ones; from the mean of several"""
     template_arg: TemplateArg = ()
@@ -334,8 +334,7 @@ class TrainSettings:
     temperature: float = 1.0
     """for kl: of teacher and student (BLSP-Emo: 2)"""
     teacher: Literal["auto", "online", "stored"] = "auto"
-    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: stored where it
-    exists"""
+    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: the latter if it exists"""
     ctc_weight: float = 0.3
     """weight of the ctc loss beside ce and kl, for an adapter that reads out"""
     embed_weight: float = 0.0
@@ -343,8 +342,7 @@ class TrainSettings:
     filler: str = " "
     """for embed: the token, as text, whose embedding stands at places where no token is spoken"""
     negatives: int = 0
-    """for ctc and embed: tokens drawn per batch, in place of all that its transcripts do not hold; 0: all of
-    them"""
+    """for ctc and embed: tokens drawn per batch, in place of all that its transcripts do not hold; 0: all"""
     augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()
     """vary the speech (without --cache), or hide short spans of its features: mask (with --cache)"""
     no_speech: float = 0.0
@@ -379,6 +377,7 @@ class TrainSettings:
     device: Device = "auto"
     dtype: Dtype = "auto"
     """the type of the frozen weights; the adapter trains in float32 at least"""
+    paper: Paper = False
     config: ConfigFile = None
     """a YAML file with these same flags, `stages:` included"""
     stages: tuple[TrainSettings, ...] = ()

@@ -71,6 +71,9 @@ Llm = Annotated[str | None, "where the adapter's LLM lies now, if not where its 
 TemplateArg = Annotated[
     tuple[str, ...], "NAME=VALUE of a variable that the LLM's chat template reads, as in enable_thinking=false"
 ]
+Paper = Annotated[
+    bool, "exactly the paper's settings (settings/paper.py), in place of the defaults; flags that you give win"
+]
 NoThinking = Annotated[bool, "the same as --template-arg enable_thinking=false"]
 
 
