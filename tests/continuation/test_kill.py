@@ -8,11 +8,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.full_disk import run_with_room
 from support.step_one import in_a_process, products
 
+from blsp.continuation.writer import write_continuations
 from blsp.settings import ContinueSettings
 
 Settings = Callable[..., ContinueSettings]
@@ -92,3 +95,16 @@ def test_death_before_a_change_of_the_file_system_changes_nothing(
         assert process.exitcode == -signal.SIGKILL
         run_to_the_end(settings(out, top_k=4))
         assert products(out) == whole, f"after death before change {number}"
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path: Path, settings: Settings) -> None:
+    job = settings(tmp_path / "out.jsonl", top_k=64)  # the answers are larger than the plan
+    refused = set()
+    for room in (60_000, 150_000):
+        if error := run_with_room(lambda: write_continuations(job), room, tmp_path / "told"):
+            assert error.startswith(f"DiskFullError: {tmp_path}") and "bytes are free; make room" in error
+            refused.add(error.split(": no room")[0].rpartition("/")[2])
+    assert refused == {"part-00000.jsonl"}
+    write_continuations(job)
+    write_continuations(replace(job, out=tmp_path / "whole.jsonl"))
+    assert products(job.out) == products(tmp_path / "whole.jsonl")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from support.step_one import in_a_process, products, read_header, read_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from blsp.continuation.engines import TransformersEngine
+from blsp.continuation.engines import Prompt, TransformersEngine, Written
 from blsp.continuation.topk import TopKError, TopKStore, topk_folder
 from blsp.continuation.writer import write_continuations
 from blsp.data.jobs import JobError
@@ -203,11 +204,25 @@ def test_a_limit_reads_the_first_rows(tmp_path: Path, settings: Settings) -> Non
     assert {row["id"] for row in read_rows(tmp_path / "out.jsonl")} == {"r0", "r1", "r2"}
 
 
-def test_nothing_to_continue_is_an_empty_file(tmp_path: Path, settings: Settings, manifest: Path) -> None:
+def test_nothing_to_continue_is_an_error(tmp_path: Path, settings: Settings, manifest: Path) -> None:
     manifest.write_text(json.dumps({"id": "a", "audio": "a.wav", "text": "<MUSIC>"}) + "\n")
+    for _ in range(2):
+        with pytest.raises(JobError, match=r"out.jsonl: no row can be continued; .*out.jsonl.skipped.jsonl says why"):
+            write_continuations(settings(tmp_path / "out.jsonl", top_k=3))
+    assert not (tmp_path / "out.jsonl").exists()
+    manifest.write_text(json.dumps({"id": "a", "audio": "a.wav", "text": "hello"}) + "\n")  # mended
     write_continuations(settings(tmp_path / "out.jsonl", top_k=3))
-    assert (tmp_path / "out.jsonl").read_bytes() == b""
-    assert len(TopKStore(topk_folder(tmp_path / "out.jsonl"))) == 0
+    assert {row["id"] for row in read_rows(tmp_path / "out.jsonl")} == {"a"}
+
+
+def test_a_removed_folder_ends_the_job(tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(engine: TransformersEngine, batches: Iterator[list[Prompt]]) -> Iterator[list[Written]]:
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        yield [Written(prompt.key, "x", (5,), "stop") for prompt in next(batches)]
+
+    monkeypatch.setattr(TransformersEngine, "write", write)
+    with pytest.raises(FileNotFoundError, match=r"part-00000.jsonl: was removed while the job was at work"):
+        write_continuations(settings(tmp_path / "runs" / "out.jsonl"))
 
 
 @pytest.mark.parametrize(

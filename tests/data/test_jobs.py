@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +17,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.full_disk import run_with_room
 
 from blsp.data import jobs
-from blsp.data.files import ManifestError, read_rows, write_atomically
+from blsp.data.files import ManifestError, read_rows, take_room, write_atomically, write_json
 from blsp.data.jobs import Job, JobError, Parts, RecordLog, RowLog, SkippedLog, differences, lock_job
 
 # --- logs -------------------------------------------------------------------------------------------------
@@ -118,6 +121,74 @@ def test_rows_that_are_done(tmp_path: Path) -> None:
         count(out, ["a", "b"], speaker="s")
 
 
+def test_a_job_in_which_nothing_could_be_used_fails_and_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Job(tmp_path / "out.jsonl") as job:
+        assert job.count_done([{"id": "a"}, {"id": "b"}], "id") == 0
+        job.skipped.add("a", "a.wav", "broken")
+        job.skipped.add("b", "b.wav", "broken")
+        with pytest.raises(
+            JobError, match=r"out.jsonl: 0 of 2 rows answered; 2 skipped, see .*out.jsonl.skipped.jsonl"
+        ):
+            job.report(0, 2, "rows answered")
+    with Job(tmp_path / "out.jsonl") as job:
+        assert job.count_done([{"id": "a"}, {"id": "b"}], "id") == 0 and not job.skipped.count
+        job.log.append({"id": "a"})
+        job.skipped.add("b", "b.wav", "broken")
+        job.report(1, 2, "rows answered")
+    assert "1 of 2 rows answered; 1 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moment", ["before a row", "after the last"])
+def test_a_job_whose_folder_was_removed_fails(tmp_path: Path, moment: str) -> None:
+    with Job(tmp_path / "runs" / "out.jsonl") as job:
+        job.log.append({"id": "a"})
+        shutil.rmtree(tmp_path / "runs")
+        with pytest.raises(FileNotFoundError, match=r"out.jsonl: was removed while the job was at work"):
+            job.log.append({"id": "b"}) if moment == "before a row" else job.report(1, 1, "rows answered")
+
+
+def test_another_file_of_the_same_name_is_no_output(tmp_path: Path) -> None:
+    with RowLog(tmp_path / "out.jsonl") as log:
+        (tmp_path / "out.jsonl").rename(tmp_path / "old.jsonl")
+        (tmp_path / "out.jsonl").write_text("")
+        with pytest.raises(FileNotFoundError, match="was removed"):
+            log.append({"id": "a"})
+
+
+def test_a_full_disk_is_named_and_the_log_goes_on(tmp_path: Path) -> None:
+    def append() -> None:
+        with RowLog(tmp_path / "out.jsonl") as log:
+            for number in range(sum(1 for _ in read_rows(log.path)), 100):
+                log.append({"id": str(number), "text": "x" * 100})
+
+    for room in (1_000, 2_500):
+        error = run_with_room(append, room, tmp_path / "told")
+        assert re.match(
+            rf"DiskFullError: {tmp_path}/out.jsonl: no room for it: 1\d\d bytes are needed, [\d,]+ bytes", error
+        )
+        assert (tmp_path / "out.jsonl").stat().st_size == room
+    append()
+    assert [row["id"] for _, row in read_rows(tmp_path / "out.jsonl")] == [str(number) for number in range(100)]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"whole": True})
+    error = run_with_room(lambda: write_json(tmp_path / "a.json", {"text": "x" * 9_000}), 5_000, tmp_path / "told")
+    assert error.startswith(f"DiskFullError: {tmp_path}/a.json: no room for it: 9,")
+    assert json.loads((tmp_path / "a.json").read_text()) == {"whole": True}
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "told"]
+
+
+def test_room_is_taken_before_a_file_is_mapped(tmp_path: Path) -> None:
+    (tmp_path / "holes").touch()
+    os.truncate(tmp_path / "holes", 100_000)
+    assert (tmp_path / "holes").stat().st_blocks == 0
+    take_room(tmp_path / "holes")
+    assert (tmp_path / "holes").stat().st_blocks >= 100_000 // 512
+
+
 # --- parts of several ranks -------------------------------------------------------------------------------
 
 
@@ -193,6 +264,14 @@ def test_the_lock_of_a_folder(tmp_path: Path) -> None:
         pass
     with lock_job(tmp_path), Job(tmp_path / "other"):  # another output
         pass
+
+
+def test_each_rank_has_a_lock_of_its_own(tmp_path: Path) -> None:
+    with Job(tmp_path / "out.jsonl", 0), Job(tmp_path / "out.jsonl", 1):  # two ranks of one job
+        for rank in (0, 1):
+            with pytest.raises(JobError, match=f"process {os.getpid()} on "), Job(tmp_path / "out.jsonl", rank):
+                pass
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_lock_file_of_another_version(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
+import shutil
 import signal
 import time
 import warnings
@@ -17,12 +19,13 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from support.full_disk import run_with_room
 from test_distributed import run_ranks
 from tqdm import tqdm
 
 from blsp.data.addresses import Shard
 from blsp.data.audio import load_audio, write_wav
-from blsp.data.jobs import SkippedLog
+from blsp.data.jobs import JobError, SkippedLog, lock_job
 from blsp.data.manifest import Manifest, Utterance, read_rows, write_manifest
 from blsp.distributed import Runtime
 from blsp.features import encode as encoding
@@ -121,6 +124,42 @@ def test_broken_clips_are_listed_with_the_reason(
     assert not (tmp_path / "cache" / "clips.skipped.jsonl").exists()
 
 
+def test_a_manifest_of_which_no_clip_can_be_read_fails(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.wav").unlink()
+    cache = tmp_path / "cache"
+    with pytest.raises(JobError, match=r"no clip could be encoded: skipped 3 rows.*clips.skipped.jsonl"):
+        encode(settings(manifest, tiny_whisper, cache, limit=3))
+    with lock_job(cache / "clips"), pytest.raises(JobError, match=f"process {os.getpid()} on "):
+        encode(settings(manifest, tiny_whisper, cache))
+    encode(settings(manifest, tiny_whisper, cache))
+
+
+def test_a_cache_that_is_removed_ends_the_job(
+    manifest: Path, tiny_whisper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = Progress.stored
+
+    def remove(progress: Progress, clip: Clip) -> None:
+        stored(progress, clip)
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+    monkeypatch.setattr(Progress, "stored", remove)
+    with pytest.raises(FileNotFoundError, match=r"\.f16: was removed while the job was at work"):
+        encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
+    encode(settings(manifest, tiny_whisper, tmp_path / "whole"))
+    job = settings(manifest, tiny_whisper, tmp_path / "cache")
+    sizes = [path.stat().st_size for path in (tmp_path / "whole").glob("*/*.f16")]
+    error = run_with_room(lambda: encode(job), sizes[0] // 2, tmp_path / "told")
+    shard = r"cache/\w+/[\w-]+\.f16"
+    assert re.search(shard + r": no room for it: about [\d,]+ bytes for \d+ more rows are needed, [\d,]+ bytes", error)
+    encode(job)
+    assert content(tmp_path / "cache", manifest, tiny_whisper) == content(tmp_path / "whole", manifest, tiny_whisper)
+
+
 def test_a_changed_clip_is_encoded_again(manifest: Path, tiny_whisper: str, tmp_path: Path) -> None:
     encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
     before = content(tmp_path / "cache", manifest, tiny_whisper)
@@ -202,7 +241,8 @@ def test_numbers_that_are_none_are_not_kept(
         return torch.full((len(mel), int(lengths.max()), 16), 1e9), lengths
 
     monkeypatch.setattr(encoding, "encode_speech", overflow)
-    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    with pytest.raises(JobError, match="skipped 20 rows"):
+        encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
     assert records(tmp_path / "cache") == 0
     assert "not finite" in next(read_rows(tmp_path / "cache" / "clips.skipped.jsonl"))[1]["reason"]
 

@@ -180,3 +180,13 @@ def test_from_the_command_line(tiny_models_folder: Path, manifest: Path, capsys)
     assert len(out.read_text().splitlines()) == 8
     assert cli.main([*command, "--max-new-tokens", "4"]) == 1
     assert "max_new_tokens was 3, is 4" in capsys.readouterr().err
+
+
+def test_nothing_answered_is_an_error_and_the_llm_is_not_asked(
+    generate: Generate, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_manifest(manifest, [{"id": name, "audio": f"{name}.wav", "text": ""} for name in ("broken", "absent")])
+    monkeypatch.setattr(Listener, "generate", None)
+    for _ in range(2):
+        with pytest.raises(JobError, match=r"0 of 2 rows answered; 2 skipped, see .*out.jsonl.skipped.jsonl"):
+            generate()

@@ -12,6 +12,7 @@ from support.tiny_models import speech_like
 
 from blsp import cli
 from blsp.data.audio import load_audio, write_wav
+from blsp.data.jobs import JobError
 from blsp.inference import transcribe as command
 from blsp.inference.pauses import cut_at_pauses
 from blsp.inference.transcript import BEAM
@@ -86,6 +87,16 @@ def test_broken_files_are_named_and_the_job_goes_on(run, files: list[str], tmp_p
     assert "4 of 6 files transcribed; 2 skipped" in told.out
     skipped = [json.loads(line) for line in (tmp_path / "out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert [row["audio"] for row in skipped] == [files[1], files[3]]
+
+
+@pytest.mark.parametrize("out", [None, "out.jsonl", "out.txt"])
+def test_only_broken_files_end_with_an_error(
+    run, monkeypatch: pytest.MonkeyPatch, listener_of, files: list[str], tmp_path: Path, out: str | None
+) -> None:
+    monkeypatch.setattr(command, "load", lambda *_, **__: listener_of("grounded"))
+    broken = (files[1], files[3]) if out != "out.txt" else (files[1],)
+    with pytest.raises(JobError, match=r"0 of 2 files transcribed; 2 skipped|none of the \d recordings could be read"):
+        command.transcribe(TranscribeSettings(files=broken, model="tiny", out=out and tmp_path / out))
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(run, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from blsp.continuation.engines import Engine, Prompt, Written
 from blsp.continuation.requests import PlannedPrompt, PromptSpec
-from blsp.data.files import digest_of, write_atomically, write_json
+from blsp.data.files import digest_of, take_room, write_atomically, write_json
 from blsp.data.jobs import WAIT, Parts, RowLog
 from blsp.distributed import Runtime
 
@@ -225,6 +225,7 @@ class AnswerReader:
         self._files = [open(path, "rb") for path in parts.paths()]  # noqa: SIM115
         # (rows, 2): file and first byte of each answer, on disk
         self._offsets = np.memmap(parts.folder / "offsets.i64", "<i8", "w+", shape=(max(rows, 1), 2))
+        take_room(parts.folder / "offsets.i64")
         answered = np.zeros(rows, bool)
         for number, path in enumerate(parts.paths()):
             for begin, _, fields in read_answers(path):

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from blsp.data.files import write_atomically, write_json
+from blsp.data.files import take_room, write_atomically, write_json
 
 
 class TopKError(ValueError):
@@ -88,6 +88,7 @@ def write_top_k(
     with write_atomically(target, through=through) as folder:
         folder.mkdir()
         index = np.lib.format.open_memmap(folder / "index.npy", "w+", np.int64, (rows, 2))
+        take_room(folder / "index.npy")
         total = 0
         with open(folder / "ids.u32", "wb") as ids_file, open(folder / "logp.f16", "wb") as logp_file:
             for row, first in enumerate(firsts):

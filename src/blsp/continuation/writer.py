@@ -170,6 +170,8 @@ def continue_manifest(run: Step1) -> None:
         _warn_of_changes(run, header)
     parts = open_parts(job.parts_folder, facts, rank)
     plan = open_plan(parts, run.batch_size, lambda: _plan(run), rank)
+    if not len(plan):
+        raise JobError(f"{job.out}: no row can be continued; {job.skipped_path} says why")
     if header is None and rank == 0:  # before the first row
         counts = {"rows": len(plan), "prompts": plan.prompts, "batches": plan.batches}
         counts |= {"skipped": job.skipped.count, "sha256": plan.sha256}
@@ -261,7 +263,7 @@ def _merge(run: Step1, parts: Parts, plan: PromptPlan, facts: dict[str, Any]) ->
     merged, answers = parts.folder / "merged.jsonl", AnswerReader(parts, len(plan), run.settings.top_k)
     out, rows = run.job.out, _output_rows(run, plan, answers)
     count = write_manifest(merged, rows, relative_to=out.absolute().parent)
-    if not count and len(plan):
+    if not count:
         raise JobError(f"{out}: no prompt was answered; {run.job.skipped_path} says why")
     if run.settings.top_k:
         meta = facts["top_k"] | {"llm_sha256": facts["llm_sha256"], "source": "generated"}

@@ -2,14 +2,17 @@
 
 In:  a path; what it shall hold, or values to be named by their content.
 Out: rows, one JSON object a line, or a `ManifestError` that names file, line and way out; files and folders
-     that appear whole or not at all; SHA-256 digests in hexadecimal.
+     that appear whole or not at all, or a `DiskFullError`; SHA-256 digests in hexadecimal.
 Try: `write_json("settings.json", {"seed": 1})`, `for line, row in read_rows("train.jsonl"): ...`
 Flow: data/ — under everything that reads and writes; `jobs.py` and `manifest.py` build on it.
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -19,31 +22,91 @@ from typing import Any, NoReturn
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 END_BYTES = 65_536
+# The errors of a disk, a quota or a file system (FAT: 4 GB a file) that takes no more; Windows has no quota's
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+# --- full disks, and files that were removed --------------------------------------------------------------
+class DiskFullError(OSError):
+    """A file for which there is no room; the message names it and says how much is needed."""
+
+    def __init__(self, path: str | os.PathLike[str], needs: str) -> None:
+        self.path = Path(path)
+        folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
+        super().__init__(
+            f"{os.fspath(path)}: no room for it: {needs} needed, {shutil.disk_usage(folder).free:,} bytes are free; "
+            "make room, and the same command goes on from here"
+        )
+
+
+@contextmanager
+def naming_full_disk(path: str | os.PathLike[str], needs: int = 0) -> Iterator[None]:
+    """Raise what a library says of a full disk as DiskFullError. needs: bytes, where the caller knows them."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:  # of safetensors, torch, SQLite: each has a class of its own
+        told = re.search("no space left|disk is full|failed writing file", str(error), re.IGNORECASE)
+        if told or getattr(error, "errno", None) in FULL:
+            raise DiskFullError(path, f"{needs:,} bytes are" if needs else "more is") from error
+        raise
+
+
+def append_bytes(file: io.FileIO, content: bytes | memoryview) -> None:
+    """Write all of `content` at the end of an unbuffered file.
+
+    Raises DiskFullError, or FileNotFoundError where the file has been removed, since its bytes would go with it.
+    """
+    require_there(file)
+    left = memoryview(content)
+    with naming_full_disk(file.name, len(left)):
+        while left:
+            left = left[file.write(left) :]
+
+
+def require_there(file: io.FileIO) -> None:
+    """Raise FileNotFoundError where an open file is no longer found under its name."""
+    try:
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            return
+    except OSError:
+        pass
+    raise FileNotFoundError(f"{file.name}: was removed while the job was at work, and what it held; begin again")
+
+
+def take_room(path: Path) -> None:
+    """Let the disk set aside all of a file with holes: writing into a mapped hole of a full disk kills the process."""
+    if hasattr(os, "posix_fallocate") and (size := path.stat().st_size):
+        with naming_full_disk(path, size), open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 # --- atomic writes ----------------------------------------------------------------------------------------
 @contextmanager
 def write_atomically(
-    path: str | os.PathLike[str], *, through: Path | None = None, durable: bool = False
+    path: str | os.PathLike[str], *, through: Path | None = None, durable: bool = False, needs: int = 0
 ) -> Iterator[Path]:
     """A path beside `path`, with the same suffix; what the block writes there gets the name `path` at the end.
 
     The block may make a file or a folder. When it raises, `path` stays as it was. `through`: write at this path;
-    what a killed writer left there is removed. `durable`: wait until the bytes are on the disk.
+    what a killed writer left there is removed. `durable`: wait until the bytes are on the disk. `needs`: bytes, for
+    the message of a full disk.
     """
     target = Path(path)
     partial = through or target.with_name(f".{target.stem}.{secrets.token_hex(4)}.partial{target.suffix}")
     _remove(partial)
     try:
-        yield partial
-        if durable:
-            for file in partial.rglob("*") if partial.is_dir() else [partial]:
-                flush_to_disk(file)
-        if target.is_dir():  # a folder cannot replace a folder with files in it
-            _remove(target)
-        os.replace(partial, target)
-        if durable:
-            flush_to_disk(target.parent)
+        with naming_full_disk(target, needs):
+            yield partial
+            if durable:
+                for file in partial.rglob("*") if partial.is_dir() else [partial]:
+                    flush_to_disk(file)
+            if target.is_dir():  # a folder cannot replace a folder with files in it
+                _remove(target)
+            os.replace(partial, target)
+            if durable:
+                flush_to_disk(target.parent)
     finally:
         _remove(partial)
 
@@ -57,7 +120,7 @@ def _remove(path: Path) -> None:
 
 def write_text(path: str | os.PathLike[str], text: str, *, durable: bool = False) -> None:
     """Write a UTF-8 text file whole."""
-    with write_atomically(path, durable=durable) as partial:
+    with write_atomically(path, durable=durable, needs=len(text.encode())) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

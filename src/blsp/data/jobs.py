@@ -31,7 +31,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from filelock import FileLock, Timeout
 
-from blsp.data.files import digest_of, dump_row, read_rows, show, write_json
+from blsp.data.files import append_bytes, digest_of, dump_row, read_rows, require_there, show, write_json
 
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -55,10 +55,11 @@ class RowLog:
 
     def append(self, *rows: dict[str, Any]) -> None:
         """Write whole lines, in one call to the system."""
-        lines = b"".join(dump_row(row, str(self.path)) for row in rows)
-        written = self._file.write(lines)
-        if written != len(lines):
-            raise OSError(f"{self.path}: only {written} of {len(lines)} bytes were written; is the disk full?")
+        append_bytes(self._file, b"".join(dump_row(row, str(self.path)) for row in rows))
+
+    def require_there(self) -> None:
+        """Raise FileNotFoundError where the file has been removed since it was opened."""
+        require_there(self._file)
 
     def close(self) -> None:
         self._file.close()
@@ -154,12 +155,13 @@ class RecordLog(RowLog, Generic[Record]):
 
 # --- one job ----------------------------------------------------------------------------------------------
 @contextmanager
-def lock_job(output: Path) -> Iterator[None]:
-    """Keep other processes away from an output (a file or a folder) while the block runs.
+def lock_job(output: Path, rank: int = 0) -> Iterator[None]:
+    """Keep other processes away from an output (a file or a folder) while the block runs; each rank has its own lock.
 
     Raises JobError with the process that holds the lock. The system frees the lock of a killed process.
     """
-    path = output / ".lock" if output.is_dir() else output.with_name(f".{output.name}.lock")
+    name = f".rank-{rank}.lock" if rank else ".lock"
+    path = output / name if output.is_dir() else output.with_name(f".{output.name}{name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
@@ -254,7 +256,7 @@ class Parts:
 
 
 class Job:
-    """One output and what is unfinished of it. Only rank 0 locks and writes the header."""
+    """One output and what is unfinished of it. Only rank 0 writes the header."""
 
     def __init__(self, out: str | os.PathLike[str], rank: int = 0) -> None:
         self.out, self.rank = Path(out), rank
@@ -265,8 +267,7 @@ class Job:
 
     def __enter__(self) -> Self:
         self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
-            self._open.enter_context(lock_job(self.out))
+        self._open.enter_context(lock_job(self.out, self.rank))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -323,6 +324,8 @@ class Job:
         An input's field `key` names it; in the log it stands with the fields `answers`. Raises JobError where
         the log holds other rows.
         """
+        if not self.log.path.stat().st_size:  # nothing could be used: it may be mended, so all is tried again
+            self.skipped_path.unlink(missing_ok=True)
         rows = (row for _, row in read_rows(self.log.path))
         row = next(rows, None)
         count = 0
@@ -346,6 +349,15 @@ class Job:
                 "--out or remove it"
             )
         return count
+
+    def report(self, used: int, total: int, what: str) -> None:
+        """Say that `used` of `total` inputs are done, as in "rows answered"; raise JobError where none of them is."""
+        self.log.require_there()
+        told = f"{self.out}: {used} of {total} {what}"
+        told += f"; {self.skipped.count} skipped, see {self.skipped_path}" if self.skipped.count else ""
+        if total and not used:
+            raise JobError(told)
+        print(told)
 
     def parts(self, settings: Any) -> Parts:
         """The folder of unfinished part files of a job with these settings."""

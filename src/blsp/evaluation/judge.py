@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from blsp.data.files import digest_of
+from blsp.data.jobs import lock_job
 from blsp.data.manifest import Utterance
 from blsp.evaluation.alignment import Alignment, Routes, measure
 from blsp.evaluation.answers import AnswerLog, Answers, answer_log
@@ -35,7 +36,7 @@ from blsp.evaluation.routes import (
     transcribe_rows,
 )
 from blsp.evaluation.scoring import plain_words, score, score_transcripts
-from blsp.evaluation.tasks import Suite, Task, check_manifests, check_recordings, select
+from blsp.evaluation.tasks import Suite, Task, TaskError, check_manifests, check_recordings, select
 from blsp.inference.listener import Listener, load
 from blsp.settings import EvaluateSettings
 from blsp.weights.embedded import cache_root
@@ -121,6 +122,12 @@ class Evaluation:
 
 def evaluate(settings: EvaluateSettings) -> None:
     """`blsp evaluate`."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    with lock_job(settings.out):
+        _evaluate(settings)
+
+
+def _evaluate(settings: EvaluateSettings) -> None:
     data = settings.data or cache_root() / "corpus"
     suite = select(settings.suite, settings.task, data)
     check_manifests(suite)
@@ -145,6 +152,9 @@ def evaluate(settings: EvaluateSettings) -> None:
         bootstrap=settings.bootstrap,
     )
     results = judge(evaluation, suite)
+    if not any(result.answers for result in results.tasks):
+        reasons = {reason for result in results.tasks for reason in result.unavailable.values()}
+        raise TaskError(f"{settings.out}: no question could be asked ({'; '.join(sorted(reasons))})")
     results.environment |= {"model": settings.model, "data": str(data).replace(str(Path.home()), "~")}
     print(write_report(results, settings.out, settings.compare))
 

@@ -15,10 +15,8 @@ Shapes: B clips, T encoder frames, E encoder width, F frames of the read-out, C 
 U transcript tokens, S places of an adapter, D LLM width.
 """
 
-import re
 import sqlite3
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,11 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from blsp.data.jobs import SKIPPED_SUFFIX, SkippedLog
+from blsp.data.files import naming_full_disk
+from blsp.data.jobs import SKIPPED_SUFFIX, Job, SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import find_runtime, leave
 from blsp.features.cache import FeatureCache, key_of
-from blsp.features.encode import open_features
+from blsp.features.encode import open_features, skip_name
 from blsp.llm.prompt import transcript_ids
 from blsp.model.adapter_parts import BLANK, IMPOSSIBLE, place_centres
 from blsp.model.checkpoint import load_blsp
@@ -48,6 +47,11 @@ class AlignError(ValueError):
 
 def align(settings: AlignSettings) -> None:
     """The command: the token times of every row that has none yet."""
+    with Job(settings.cache / f"{skip_name(settings.manifest)}.align"):
+        _align(settings)
+
+
+def _align(settings: AlignSettings) -> None:
     runtime = find_runtime(settings.device, settings.dtype)
     model, processor = load_blsp(settings.model, runtime, settings.audio_model, settings.llm)
     if not model.model.reads_out:
@@ -56,7 +60,7 @@ def align(settings: AlignSettings) -> None:
     rows = rows if settings.limit is None else rows[: settings.limit]
     cache = open_features(settings.cache, model, processor, [rows], runtime)
     store = TokenTimes(cache)
-    name = re.sub(r"[^\w.-]", "_", Path(settings.manifest).name.removesuffix(".jsonl"))
+    name = skip_name(settings.manifest)
     (settings.cache / f"{name}.align{SKIPPED_SUFFIX}").unlink(missing_ok=True)
     aligned = known = 0
     with SkippedLog(settings.cache / f"{name}.align") as skipped:
@@ -80,7 +84,10 @@ def align(settings: AlignSettings) -> None:
                 aligned += len(fitted)
             for i, reason in reasons.items():
                 skipped.add(batch[i].id, batch[i].audio, reason)
-        print(f"aligned {aligned} clips, {known} were aligned before; {skipped.count} could not be")
+        told = f"aligned {aligned} clips, {known} were aligned before; {skipped.count} could not be"
+        if skipped.count and not aligned + known:
+            raise AlignError(f"{told}: {skipped.path} says why")
+        print(told)
     leave(runtime)
 
 
@@ -174,7 +181,8 @@ class TokenTimes:
 
     def __init__(self, cache: FeatureCache) -> None:
         # a thread that reads examples ahead uses it too
-        self._database = sqlite3.connect(cache.folder / "token_times.sqlite", timeout=60, check_same_thread=False)
+        self._path = cache.folder / "token_times.sqlite"
+        self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
         self._database.execute("create table if not exists times (key blob primary key, frames blob) without rowid")
 
     def __len__(self) -> int:
@@ -189,7 +197,7 @@ class TokenTimes:
     def add(self, entries: Sequence[tuple[bytes, Sequence[int], Times]]) -> None:
         """Add (feature key, tokens, times) of several clips in one transaction."""
         rows = [(_key(key, tokens), times.astype("<i2").tobytes()) for key, tokens, times in entries]
-        with self._database:
+        with naming_full_disk(self._path), self._database:
             self._database.executemany("insert or replace into times values (?, ?)", rows)
 
 

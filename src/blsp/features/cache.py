@@ -34,12 +34,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from blsp.data.files import write_json
+from blsp.data.files import append_bytes, require_there, write_json
 from blsp.data.manifest import Utterance
 from blsp.features.content_hashes import KEY, ContentHashes, cut_bytes, key_of, open_index, read_log
 
@@ -160,7 +161,7 @@ class ShardWriter:
     def __init__(self, folder: Path, width: int, rank: int, on_add: Callable[[bytes], None]) -> None:
         self.folder, self.width, self.rank = folder, width, rank
         self._on_add = on_add
-        self._files: list[BinaryIO] = []  # the shard and its records
+        self._files: list[FileIO] = []  # the shard and its records
         self._offset = 0
 
     def add(self, key: bytes, states: np.ndarray) -> None:
@@ -175,8 +176,7 @@ class ShardWriter:
         record = np.array([(key, self._offset, len(states), zlib.crc32(content))], dtype=CLIP)
         parts: list[Any] = [content, record.tobytes()]  # the clip's bytes first: see the module's docstring
         for file, part in zip(self._files, parts, strict=True):
-            if (written := file.write(part)) != len(part):
-                raise OSError(f"{file.name}: {written} of {len(part)} bytes were written; is the disk full?")
+            append_bytes(file, part)
         self._offset += len(content)
         self._on_add(key)
         if self._offset >= SHARD_BYTES:
@@ -185,6 +185,7 @@ class ShardWriter:
     def close(self) -> None:
         """Close the shard and note that it is whole; the next clip begins another."""
         for file in self._files:
+            require_there(file)
             file.close()
         if self._files:
             path = Path(self._files[0].name)

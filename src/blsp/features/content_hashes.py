@@ -23,13 +23,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from blsp.data.addresses import AddressError, is_address, is_url, open_url, parse_address, read_address, version_of
-from blsp.data.files import write_atomically
+from blsp.data.files import append_bytes, write_atomically
 from blsp.data.manifest import Utterance
 
 KEY = "S16"  # 16 bytes; numpy compares such strings byte by byte
@@ -108,7 +109,7 @@ class ContentHashes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._recent: dict[bytes, bytes] = {}
-        self._log: BinaryIO | None = None
+        self._log: FileIO | None = None
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         paths = sorted(folder.glob("*.log"))
@@ -171,14 +172,14 @@ class ContentHashes:
                 self._recent.pop(next(iter(self._recent)))
             self._recent[key] = content
             self._log = self._log or self._new_log()
-            self._log.write(key + content)
+            append_bytes(self._log, key + content)
 
-    def _new_log(self) -> BinaryIO:
+    def _new_log(self) -> FileIO:
         try:
             return open(self.folder / f"{time.time_ns():x}-{os.getpid():x}.log", "xb", buffering=0)
         except PermissionError as error:
             warnings.warn(f"{self.folder}: {error.strerror}; audio files are hashed at every start", stacklevel=4)
-            return open(os.devnull, "wb")
+            return open(os.devnull, "wb", buffering=0)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from blsp.data.addresses import AddressError, is_address
 from blsp.data.audio import AudioError, load_audio
-from blsp.data.jobs import SkippedLog, in_order
+from blsp.data.files import DiskFullError
+from blsp.data.jobs import Job, JobError, SkippedLog, in_order
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import Runtime, barrier, find_runtime, leave, shard_rows, sum_across
 from blsp.features.cache import FeatureCache
@@ -52,6 +53,7 @@ from blsp.settings import EncodeSettings
 from blsp.weights.digest import find_weights
 
 MEL_PER_SECOND = 100
+FRAMES_PER_SECOND = 50
 READERS = 4  # threads that read, decode and compute mel features
 AHEAD = 64  # clips that are read before they are needed
 SORTED_SECONDS = 600.0  # on an accelerator, clips are sorted by length within this much speech
@@ -67,14 +69,23 @@ def encoder_id(audio_model_sha256: str, *, full_window: bool = False) -> str:
 def encode(settings: EncodeSettings) -> None:
     """The command: encode the clips that the cache lacks, and print what was done."""
     runtime = find_runtime(settings.device, settings.dtype)
+    with Job(settings.cache / skip_name(settings.manifest), runtime.rank) as job:
+        _encode(settings, runtime, job)
+
+
+def skip_name(manifest: str) -> str:
+    """The name in the cache's folder of what a manifest leaves out."""
+    return re.sub(r"[^\w.-]", "_", Path(manifest).name.removesuffix(".jsonl"))
+
+
+def _encode(settings: EncodeSettings, runtime: Runtime, job: Job) -> None:
     rows: Sequence[Utterance] = Manifest(settings.manifest, CONTINUATION_KEY)
     rows = rows if settings.limit is None else rows[: settings.limit]
     weights = find_weights(settings.audio_model)
     encoder = Encoder(*load_speech_encoder(weights, runtime), runtime, settings.pad_to_30s)
     identity = encoder_id(weights.sha256, full_window=settings.pad_to_30s)
     cache = _open_cache(settings.cache, identity, runtime)
-    manifest = re.sub(r"[^\w.-]", "_", Path(settings.manifest).name.removesuffix(".jsonl"))
-    with _new_skip_list(settings.cache / manifest, runtime) as skipped:
+    with _new_skip_list(job.out, runtime) as skipped:
         progress = encode_manifest(cache, rows, encoder, skipped, batch_seconds=settings.batch_seconds)
         wall = progress.wall
     cache = _open_cache(settings.cache, identity, runtime)  # makes the index now, so that training starts at once
@@ -84,10 +95,13 @@ def encode(settings: EncodeSettings) -> None:
         speed = f" at {seconds / wall:.0f} × real time" if encoded else ""
         print(f"encoded {encoded:.0f} clips, {seconds / 3600:.2f} h of speech{speed}")
         print(f"{cached:.0f} rows needed nothing; the cache holds {len(cache)} clips of this encoder")
+    leave(runtime)
     if left_out and runtime.rank == 0:
         where = f"{skipped.path} and those of the other ranks" if runtime.world > 1 else str(skipped.path)
-        print(f"skipped {left_out:.0f} rows, listed with the reason in {where}")
-    leave(runtime)
+        told = f"skipped {left_out:.0f} rows, listed with the reason in {where}"
+        if not encoded + cached:
+            raise JobError(f"no clip could be encoded: {told}")
+        print(told)
 
 
 def open_features(
@@ -258,6 +272,10 @@ def encode_manifest(
                 else:
                     reason = "the encoder's output is not finite in this number format"
                     progress.skip(clip.row, clip.key, reason)
+    except DiskFullError as error:
+        count, width = bar.total - bar.n, encoder.tower.config.d_model
+        needs = count * progress.seconds / max(1, progress.encoded) * FRAMES_PER_SECOND * width * 2  # bytes a number
+        raise DiskFullError(error.path, f"about {needs:,.0f} bytes for {count} more rows are") from error
     finally:
         torch.set_num_threads(threads)
     return progress

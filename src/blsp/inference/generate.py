@@ -63,8 +63,7 @@ def generate(settings: GenerateSettings) -> None:
             decoding = decoding_of(settings, listener)
             options = GenerateOptions(settings.instruction or "", settings.order, decoding, settings.batch_size)
             answer_rows(listener, rows, range(done, total), options, job)
-        print(f"{settings.out}: {total - job.skipped.count} of {total} rows answered", end="")
-        print(f"; {job.skipped.count} skipped, see {job.skipped.path}" if job.skipped.count else "")
+        job.report(total - job.skipped.count, total, "rows answered")
 
 
 def answer_rows(
@@ -89,6 +88,8 @@ def answer_chunk(
 ) -> list[str | None]:
     """The response to each row; None where its clip cannot be read, which `skipped` notes."""
     questions = [_question(row, options, skipped) for row in rows]
+    if not any(questions):
+        return [None] * len(rows)
     # An empty question stands in for a row that is left out, so that the others keep their seeds.
     filled = [question or Question(text="") for question in questions]
     answers = listener.generate(filled, decoding=options.decoding, batch_size=options.batch_size)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio, probe_audio
 from blsp.data.files import read_rows, write_text
-from blsp.data.jobs import Job
+from blsp.data.jobs import Job, JobError
 from blsp.inference.listener import Listener, load
 from blsp.inference.transcript import TranscribeMethod, Transcript, transcripts
 from blsp.weights.shipped import model_digest
@@ -49,12 +49,17 @@ def transcribe(settings: TranscribeSettings) -> None:
 
     if folder is not None:
         _resumable(settings, folder / RECORD, lambda row: write_text(folder / _name(row, kind), text_of(row)))
-    elif out is None:
-        _transcribe(settings, 0, lambda row: _print(text_of(row)), lambda name, reason: None)
-    elif kind == "jsonl":
+    elif out is not None and kind == "jsonl":
         _resumable(settings, out, lambda row: None)
     else:
-        _transcribe(settings, 0, lambda row: write_text(out, text_of(row)), lambda name, reason: None)
+        skipped: list[str] = []
+
+        def write(row: dict[str, Any]) -> None:
+            _print(text_of(row)) if out is None else write_text(out, text_of(row))
+
+        _transcribe(settings, 0, write, lambda name, reason: skipped.append(name))
+        if len(skipped) == len(settings.files):
+            raise JobError(f"none of the {len(skipped)} recordings could be read; each is named above")
 
 
 def _name(row: dict[str, Any], kind: TranscriptFormat) -> str:
@@ -81,9 +86,7 @@ def _resumable(settings: TranscribeSettings, out: Path, write: Write) -> None:
 
         if done < len(files):
             _transcribe(settings, done, append, lambda name, why: job.skipped.add(name, name, why))
-        transcribed = len(files) - sum(name in job.skipped for name in files)
-        print(f"{settings.out}: {transcribed} of {len(files)} files transcribed", end="")
-        print(f"; {job.skipped.count} skipped, see {job.skipped.path}" if job.skipped.count else "")
+        job.report(len(files) - sum(name in job.skipped for name in files), len(files), "files transcribed")
 
 
 def _method(settings: TranscribeSettings) -> TranscribeMethod | None:

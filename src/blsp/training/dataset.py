@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blsp.continuation.topk import TopKStore, topk_folder
-from blsp.data.files import read_ends, write_atomically, write_json
+from blsp.data.files import read_ends, take_room, write_atomically, write_json
 from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance, find_manifests, read_rows
 from blsp.distributed import Runtime, barrier
@@ -277,6 +277,7 @@ def _write_rows(path: Path, measured: NDArray[np.void], chosen: NDArray[np.bool_
                 np.save(file, np.empty(0, ROW))
             return
         out = np.lib.format.open_memmap(partial, "w+", ROW, (count,))
+        take_room(partial)
         end = 0
         for start in range(0, len(measured), 1 << 18):
             block = measured["values"][start : start + (1 << 18)][chosen[start : start + (1 << 18)]]

@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from blsp.data.files import read_rows, write_atomically, write_text
+from blsp.data.files import naming_full_disk, read_rows, write_atomically, write_text
 from blsp.distributed import Runtime
 from blsp.settings import TrainSettings
 from blsp.training import probes, step
@@ -62,7 +62,8 @@ def report(run: Run, state: State, bar: tqdm) -> None:
         return
     if probing:
         bar.write(", ".join(f"{name} {value:.4g}" for name, value in row.items()), file=sys.stderr)
-    with open(settings.out / "metrics.jsonl", "a", encoding="utf-8") as out:
+    path = settings.out / "metrics.jsonl"
+    with naming_full_disk(path), open(path, "a", encoding="utf-8") as out:
         out.write(json.dumps(row) + "\n")
     if probing and time.monotonic() - state.drawn > CURVES_SECONDS:
         state.drawn = time.monotonic()

@@ -22,7 +22,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,7 +34,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blsp.data.files import flush_to_disk, read_rows, write_text
+from blsp.data.files import DiskFullError, flush_to_disk, naming_full_disk, read_rows, write_text
 from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences, lock_job
 from blsp.distributed import Runtime, barrier, sum_across
 from blsp.settings import TrainSettings
@@ -114,6 +114,28 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write ``folder/step-N``, `state.json` last, and remove all but the newest `keep`."""
     target = folder / f"step-{checkpoint.progress.step}"
+    needs = tensor_bytes([checkpoint.adapter, checkpoint.average, checkpoint.optimiser])
+    try:
+        with naming_full_disk(target, needs):
+            _write_checkpoint(target, checkpoint)
+    except DiskFullError:
+        shutil.rmtree(target)  # the part of it that is of no use
+        raise
+    for old in complete_checkpoints(folder)[:-keep]:
+        (old / STATE).unlink()  # first: a half-removed checkpoint must not count
+        shutil.rmtree(old)
+    return target
+
+
+def tensor_bytes(value: Any) -> int:
+    """The bytes of all tensors in a value made of dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(tensor_bytes, values))
+
+
+def _write_checkpoint(target: Path, checkpoint: Checkpoint) -> None:
     if target.exists():
         shutil.rmtree(target)
     target.mkdir(parents=True)
@@ -126,10 +148,6 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         flush_to_disk(file)
     state = {"progress": asdict(checkpoint.progress), "environment": checkpoint.environment}
     write_text(target / STATE, json.dumps(state, indent=2) + "\n", durable=True)
-    for old in complete_checkpoints(folder)[:-keep]:
-        (old / STATE).unlink()  # first: a half-removed checkpoint must not count
-        shutil.rmtree(old)
-    return target
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -208,7 +226,7 @@ def begin_folder(settings: TrainSettings, runtime: Runtime) -> None:
 def claim_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
     """Keep other runs out of the folder while this one lasts."""
     folder.mkdir(parents=True, exist_ok=True)
-    with lock_job(folder) if runtime.rank == 0 else nullcontext():
+    with lock_job(folder, runtime.rank):
         yield
 
 
