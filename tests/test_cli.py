@@ -44,6 +44,7 @@ MINIMAL = {
     "transcribe": ["a.wav", "b.wav"],
     "chat": [],
     "serve": [],
+    "move": ["--llm", "embedded:x", "--out", "moved"],
     "export": ["--out", "merged"],
     "tour": [],
 }
@@ -131,7 +132,7 @@ def test_flags_and_files_win_over_the_papers_settings(tmp_path: Path) -> None:
     assert (train.lr, train.batch_size, train.schedule, train.paper) == (1e-3, 8, "linear", True)
 
 
-@pytest.mark.parametrize("name", ["continue", "encode", "train", "evaluate", "generate", "export"])
+@pytest.mark.parametrize("name", ["continue", "encode", "train", "evaluate", "generate", "move", "export"])
 def test_data_and_models_have_no_default(name: str) -> None:
     assert exit_code([name]) == 2
 

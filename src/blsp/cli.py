@@ -52,6 +52,7 @@ _COMMANDS = (  # in the order of the flow
     Command("transcribe", "blsp.inference.transcribe", "transcribe", "write down the words of recordings"),
     Command("chat", "blsp.inference.chat", "chat", "chat in the terminal, with text and speech"),
     Command("serve", "blsp.serving.server", "serve", "OpenAI-compatible server and a web page"),
+    Command("move", "blsp.model.move", "move", "an adapter that reads out, to another LLM"),
     Command("export", "blsp.model.checkpoint", "export", "one self-contained Hugging Face folder"),
     Command("tour", "blsp.tour", "tour", "every step on real speech, in minutes"),
 )

@@ -10,6 +10,7 @@ grounded.py             the adapter `grounded`: CTC over the LLM's own token emb
 hypotheses.py           possible transcripts of a read-out, scored by the LLM
 loading.py              frozen parts by name; a whole model from an adapter folder
 checkpoint.py           new models, adapter folders, merged exports
+move.py                 an adapter that reads out, moved to another LLM without training
 """
 
 

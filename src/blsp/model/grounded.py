@@ -37,6 +37,7 @@ from blsp.model.adapter_parts import BLANK, AdapterOutput, CachedValue, ConvStac
 # tokens below this share of a frame's best posterior are left out: together they would move the vector by less
 # than a thousandth of its length
 NEGLIGIBLE = 1e-6
+RIDGE = 1e-3  # of the least squares of `move_from`, in shares of the embeddings' mean square
 
 
 class GroundedAdapter(nn.Module):
@@ -134,6 +135,51 @@ class GroundedAdapter(nn.Module):
         bias[list(rows)] = self.bias.detach()
         self.bias = nn.Parameter(bias)
         self.spell(strings)
+
+    @torch.no_grad()
+    def move_from(self, old: "GroundedAdapter", rows: Tensor, tables: tuple[Tensor, Tensor], weights: Tensor) -> float:
+        """Take over what the adapter of another LLM has learnt, with layers and spelling as wide as this one's.
+
+        rows: (K-1,) rows of the old read-out that hold this one's tokens; tables: embeddings of these tokens, (K-1, D)
+        of the old LLM and (K-1, D') of this one; weights: (K-1,) how much each token counts. Returns the share of the
+        old embeddings' variance that the new ones explain.
+
+        A matrix A (D', D) takes frame vectors h of the old space to the new one, such that no logit changes much:
+        (A · h) · new embedding = h · old embedding, that is Aᵀ · new = old, by least squares over the tokens. What
+        read the old vectors then reads A's pseudo-inverse of the new ones, which changes nothing.
+        """
+        if not self.layers or self.spelling is None or old.spelling is None:
+            raise ValueError("only a read-out with layers and spelling can be moved to another LLM")
+        before, after = (table / _norms(table)[:, None] for table in tables)
+        target = before * old.norm.weight  # (K-1, D): what a normalised frame vector is multiplied by
+        source = after - after.mean(dim=1, keepdim=True)  # (K-1, D'): LayerNorm leaves no mean to multiply
+        shares = (weights / weights.sum())[:, None]
+        ridge = RIDGE * (shares * source.square()).sum() / source.shape[1] * torch.eye(source.shape[1])
+        into = torch.linalg.solve(source.T @ (shares * source) + ridge, source.T @ (shares * target))  # A (D', D)
+        missed, whole = source @ into - target, target - (shares * target).sum(dim=0)
+        explained = 1 - (shares * missed.square()).sum() / (shares * whole.square()).sum()
+
+        # A without the means, which both LayerNorms take away; before them `lift` carries the old mean as the new one
+        into = into - into.mean(dim=0) - (into.mean(dim=1, keepdim=True) - into.mean())
+        lift = into + 1 / math.sqrt(into.numel())
+        self.stack.load_state_dict(old.stack.state_dict())
+        self.layers.load_state_dict(old.layers.state_dict())
+        self.project.weight.copy_(lift @ old.project.weight)
+        self.project.bias.copy_(lift @ old.project.bias)
+        self.down.weight.copy_(old.down.weight @ torch.linalg.pinv(lift))
+        self.up.weight.copy_(lift @ old.up.weight)
+        # vectors leave this LayerNorm as long as A makes, on average, vectors of length √D without a mean
+        self.norm.weight.fill_(float(into.norm() / math.sqrt(into.shape[0] * (1 - 1 / into.shape[1]))))
+        self.norm.bias.zero_()
+
+        back = old.norm.weight[:, None] * torch.linalg.pinv(into)  # (D, D')
+        self.scale.copy_(old.scale)
+        self.bias.copy_(old.bias[rows] + old.scale * (before @ old.norm.bias))
+        self.spelling.letters.load_state_dict(old.spelling.letters.state_dict())
+        for reader, old_reader in ((self.blank, old.blank), (self.spelling.query, old.spelling.query)):
+            reader.weight.copy_(old_reader.weight @ back)
+            reader.bias.copy_(old_reader.bias + old_reader.weight @ old.norm.bias)
+        return float(explained)
 
 
 def _norms(table: Tensor) -> Tensor:

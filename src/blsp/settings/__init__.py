@@ -3,7 +3,7 @@
     shared.py        flags that several commands have, lists of choices, checks
     pipeline.py      prepare, continue, encode, align, train
     paper.py         what `--paper` puts in place of the defaults
-    applications.py  evaluate, generate, transcribe, chat, serve, export, tour
+    applications.py  evaluate, generate, transcribe, chat, serve, move, export, tour
     flags.py         flags and YAML files → one settings object
 
 In:  the command line, or a YAML file given with --config, which holds the same flags.
@@ -19,6 +19,7 @@ from blsp.settings.applications import (
     EvaluateSettings,
     ExportSettings,
     GenerateSettings,
+    MoveSettings,
     ServeSettings,
     TourSettings,
     TranscribeSettings,

@@ -1,4 +1,4 @@
-"""Settings of the commands that use an adapter: evaluate, generate, transcribe, chat, serve, export, tour.
+"""Settings of the commands that use an adapter: evaluate, generate, transcribe, chat, serve, move, export, tour.
 
 In:  the command line, or a YAML file (cli.py). Out: one frozen object for one function.
 Try: `blsp transcribe --help`
@@ -354,6 +354,26 @@ class ExportSettings:
     llm: Llm = None
     dtype: Dtype = "auto"
     """the type of the stored weights; auto: as in the frozen models"""
+
+
+@dataclass(frozen=True)
+class MoveSettings:
+    """Move an adapter that reads out to another LLM: it listens at once, without training.
+
+    The tokens that both LLMs have are read out; a matrix takes the vectors from one LLM's embeddings to the other's.
+
+    $ blsp move --model blsp-tiny --llm embedded:qwen2.5-coder-1.5b-instruct --out moved/
+    $ blsp chat --model moved
+    """
+
+    llm: str
+    """the LLM that is to listen: a folder, a hub id or an embedded: name"""
+    out: Path
+    """the adapter folder to write"""
+    model: Model = DEFAULT_MODEL
+    """the adapter to move"""
+    audio_model: AudioModel = None
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""`blsp move`: an adapter that reads out, moved to another LLM without training.
+
+In:  an adapter folder, and the other LLM.
+Out: an adapter folder for that LLM; it listens at once, and training can go on from it (`--init-from`).
+Try: `blsp move --model blsp-tiny --llm embedded:qwen2.5-coder-1.5b-instruct --out moved`
+Flow: checkpoint.py, grounded.py (the arithmetic) → **move.py** → checkpoint.py
+
+What the adapter has learnt of sounds does not depend on the LLM; only its read-out speaks of the LLM's tokens. Tokens
+are told apart by their strings: those that both LLMs have are the new read-out.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from blsp.distributed import find_runtime
+from blsp.llm.language_model import embed
+from blsp.model.checkpoint import load_blsp, new_blsp, save_adapter
+from blsp.model.configuration_blsp import CheckpointError
+from blsp.model.grounded import token_strings
+from blsp.model.loading import load_tokenizer
+from blsp.settings import MoveSettings
+from blsp.weights.digest import find_weights
+
+logger = logging.getLogger(__name__)
+
+
+def move(settings: MoveSettings) -> None:
+    """Write the adapter folder `settings.out`: the adapter `settings.model`, for the LLM `settings.llm`."""
+    runtime = find_runtime(settings.device)
+    old, old_processor = load_blsp(settings.model, runtime, settings.audio_model)
+    adapter, config = old.model.multi_modal_projector, old.config
+    if not hasattr(adapter, "move_from"):
+        raise CheckpointError(f"{settings.model}: a {config.adapter} adapter reads nothing out: it cannot be moved")
+    vocabulary = getattr(adapter, "vocabulary", None)  # none is stored where it is the LLM's whole one
+    old_ids = range(config.text_config.vocab_size) if vocabulary is None else vocabulary.tolist()
+
+    llm = find_weights(settings.llm)
+    tokenizer = load_tokenizer(llm)
+    new_ids = range(len(tokenizer))
+    rows, ids = common_tokens(token_strings(old_processor.tokenizer, old_ids), token_strings(tokenizer, new_ids))
+    new, processor = new_blsp(
+        find_weights(config.audio_model_id),
+        llm,
+        runtime,
+        adapter=config.adapter,
+        adapter_options={name: value for name, value in config.adapter_options.items() if name != "embedding_std"},
+        readout_vocabulary=ids,
+        full_window=config.full_window,
+    )
+    tables = (
+        embed(old.model.language_model, [old_ids[row] for row in rows]).float().cpu(),
+        embed(new.model.language_model, ids).float().cpu(),
+    )
+    explained = new.model.multi_modal_projector.move_from(
+        adapter.float().cpu(), torch.tensor(rows), tables, zipf_weights(len(ids))
+    )
+    save_adapter(new, processor, settings.out)
+    print(
+        f"{settings.out}: reads out {len(ids):,} tokens, of {len(old_ids):,} before; "
+        f"the new embeddings explain {explained:.0%} of the old ones'"
+    )
+
+
+def common_tokens(old: Sequence[str], new: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Of the tokens that both lists hold: their rows in the old list, and in the new one, in its order.
+
+    Of several rows with one string the first counts; white space alone is no token to read out.
+    """
+    first = {string: row for row, string in reversed(list(enumerate(old))) if string.strip()}
+    pairs = {first.pop(string): row for row, string in enumerate(new) if string in first}
+    return list(pairs), list(pairs.values())
+
+
+def zipf_weights(count: int) -> torch.Tensor:
+    """(count,): how much each token counts, in the order of the ids; tokenizers learn the frequent ones first."""
+    return torch.arange(1, count + 1, dtype=torch.float32).rsqrt()
