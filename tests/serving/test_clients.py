@@ -95,7 +95,7 @@ def test_a_server_that_warms_up_lives_and_is_not_ready(server: Running, monkeypa
         ("/v1/audio/speech", "text-to-speech"),
         ("/v1/realtime", "stream: true"),
         ("/v1/realtime/sessions", "stream: true"),
-        ("/v1/responses", "/v1/chat/completions"),
+        ("/v1/responses/resp_1", "the whole conversation"),
         ("/v1/completions", "/v1/chat/completions"),
         ("/v1/embeddings", "embedding"),
     ],
@@ -265,7 +265,13 @@ def test_fields_that_would_change_the_answer_are_never_ignored(server: Running, 
 @pytest.mark.parametrize("route", ["transcriptions", "translations"])
 def test_fields_of_uploads_are_never_ignored(server: Running, route: str) -> None:
     files = {"file": ("a.wav", spoken())}
-    for field, value in (("timestamp_granularities[]", "word"), ("include[]", "logprobs"), ("response_format", "srt")):
+    for field, value in (
+        ("timestamp_granularities[]", "word"),  # without verbose_json
+        ("include[]", "logprobs"),
+        ("response_format", "diarized_json"),
+        ("prompt", "Ottawa, Toronto"),
+        ("chunking_strategy", '{"type": "server_vad"}'),
+    ):
         error = refused(server.http().post(f"/v1/audio/{route}", files=files, data={field: value}))
         assert error["param"] == field.removesuffix("[]") and error["message"].startswith(error["param"])
     error = refused(server.http().post(f"/v1/audio/{route}", files=files, data={"temperature": "7"}))

@@ -124,7 +124,7 @@ def transcripts(
             [piece.audio for piece in heard], beam=BEAM if method == "rescored" else 0, keep_states=reader is listener
         )
         said = _texts(listener, clips, method, max_new_tokens, batch_size)
-        timed = _word_times(reader, heard, clips, said) if reader else [[] for _ in said]
+        timed = times_of_words(reader, heard, clips, said) if reader else [[] for _ in said]
         for (i, piece), text, found in zip(window, said, timed, strict=True):
             if text:
                 texts[i].append(text)
@@ -168,7 +168,7 @@ def _texts(
     return listener.repeat(clips, max_new_tokens, batch_size)
 
 
-def _word_times(
+def times_of_words(
     reader: Listener, pieces: Sequence[Piece], clips: Sequence[AudioEmbeds], texts: Sequence[str]
 ) -> list[list[Word]]:
     """The words of each piece, by the read-out of `reader`, whose encoder's states the clips may hold."""

@@ -6,6 +6,8 @@
     page.py         the files of the page
     api.py          requests and answers in OpenAI's form
     refusals.py     errors in OpenAI's form
+    responses.py    OpenAI's Responses API, around chat
+    transcription.py  transcriptions and translations: fields, pieces, formats
     audio_input.py  the audio of a request → samples, within limits
     exchange.py     one request between the event loop and the scheduler; stop strings
     fair_queue.py   requests that wait, in which clients take turns

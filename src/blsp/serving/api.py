@@ -12,10 +12,10 @@ refused by name.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from blsp.serving.refusals import ApiError, wrong_field
@@ -198,11 +198,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and th
 }
 
 
-def _without_nulls(value: Any, depth: int = MAX_DEPTH) -> Any:
+def without_nulls(value: Any, depth: int = MAX_DEPTH) -> Any:
     """The value without the fields that are null, down to `depth` objects and lists."""
     if depth and isinstance(value, dict):
-        return {name: _without_nulls(field, depth - 1) for name, field in value.items() if field is not None}
-    return [_without_nulls(entry, depth - 1) for entry in value] if depth and isinstance(value, list) else value
+        return {name: without_nulls(field, depth - 1) for name, field in value.items() if field is not None}
+    return [without_nulls(entry, depth - 1) for entry in value] if depth and isinstance(value, list) else value
 
 
 def _check_counts(messages: Any) -> None:
@@ -239,7 +239,7 @@ class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that N
     def _left_out(cls, body: Any) -> Any:
         if isinstance(body, dict):
             _check_counts(body.get("messages"))
-        return _without_nulls(body)
+        return without_nulls(body)
 
     @model_validator(mode="after")
     def _only_supported_fields(self) -> ChatRequest:
@@ -273,20 +273,6 @@ class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that N
         return self.max_completion_tokens or self.max_tokens
 
 
-FORM_NOT_TAKEN = ("timestamp_granularities", "include", "known_speaker_names", "known_speaker_references")
-
-
-def check_form(form: Mapping[str, Any], response_format: str) -> None:
-    """Refuse, by name, fields of an upload that would change the transcript and are not supported."""
-    if response_format not in ("json", "text"):
-        text = f"response_format: {response_format!r} is not supported (there are no time stamps); json or text"
-        raise ApiError(400, text, param="response_format", code="unsupported_value")
-    for field in form:
-        if (name := field.removesuffix("[]")) in FORM_NOT_TAKEN and form[field]:
-            text = f"{name}: is not supported by this server; leave it out"
-            raise ApiError(400, text, param=name, code="unsupported_parameter")
-
-
 def completion(head: dict[str, Any], text: str, finish: str, usage: dict[str, Any]) -> Response:
     """A whole answer."""
     message = {"role": "assistant", "content": text, "refusal": None}
@@ -299,28 +285,12 @@ def delta(content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
     return {"choices": [{"index": 0, "delta": content, "finish_reason": finish, "logprobs": None}]}
 
 
-def transcript(text: str, response_format: str) -> Response:
-    return PlainTextResponse(text + "\n") if response_format == "text" else JSONResponse({"text": text})
-
-
-async def transcript_events(pieces: AsyncIterator[str]) -> AsyncIterator[dict[str, Any]]:
-    """OpenAI's events of a transcript that grows; an error ends it."""
-    text = ""
-    try:
-        async for piece in pieces:
-            added = f" {piece}" if text else piece
-            text += added
-            yield {"type": "transcript.text.delta", "delta": added}
-        yield {"type": "transcript.text.done", "text": text}
-    except ApiError as error:
-        yield error.body()
-
-
-def events(chunks: AsyncIterator[dict[str, Any] | str]) -> Response:
-    """Server-sent events, one per chunk."""
+def events(chunks: AsyncIterator[Any], named: bool = False) -> Response:
+    """Server-sent events, one per chunk (an object, or text). named: each also has its `type` as its name."""
 
     async def lines() -> AsyncIterator[str]:
         async for chunk in chunks:
-            yield f"data: {chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)}\n\n"
+            name = f"event: {chunk['type']}\n" if named else ""
+            yield f"{name}data: {chunk if isinstance(chunk, str) else json.dumps(chunk, ensure_ascii=False)}\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream")

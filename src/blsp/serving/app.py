@@ -15,14 +15,14 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from fastapi import FastAPI, File, Form, Request, UploadFile
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
@@ -31,26 +31,26 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from blsp.inference.listener import Listener
-from blsp.inference.pauses import cut_at_pauses
 from blsp.llm.decoding import Decoding
-from blsp.llm.instructions import instruction_for
 from blsp.serving import api, audio_input
 from blsp.serving.api import ChatRequest, TextPart
-from blsp.serving.exchange import Exchange, client_of
+from blsp.serving.exchange import CLIENT_LEFT, Exchange, client_of, gather, while_connected
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
 from blsp.serving.page import WEB, Page
-from blsp.serving.recogniser import SharedRecogniser
+from blsp.serving.recogniser import RECOGNISER, SharedRecogniser
 from blsp.serving.refusals import ApiError, no_route, refusal_of
+from blsp.serving.responses import Responses
 from blsp.serving.scheduler import Limits, Scheduler
+from blsp.serving.transcription import Transcriptions
 
 if TYPE_CHECKING:
     from blsp.settings import ServeSettings
 
 log = logging.getLogger("blsp.serving")
-RECOGNISER = "recogniser"  # a model name of /v1/audio/transcriptions: the recogniser of the comparison
 ROUTES = {  # their names in the metrics; all others are "other"
     "/v1/chat/completions": "chat",
+    "/v1/responses": "responses",
     "/v1/audio/transcriptions": "transcriptions",
     "/v1/audio/translations": "translations",
     "/v1/models": "models",
@@ -59,13 +59,12 @@ OFFERED = {path: "GET" if path == "/v1/models" else "POST" for path in ROUTES}  
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 CHARACTERS_PER_TOKEN = 16  # text with more characters than this for each token of the context is not tokenised
 MAX_CHARACTERS = 500_000  # of text in a request, however long the context is
-T = TypeVar("T")
-CLIENT_LEFT = 499  # the status in the metrics when the client closed the connection
 
 
 def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     """The application around a loaded model."""
     service = Service(listener, settings)
+    speech = Transcriptions(service)
     app = FastAPI(title="BLSP", description=__doc__, lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(
         RequestGuard,
@@ -82,8 +81,9 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
             allow_headers=["*"],  # OpenAI's JavaScript client sends headers of its own (x-stainless-…)
         )
     app.post("/v1/chat/completions", response_model=None)(service.chat)
-    app.post("/v1/audio/transcriptions", response_model=None)(service.transcriptions)
-    app.post("/v1/audio/translations", response_model=None)(service.translations)
+    app.post("/v1/responses", response_model=None)(Responses(service).respond)
+    app.post("/v1/audio/transcriptions", response_model=None)(speech.transcriptions)
+    app.post("/v1/audio/translations", response_model=None)(speech.translations)
     app.get("/v1/models")(service.models)
     app.get("/v1/models/{name:path}")(service.model)
     for path in ("/health", "/health/ready"):
@@ -132,7 +132,7 @@ class Service:
         try:
             noise = np.random.default_rng(0).normal(scale=0.01, size=16_000).astype(np.float32)
             for parts in ([noise, "Hello."], ["Hello."]):
-                exchange = self._ask(
+                exchange = self.ask(
                     [{"role": "user", "parts": parts}],
                     replace(self.listener.decoding, max_new_tokens=2),
                     seconds=math.inf,
@@ -150,61 +150,14 @@ class Service:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation of text and speech; with `stream`, piece by piece."""
         began = time.monotonic()
-        body.check_length(self.most_characters)
-        client = client_of(request)
-        self.scheduler.check_room(client)  # before any clip is decoded
-        end = began + self.settings.deadline
-        messages = await run_in_threadpool(self._decode_messages, body, end)
-        seconds = end - time.monotonic()
-        exchange = self._ask(messages, self._decoding(body), stops=body.stops, seconds=seconds, client=client)
-        await self._while_connected(request, exchange.started(), exchange)
+        exchange = await self.begin(body, request)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             return api.events(self._chunks(exchange, head, usage, began))
-        text = await self._while_connected(request, _gather(exchange), exchange)
-        self._log("chat", 200, began, exchange, text)
+        text = await while_connected(request, gather(exchange), exchange)
+        self.log_answer("chat", 200, began, exchange, text)
         return api.completion(head, text, exchange.finish, exchange.usage)
-
-    async def transcriptions(
-        self,
-        request: Request,
-        file: Annotated[UploadFile, File()],
-        model: Annotated[str | None, Form()] = None,
-        language: Annotated[str | None, Form()] = None,
-        prompt: Annotated[str | None, Form()] = None,
-        response_format: Annotated[str, Form()] = "json",
-        temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
-        stream: Annotated[bool, Form()] = False,
-    ) -> Response:
-        """Transcribe: the adapter's read-out where it has one, else the LLM's repetition. `language` and `prompt`
-        are accepted and not used. model=recogniser: the recogniser of the comparison instead."""
-        began = time.monotonic()
-        clip = await self._uploaded(request, file, response_format)
-        if model == RECOGNISER:
-            pieces = self._recognised(request, clip, language or "en")
-        else:
-            pieces = self._ask_in_pieces(request, clip, "repeat", temperature, readout=self.listener.reads_out)
-        pieces = self._counted("transcriptions", began, pieces)
-        if stream:
-            return api.events(api.transcript_events(pieces))
-        return api.transcript(" ".join([piece async for piece in pieces]), response_format)
-
-    async def translations(
-        self,
-        request: Request,
-        file: Annotated[UploadFile, File()],
-        model: Annotated[str | None, Form()] = None,
-        prompt: Annotated[str | None, Form()] = None,
-        response_format: Annotated[str, Form()] = "json",
-        temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
-    ) -> Response:
-        """Translate speech into English, by the LLM."""
-        began = time.monotonic()
-        clip = await self._uploaded(request, file, response_format)
-        pieces = self._ask_in_pieces(request, clip, "translate:en", temperature, readout=False)
-        pieces = self._counted("translations", began, pieces)
-        return api.transcript(" ".join([piece async for piece in pieces]), response_format)
 
     async def models(self) -> dict[str, Any]:
         """The model, and the recogniser for transcriptions where there is one."""
@@ -249,6 +202,18 @@ class Service:
 
     # --- from requests to the scheduler -------------------------------------------------------------------
 
+    async def begin(self, body: ChatRequest, request: Request) -> Exchange:
+        """The exchange for a conversation, once the scheduler has accepted its prompt."""
+        end = time.monotonic() + self.settings.deadline
+        body.check_length(self.most_characters)
+        client = client_of(request)
+        self.scheduler.check_room(client)  # before any clip is decoded
+        messages = await run_in_threadpool(self._decode_messages, body, end)
+        seconds = end - time.monotonic()
+        exchange = self.ask(messages, self._decoding(body), stops=body.stops, seconds=seconds, client=client)
+        await while_connected(request, exchange.started(), exchange)
+        return exchange
+
     def _decode_messages(self, body: ChatRequest, end: float) -> list[dict[str, Any]]:
         """Messages with their clips decoded, in order; all clips together at most --max-audio-seconds.
 
@@ -286,63 +251,9 @@ class Service:
             seed=body.seed if body.seed is not None else secrets.randbits(32),
         )
 
-    def _ask(self, messages: list[dict[str, Any]], decoding: Decoding, **options: Any) -> Exchange:
+    def ask(self, messages: list[dict[str, Any]], decoding: Decoding, **options: Any) -> Exchange:
         options.setdefault("seconds", self.settings.deadline)
         return Exchange(self.scheduler, messages, decoding, **options)
-
-    async def _uploaded(self, request: Request, file: UploadFile, response_format: str) -> np.ndarray:
-        api.check_form(await request.form(), response_format)
-        self.scheduler.check_room(client_of(request))
-        data = await file.read()
-        return await run_in_threadpool(audio_input.decode, data, self.settings.max_audio_seconds)
-
-    async def _ask_in_pieces(
-        self, request: Request, clip: np.ndarray, behaviour: str, temperature: float, *, readout: bool
-    ) -> AsyncIterator[str]:
-        """The recording, cut at pauses into pieces that fit into the encoder, asked one after another."""
-        decoding = replace(
-            self.listener.decoding, max_new_tokens=min(256, self.settings.max_new_tokens), temperature=temperature
-        )
-        no_speech = self.listener.model.config.no_speech_sentence
-        end = time.monotonic() + self.settings.deadline  # of the whole recording
-        for piece in cut_at_pauses(clip):
-            parts: list[Any] = [piece] if readout else [instruction_for(behaviour) + "\n", piece]
-            messages = [{"role": "user", "parts": parts}]
-            seconds = end - time.monotonic()
-            exchange = self._ask(messages, decoding, readout=readout, seconds=seconds, client=client_of(request))
-            await self._while_connected(request, exchange.started(), exchange)
-            text = (await self._while_connected(request, _gather(exchange), exchange)).strip()
-            if text and text != no_speech:
-                yield text
-
-    async def _recognised(self, request: Request, clip: np.ndarray, language: str) -> AsyncIterator[str]:
-        work = self.recogniser.transcribe(clip, language, self.settings.deadline)
-        yield await self._while_connected(request, work)
-
-    async def _counted(self, route: str, began: float, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-        texts: list[str] = []
-        async for piece in pieces:
-            texts.append(piece)
-            yield piece
-        self._log(route, 200, began, None, " ".join(texts))
-
-    async def _while_connected(
-        self, request: Request, work: Coroutine[Any, Any, T], exchange: Exchange | None = None
-    ) -> T:
-        """The result of `work`; when the client leaves first, the work and its job are cancelled."""
-        task = asyncio.ensure_future(work)
-        try:
-            while True:
-                done, _ = await asyncio.wait({task}, timeout=0.25)
-                if done:
-                    return task.result()
-                if await request.is_disconnected():
-                    raise ApiError(CLIENT_LEFT, "the client has left")
-        finally:
-            if not task.done():
-                task.cancel()
-                if exchange:
-                    exchange.cancel()
 
     async def _chunks(
         self, exchange: Exchange, head: dict[str, Any], usage: bool, began: float
@@ -366,11 +277,11 @@ class Service:
             yield error.body()
         finally:
             exchange.cancel()
-            self._log("chat", status, began, exchange, "".join(texts))
+            self.log_answer("chat", status, began, exchange, "".join(texts))
 
     # --- logs, counts and refusals -------------------------------------------------------------------------
 
-    def _log(self, route: str, status: int, began: float, exchange: Exchange | None, text: str) -> None:
+    def log_answer(self, route: str, status: int, began: float, exchange: Exchange | None, text: str) -> None:
         self.metrics.requests.labels(route, str(status)).inc()
         cost = f", {exchange.usage['prompt_tokens']} + {exchange.tokens} tokens" if exchange else ""
         content = f": {text!r}" if self.settings.log_content else ""
@@ -390,7 +301,3 @@ class Service:
         response = await self.refuse(request, ApiError(error.status_code, str(error.detail), code=code))
         response.headers.update(error.headers or {})
         return response
-
-
-async def _gather(exchange: Exchange) -> str:
-    return "".join([piece async for piece in exchange.pieces()])

@@ -10,17 +10,20 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
 
-from starlette.requests import Request
+from fastapi import Request
 from transformers import PreTrainedTokenizerBase
 
+from blsp.inference.word_times import Word
 from blsp.llm.decoding import Decoding, TextStream
 from blsp.serving.refusals import ApiError
 from blsp.serving.scheduler import Begun, Done, Failed, Job, Report, Scheduler, Token
 
 GRACE = 1.0  # seconds after the deadline in which the scheduler may report it itself
+CLIENT_LEFT = 499  # the status in the metrics when the client closed the connection
+T = TypeVar("T")
 
 
 class Exchange:
@@ -36,6 +39,7 @@ class Exchange:
         stops: Sequence[str] = (),
         readout: bool = False,
         client: str = "",
+        starts_at: float | None = None,
     ) -> None:
         """Submits; raises ApiError (429) where the queue is full."""
         loop = asyncio.get_running_loop()
@@ -44,6 +48,7 @@ class Exchange:
         self.begun = Begun(0, 0)
         self.tokens = 0
         self.finish = ""
+        self.words: tuple[Word, ...] = ()
         self._job = Job(
             messages,
             decoding,
@@ -51,6 +56,7 @@ class Exchange:
             time.monotonic() + seconds,
             readout,
             client,
+            starts_at,
         )
         scheduler.submit(self._job)
 
@@ -94,7 +100,7 @@ class Exchange:
         if isinstance(report, Done):
             fixed = report.sentence if report.sentence is not None else report.text
             text = self._text.close() if fixed is None else fixed
-            self.finish = report.finish
+            self.finish, self.words = report.finish, report.words
             return [text] if text else []
         return []
 
@@ -114,6 +120,28 @@ class Exchange:
 def client_of(request: Request) -> str:
     """Whose turn it is in the queue: the client's address."""
     return request.client.host if request.client else ""
+
+
+async def gather(exchange: Exchange) -> str:
+    """The whole text of an answer."""
+    return "".join([piece async for piece in exchange.pieces()])
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T], exchange: Exchange | None = None) -> T:
+    """The result of `work`; when the client leaves first, the work and its job are cancelled."""
+    task = asyncio.ensure_future(work)
+    try:
+        while True:
+            done, _ = await asyncio.wait({task}, timeout=0.25)
+            if done:
+                return task.result()
+            if await request.is_disconnected():
+                raise ApiError(CLIENT_LEFT, "the client has left")
+    finally:
+        if not task.done():
+            task.cancel()
+            if exchange:
+                exchange.cancel()
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, reports: asyncio.Queue[Report], report: Report) -> None:

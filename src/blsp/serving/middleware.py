@@ -22,7 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from blsp.serving.refusals import ApiError
 
 LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
-JSON_ROUTES = {"/v1/chat/completions"}  # a body without a content type is JSON, unless a web site sends it
+JSON_ROUTES = {
+    "/v1/chat/completions",
+    "/v1/responses",
+}  # without a content type they are sent JSON, unless by a web site
 DISCARDED = 8  # of a refused request, this many times the size limit is read on
 DISCARD_SECONDS = 5.0
 PROTECTIVE = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}

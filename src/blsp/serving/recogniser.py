@@ -17,6 +17,7 @@ from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.inference.listener import Listener
 from blsp.serving.refusals import ApiError
 
+RECOGNISER = "recogniser"  # the model name that asks for it
 MAX_WAITING = 8  # clips; the next one gets status 429
 
 
@@ -55,6 +56,8 @@ class SharedRecogniser:
             self._loaded = self._loaded or Recogniser(self._name)
         except Exception as error:  # libraries raise many kinds for weights that they cannot load
             raise ApiError(503, f"model: the recogniser cannot be loaded: {error}", param="model") from error
+        if not self._loaded.supports_language(language):
+            raise ApiError(400, f"language: this recogniser hears English alone, not {language!r}", param="language")
         try:
             return self._loaded.transcribe_clip(clip, language)
         except ValueError as error:  # an unknown language

@@ -105,7 +105,7 @@ NOT_OFFERED = {  # OpenAI's routes (their beginnings) → what to use
     "/v1/audio/speech": "speech is not made here: let a text-to-speech server (Kokoro-FastAPI, Piper) or the browser's "
     "speechSynthesis read the answer of /v1/chat/completions",
     "/v1/realtime": "the Realtime API is not offered: send each turn to /v1/chat/completions with stream: true",
-    "/v1/responses": "the Responses API is not offered: use /v1/chat/completions",
+    "/v1/responses": "responses are not kept: send the whole conversation to /v1/responses",
     "/v1/completions": "completions without roles are not offered: use /v1/chat/completions",
     "/v1/embeddings": "embeddings are not offered: use a server with an embedding model",
     "/v1/images": "images are not offered: text and speech are",

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,9 @@ from blsp.data.audio import SAMPLE_RATE
 from blsp.distributed import give_back_freed_memory
 from blsp.inference.conversation import ContextError, LaidOut, Memory, lay_out, remember, request_for, user_turn
 from blsp.inference.listener import Listener
-from blsp.inference.transcript import BEAM
+from blsp.inference.pauses import Piece
+from blsp.inference.transcript import BEAM, times_of_words
+from blsp.inference.word_times import Word
 from blsp.llm.decoding import Decoder, Decoding, Event, Request
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import PromptError
@@ -63,11 +65,13 @@ class Token:
 
 @dataclass(frozen=True)
 class Done:
-    """finish: "stop" or "length". sentence: the no-speech sentence, where no speech was found. text: a read-out."""
+    """finish: "stop" or "length". sentence: the no-speech sentence, where no speech was found. text: a read-out.
+    words: of the read-out, with their times, where they were asked for."""
 
     finish: str = "stop"
     sentence: str | None = None
     text: str | None = None
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ Report = Begun | Token | Done | Failed
 class Job:
     """One answer to generate. messages: `{"role", "parts"}`, parts are texts and clips (N,) in order; the last
     message is the question. With `readout`, its clips are transcribed as `Listener.transcribe` does.
-    client: whose turn it is, an API key's name or an address."""
+    client: whose turn it is, an API key's name or an address. starts_at: where the clip of a read-out begins in its
+    recording, in seconds; None: the times of its words are not wanted."""
 
     messages: Sequence[dict[str, Any]]
     decoding: Decoding
@@ -90,6 +95,7 @@ class Job:
     deadline: float  # of time.monotonic()
     readout: bool = False
     client: str = ""
+    starts_at: float | None = None
     key: int = field(default_factory=count().__next__)
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -255,7 +261,7 @@ class Scheduler:
         """Jobs with their messages, the clips encoded in one batch; if that fails, job by job."""
         clips = [clip for job in jobs for clip in _clips(job)]
         try:
-            embeds = iter(self.listener.embed_audio(clips, beam=beam) if clips else ())
+            embeds = iter(self.listener.embed_audio(clips, beam=beam, keep_states=beam > 0) if clips else ())
         except Exception as error:
             if len(jobs) == 1:
                 self._give_up(error, jobs)
@@ -277,7 +283,11 @@ class Scheduler:
         """End the job with the read-out; there is nothing to decode."""
         clips = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
         job.report(Begun(0, sum(len(clip.vectors) for clip in clips)))
-        self._end(job, Done(text=" ".join(filter(None, self.listener.rescore(clips)))))
+        texts = self.listener.rescore(clips)
+        words: list[list[Word]] = []
+        if job.starts_at is not None:
+            words = times_of_words(self.listener, [Piece(job.starts_at, clip) for clip in _clips(job)], clips, texts)
+        self._end(job, Done(text=" ".join(filter(None, texts)), words=tuple(chain.from_iterable(words))))
         return None
 
     def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
