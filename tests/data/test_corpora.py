@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import shard_copies  # noqa: F401 (adds to COPIES)
 from support.corpus_copies import COPIES, common_voice, fleurs, folder, gigaspeech, librispeech, must_c, tone
 from test_manifest import damage
 
 from blsp import cli
 from blsp.data import prepare as preparation
+from blsp.data.addresses import read_address
 from blsp.data.audio import is_silent, load_audio, write_wav
 from blsp.data.corpora import no_speech
 from blsp.data.corpora.reading import Corpus, CorpusError, Lookup, ReadRequest, iso, make_row
@@ -90,6 +92,14 @@ def test_a_published_layout(name: str, tmp_path: Path, capsys: pytest.CaptureFix
         ("kaldi", {"no segment": 1, "no length": 1, "no audio file": 2, "no transcript": 1}),
         ("lhotse cuts", {"no single recording": 1, "unfit recording": 1}),
         ("lhotse recordings", {"no recording": 1, "unfit recording": 1}),
+        ("csv", {"broken row": 1}),
+        ("csv semicolons", {"no time": 1}),
+        ("tsv", {"broken row": 1}),
+        ("jsonl", {"no audio": 1, "broken row": 1}),
+        ("nemo", {"no transcript": 1}),
+        ("nemo tarred", {"no audio": 1}),
+        ("webdataset", {"no audio": 1}),
+        ("shar", {"no audio": 1}),
     ],
 )
 def test_what_is_left_out_is_counted(name: str, reasons: dict[str, int], tmp_path: Path) -> None:
@@ -547,7 +557,7 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
     made = datasets.Dataset.from_dict(columns).cast_column("audio", datasets.Audio())
     made.save_to_disk(tmp_path / "saved")
     out = tmp_path / "m.jsonl"
-    flags = {"reference_field": "translation"}
+    flags = {"reference_column": "translation"}
     prepare(PrepareSettings("hf", out, root=str(tmp_path / "saved"), check_audio=True, **flags))  # type: ignore[arg-type]
     first, last = Manifest(out)
     assert (first.id, first.text, first.reference, first.language) == ("train-00000000", "one", "eins", "en")
@@ -556,7 +566,7 @@ def test_hugging_face_datasets(tmp_path: Path) -> None:
     assert len(load_audio(last.audio)) == 16_000
     assert skipped(out) == {"train-00000001": "no transcript"}
     with pytest.raises(CorpusError, match="no column 'words'; it has id, audio, sentence"):
-        prepare(PrepareSettings("hf", tmp_path / "n.jsonl", root=str(tmp_path / "saved"), text_field="words"))
+        prepare(PrepareSettings("hf", tmp_path / "n.jsonl", root=str(tmp_path / "saved"), text_column="words"))
 
 
 def test_a_hugging_face_folder_of_files(tmp_path: Path) -> None:
@@ -571,20 +581,24 @@ def test_a_hugging_face_folder_of_files(tmp_path: Path) -> None:
 
 
 def test_a_hugging_face_dataset_that_holds_the_files(tmp_path: Path) -> None:
-    """Bytes are written as they are, beside the manifest; a second run finds them there."""
+    """Nothing is written but the manifest: its rows name the places of the bytes."""
     datasets = pytest.importorskip("datasets")
     files = []
     for name in ("a.flac", "b.wav"):
         tone(tmp_path / name)
         files.append({"bytes": (tmp_path / name).read_bytes(), "path": name})
-    made = datasets.Dataset.from_dict({"audio": files, "text": ["one", "two"]})
+    made = datasets.Dataset.from_dict({"audio": [*files, None], "text": ["one", "two", "three"]})
     (tmp_path / "data").mkdir()
     made.cast_column("audio", datasets.Audio()).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
     prepare(PrepareSettings("hf", tmp_path / "m.jsonl", root=str(tmp_path / "data"), split="test"))
     first, second = Manifest(tmp_path / "m.jsonl")
-    assert Path(first.audio).read_bytes() == files[0]["bytes"]
-    assert Path(first.audio).parts[-3::2] == ("m_audio", "test-00000000.flac")
-    assert Path(second.audio).read_bytes() == files[1]["bytes"] and second.text == "two"
+    assert read_address(first.audio) == files[0]["bytes"]
+    assert first.audio.endswith("test-00000-of-00001.parquet#row=0&column=audio")
+    assert read_address(second.audio) == files[1]["bytes"] and second.text == "two"
+    assert skipped(tmp_path / "m.jsonl") == {
+        "test-00000002": "no audio file: the row holds neither bytes nor a local path"
+    }
+    assert not list(tmp_path.glob("m_audio"))
 
 
 def test_clips_of_another_dataset_are_not_taken_for_this_one_s(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.corpus_copies import RATE, encoded_tone
 
 from blsp import cli
+from blsp.data.audio import load_audio
 from blsp.data.files import read_rows
+from blsp.data.manifest import Manifest
 
 CLIP = Path(__file__).parents[1] / "clips" / "hello.wav"
 
@@ -78,3 +81,16 @@ def test_a_kaldi_segment_to_the_end_of_the_recording(tmp_path: Path) -> None:
         (tmp_path / name).write_text(line + "\n")
     ((row,), left_out) = prepared(tmp_path, tmp_path / "out.jsonl", "kaldi")
     assert row["start"] == 0.5 and "duration" not in row and not left_out
+
+
+def test_a_wav_in_a_kaldi_ark_and_a_pipe_that_is_not_run(tmp_path: Path) -> None:
+    wavs = [encoded_tone(seconds, RATE, "WAV", None) for seconds in (1.0, 0.5)]
+    (tmp_path / "raw.ark").write_bytes(b"u1 " + wavs[0] + b"u2 " + wavs[1])
+    places = [3, 3 + len(wavs[0]) + 3]
+    scp = [f"u1 {tmp_path}/raw.ark:{places[0]}", f"u2 raw.ark:{places[1]}", "u3 sox a.wav -t wav - |", "u4 raw.ark:1"]
+    (tmp_path / "wav.scp").write_text("\n".join(scp) + "\n")
+    (tmp_path / "text").write_text("".join(f"u{n} word\n" for n in range(1, 5)))
+    rows, reasons = prepared(tmp_path, tmp_path / "m.jsonl", "kaldi")
+    assert [len(load_audio(row.audio)) for row in Manifest(tmp_path / "m.jsonl")] == [16_000, 8_000] and len(rows) == 2
+    assert "'sox a.wav -t wav - |' is a command" in reasons["u3"]
+    assert "no wav of a known length begins at byte 1" in reasons["u4"]

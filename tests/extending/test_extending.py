@@ -49,7 +49,7 @@ def test_a_corpus_in_one_file(run_page: RunPage, tmp_path: Path) -> None:
         write_wav(clips / f"{number}.wav", speech_like(0.5, number))
     index = "".join(f"{number}.wav\tclip number {number}\n" for number in range(3))
     (tmp_path / "recordings" / "index.tsv").write_text(index)
-    run_page("tsv_corpus.py")
+    run_page("lines_corpus.py")
     rows = list(Manifest(str(tmp_path / "recordings.jsonl")))
     assert [(row.id, row.text, row.language) for row in rows] == [
         (f"{number}.wav", f"clip number {number}", "en") for number in range(3)

@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, is_silent, load_audio
-from blsp.data.corpora import folders, hub, no_speech, recognition, translation, understanding
+from blsp.data.corpora import folders, hub, no_speech, recognition, shards, tables, translation, understanding
 from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, Rows
 from blsp.data.files import digest_of, read_rows
 from blsp.data.jobs import Job, in_order
@@ -46,6 +46,12 @@ READERS: dict[str, Callable[[ReadRequest], Rows]] = {
     "folder": folders.audio_and_text,
     "kaldi": folders.kaldi,
     "lhotse": folders.lhotse,
+    "csv": tables.csv_table,
+    "tsv": tables.tsv_table,
+    "jsonl": tables.jsonl_table,
+    "nemo": tables.nemo,
+    "webdataset": shards.webdataset,
+    "shar": shards.shar,
     "hf": hub.hugging_face,
     "no-speech": no_speech.no_speech,
 }
@@ -76,7 +82,8 @@ def prepare(settings: PrepareSettings) -> None:
 
 def _facts(settings: PrepareSettings) -> dict[str, Any]:
     """What decides about the manifest's content."""
-    named = ["corpus", "split", "language", "target_language", "text_field", "reference_field", "subset"]
+    named = ["corpus", "split", "language", "target_language", "subset"]
+    named += ["audio_column", "text_column", "reference_column"]
     facts = {name: getattr(settings, name) for name in [*named, "check_audio", "limit", "seed"]}
     local = bool(settings.root) and Path(settings.root).exists()
     return facts | {"root": os.path.abspath(settings.root) if local else settings.root}

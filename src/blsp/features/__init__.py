@@ -2,5 +2,6 @@
 
 encode.py  `blsp encode`: audio files to encoder states, in one process or many
 cache.py   the folder of stored states, found by audio content and encoder
+content_hashes.py  hashes of the audio of rows, remembered; the index on disk
 align.py   `blsp align`: when each token of a transcript is spoken; the adapter's place of each token
 """

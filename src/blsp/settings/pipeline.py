@@ -45,20 +45,19 @@ Loss = Annotated[str, Choices("blsp.training.step", "LOSSES")]
 class PrepareSettings:
     r"""Turn a corpus on disk into a manifest: one JSON line per utterance, with its audio and its text.
 
-    Nothing is downloaded, copied or encoded again: long recordings stay whole, and rows name `start` and
-    `duration`. Empty transcripts and tags for noises are left out and counted in OUT.skipped.jsonl. A second
-    run continues where the first one stopped. `no-speech` makes clips of silence, noise and babble instead.
+    Nothing is downloaded, copied or encoded again: recordings stay whole, or in their tar and Parquet files. What
+    cannot be used is counted in OUT.skipped.jsonl. A second run continues. `no-speech` makes clips instead.
 
         $ blsp prepare librispeech --root /data/LibriSpeech --split train-clean-100 --out librispeech.jsonl
         $ blsp prepare folder --root my_recordings/ --out mine.jsonl      # a.wav beside a.txt
-        $ blsp prepare covost2 --root /data/cv4/en --language en --target-language de --split dev \
-              --out dev.jsonl
+        $ blsp prepare csv --root clips.csv --audio-column path --text-column sentence --out clips.jsonl
+        $ blsp prepare covost2 --root cv4/en --language en --target-language de --split dev --out dev.jsonl
         $ blsp prepare no-speech --root librispeech.jsonl --limit 500 --out no_speech.jsonl
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "out root split limit check_audio seed",
-        "corpus": "language target_language text_field reference_field subset",
+        "corpus": "language target_language audio_column text_column reference_column subset",
     }
 
     corpus: Positional[Corpus]
@@ -66,17 +65,19 @@ class PrepareSettings:
     out: Path
     """the manifest to write"""
     root: str = ""
-    """the folder of the corpus (hf: a folder or id of a dataset; no-speech: or a manifest to mix babble from)"""
+    """its folder or table (shards: or `x-{00..99}.tar`; hf: or a dataset's id; no-speech: a manifest for babble)"""
     split: str = "train"
     """the part to read, named as the corpus names it; several: `train-clean-100,train-clean-360`"""
     language: str | None = None
     """the language spoken, ISO 639-1, where the corpus has several"""
     target_language: str | None = None
     """for speech translation: the language of the reference, ISO 639-1"""
-    text_field: str | None = None
-    """hf: the column with the transcript (without: text, sentence, transcription or transcript)"""
-    reference_field: str | None = None
-    """hf: the column with the translation, label or answer"""
+    audio_column: str | None = None
+    """tables, hf: the column with the audio (without: audio, audio_filepath, path, file_name, ...)"""
+    text_column: str | None = None
+    """tables, shards, hf: the column with the transcript (without: text, sentence, transcription, ...)"""
+    reference_column: str | None = None
+    """tables, hf: the column with the translation, label or answer"""
     subset: str | None = None
     """hf: the configuration of the dataset"""
     check_audio: bool = False

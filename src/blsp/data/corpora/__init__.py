@@ -5,6 +5,9 @@
     translation.py    Common Voice, CoVoST 2, MuST-C, FLEURS
     understanding.py  Fluent Speech Commands, SLURP, SNIPS
     folders.py        a folder of audio and text files, a Kaldi data directory, Lhotse manifests
+    columns.py        which columns of a table are audio and text; the utterance in a row
+    tables.py         CSV, TSV, JSON Lines, NeMo's manifests
+    shards.py         WebDataset, Lhotse Shar
     hub.py            any Hugging Face dataset
     no_speech.py      clips of silence, noise and babble, made here
 

@@ -12,7 +12,6 @@ and optionally segments, utt2spk, utt2lang). Lhotse's format is plain JSON (lhot
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -22,6 +21,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
+from blsp.data.addresses import is_url
 from blsp.data.containers import AUDIO_SUFFIXES
 from blsp.data.corpora.reading import (
     Corpus,
@@ -133,11 +135,9 @@ def _kaldi_row(id: str, text: str, tables: dict[str, Lookup], folder: Path, line
             return Dropped(id, "", "no segment: the utterance is not in segments")
         recording = segment[0]
         times = _kaldi_times(segment[1], segment[2], folder / "segments", line)
-    entry = tables["wav.scp"].get(recording)
-    audio = _audio_of(entry or "", folder)
-    if audio is None:
-        reason = f"{entry!r} is a command or archive" if entry else "not in wav.scp"
-        return Dropped(id, recording, f"no audio file: {reason}")
+    audio = _audio_of(tables["wav.scp"].get(recording) or "", folder)
+    if isinstance(audio, Dropped):
+        return Dropped(id, recording, audio.reason)
     speaker = tables["utt2spk"].get(id) if "utt2spk" in tables else None
     language = iso(tables["utt2lang"].get(id)) if "utt2lang" in tables else language
     return make_row(id, audio, text, language=language, speaker=speaker, **times)
@@ -150,16 +150,34 @@ def _kaldi_times(begin: str, end: str, path: Path, line: int) -> dict[str, float
     return KALDI.times(begin, end, path, line)
 
 
-def _audio_of(entry: str, folder: Path) -> Path | None:
-    """The file that an entry of wav.scp names: a path, or a command that only decodes a file."""
+def _audio_of(entry: str, folder: Path) -> Path | str | Dropped:
+    """The file that an entry of wav.scp names: a path, a command that only decodes a file, or a place in an ark."""
     entry = entry.strip()
     if decoded := DECODING.fullmatch(entry):
         entry = decoded[1]
-    if not entry or entry.endswith("|") or re.search(r"\.ark:\d+$", entry):
-        return None
-    if (folder / entry).exists():
-        return folder / entry  # an absolute path stays what it is
-    return Path(entry).absolute()  # Kaldi's own way: from where it is run
+    if not entry:
+        return Dropped("", "", "no audio file: not in wav.scp")
+    if entry.endswith("|"):
+        return Dropped("", "", f"no audio file: {entry!r} is a command; run it, and name the file that it writes")
+    path, place = (entry[: ark.start()], int(ark[1])) if (ark := re.search(r":(\d+)$", entry)) else (entry, None)
+    if is_url(path):
+        return path if place is None else Dropped("", "", f"no audio file: {entry!r} is an ark behind a URL; copy it")
+    # an absolute path stays what it is; Kaldi's own way is from where it is run
+    file = folder / path if (folder / path).exists() else Path(path).absolute()
+    return file if place is None else _wav_in_ark(file, place)
+
+
+def _wav_in_ark(path: Path, place: int) -> str | Dropped:
+    """The address of a wav that begins at a byte of an archive; its header tells its length."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(place)
+            head = file.read(8)
+    except OSError as error:
+        return Dropped("", "", f"no audio file: {path}: {error.strerror}")
+    if head[:4] != b"RIFF" or not 0 < (size := int.from_bytes(head[4:8], "little")) < 0x7FFF0000:
+        return Dropped("", "", f"no audio file: no wav of a known length begins at byte {place} of {path}")
+    return f"{path}#bytes={place}+{size + 8}"
 
 
 def _mapping(path: Path) -> Iterator[tuple[str, str]]:
@@ -209,11 +227,10 @@ def _find(root: Path, kind: str, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of a .jsonl or .jsonl.gz file."""
-    opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # noqa: SIM115
+def objects_of(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of a .jsonl or .jsonl.gz file, which may be behind a URL."""
     try:
-        with opened as lines:
+        with fsspec.open(str(path), "rb", compression="infer") as lines:
             for line, raw in enumerate(lines, start=1):
                 if raw.strip():
                     yield f"{path}:{line}", parse_row(raw, f"{path}:{line}")
@@ -223,7 +240,7 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _from_cuts(path: Path) -> Rows:
     """A cut's supervisions; their times count from the cut's start."""
-    for where, cut in _objects(path):
+    for where, cut in objects_of(path):
         recording = cut.get("recording")
         if not isinstance(recording, dict):
             kind = cut.get("type", "no recording")
@@ -235,9 +252,9 @@ def _from_cuts(path: Path) -> Rows:
 
 
 def _from_supervisions(recordings: Path, supervisions: Path) -> Rows:
-    listed = ((str(recording.get("id")), json.dumps(recording)) for _, recording in _objects(recordings))
+    listed = ((str(recording.get("id")), json.dumps(recording)) for _, recording in objects_of(recordings))
     with Lookup(listed) as known:
-        for where, supervision in _objects(supervisions):
+        for where, supervision in objects_of(supervisions):
             recording = known.get(str(supervision.get("recording_id")))
             if recording is None:
                 reason = f"no recording: {supervision.get('recording_id')} is not in {recordings.name}"

@@ -6,119 +6,155 @@ Out: utterances, one at a time.
 Try: `next(hugging_face(ReadRequest(root="google/fleurs", subset="en_us", split="test", ...)))`
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
-Audio is not decoded here. Where the dataset holds a file's bytes, they are written, unchanged, into a folder
-beside the manifest; where it names a local file, the row names that file.
+Audio is neither decoded nor copied. Where the dataset holds a file's bytes, the row names its place in the Parquet or
+Arrow file (data/addresses.py); where it names a file, the row names that file. The audio column itself is not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, Rows, iso, make_row
-from blsp.data.files import write_atomically
-from blsp.data.manifest import FIELD_SET
+from blsp.data.addresses import is_url, open_url
+from blsp.data.corpora.columns import TEXT_COLUMNS, Values, find_column, table_row
+from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Rows
+from blsp.data.corpora.shards import read_webdataset
 
-TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "raw_transcription", "normalized_text")
-SPEAKER_COLUMNS = ("speaker_id", "speaker", "client_id")
-LANGUAGE_COLUMNS = ("language", "locale", "lang_id")
-KINDS_OF_AUDIO = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"FORM": ".aiff"}
+AT_A_TIME = 1024  # rows of a table that are read together, without their audio
 
 
 def hugging_face(request: ReadRequest) -> Rows:
     """Row N of the split becomes the id SPLIT-N; columns of plain values are kept as further fields."""
-    for split in request.splits:
-        rows, audio_column, columns = _open(request, split)
-        text_column = _text_column(request, columns)
-        if request.reference_field and request.reference_field not in columns:
-            raise CorpusError(f"{request.root}: no column {request.reference_field!r}; it has {', '.join(columns)}")
-        for number, row in enumerate(rows):
-            yield _row(f"{split}-{number:08d}", row, audio_column, text_column, request)
-
-
-def _open(request: ReadRequest, split: str) -> tuple[Iterator[dict[str, Any]], str, list[str]]:
-    """The rows of a split, undecoded, the name of the audio column, and all columns."""
     try:
         import datasets
     except ImportError as error:
         raise ImportError('prepare hf needs the datasets library: pip install "blsp[data]"') from error
-    try:
-        dataset = _load(datasets, request, split)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CorpusError(f"{request.root}, split {split!r}: cannot be opened ({first})") from error
-    features = dataset.features or dataset._resolve_features().features
-    audio = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
-    if len(audio) != 1:
-        raise CorpusError(f"{request.root}: {len(audio)} columns of audio among {', '.join(features)}; one is needed")
-    # a folder of files yields paths, which the library would not pass on without its own decoder
-    as_it_is = datasets.Value("string") if dataset.info.builder_name == "audiofolder" else datasets.Audio(decode=False)
-    return iter(dataset.cast_column(audio[0], as_it_is)), audio[0], list(features)
+    for split in request.splits:
+        try:
+            kind, files, dataset = _load(datasets, request, split)
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CorpusError(f"{request.root}, split {split!r}: cannot be opened ({first})") from error
+        if kind == "webdataset":
+            for file in files:
+                yield from read_webdataset(file, request)
+            continue
+        rows, features = _stored(datasets, files) if kind in ("parquet", "arrow") else _streamed(datasets, dataset)
+        columns = _columns(datasets, features, request)
+        for number, row in enumerate(rows(columns[0])):
+            yield _row(f"{split}-{number:08d}", row, columns, request)
 
 
-def _load(datasets: Any, request: ReadRequest, split: str) -> Any:
+def _load(datasets: Any, request: ReadRequest, split: str) -> tuple[str, list[str], Any]:
+    """The kind of a split's files, their paths or URLs, and the dataset itself for kinds that we do not read."""
     folder = Path(request.root)
-    if (folder / "dataset_dict.json").exists():
-        return datasets.load_from_disk(request.root)[split]
-    if (folder / "state.json").exists():
-        return datasets.load_from_disk(request.root)
-    return datasets.load_dataset(request.root, request.subset, split=split, streaming=True)
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        saved = datasets.load_from_disk(request.root)
+        saved = saved[split] if isinstance(saved, dict) else saved
+        return "arrow", [str(file["filename"]) for file in saved.cache_files], None
+    builder = datasets.load_dataset_builder(request.root, request.subset)
+    kind = builder.info.builder_name
+    if kind in ("parquet", "arrow", "webdataset"):
+        files = builder.config.data_files
+        if split not in files:
+            raise ValueError(f"it has {', '.join(map(str, files))}")
+        return kind, [str(file) for file in files[split]], None
+    return kind, [], datasets.load_dataset(request.root, request.subset, split=split, streaming=True)
 
 
-def _text_column(request: ReadRequest, columns: list[str]) -> str:
-    if request.text_field is not None:
-        if request.text_field not in columns:
-            raise CorpusError(f"{request.root}: no column {request.text_field!r}; it has {', '.join(columns)}")
-        return request.text_field
-    for name in TEXT_COLUMNS:
-        if name in columns:
-            return name
-    raise CorpusError(f"{request.root}: which column is the transcript? Say --text-field, one of {', '.join(columns)}")
+def _columns(datasets: Any, features: dict[str, Any], request: ReadRequest) -> tuple[str, str]:
+    """The columns of audio and of text."""
+    audio = [name for name, feature in features.items() if isinstance(feature, datasets.Audio)]
+    if request.audio_column is None and len(audio) > 1:
+        raise CorpusError(f"{request.root}: {len(audio)} columns of audio: {', '.join(audio)}; say --audio-column")
+    names = list(features)
+    if request.reference_column and request.reference_column not in names:
+        raise CorpusError(f"{request.root}: no column {request.reference_column!r}; it has {', '.join(names)}")
+    found = find_column(request.audio_column, [*audio, "audio"], names, "--audio-column", request.root)
+    return found, find_column(request.text_column, TEXT_COLUMNS, names, "--text-column", request.root)
 
 
-def _row(id: str, row: dict[str, Any], audio_column: str, text_column: str, request: ReadRequest) -> Row:
-    given = row[audio_column] or {}
-    audio = _audio_file(id, {"path": given} if isinstance(given, str) else given, request.made_audio)
-    if audio is None:
+def _row(id: str, row: Values, columns: tuple[str, str], request: ReadRequest) -> Any:
+    """The utterance of a row; its `duration` may be in milliseconds, so it is kept as `source_duration`."""
+    if row[columns[0]] is None:
         return Dropped(id, "", "no audio file: the row holds neither bytes nor a local path")
-    taken = {audio_column, text_column, request.reference_field, "language", "speaker"}
-    extra = {
-        f"source_{name}" if name in FIELD_SET else name: value  # its `duration` may be in milliseconds
-        for name, value in row.items()
-        if name not in taken and _is_plain(value)
-    }
-    reference = row.get(request.reference_field) if request.reference_field else None
-    language = request.language or _first(row, LANGUAGE_COLUMNS)
-    return make_row(
-        id,
-        audio,
-        str(row[text_column] or ""),
-        language=iso(language),
-        speaker=_first(row, SPEAKER_COLUMNS),
-        reference=None if reference is None else str(reference),
-        extra=extra,
-    )
-
-
-def _first(row: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    values = [row[name] for name in names if isinstance(row.get(name), str | int)]
-    return str(values[0]) if values else None
+    kept = {name: value for name, value in row.items() if name in columns or _is_plain(value)}
+    for name in ("id", "start", "duration", "instruction", "reference"):
+        if name in kept and name not in columns and name != request.reference_column:
+            kept[f"source_{name}"] = kept.pop(name)
+    request = replace(request, reference_column=request.reference_column or "")
+    return table_row(id, kept, columns, request)
 
 
 def _is_plain(value: object) -> bool:
     return isinstance(value, str | int | bool) or (isinstance(value, float) and value == value)
 
 
-def _audio_file(id: str, audio: dict[str, Any], folder: Path) -> Path | None:
-    """The file that the row names, or its bytes written to one (once: a second run finds it)."""
-    data, path = audio.get("bytes"), audio.get("path")
-    if data is None:
-        return Path(path).absolute() if path and Path(path).exists() else None
-    suffix = Path(path or "").suffix or KINDS_OF_AUDIO.get(bytes(data[:4]), ".mp3")
-    target = folder / f"{id}{suffix}"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with write_atomically(target) as partial:
-            partial.write_bytes(data)
-    return target
+# --- files that hold the audio ----------------------------------------------------------------------------
+
+
+def _stored(datasets: Any, files: list[str]) -> tuple[Any, dict[str, Any]]:
+    """Rows of Parquet or Arrow files, in which the audio column is an address; and the features of their columns."""
+    from pyarrow import ipc, parquet
+
+    def opened(file: str) -> Any:
+        return open_url(file) if is_url(file) else open(file, "rb")
+
+    def rows(audio: str) -> Iterator[Values]:
+        for file in files:
+            with opened(file) as source:
+                if file.endswith(".arrow"):
+                    batches = iter(ipc.open_stream(source))
+                    groups: Iterator[tuple[Any, bool | None]] = ((batch, None) for batch in batches)
+                else:
+                    groups = _parquet_batches(parquet.ParquetFile(source), audio)
+                first = 0
+                for batch, has_bytes in groups:
+                    yield from _addressed(batch, has_bytes, audio, file, first)
+                    first += batch.num_rows
+
+    with opened(files[0]) as source:
+        schema = ipc.open_stream(source).schema if files[0].endswith(".arrow") else parquet.read_schema(source)
+    return rows, datasets.Features.from_arrow_schema(schema)
+
+
+def _parquet_batches(file: Any, audio: str) -> Iterator[tuple[Any, bool | None]]:
+    """Batches of rows, without the bytes of their audio where a row group has them in each row (True then)."""
+    schema = file.schema_arrow
+    plain = [name for name in schema.names if name != audio]
+    parts = [field.name for field in schema.field(audio).type] if hasattr(schema.field(audio).type, "fields") else []
+    for group in range(file.metadata.num_row_groups):
+        chunks = [file.metadata.row_group(group).column(i) for i in range(file.metadata.num_columns)]
+        chunk = next((c for c in chunks if c.path_in_schema in (audio, f"{audio}.bytes")), None)
+        stored = chunk is not None and chunk.statistics is not None and chunk.statistics.null_count == 0
+        columns = plain + ([] if stored else [f"{audio}.{part}" for part in parts] or [audio])
+        for batch in file.iter_batches(AT_A_TIME, row_groups=[group], columns=columns):
+            yield batch, stored or None
+
+
+def _addressed(batch: Any, stored: bool | None, audio: str, file: str, first: int) -> Iterator[Values]:
+    """The rows of a batch; the audio column is an address, or a path, or None."""
+    plain = batch.drop_columns([audio]) if audio in batch.schema.names else batch
+    for number, row in enumerate(plain.to_pylist()):
+        address: str | None = f"{file}#row={first + number}&column={audio}"
+        if not stored:
+            value = batch.column(audio)[number]
+            held = value["bytes"] if value.is_valid and hasattr(value, "keys") else value
+            if not held.is_valid:
+                address = value["path"].as_py() if value.is_valid and hasattr(value, "keys") else None
+            elif isinstance(text := held.as_py(), str):
+                address = text
+        yield row | {audio: address}
+
+
+def _streamed(datasets: Any, dataset: Any) -> tuple[Any, dict[str, Any]]:
+    """Rows of a dataset whose audio are files of their own (audiofolder, tables of paths)."""
+    features = dataset.features or dataset._resolve_features().features
+
+    def rows(audio: str) -> Iterator[Values]:
+        # the library would not pass on paths without its own decoder
+        yield from dataset.cast_column(audio, datasets.Value("string"))
+
+    return rows, features

@@ -39,8 +39,9 @@ class ReadRequest:
     target_language: str | None
     made_audio: Path
     """Where a reader may write audio that exists as no file of its own."""
-    text_field: str | None = None
-    reference_field: str | None = None
+    audio_column: str | None = None
+    text_column: str | None = None
+    reference_column: str | None = None
     subset: str | None = None
     limit: int | None = None
     seed: int = 0

@@ -1,0 +1,77 @@
+"""Columns of tables: which of them is the audio, which the text; and the utterance in a row.
+
+In:  a row's values by column.
+Out: an utterance, or the reason why the row is left out.
+Try: `table_row("clips-00000002", {"path": "a.wav", "text": "hello"}, ("path", "text"), request, folder)`
+Flow: data/corpora/ — the readers of tables, shards and Hugging Face datasets share this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from blsp.data.addresses import is_url
+from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, iso, make_row
+from blsp.data.manifest import FIELD_SET
+
+AUDIO_COLUMNS = ("audio", "audio_filepath", "audio_path", "path", "file", "file_name", "filename", "wav", "clip")
+TEXT_COLUMNS = (
+    *("text", "sentence", "transcription", "transcript", "raw_transcription", "normalized_text"),
+    *("answer_text", "label"),
+)
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
+LANGUAGE_COLUMNS = ("language", "locale", "lang", "lang_id")
+
+Values = dict[str, Any]
+
+
+def find_column(asked: str | None, known: Sequence[str], columns: Sequence[str], flag: str, source: Path | str) -> str:
+    """The column that the flag names, or the first one with a known name."""
+    name = asked if asked is not None else next((name for name in known if name in columns), None)
+    if name in columns:
+        return str(name)
+    problem = f"no column {name!r}" if name else f"which column is it? Say {flag}"
+    raise CorpusError(f"{source}: {problem}; it has {', '.join(columns) or 'no columns'}")
+
+
+def table_row(
+    made_id: str, values: Values, columns: tuple[str, str], request: ReadRequest, folder: Path | None = None
+) -> Row:
+    """The utterance in a table's row. folder: of paths that are relative."""
+    audio_column, text_column = columns
+    id, audio = str(values.get("id") or made_id), values.get(audio_column)
+    if not isinstance(audio, str) or not audio.strip():
+        return Dropped(id, "", f"no audio: nothing stands in column {audio_column}")
+    if folder is not None and not is_url(audio) and not audio.startswith("data:"):
+        audio = os.path.join(folder, audio)
+    times: dict[str, Any] = {}
+    for name in ("start", "duration"):
+        if (given := values.get(name)) not in (None, ""):
+            try:
+                times[name] = float(given)
+            except (TypeError, ValueError):
+                return Dropped(id, audio, f"no time: {name} is {given!r}, which is no number of seconds")
+            if not 0 <= times[name] < 1e9:
+                return Dropped(id, audio, f"no time: {name} is {given!r} seconds")
+    reference_column = request.reference_column or "reference"
+    taken = {"id", audio_column, text_column, reference_column, "start", "duration", "language", "speaker"}
+    fields: dict[str, Any] = {
+        "language": iso(request.language or first_text(values, LANGUAGE_COLUMNS)),
+        "speaker": first_text(values, SPEAKER_COLUMNS),
+        "reference": first_text(values, (reference_column,)),
+    }
+    if isinstance(values.get("instruction"), str):
+        fields["instruction"] = values["instruction"]
+    extra = {name: value for name, value in values.items() if name not in taken | set(fields) and name}
+    extra = {f"source_{name}" if name in FIELD_SET else name: value for name, value in extra.items()}
+    text = values.get(text_column)
+    return make_row(id, audio, "" if text is None else str(text), extra=extra, **times, **fields)
+
+
+def first_text(values: Values, names: Sequence[str]) -> str | None:
+    """The first of these columns that holds a text or a number."""
+    found = [values[name] for name in names if isinstance(values.get(name), str | int) and values[name] != ""]
+    return str(found[0]) if found else None

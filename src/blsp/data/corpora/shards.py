@@ -1,0 +1,191 @@
+"""Readers of corpora in tar files: WebDataset, and Lhotse Shar.
+
+In:  a folder, a pattern (`shards/train-{000..099}.tar`, `s3://bucket/shards/*.tar`), or one tar file.
+Out: utterances, one at a time, in the order of the shards; their audio stays where it is.
+Try: `blsp prepare webdataset --root "shards/train-{000..099}.tar" --out train.jsonl`
+Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
+
+A row names its audio as a span of bytes of the tar file, or as a member where the tar file is compressed
+(data/addresses.py). WebDataset: members of one name up to the first dot are a sample
+(github.com/webdataset/webdataset). Shar: cuts.000000.jsonl.gz beside recording.000000.tar
+(lhotse.readthedocs.io, "Shar"). A shard that ends too early gives what it holds, and is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import fsspec
+
+from blsp.data.addresses import is_url, open_url
+from blsp.data.containers import AUDIO_SUFFIXES
+from blsp.data.corpora.columns import TEXT_COLUMNS, table_row
+from blsp.data.corpora.folders import objects_of
+from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, ReadRequest, Row, Rows, iso, make_row
+
+WEBDATASET = Corpus("WebDataset shards", "https://github.com/webdataset/webdataset (their format)")
+SHAR = Corpus("Lhotse Shar", "https://lhotse.readthedocs.io (its format)")
+TEXT_MEMBERS = ("txt", "text", "lab", "transcript")  # endings of members that hold a sample's transcript
+MOST_TEXT_BYTES = 1 << 20  # of a member that is read for its text
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar file; `content` where it is small and no audio."""
+
+    name: str
+    address: str
+    content: bytes | None = None
+
+    @property
+    def key(self) -> str:
+        """The name up to the first dot of its last part, which is that of the sample."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    @property
+    def ending(self) -> str:
+        return self.name.rpartition(".")[2].lower()
+
+
+def tar_members(path: str) -> Iterator[Member | Dropped]:
+    """The files in a tar file, in its order; at last `Dropped`, where it is damaged."""
+    name = path.rpartition("/")[2]
+    try:
+        with open_url(path) if is_url(path) else open(path, "rb") as file, tarfile.open(fileobj=file) as tar:
+            compressed = tar.fileobj is not file
+            for member in tar:
+                hidden = os.path.basename(member.name).startswith(".")  # macOS writes ._a.wav beside a.wav
+                if not member.isreg() or hidden:
+                    continue
+                span = f"bytes={member.offset_data}+{member.size}"
+                address = f"{path}#member={member.name}" if compressed else f"{path}#{span}"
+                is_text = f".{member.name.rpartition('.')[2].lower()}" not in AUDIO_SUFFIXES
+                content = tar.extractfile(member) if is_text and member.size <= MOST_TEXT_BYTES else None
+                yield Member(member.name, address, content.read() if content else None)
+    except Exception as error:  # tarfile, zlib, lzma and every file system have errors of their own
+        yield Dropped(name, path, f"damaged shard: {error or type(error).__name__}")
+
+
+def webdataset(request: ReadRequest) -> Rows:
+    """A sample's transcript is its .txt, or a column of its .json; the other values of the .json are kept."""
+    tars = find_files(request.root, request.splits, "*.tar*")
+    if not tars:
+        raise CorpusError(f"{request.root}: no .tar file there; name a folder or a pattern; see {WEBDATASET.page}")
+    for path in tars:
+        yield from read_webdataset(path, request)
+
+
+def read_webdataset(path: str, request: ReadRequest) -> Rows:
+    """The samples of one shard."""
+    for key, group in groupby(tar_members(path), key=lambda member: getattr(member, "key", None)):
+        members = list(group)
+        shard = path.rpartition("/")[2].partition(".")[0]
+        for member in members:
+            if isinstance(member, Dropped):
+                yield member
+        files = {member.ending: member for member in members if isinstance(member, Member)}
+        if files:
+            yield _sample(f"{shard}/{key}", path, files, request)
+
+
+def _sample(id: str, path: str, files: dict[str, Member], request: ReadRequest) -> Row:
+    asked = request.audio_column
+    audio = files.get(asked) if asked else next((f for e, f in files.items() if f".{e}" in AUDIO_SUFFIXES), None)
+    if audio is None:
+        return Dropped(id, path, f"no audio: the sample has only {', '.join(files)}")
+    try:
+        values = json.loads(files["json"].content or b"{}") if "json" in files else {}
+        values = values if isinstance(values, dict) else {}
+        text = next((files[ending] for ending in TEXT_MEMBERS if ending in files), None)
+        column = request.text_column or next((name for name in TEXT_COLUMNS if name in values), "text")
+        if text is not None and request.text_column is None:
+            values["text"], column = (text.content or b"").decode("utf-8-sig").strip(), "text"
+    except ValueError as error:  # of UTF-8 and of JSON
+        return Dropped(id, path, f"transcript: {error}")
+    # `start` and `duration` tell where the sample was cut from: it is whole here
+    given = {f"source_{name}" if name in ("start", "duration") else name: value for name, value in values.items()}
+    return table_row(id, given | {"id": id, "audio": audio.address}, ("audio", column), request)
+
+
+# --- Lhotse Shar ------------------------------------------------------------------------------------------
+
+
+def shar(request: ReadRequest) -> Rows:
+    """Each supervision of each cut; a recording in Shar is what the cut has cut out."""
+    cuts = find_files(request.root, request.splits, "cuts.*.jsonl*")
+    if not cuts:
+        raise CorpusError(f"{request.root}: no cuts.000000.jsonl.gz; is it a folder of {SHAR.name}? See {SHAR.page}")
+    for path in cuts:
+        number = path.rpartition("/")[2].split(".")[1]
+        tars = find_files(path.rpartition("/")[0], [], f"recording.{number}.tar*")
+        members = list(tar_members(tars[0])) if tars else []  # those of one shard
+        yield from (member for member in members if isinstance(member, Dropped))
+        audio = {_without_ending(m.name): m for m in members if isinstance(m, Member) and m.content is None}
+        for where, cut in objects_of(path):
+            try:
+                yield from _cut_rows(cut, audio, path)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                yield Dropped(where.rpartition("/")[2], path, f"broken row: not a cut of Shar ({error!r})")
+
+
+def _cut_rows(cut: dict[str, Any], audio: dict[str, Member], path: str) -> Rows:
+    recording = audio.get(str(cut["id"]))
+    for supervision in cut.get("supervisions", []):
+        id = str(supervision["id"])
+        if recording is None:
+            yield Dropped(id, path, f"no audio: {cut['id']} is not in the recording's tar file")
+            continue
+        start, duration = float(supervision["start"]), float(supervision["duration"])
+        whole = start <= 0 and abs(duration - float(cut["duration"])) < 0.001
+        times = {} if whole else {"start": round(max(0.0, start), 6), "duration": round(duration, 6)}
+        fields = {"language": iso(supervision.get("language")), "speaker": supervision.get("speaker"), **times}
+        yield make_row(id, recording.address, str(supervision.get("text") or ""), **fields)
+
+
+def _without_ending(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+def find_files(root: str, splits: list[str], pattern: str) -> list[str]:
+    """The files of a folder (or its subfolder SPLIT), or those that `root` spells, sorted; paths or URLs."""
+    if "{" in root or "*" in root or re.search(r"\.tar(\.\w+)?$", root):
+        return [path for name in expand_braces(root) for path in (_glob(name) if "*" in name else [name])]
+    folders = [f"{root.rstrip('/')}/{split}" for split in splits]
+    within = [path for folder in folders for path in _glob(f"{folder}/{pattern}")]
+    return within or _glob(f"{root.rstrip('/')}/{pattern}")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{000..002}.tar` -> a-000.tar, a-001.tar, a-002.tar; `{a,b}.tar` -> a.tar, b.tar."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    ends = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+    if ends:
+        names = [f"{number:0{len(ends[1])}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
+    else:
+        names = braces[1].split(",")
+    begin, end = pattern[: braces.start()], pattern[braces.end() :]
+    return [whole for name in names for whole in expand_braces(begin + name + end)]
+
+
+def _glob(pattern: str) -> list[str]:
+    try:
+        if not is_url(pattern):
+            pattern = os.path.abspath(pattern)
+        system, path = fsspec.url_to_fs(pattern)
+        names = sorted(str(name) for name in system.glob(path))
+    except Exception as error:  # every file system of fsspec has errors of its own
+        raise CorpusError(f"{pattern}: cannot be listed ({error})") from error
+    return [system.unstrip_protocol(name) if is_url(pattern) else name for name in names]

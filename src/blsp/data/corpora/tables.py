@@ -1,0 +1,155 @@
+"""Readers of tables of your own: CSV, TSV and JSON Lines with a column of audio, and NeMo's manifests.
+
+In:  a file, or a folder in which the file is called by the split (`train.csv`).
+Out: utterances, one at a time.
+Try: `blsp prepare csv --root clips.csv --audio-column path --text-column sentence --out clips.jsonl`
+Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
+
+Columns that are called as a field of a manifest mean that field; others are kept. Audio may be any address
+(data/addresses.py), relative to the table's folder. NeMo's layout: docs.nvidia.com/nemo-framework, "Preparing
+Custom ASR Data" and "Tarred Datasets" (`shard_id`, and audio_0.tar beside the manifest).
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from blsp.data.corpora.columns import AUDIO_COLUMNS, TEXT_COLUMNS, Values, find_column, table_row
+from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, Lookup, ReadRequest, Rows, read_table
+from blsp.data.corpora.shards import tar_members
+from blsp.data.files import ManifestError, parse_row
+
+TABLE = Corpus("a table", "your own disk: a file with a row for each recording, a column of audio and one of text")
+NEMO = Corpus("a NeMo manifest", "https://docs.nvidia.com/nemo-framework (its layout)")
+Numbered = Iterator[tuple[int, Values | Dropped]]  # line number, cells by column
+
+
+def csv_table(request: ReadRequest) -> Rows:
+    """Comma- or semicolon-separated, with quoting and a header."""
+    for path in _files(request, "csv"):
+        yield from _rows(path, _read_csv(path), request)
+
+
+def tsv_table(request: ReadRequest) -> Rows:
+    """Tab-separated, without quoting, with a header."""
+    for path in _files(request, "tsv"):
+        yield from _rows(path, read_table(path, TABLE, []), request)
+
+
+def jsonl_table(request: ReadRequest) -> Rows:
+    """One JSON object a line."""
+    for path in _files(request, "jsonl"):
+        yield from _rows(path, _read_jsonl(path), request)
+
+
+def nemo(request: ReadRequest) -> Rows:
+    """`audio_filepath`, `text`, `duration`, `offset`; with `shard_id`, `audio_filepath` is a member of that tar."""
+    for path in _files(request, "json", "jsonl"):
+        first = next((values for _, values in _read_jsonl(path) if not isinstance(values, Dropped)), {})
+        if "audio_filepath" not in first:
+            raise CorpusError(f"{path}: no row has an audio_filepath; this is not {NEMO.name} as in {NEMO.page}")
+        if "shard_id" not in first:
+            yield from _rows(path, (_nemo_times(*row) for row in _read_jsonl(path)), request)
+            continue
+        with Lookup(_nemo_members(path.parent)) as members:
+            rows = (_nemo_times(*row) for row in _read_jsonl(path))
+            yield from _rows(path, (_nemo_address(*row, members) for row in rows), request)
+
+
+def _files(request: ReadRequest, *suffixes: str) -> list[Path]:
+    """The file that --root names, or SPLIT.csv in that folder for each split."""
+    root = TABLE.need(request.folder)
+    if root.is_file():
+        return [root]
+    files = []
+    for split in request.splits:
+        candidates = [root / f"{split}.{suffix}" for suffix in suffixes]
+        files.append(next((path for path in candidates if path.exists()), None) or TABLE.need(*candidates))
+    return files
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def _read_csv(path: Path) -> Numbered:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            header = lines.readline()
+            lines.seek(0)
+            reader = csv.reader(lines, delimiter=";" if header.count(";") > header.count(",") else ",")
+            names = next(reader, [])
+            first = reader.line_num + 1
+            for cells in reader:
+                where = f"{path.name}:{first}" if first == reader.line_num else f"{path.name}:{first}-{reader.line_num}"
+                if len(cells) == len(names):
+                    yield first, dict(zip(names, cells, strict=True))
+                elif cells:
+                    yield first, Dropped(where, "", f"broken row: {len(cells)} cells under {len(names)} columns")
+                first = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: is not UTF-8 ({error.reason}); save the table as UTF-8") from error
+    except csv.Error as error:
+        raise CorpusError(f"{path}: cannot be read as CSV ({error})") from error
+
+
+def _read_jsonl(path: Path) -> Numbered:
+    with open(path, "rb") as lines:
+        for line, raw in enumerate(lines, start=1):
+            where = f"{path.name}:{line}"
+            try:
+                if raw.strip():
+                    yield line, parse_row(raw.removeprefix(b"\xef\xbb\xbf"), where)
+            except ManifestError as error:
+                yield line, Dropped(where, "", f"broken row: {str(error).removeprefix(where + ': ')}")
+
+
+def _rows(path: Path, rows: Numbered, request: ReadRequest) -> Rows:
+    """The utterances of a table; rows without an id get one from the table's name and the line."""
+    columns: tuple[str, str] | None = None
+    for line, values in rows:
+        if isinstance(values, Dropped):
+            yield values
+            continue
+        if columns is None:
+            audio = find_column(request.audio_column, AUDIO_COLUMNS, list(values), "--audio-column", path)
+            columns = audio, find_column(request.text_column, TEXT_COLUMNS, list(values), "--text-column", path)
+        made = f"{path.name.split('.')[0]}-{line:08d}"
+        yield table_row(made, values, columns, request, path.parent)
+
+
+# --- NeMo -------------------------------------------------------------------------------------------------
+
+
+def _nemo_times(line: int, values: Values | Dropped) -> tuple[int, Values | Dropped]:
+    """A row without `offset` is the whole file; NeMo's `duration` is rounded then."""
+    if isinstance(values, Dropped):
+        return line, values
+    times = {"start": values["offset"], "duration": values.get("duration")} if values.get("offset") else {}
+    return line, {name: value for name, value in values.items() if name not in ("offset", "duration")} | times
+
+
+def _nemo_members(folder: Path) -> Iterator[tuple[str, str]]:
+    """(shard and name, address) of all members of the numbered tar files."""
+    tars = {path: number[1] for path in sorted(folder.glob("*.tar")) if (number := re.search(r"(\d+)$", path.stem))}
+    if not tars:
+        raise CorpusError(f"{folder}: no audio_0.tar, audio_1.tar, ... beside the manifest, whose rows have a shard_id")
+    for path, shard in tars.items():
+        for member in tar_members(str(path)):
+            if not isinstance(member, Dropped):
+                yield f"{int(shard)}/{member.name}", member.address
+
+
+def _nemo_address(line: int, values: Values | Dropped, members: Lookup) -> tuple[int, Values | Dropped]:
+    """The row with the address of its member; several segments of one file are named FILE-sub1, FILE-sub2."""
+    if isinstance(values, Dropped):
+        return line, values
+    name, shard = str(values.pop("audio_filepath", "")), values.pop("shard_id", None)
+    whole = re.sub(r"-sub\d+(?=\.\w+$|$)", "", name)
+    address = members.get(f"{shard}/{name}") or members.get(f"{shard}/{whole}")
+    id = str(values.setdefault("id", f"{shard}/{name}"))
+    if address is None:
+        return line, Dropped(id, name, f"no audio: it is not in the tar file of shard {shard}")
+    return line, {"audio_filepath": address, **values}
