@@ -8,6 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from blsp.data.files import digest_of, file_digest, text_digest, write_atomically, write_json, write_text
 
@@ -35,6 +37,16 @@ def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
         partial.mkdir()
         raise RuntimeError
     assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["two"]
+
+
+def test_weights_are_readable_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    """safetensors writes files that only their owner may read; a shared cache of weights was of no use to others."""
+    with write_atomically(tmp_path / "folder") as partial:
+        partial.mkdir()
+        save_file({"a": torch.zeros(1)}, partial / "model.safetensors")
+        (partial / "config.json").write_text("{}")
+    modes = {file.stat().st_mode for file in (tmp_path / "folder").iterdir()}
+    assert len(modes) == 1
 
 
 def test_two_writers_at_once(tmp_path: Path) -> None:

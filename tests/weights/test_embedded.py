@@ -97,7 +97,7 @@ assert (folder / "half").read_text() == (folder / "whole").read_text()
 
 
 def test_builders_at_the_same_time_leave_one_whole_folder(tmp_path: Path) -> None:
-    abandoned = tmp_path / "embedded" / f".fake-v{embedded.FORMAT}.killed"
+    abandoned = tmp_path / "embedded" / f".fake-v{embedded.FORMAT}.building"
     abandoned.mkdir(parents=True)
     builders = [
         subprocess.Popen([sys.executable, "-c", BUILDER, str(i)], env={"BLSP_CACHE": str(tmp_path), "PATH": ""})

@@ -82,6 +82,10 @@ def take_room(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
 
 
+_UMASK = os.umask(0)  # there is no way to read it but to set it
+os.umask(_UMASK)
+
+
 # --- atomic writes ----------------------------------------------------------------------------------------
 @contextmanager
 def write_atomically(
@@ -99,8 +103,12 @@ def write_atomically(
     try:
         with naming_full_disk(target, needs):
             yield partial
+            written = [*partial.rglob("*")] if partial.is_dir() else [partial]
+            for file in written:
+                if file.suffix == ".safetensors":  # safetensors lets nobody but the writer read its files
+                    file.chmod(0o666 & ~_UMASK)
             if durable:
-                for file in partial.rglob("*") if partial.is_dir() else [partial]:
+                for file in written:
                     flush_to_disk(file)
             if target.is_dir():  # a folder cannot replace a folder with files in it
                 _remove(target)

