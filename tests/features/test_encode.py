@@ -18,6 +18,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import soundfile
 import torch
 from support.full_disk import run_with_room
 from test_distributed import run_ranks
@@ -133,6 +134,24 @@ def test_a_manifest_of_which_no_clip_can_be_read_fails(manifest: Path, tiny_whis
     with lock_job(cache / "clips"), pytest.raises(JobError, match=f"process {os.getpid()} on "):
         encode(settings(manifest, tiny_whisper, cache))
     encode(settings(manifest, tiny_whisper, cache))
+
+
+def test_silence_under_a_transcript_is_listed_and_speech_of_opposite_phase_is_heard(
+    tiny_whisper: str, tmp_path: Path
+) -> None:
+    tone = 0.3 * np.sin(np.arange(16_000) / 10)
+    soundfile.write(tmp_path / "opposite.wav", np.stack([tone, -tone], axis=1), 16_000)
+    write_wav(tmp_path / "silent.wav", np.zeros(16_000))
+    rows = [
+        Utterance(id="opposite", audio="opposite.wav", text="hello"),
+        Utterance(id="silent", audio="silent.wav", text="hello"),
+        Utterance(id="no speech", audio="silent.wav", text="", start=0.1, extra={"no_speech": True}),
+    ]
+    write_manifest(tmp_path / "clips.jsonl", rows)
+    encode(settings(tmp_path / "clips.jsonl", tiny_whisper, tmp_path / "cache"))
+    ((_, row),) = read_rows(tmp_path / "cache" / "clips.skipped.jsonl")
+    assert (row["id"], row["reason"]) == ("silent", "silence under a transcript: hello")
+    assert records(tmp_path / "cache") == 2
 
 
 def test_a_cache_that_is_removed_ends_the_job(

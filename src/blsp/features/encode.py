@@ -33,7 +33,7 @@ from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from blsp.data.addresses import AddressError, is_address
-from blsp.data.audio import AudioError, load_audio
+from blsp.data.audio import AudioError, is_silent, load_audio
 from blsp.data.files import DiskFullError
 from blsp.data.jobs import Job, JobError, SkippedLog, in_order
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
@@ -213,6 +213,8 @@ class Encoder:
             audio = load_audio(source or row.audio, start=row.start or 0.0, duration=row.duration, name=row.audio)
         except (AudioError, OSError) as error:
             return str(error)
+        if row.text.strip() and not row.no_speech and is_silent(audio):
+            return f"silence under a transcript: {row.text}"
         mel, mask = mel_features(self.extractor, [audio], full_window=self.full_window)
         return mel[0], mask[0]
 
