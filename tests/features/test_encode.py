@@ -154,6 +154,19 @@ def test_silence_under_a_transcript_is_listed_and_speech_of_opposite_phase_is_he
     assert records(tmp_path / "cache") == 2
 
 
+def test_rows_that_an_english_encoder_cannot_understand_are_named(
+    manifest: Path, tiny_whisper: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    languages = ["fr", "en", "en-GB", "de", "English", None]
+    rows = [row.to_json() | {"language": it} for row, it in zip(Manifest(manifest), languages, strict=False)]
+    write_manifest(tmp_path / "mixed.jsonl", rows, relative_to=tmp_path)
+    encode(settings(tmp_path / "mixed.jsonl", tiny_whisper, tmp_path / "cache"))
+    told = f"{tiny_whisper} knows English only, and of the first 6 rows 2 are in de, fr"
+    assert told in capsys.readouterr().err
+    encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
+    assert "English" not in capsys.readouterr().err
+
+
 def test_a_cache_that_is_removed_ends_the_job(
     manifest: Path, tiny_whisper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

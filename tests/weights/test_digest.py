@@ -162,15 +162,27 @@ def test_a_name_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "name", ["/no/such/folder", "./whisper", "../whisper", "~/whisper", "runs/x/adapter", "here/whisper"]
+    "name",
+    [
+        "/no/such/folder",
+        "./whisper",
+        "../whisper",
+        "~/whisper",
+        "runs/x/adapter",
+        "here/whisper",
+        "models/mine",
+        "runs/x",
+    ],
 )
 def test_a_path_that_is_not_there_never_asks_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for name_of_call in ("snapshot_download", "get_session"):
+        monkeypatch.setattr(f"huggingface_hub.{name_of_call}", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(WeightsNotFoundError, match="no such folder"):
         find_weights(name)
+    monkeypatch.setattr(digest, "require_on_hub", lambda name: None)
     assert find_weights("openai/whisper-small").folder == "openai/whisper-small"
     assert find_weights("gpt2").folder == "gpt2"

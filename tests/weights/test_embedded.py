@@ -13,13 +13,38 @@ import torch
 
 from blsp.weights import embedded
 from blsp.weights.ctranslate2 import encoder_tensors, read_variables
-from blsp.weights.embedded import EMBEDDED, Embedded, EmbeddedWeightsError, Wheel, resolve_weights
+from blsp.weights.digest import find_weights
+from blsp.weights.embedded import EMBEDDED, Embedded, EmbeddedWeightsError, WeightsNotFoundError, Wheel, resolve_weights
+from blsp.weights.shipped import find_model
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def test_other_names_pass_through() -> None:
     assert resolve_weights("openai/whisper-small") == "openai/whisper-small"
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    for find in (find_weights, find_model):
+        with pytest.raises(
+            WeightsNotFoundError, match=r"owner/llm: no such folder, and the hub cannot be asked .*Name or"
+        ):
+            find("owner/llm")
+    assert len(asked) == 2 and asked[0].endswith("/api/models/owner/llm")
+
+
+def test_a_model_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_session", None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/config.json")
+    assert find_weights("owner/llm").folder == find_model("owner/llm") == "owner/llm"
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

