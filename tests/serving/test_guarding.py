@@ -25,9 +25,10 @@ from serving.conftest import Running, audio_part, spoken, user, wav
 from blsp.llm.decoding import Decoder
 from blsp.serving import audio_input as sound
 from blsp.serving import scheduler as scheduler_module
+from blsp.serving.job import Failed, Job
 from blsp.serving.recogniser import SharedRecogniser
 from blsp.serving.refusals import ApiError
-from blsp.serving.scheduler import Failed, Job, Limits, Scheduler
+from blsp.serving.scheduler import Limits, Scheduler
 from blsp.serving.server import check_exposure, reserve
 from blsp.settings import ServeSettings
 
@@ -224,14 +225,20 @@ def test_the_queue_is_bounded_in_speech_too(listener) -> None:
     assert refusal.value.status == 429 and refusal.value.retry_after
 
 
-def test_long_recordings_join_one_by_one(listener) -> None:
+def test_long_recordings_are_heard_one_by_one_and_apart_from_short_ones(listener) -> None:
     scheduler = Scheduler(listener, Limits())
     for seconds in (10, 50, 200, 5):
         clip = np.zeros(16_000 * seconds, dtype=np.float32)
         scheduler.submit(
             Job([{"role": "user", "parts": [clip]}], listener.decoding, lambda report: None, deadline=math.inf)
         )
-    assert [[round(job.seconds) for job in scheduler._next()] for _ in range(3)] == [[10, 50], [200], [5]]
+    heard = []
+    for long in (False, False, True, True):
+        jobs = scheduler.hearing.next(long)
+        heard.append([round(job.seconds) for job in jobs])
+        for job in jobs:
+            job.hearing = True
+    assert heard == [[10, 5], [], [50], [200]]
 
 
 def test_a_client_that_leaves_frees_its_place(server: Running) -> None:

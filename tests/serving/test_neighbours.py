@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from serving.conftest import Running, spoken, user, wav
+from support.tiny_models import speech_like
 
 from blsp.inference import conversation
+from blsp.inference import listener as listener_module
 from blsp.inference.listener import Listener
-from blsp.llm import prompt
+from blsp.llm import decoding, prompt
 from blsp.llm.decoding import Decoding
+from blsp.model.speech_encoder import encode_speech
+from blsp.serving import scheduler as scheduler_module
 from blsp.serving.fair_queue import FairQueue
+from blsp.serving.job import Done, Failed, Job, Report
 from blsp.serving.refusals import ApiError
-from blsp.serving.scheduler import Done, Failed, Job, Limits, Report, Scheduler
+from blsp.serving.scheduler import PIECE, Limits, Scheduler
 
 MEGABYTE = "hello " * 170_000
 TINY_CLIP = wav(np.zeros(160, dtype=np.float32))  # 10 ms
@@ -75,11 +83,10 @@ def test_a_text_of_too_many_tokens_is_not_embedded(server: Running, monkeypatch:
 
 def job_of(client: str, *parts: Any, tokens: int = 3, report: Any = None, seconds: float = math.inf) -> Job:
     """A job that answers with `tokens` tokens, and its reports in a list of its own."""
-    decoding = Decoding(max_new_tokens=tokens)
     message = {"role": "user", "parts": list(parts or ("hello",))}
     reports: list[Report] = []
     deadline = time.monotonic() + seconds
-    job = Job([message], decoding, report or reports.append, deadline=deadline, client=client)
+    job = Job([message], Decoding(max_new_tokens=tokens), report or reports.append, deadline=deadline, client=client)
     job.seen = reports  # type: ignore[attr-defined]
     return job
 
@@ -139,3 +146,112 @@ def test_speech_counts_in_a_clients_share_of_the_queue(listener: Listener) -> No
     scheduler.submit(job_of("long", np.zeros(16_000 * 110, dtype=np.float32)))
     scheduler.submit(job_of("one", np.zeros(16_000 * 20, dtype=np.float32)))
     assert [job.client for job in scheduler._waiting] == ["one"]
+
+
+# --- long recordings and long prompts ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held_up(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Recordings of more than 30 s are not heard before this event is set."""
+    go_on, embed_audio = threading.Event(), listener.embed_audio
+
+    def wait_for_long_ones(audios: Sequence[Any], **options: Any) -> Any:
+        if any(len(audio) > 30 * 16_000 for audio in audios):
+            assert go_on.wait(60)
+        return embed_audio(audios, **options)
+
+    monkeypatch.setattr(listener, "embed_audio", wait_for_long_ones)
+    yield go_on
+    go_on.set()
+
+
+def patiently(condition: Callable[[], Any]) -> bool:
+    """Whether the condition comes true within a minute."""
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+def ending(job: Job) -> Report | None:
+    """The last report of a job that has ended."""
+    seen: list[Report] = job.seen  # type: ignore[attr-defined]
+    return seen[-1] if seen and isinstance(seen[-1], Done | Failed) else None
+
+
+def test_a_long_recording_holds_up_nobody_and_its_deadline_is_its_own(
+    listener: Listener, held_up: threading.Event
+) -> None:
+    scheduler = Scheduler(listener, Limits())
+    scheduler.start()
+    long = job_of("long", speech_like(31.0, 1), "hello", seconds=math.inf)
+    late = job_of("long", speech_like(31.0, 2), "hello", seconds=0.3)
+    others = [job_of("one"), job_of("two", speech_like(1.0, 3)), job_of("three", speech_like(1.0, 4))]
+    others[2].readout = True
+    for job in (long, late, *others):
+        scheduler.submit(job)
+    assert patiently(lambda: all(map(ending, (late, *others))))
+    assert all(isinstance(ending(job), Done) for job in others) and ending(long) is None
+    report = ending(late)
+    assert isinstance(report, Failed) and report.error.code == "deadline_exceeded"
+    held_up.set()
+    assert patiently(lambda: ending(long)) and isinstance(ending(long), Done)
+    scheduler.stop()
+
+
+def test_a_long_prompt_comes_in_by_pieces_between_the_steps_of_others(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    run = decoding.run_after_prefix
+
+    def noting(llm: Any, prefix: Any, embeds: Any, **options: Any) -> Any:
+        widths.append(embeds.shape[1])
+        return run(llm, prefix, embeds, **options)
+
+    def answer(piece: int) -> list[int]:
+        monkeypatch.setattr(scheduler_module, "PIECE", piece)
+        widths.clear()
+        scheduler = Scheduler(listener, Limits())
+        stream, long, short = job_of("a", tokens=64), job_of("b", "hello world " * 100, tokens=8), job_of("c")
+        scheduler.submit(stream)
+        scheduler._turn()
+        scheduler.submit(long)
+        scheduler._turn()
+        scheduler.submit(short)  # passes the long one
+        while not (ending(long) and ending(short)):
+            before = len(stream.ids)
+            scheduler._turn()
+            assert len(stream.ids) == before + 1 or ending(stream), "a token at every turn"
+            assert piece > PIECE or short.ids or not long.ids, "the short one passes the long one"
+        return long.ids
+
+    monkeypatch.setattr(decoding, "run_after_prefix", noting)
+    whole = answer(100_000)
+    assert max(widths) > 4 * PIECE
+    assert answer(PIECE) == whole
+    assert max(widths) <= PIECE and len(widths) > 5
+
+
+def test_nobody_hears_for_clients_that_have_left(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(listener, Limits())
+    job = job_of("one", speech_like(95.0, 1))
+    windows: list[int] = []
+
+    def leave_after_two(tower: Any, features: Any, mask: Any, **options: Any) -> Any:
+        windows.append(features.shape[2])
+        if len(windows) == 2:
+            job.cancel()
+        return encode_speech(tower, features, mask, **options)
+
+    monkeypatch.setattr(listener_module, "encode_speech", leave_after_two)
+    scheduler.hearing.hear([job])
+    assert job.heard is None and windows == [3000, 3000]
+
+
+def test_a_recording_heard_window_by_window_gives_the_same_vectors(listener: Listener) -> None:
+    for seconds in (0.5, 30.0, 61.3):
+        clip = speech_like(seconds, 5)
+        (whole,), (windows,) = listener.embed_audio([clip]), listener.embed_audio([clip], check=lambda: None)
+        assert torch.allclose(whole.vectors, windows.vectors, atol=1e-9)

@@ -14,7 +14,7 @@ Shapes: R rows, L sequence after the prefix, K top-k, D LLM width, V vocabulary.
 """
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -150,6 +150,17 @@ class Decoder:
         return [event for group in groups.values() for event in self._prefill(group)]
 
     @torch.no_grad()
+    @torch.no_grad()
+    def begin(self, request: Request, positions: int) -> Request:
+        """Run the first `positions` embeddings of a long request, fewer than it has; return what is left of it.
+
+        The rows that run can go on between two such pieces.
+        """
+        output = run_after_prefix(self.llm, request.prefix, request.embeds[None, :positions], keep_cache=True)
+        assert isinstance(output.past_key_values, DynamicCache)
+        prefix = Prefix((), tuple((layer.keys, layer.values) for layer in output.past_key_values.layers))
+        return replace(request, embeds=request.embeds[positions:], prefix=prefix)
+
     def step(self) -> list[Event]:
         """Feed each row its last token; return the event of each one's next."""
         assert self._slots is not None and self.rows, "step() needs rows: join() some first"

@@ -10,8 +10,10 @@
     transcription.py  transcriptions and translations: fields, pieces, formats
     audio_input.py  the audio of a request → samples, within limits
     exchange.py     one request between the event loop and the scheduler; stop strings
+    job.py          one answer to generate, and what is reported about it
     fair_queue.py   requests that wait, in which clients take turns
-    scheduler.py    the one thread that runs the model; requests join and leave its batch between steps
+    hearing.py      threads that turn clips into vectors
+    scheduler.py    the one thread that writes answers; requests join and leave its batch between steps
     recogniser.py   the recogniser of the page's comparison
     metrics.py      counters and histograms for Prometheus
     web/            the page: plain HTML, CSS, JavaScript

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from blsp.inference.word_times import Word
 from blsp.llm.decoding import Decoding, TextStream
+from blsp.serving.job import Begun, Done, Failed, Job, Report, Token
 from blsp.serving.refusals import ApiError
-from blsp.serving.scheduler import Begun, Done, Failed, Job, Report, Scheduler, Token
+from blsp.serving.scheduler import Scheduler
 
 GRACE = 1.0  # seconds after the deadline in which the scheduler may report it itself
 CLIENT_LEFT = 499  # the status in the metrics when the client closed the connection

@@ -1,15 +1,16 @@
-"""Scheduler of the model: one thread in which requests join and leave the batch between two steps.
+"""Scheduler of the LLM: one thread in which requests join and leave the batch between two steps.
 
 In:  `Job`s (a conversation, how to decode, a deadline, where to report) from any thread.
 Out: reports: `Begun`, tokens, the end, or the error.
 Try: `scheduler = Scheduler(listener, limits); scheduler.start(); scheduler.submit(job)`
-Flow: app.py, exchange.py → **scheduler.py** → inference/conversation.py, llm/decoding.py
+Flow: exchange.py → job.py → fair_queue.py, hearing.py → **scheduler.py** → inference/conversation.py, llm/decoding.py
 
 Clients take turns in the queue (fair_queue.py). It is bounded; beyond that `submit` refuses with 429. Few jobs join
-between two steps, so that a crowd does not hold up the answers in progress. The key/values of finished conversations
-are kept (`Memory`), so the next turn runs only its new part. One turn of the thread:
+between two steps, and of a long prompt one piece is run, so that newcomers do not hold up the answers in progress.
+Clips are heard in other threads (hearing.py). The key/values of finished conversations are kept (`Memory`), so the next
+turn runs only its new part. One turn of the thread:
 
-    remove cancelled and late jobs → encode and prefill new jobs → one token for every running job
+    remove cancelled and late jobs → prefill heard jobs, a piece at a time → one token for every running job
 """
 
 from __future__ import annotations
@@ -17,99 +18,32 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain, count
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import numpy as np
-
-from blsp.data.audio import SAMPLE_RATE
 from blsp.distributed import give_back_freed_memory
 from blsp.inference.conversation import ContextError, LaidOut, Memory, lay_out, remember, request_for, user_turn
 from blsp.inference.listener import Listener
-from blsp.inference.pauses import Piece
-from blsp.inference.transcript import BEAM, times_of_words
-from blsp.inference.word_times import Word
-from blsp.llm.decoding import Decoder, Decoding, Event, Request
+from blsp.llm.decoding import Decoder, Event, Request
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import PromptError
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.serving.fair_queue import FairQueue
+from blsp.serving.hearing import Hearing
+from blsp.serving.job import Begun, Done, Failed, Job, Token
 from blsp.serving.metrics import Metrics
 from blsp.serving.refusals import ApiError
 
 log = logging.getLogger("blsp.serving")
-MAX_JOINING = 4  # requests encoded and prefilled between two steps
-MAX_JOINING_SECONDS = 60.0  # of speech among them; a longer recording joins alone
-RESCORING_COST = 4  # a second of speech takes this many times longer when the LLM scores its hypotheses
+MAX_JOINING = 4  # requests laid out between two steps
+PIECE = 96  # positions prefilled between two steps: about a second of one core's work with the embedded LLM
+PIECE_CONTEXT = 8192  # positions before a piece that double its work: it is then half as long
+LATE_SECONDS = 0.25  # between two looks for late jobs while nothing else is to be done
 FREE_MEMORY_EVERY = 64  # answers between two returns of unused memory to the system
 KEPT_POSITIONS = 512  # per kept conversation, on average: a few long ones do not fill the memory
-
-Part = str | np.ndarray
-
-
-@dataclass(frozen=True)
-class Begun:
-    """The prompt is accepted. prompt: its positions; speech: how many of them are speech."""
-
-    prompt: int
-    speech: int
-
-
-@dataclass(frozen=True)
-class Token:
-    token: int
-
-
-@dataclass(frozen=True)
-class Done:
-    """finish: "stop" or "length". sentence: the no-speech sentence, where no speech was found. text: a read-out.
-    words: of the read-out, with their times, where they were asked for."""
-
-    finish: str = "stop"
-    sentence: str | None = None
-    text: str | None = None
-    words: tuple[Word, ...] = ()
-
-
-@dataclass(frozen=True)
-class Failed:
-    error: ApiError
-
-
-Report = Begun | Token | Done | Failed
-
-
-@dataclass(eq=False)
-class Job:
-    """One answer to generate. messages: `{"role", "parts"}`, parts are texts and clips (N,) in order; the last
-    message is the question. With `readout`, its clips are transcribed as `Listener.transcribe` does.
-    client: whose turn it is, an API key's name or an address. starts_at: where the clip of a read-out begins in its
-    recording, in seconds; None: the times of its words are not wanted."""
-
-    messages: Sequence[dict[str, Any]]
-    decoding: Decoding
-    report: Callable[[Report], None]
-    deadline: float  # of time.monotonic()
-    readout: bool = False
-    client: str = ""
-    starts_at: float | None = None
-    key: int = field(default_factory=count().__next__)
-    submitted: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-    laid: LaidOut | None = None
-    ids: list[int] = field(default_factory=list)
-
-    @cached_property
-    def seconds(self) -> float:
-        """Seconds of speech to encode."""
-        return sum(map(len, _clips(self))) / SAMPLE_RATE
-
-    def cancel(self) -> None:
-        """Ask the scheduler to remove the job at the next step."""
-        self.cancelled = True
 
 
 @dataclass(frozen=True)
@@ -122,7 +56,7 @@ class Limits:
 
 
 class Scheduler:
-    """The only thread that runs the model."""
+    """The only thread in which answers are written."""
 
     def __init__(self, listener: Listener, limits: Limits, metrics: Metrics | None = None) -> None:
         self.listener, self.limits, self.metrics = listener, limits, metrics or Metrics()
@@ -130,7 +64,9 @@ class Scheduler:
         self._memory = Memory(limits.kept, KEPT_POSITIONS * limits.kept)
         self._waiting: FairQueue[Job] = FairQueue(limits.queue)
         self._running: dict[Hashable, Job] = {}
+        self._joining: deque[Request] = deque()  # of running jobs whose prompts are not prefilled
         self._changed = threading.Condition()  # its lock is re-entrant
+        self.hearing = Hearing(listener, self._waiting, self._changed, self.metrics)
         self._stopping = False
         self._ended = 0
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
@@ -138,6 +74,7 @@ class Scheduler:
     # --- called from other threads ------------------------------------------------------------------------
     def start(self) -> None:
         self._thread.start()
+        self.hearing.start()
 
     def submit(self, job: Job) -> None:
         """Add `job` to the queue, or raise ApiError (429, 503). Where the queue is full, newer jobs of a client that
@@ -149,7 +86,7 @@ class Scheduler:
                 self._end(newer, self._queue_full())
             self._waiting.add(job)
             self.metrics.waiting.set(len(self._waiting))
-            self._changed.notify()
+            self._changed.notify_all()
 
     def check_room(self, client: str, seconds: float = 0.0) -> list[Job]:
         """Raise ApiError where the queue has no room for this much speech; else the jobs that must give way to it."""
@@ -173,8 +110,8 @@ class Scheduler:
     def stop(self, seconds: float = 30.0) -> None:
         """Accept no new jobs, finish the accepted ones, and end the thread."""
         with self._changed:
-            self._stopping = True
-            self._changed.notify()
+            self._stopping = self.hearing.stopping = True
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(seconds)
 
@@ -190,6 +127,7 @@ class Scheduler:
             except Exception as error:  # the running answers are lost; a fresh decoder serves the next jobs
                 self._give_up(error, list(self._running.values()))
                 self._decoder = Decoder(self.listener.model)
+                self._joining.clear()
 
     def _wait(self) -> bool:
         """Wait until there is work; False when the server stops and all work is done."""
@@ -198,97 +136,83 @@ class Scheduler:
                 if self._stopping:
                     return False
                 self._changed.wait()
+            if not self._running and not any(job.ready for job in self._waiting):
+                self._changed.wait(LATE_SECONDS)  # all of them are being heard; some may be late
         return True
 
     def _turn(self) -> None:
         """Remove jobs, add jobs, generate one token for every running job."""
         self._remove_late()
-        if joining := self._next():
-            self._dispatch(self._decoder.join(self._requests(joining)))
+        self._joining.extend(filter(None, map(self._prepare, self._next())))
+        if joining := self._prefilled():
+            laid = {key: job.laid for key, job in self._running.items()}
+            self._dispatch(self._decoder.join(_sharing_prefixes(joining, laid)))
         if len(self._decoder):
             self.metrics.steps.inc()
             self._dispatch(self._decoder.step())
         self.metrics.running.set(len(self._running))
+        self.hearing.busy = bool(self._running)
         if self._ended >= FREE_MEMORY_EVERY:
             self._ended = 0
             give_back_freed_memory()
 
     def _remove_late(self) -> None:
         """Remove cancelled jobs and those past their deadline, from the queue and from the batch."""
-        now = time.monotonic()
         with self._changed:
-            late = [job for job in self._waiting if job.cancelled or now > job.deadline]
+            late = [job for job in self._waiting if job.over]
             for job in late:
                 self._waiting.discard(job)
+            self.metrics.waiting.set(len(self._waiting))
+        late += [job for job in self._running.values() if job.over]
         for job in late:
-            self._end(job, None if job.cancelled else _late())
-        for job in [job for job in self._running.values() if job.cancelled or now > job.deadline]:
             self._decoder.leave(job.key)
             self._end(job, None if job.cancelled else _late())
+        self._joining = deque(request for request in self._joining if request.key in self._running)
 
     def _next(self) -> list[Job]:
-        """The next waiting jobs, as many as may join now."""
+        """The next jobs whose clips are heard, as many as may join now."""
         free = min(self.limits.batch - len(self._running), MAX_JOINING)
-        taken: list[Job] = []
-        seconds = 0.0
         with self._changed:
-            while len(self._waiting) and len(taken) < free:
-                job = next(iter(self._waiting))
-                seconds += job.seconds * (RESCORING_COST if job.readout else 1)
-                if taken and seconds > MAX_JOINING_SECONDS:
-                    break
+            taken = list(islice((job for job in self._waiting if job.ready), free))
+            for job in taken:
                 self._waiting.take(job)
-                taken.append(job)
             self.metrics.waiting.set(len(self._waiting))
         self._running |= {job.key: job for job in taken}
         return taken
 
-    def _requests(self, jobs: list[Job]) -> list[Request]:
-        """Requests for the decoder. Jobs that end here (no speech, a read-out, too long) are reported."""
-        requests = []
-        encoded = self._encode([job for job in jobs if job.readout], beam=BEAM)
-        for job, messages in encoded + self._encode([job for job in jobs if not job.readout]):
-            try:
-                request = self._read_out(job, messages) if job.readout else self._request(job, messages)
-            except Exception as error:  # an error in one request is reported to that one only
-                self._give_up(error, [job])
-                continue
-            if request is not None:
-                requests.append(request)
-        return _sharing_prefixes(requests, {job.key: job.laid for job in jobs})
+    def _prefilled(self) -> list[Request]:
+        """The requests that join now: the next ones whose prompts are one piece together. Of a longer prompt one piece
+        is run, and it goes to the end of the line; so short ones pass it, and running answers wait for one piece."""
+        if not self._joining:
+            return []
+        joining = [self._joining.popleft()]
+        context = len(joining[0].prefix or ())
+        room = PIECE * PIECE_CONTEXT // (PIECE_CONTEXT + context)
+        if len(joining[0].embeds) > room:
+            self._joining.append(self._decoder.begin(joining[0], room))
+            return []
+        room -= len(joining[0].embeds)
+        while self._joining and len(self._joining[0].embeds) <= room:
+            room -= len(self._joining[0].embeds)
+            joining.append(self._joining.popleft())
+        return joining
 
-    def _encode(self, jobs: list[Job], beam: int = 0) -> list[tuple[Job, list[dict[str, Any]]]]:
-        """Jobs with their messages, the clips encoded in one batch; if that fails, job by job."""
-        clips = [clip for job in jobs for clip in _clips(job)]
+    def _prepare(self, job: Job) -> Request | None:
+        """The job's request for the decoder; None where it ends here (no speech, a read-out, too long, an error)."""
         try:
-            embeds = iter(self.listener.embed_audio(clips, beam=beam, keep_states=beam > 0) if clips else ())
-        except Exception as error:
-            if len(jobs) == 1:
-                self._give_up(error, jobs)
-                return []
-            return [pair for job in jobs for pair in self._encode([job], beam)]
-        self.metrics.speech.inc(sum(map(len, clips)) / SAMPLE_RATE)
-        return [
-            (
-                job,
-                [
-                    message | {"parts": [part if isinstance(part, str) else next(embeds) for part in message["parts"]]}
-                    for message in job.messages
-                ],
-            )
-            for job in jobs
-        ]
-
-    def _read_out(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
-        """End the job with the read-out; there is nothing to decode."""
-        clips = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
-        job.report(Begun(0, sum(len(clip.vectors) for clip in clips)))
-        texts = self.listener.rescore(clips)
-        words: list[list[Word]] = []
-        if job.starts_at is not None:
-            words = times_of_words(self.listener, [Piece(job.starts_at, clip) for clip in _clips(job)], clips, texts)
-        self._end(job, Done(text=" ".join(filter(None, texts)), words=tuple(chain.from_iterable(words))))
+            if job.failure:
+                raise job.failure
+            if not job.readout:
+                return self._request(job, job.with_embeds())
+            self._read_out(job)
+        except Exception as error:  # an error in one request is reported to that one only
+            self._give_up(error, [job])
         return None
+
+    def _read_out(self, job: Job) -> None:
+        """End the job with the read-out; there is nothing to decode."""
+        job.report(Begun(0, sum(len(clip.vectors) for clip in job.heard or ())))
+        self._end(job, job.read)
 
     def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
         """What the decoder gets, with the key/values that are kept; None where the job ended here."""
@@ -339,10 +263,6 @@ class Scheduler:
             self._end(job, refusal)
 
 
-def _clips(job: Job) -> list[np.ndarray]:
-    return [part for message in job.messages for part in message["parts"] if isinstance(part, np.ndarray)]
-
-
 def _late() -> ApiError:
     return ApiError(504, "the request's deadline passed", code="deadline_exceeded")
 
@@ -355,7 +275,7 @@ def _as_message(message: dict[str, Any]) -> dict[str, Any]:
     return {"role": message["role"], "content": "".join(parts)}
 
 
-def _sharing_prefixes(requests: list[Request], laid: dict[int, LaidOut | None]) -> list[Request]:
+def _sharing_prefixes(requests: list[Request], laid: dict[Hashable, LaidOut | None]) -> list[Request]:
     """The requests; those with equal prefixes share one object, so that the decoder prefills them together."""
     shared: dict[tuple[Hashable, ...], Prefix] = {}
     result = []
