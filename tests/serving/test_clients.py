@@ -65,7 +65,7 @@ STAINLESS += "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-ve
 
 def test_openais_javascript_client_passes_the_preflight_of_a_named_origin_only(server_with) -> None:
     asked = {"access-control-request-method": "POST", "access-control-request-headers": STAINLESS}
-    with server_with(cors_origin=("https://app.example",), api_key="secret") as server:
+    with server_with(cors_origin=("https://app.example",), api_key=("secret",)) as server:
         for origin, status in (("https://app.example", 200), ("https://evil.example", 400)):
             answer = server.http().options("/v1/chat/completions", headers=asked | {"origin": origin})
             assert answer.status_code == status

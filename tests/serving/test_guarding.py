@@ -108,7 +108,7 @@ def test_a_server_for_this_machine_answers_under_its_names_only(server: Running,
     for host, status in (("localhost", 200), (f"127.0.0.1:{port}", 200), (f"[::1]:{port}", 200), ("evil.example", 403),
                          (f"evil.example:{port}", 403), ("localhost.evil.example", 403)):  # fmt: skip
         assert server.http().get("/v1/models", headers={"host": host}).status_code == status, host
-    with server_with(api_key="secret") as known:  # behind a proxy the key does it
+    with server_with(api_key=("secret",)) as known:  # behind a proxy the key does it
         headers = {"host": "speech.example", "authorization": "Bearer secret"}
         assert known.http().get("/v1/models", headers=headers).status_code == 200
 
@@ -126,7 +126,7 @@ def test_a_body_that_does_not_come_ends_at_the_deadline(server_with) -> None:
 
 
 def test_keys(server_with) -> None:
-    with server_with(api_key="secret") as server:
+    with server_with(api_key=("secret",)) as server:
         assert server.http().get("/v1/models").status_code == 401
         assert server.http().get("/metrics").status_code == 401
         assert server.http().get("/").status_code == 200

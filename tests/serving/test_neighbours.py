@@ -25,6 +25,7 @@ from blsp.serving.fair_queue import FairQueue
 from blsp.serving.job import Done, Failed, Job, Report
 from blsp.serving.refusals import ApiError
 from blsp.serving.scheduler import PIECE, Limits, Scheduler
+from blsp.settings import ServeSettings, SettingsError
 
 MEGABYTE = "hello " * 170_000
 TINY_CLIP = wav(np.zeros(160, dtype=np.float32))  # 10 ms
@@ -255,3 +256,40 @@ def test_a_recording_heard_window_by_window_gives_the_same_vectors(listener: Lis
         clip = speech_like(seconds, 5)
         (whole,), (windows,) = listener.embed_audio([clip]), listener.embed_audio([clip], check=lambda: None)
         assert torch.allclose(whole.vectors, windows.vectors, atol=1e-9)
+
+
+# --- kept key/values --------------------------------------------------------------------------------------------
+
+
+def test_kept_prefixes_are_shared_within_one_key_alone(server_with: Callable[..., Any]) -> None:
+    question = [user("the capital of a country that nobody else has asked about")]
+
+    def reused(key: str, **options: Any) -> int:
+        answer = server.client(key).chat.completions.create(
+            model="tiny", messages=question, max_completion_tokens=2, **options
+        )
+        return int(answer.usage.prompt_tokens_details.cached_tokens)
+
+    with server_with(api_key=("ann=first", "bob=second", "third")) as server:
+        assert reused("first") == 0 and reused("first") > 20
+        assert reused("second") == 0 and reused("third") == 0, "another key's"
+        assert reused("first", extra_body={"prompt_cache_key": "ann's user"}) == 0
+        assert reused("first", extra_body={"prompt_cache_key": "ann's user"}) > 20
+        assert reused("second", extra_body={"prompt_cache_key": "ann's user"}) == 0
+        for wrong in ("ann", "first second", "ann=first"):
+            headers = {"authorization": f"Bearer {wrong}"}
+            assert server.http(headers=headers).get("/v1/models").status_code == 401
+        metrics = server.http(headers={"authorization": "Bearer third"}).get("/metrics").text
+        assert "reused" not in metrics and "cached" not in metrics
+
+
+def test_keys_and_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ServeSettings(api_key=("ann=first", "c2Vjcg==", "b=x=y")).keys == {
+        "ann": "first", "key-2": "c2Vjcg==", "b": "x=y",
+    }  # fmt: skip
+    monkeypatch.setenv("BLSP_API_KEY", "ann=first bob=second")
+    assert ServeSettings().keys == {"ann": "first", "bob": "second"}
+    assert ServeSettings(api_key=("secret",)).keys == {"key-1": "secret"}
+    for wrong in (("a=x", "a=y"), ("a=x", "b=x"), ("",)):
+        with pytest.raises(SettingsError, match="--api-key"):
+            ServeSettings(api_key=wrong)

@@ -265,7 +265,7 @@ def press(page: Any) -> None:
 
 
 def test_asks_for_the_key(server_with, listening) -> None:
-    with server_with(api_key="sesame") as server:
+    with server_with(api_key=("sesame",)) as server:
         page = listening.new_page()
         visit(page, server)
         playwright.expect(page.locator("#model")).to_have_text("not connected")

@@ -95,32 +95,45 @@ class Memory:
 
     sequences: how many are stored at most. positions: how many positions all of them may have together; the latest
     sequence is stored whatever its length.
+    owner: whose sequence it is. One owner's sequences are not found for another: the time to the first token would tell
+    who guesses a prompt whether somebody else has sent it.
     """
 
     def __init__(self, sequences: int = 1, positions: int | None = None) -> None:
         self._sequences, self._positions = sequences, positions
-        self._stored: OrderedDict[tuple[Hashable, ...], Prefix] = OrderedDict()  # the latest last
+        # by owner and names, the latest last
+        self._stored: OrderedDict[tuple[Hashable, tuple[Hashable, ...]], Prefix] = OrderedDict()
 
-    def store(self, names: tuple[Hashable, ...], states: Prefix) -> None:
+    def store(self, names: tuple[Hashable, ...], states: Prefix, owner: Hashable = None) -> None:
         """Store `states`, one position for each of `names`; drop stored beginnings of the same sequence."""
-        for beginning in [stored for stored in self._stored if stored == names[: len(stored)]]:
-            del self._stored[beginning]
-        self._stored[names] = states
+        for stored in self._of(owner):
+            if stored == names[: len(stored)]:
+                del self._stored[owner, stored]
+        self._stored[owner, names] = states
         most = math.inf if self._positions is None else self._positions
-        while len(self._stored) > self._sequences or (len(self._stored) > 1 and sum(map(len, self._stored)) > most):
+        while len(self._stored) > self._sequences or (len(self._stored) > 1 and self._length > most):
             self._stored.popitem(last=False)
 
-    def longest(self, names: tuple[Hashable, ...]) -> Prefix | None:
+    def longest(self, names: tuple[Hashable, ...], owner: Hashable = None) -> Prefix | None:
         """The states of the longest stored beginning of `names`, the latest of several.
 
         At least one position is left over, since the LLM must run to give the next token.
         """
-        best = max(reversed(self._stored), key=lambda stored: _common(stored, names), default=())
+        best = max(reversed(self._of(owner)), key=lambda stored: _common(stored, names), default=())
         length = min(_common(best, names), len(names) - 1)
         if length <= 0:
             return None
-        self._stored.move_to_end(best)
-        return self._stored[best].cut(length)
+        self._stored.move_to_end((owner, best))
+        return self._stored[owner, best].cut(length)
+
+    @property
+    def _length(self) -> int:
+        """Positions of all sequences."""
+        return sum(len(names) for _, names in self._stored)
+
+    def _of(self, owner: Hashable) -> list[tuple[Hashable, ...]]:
+        """The names of an owner's sequences, the latest last."""
+        return [names for stored, names in self._stored if stored == owner]
 
 
 def _common(first: tuple[Hashable, ...], second: tuple[Hashable, ...]) -> int:
@@ -139,21 +152,23 @@ def _check_length(listener: Listener, length: int, answer: int = 1) -> None:
         )
 
 
-def request_for(listener: Listener, key: Hashable, laid_out: LaidOut, decoding: Decoding, memory: Memory) -> Request:
-    """The conversation for the decoder: what `memory` holds is not computed again.
+def request_for(
+    listener: Listener, key: Hashable, laid_out: LaidOut, decoding: Decoding, memory: Memory, owner: Hashable = None
+) -> Request:
+    """The conversation for the decoder: what `memory` holds of its owner is not computed again.
 
     Raises ContextError where conversation and answer would be longer than the LLM can read.
     """
     _check_length(listener, len(laid_out.names), decoding.max_new_tokens)
-    prefix = memory.longest(laid_out.names)
+    prefix = memory.longest(laid_out.names, owner)
     embeds = laid_out.embeds[len(prefix) if prefix else 0 :]
     return Request(key, embeds, prefix, decoding, keep_cache=True)
 
 
-def remember(memory: Memory, laid_out: LaidOut, ids: Sequence[int], last: Event) -> None:
+def remember(memory: Memory, laid_out: LaidOut, ids: Sequence[int], last: Event, owner: Hashable = None) -> None:
     """Store the key/values of a finished answer. ids: its tokens without the stop token. last: its last event."""
     if last.cache is not None:
-        memory.store((*laid_out.names, *ids)[: len(last.cache)], last.cache)
+        memory.store((*laid_out.names, *ids)[: len(last.cache)], last.cache, owner)
 
 
 class Conversation:

@@ -231,6 +231,8 @@ class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that N
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopStrings | None = None
+    prompt_cache_key: Text = ""
+    """whose kept key/values may be reused: those of earlier requests with this API key and this value"""
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -68,10 +68,10 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     app = FastAPI(title="BLSP", description=__doc__, lifespan=service.lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(
         RequestGuard,
-        api_key=settings.key,
+        keys=settings.keys,
         max_bytes=int(settings.max_upload_mb * 1e6),
         deadline=settings.deadline,
-        local=is_local(settings.host) and not settings.key and not settings.insecure,
+        local=is_local(settings.host) and not settings.keys and not settings.insecure,
     )
     if settings.cors_origin:
         app.add_middleware(
@@ -210,7 +210,8 @@ class Service:
         self.scheduler.check_room(client)  # before any clip is decoded
         messages = await run_in_threadpool(self._decode_messages, body, end)
         seconds = end - time.monotonic()
-        exchange = self.ask(messages, self._decoding(body), stops=body.stops, seconds=seconds, client=client)
+        whose = {"client": client, "sharing": body.prompt_cache_key}
+        exchange = self.ask(messages, self._decoding(body), stops=body.stops, seconds=seconds, **whose)
         await while_connected(request, exchange.started(), exchange)
         return exchange
 

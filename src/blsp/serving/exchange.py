@@ -41,6 +41,7 @@ class Exchange:
         readout: bool = False,
         client: str = "",
         starts_at: float | None = None,
+        sharing: str = "",
     ) -> None:
         """Submits; raises ApiError (429) where the queue is full."""
         loop = asyncio.get_running_loop()
@@ -58,6 +59,7 @@ class Exchange:
             readout,
             client,
             starts_at,
+            sharing,
         )
         scheduler.submit(self._job)
 
@@ -114,12 +116,14 @@ class Exchange:
             "prompt_tokens": self.begun.prompt,
             "completion_tokens": self.tokens,
             "total_tokens": self.begun.prompt + self.tokens,
-            "prompt_tokens_details": {"audio_tokens": self.begun.speech},
+            "prompt_tokens_details": {"audio_tokens": self.begun.speech, "cached_tokens": self.begun.reused},
         }
 
 
 def client_of(request: Request) -> str:
-    """Whose turn it is in the queue: the client's address."""
+    """Whose turn it is in the queue, and whose key/values are kept: the API key's name, or the client's address."""
+    if key := getattr(request.state, "key", ""):
+        return f"key {key}"
     return request.client.host if request.client else ""
 
 

@@ -4,8 +4,8 @@ In:  jobs in the queue whose clips nobody has taken. Out: `Job.heard`, and `Job.
 Try: `Hearing(listener, queue, changed, metrics).hear([job])`
 Flow: fair_queue.py → **hearing.py** (mel, encoder, adapter, read-out) → scheduler.py
 
-One thread hears recordings of up to `LONG` seconds, a few jobs together. The other one hears longer ones, one by one and
-at a lower priority. So neither an answer that is being written nor a short question waits for ten minutes of speech.
+One thread hears recordings of up to `LONG` seconds, a few jobs together. The other one hears longer ones, one by one
+and at a lower priority. So neither a running answer nor a short question waits for ten minutes of speech.
 """
 
 from __future__ import annotations

@@ -27,10 +27,12 @@ from blsp.serving.refusals import ApiError
 
 @dataclass(frozen=True)
 class Begun:
-    """The prompt is accepted. prompt: its positions; speech: how many of them are speech."""
+    """The prompt is accepted. prompt: its positions; speech: how many of them are speech; reused: how many were
+    run before."""
 
     prompt: int
     speech: int
+    reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,9 @@ Report = Begun | Token | Done | Failed
 class Job:
     """One answer to generate. messages: `{"role", "parts"}`, parts are texts and clips (N,) in order; the last
     message is the question. With `readout`, its clips are transcribed as `Listener.transcribe` does.
-    client: whose turn it is, an API key's name or an address. starts_at: where the clip of a read-out begins in its
-    recording, in seconds; None: the times of its words are not wanted.
+    client: whose turn it is, an API key's name or an address. sharing: its key/values are reused for, and from, jobs of
+    the same client with the same value alone. starts_at: where the clip of a read-out begins in its recording, in
+    seconds; None: the times of its words are not wanted.
 
     hearing: a thread has taken its clips. heard: their vectors, in order; read: their read-out, where it was asked for;
     failure: why there are none.
@@ -75,6 +78,7 @@ class Job:
     readout: bool = False
     client: str = ""
     starts_at: float | None = None
+    sharing: str = ""
     key: int = field(default_factory=count().__next__)
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False

@@ -27,6 +27,3 @@ class Metrics:
         self.steps = Counter("blsp_decode_steps", "Steps of the decode loop", registry=here)
         self.waiting = Gauge("blsp_requests_waiting", "Requests in the queue", registry=here)
         self.running = Gauge("blsp_requests_running", "Requests being written", registry=here)
-        self.reused = Counter(
-            "blsp_reused_positions", "Positions whose key/values were kept from before", registry=here
-        )

@@ -1,7 +1,7 @@
 """Checks before a route runs: host name, API key, size and arrival time of the request.
 
 In:  ASGI messages. Out: the same, or a refusal in OpenAI's form, before anything is decoded.
-Try: `app.add_middleware(RequestGuard, api_key="…", max_bytes=25_000_000, deadline=120.0)`
+Try: `app.add_middleware(RequestGuard, keys={"me": "…"}, max_bytes=25_000_000, deadline=120.0)`
 Flow: a request → **middleware.py** → app.py
 
 Starlette's TrustedHostMiddleware and FastAPI's HTTPBearer are not used, because they keep less: the first cuts
@@ -15,6 +15,7 @@ import hmac
 import json
 import re
 import time
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,12 +43,14 @@ class RequestGuard:
 
     The page itself and /health are open: they hold nothing, and the page asks for the key. local: a server for
     this machine alone answers only to this machine's names, so that no web site reaches it under a name of
-    its own (DNS rebinding).
+    its own (DNS rebinding). keys: names and tokens; the name goes into the request's state, as `key`.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_bytes: int, deadline: float, local: bool = False) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: Mapping[str, str], max_bytes: int, deadline: float, local: bool = False
+    ) -> None:
         self.app, self.max_bytes, self.deadline, self.local = app, max_bytes, deadline, local
-        self._key = api_key.encode() if api_key else None
+        self._keys = {name: key.encode() for name, key in keys.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,11 +79,13 @@ class RequestGuard:
                 code="foreign_host",
             )
         protected = scope["path"].startswith("/v1/") or scope["path"] in ("/metrics", "/openapi.json")
-        if self._key is not None and protected and scope["method"] != "OPTIONS":
+        if self._keys and protected and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
             token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-            if not hmac.compare_digest(token, self._key):
+            names = [name for name, key in self._keys.items() if hmac.compare_digest(token, key)]  # all, always
+            if not names:
                 return ApiError(401, "a valid API key is needed: Authorization: Bearer …", code="invalid_api_key")
+            scope.setdefault("state", {})["key"] = names[0]
         declared = headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared) > self.max_bytes:
             return _too_large(self.max_bytes)

@@ -190,7 +190,7 @@ def _finished(head: dict[str, Any], item: str, text: str, exchange: Exchange) ->
         "output": [_item(item, text, status)],
         "usage": {
             "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {"cached_tokens": 0, **usage["prompt_tokens_details"]},
+            "input_tokens_details": usage["prompt_tokens_details"],
             "output_tokens": usage["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": usage["total_tokens"],

@@ -223,13 +223,15 @@ class Scheduler:
             return None
         try:
             job.laid = lay_out(self.listener, [_as_message(message) for message in messages])
-            request = request_for(self.listener, job.key, job.laid, job.decoding, self._memory)
+            request = request_for(
+                self.listener, job.key, job.laid, job.decoding, self._memory, (job.client, job.sharing)
+            )
         except (ContextError, PromptError) as error:
             code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_prompt"
             self._end(job, ApiError(400, str(error), param="messages", code=code))
             return None
-        self.metrics.reused.inc(len(request.prefix) if request.prefix else 0)
-        job.report(Begun(len(job.laid.names), sum(isinstance(name, tuple) for name in job.laid.names)))
+        speech = sum(isinstance(name, tuple) for name in job.laid.names)
+        job.report(Begun(len(job.laid.names), speech, reused=len(request.prefix or ())))
         return request
 
     def _dispatch(self, events: list[Event]) -> None:
@@ -245,7 +247,7 @@ class Scheduler:
                 job.report(Token(event.token))
             if event.finish:
                 assert job.laid is not None  # the conversation was laid out before the job joined
-                remember(self._memory, job.laid, job.ids, event)
+                remember(self._memory, job.laid, job.ids, event, (job.client, job.sharing))
                 self._end(job, Done(event.finish))
 
     def _end(self, job: Job, last: Done | ApiError | None) -> None:
@@ -281,7 +283,7 @@ def _sharing_prefixes(requests: list[Request], laid: dict[Hashable, LaidOut | No
     result = []
     for request in requests:
         if request.prefix is not None:
-            names = laid[request.key].names[: len(request.prefix)]  # type: ignore[index, union-attr]
+            names = laid[request.key].names[: len(request.prefix)]  # type: ignore[union-attr]
             request = Request(
                 request.key, request.embeds, shared.setdefault(names, request.prefix), request.decoding, keep_cache=True
             )

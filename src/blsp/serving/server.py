@@ -46,7 +46,7 @@ def serve(settings: ServeSettings) -> None:
 
 def check_exposure(settings: ServeSettings) -> None:
     """Exit where others could connect without a key, unless --insecure allows it."""
-    if not is_local(settings.host) and not settings.key and not settings.insecure:
+    if not is_local(settings.host) and not settings.keys and not settings.insecure:
         raise SystemExit(
             f"--host {settings.host} is open to other machines: set $BLSP_API_KEY (or --api-key), or give --insecure"
         )

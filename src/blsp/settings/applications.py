@@ -10,6 +10,7 @@ Flow: cli.py → **applications.py** → evaluation, inference, serving, model/c
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
@@ -35,6 +36,8 @@ from blsp.settings.shared import (
     above_zero,
     can_sample,
 )
+
+NAMED_KEY = re.compile(r"([A-Za-z][\w.-]*)=([^=].*)", re.ASCII)
 
 Model = Annotated[str, "the adapter, or the merged model, to use"]
 
@@ -294,8 +297,9 @@ class ServeSettings:
     """the address to listen on"""
     port: int = 8000
     """the port; 0 takes a free one and prints it"""
-    api_key: str | None = None
-    """the bearer token that clients must send; better given as $BLSP_API_KEY"""
+    api_key: tuple[str, ...] = ()
+    """the bearer token that clients must send, or NAME=KEY for each of several; better given as $BLSP_API_KEY,
+    with spaces between several"""
     insecure: bool = False
     """listen beyond this machine without a key"""
     allow_remote_audio: bool = False
@@ -330,11 +334,22 @@ class ServeSettings:
         above_zero(self, "max_new_tokens")
         if self.prefix_cache < 0:
             raise SettingsError(f"--prefix-cache {self.prefix_cache}: must be 0 or more")
+        self.keys  # noqa: B018  (raises where they are wrong)
 
     @property
-    def key(self) -> str | None:
-        """The token that clients must send, from --api-key or $BLSP_API_KEY."""
-        return self.api_key or os.environ.get("BLSP_API_KEY") or None
+    def keys(self) -> dict[str, str]:
+        """Names of keys and the bearer tokens that clients must send, from --api-key or $BLSP_API_KEY.
+
+        A key without a name gets its number for a name. Raises SettingsError where two have one name or are equal.
+        """
+        keys: dict[str, str] = {}
+        for number, given in enumerate(self.api_key or os.environ.get("BLSP_API_KEY", "").split(), start=1):
+            named = NAMED_KEY.fullmatch(given)  # "c2VjcmV0==" is a key, not a name
+            name, key = named.groups() if named else (f"key-{number}", given)
+            if not key or name in keys or key in keys.values():
+                raise SettingsError(f"--api-key: number {number} is empty, or has the name or the key of another one")
+            keys[name] = key
+        return keys
 
 
 @dataclass(frozen=True)
