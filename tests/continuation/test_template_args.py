@@ -21,8 +21,11 @@ from transformers.utils import chat_template_utils
 
 from blsp.continuation.topk import TopKStore, topk_folder
 from blsp.continuation.writer import write_continuations
+from blsp.data.audio import write_wav
 from blsp.data.jobs import JobError
+from blsp.data.manifest import write_manifest
 from blsp.distributed import find_runtime
+from blsp.inference.listener import Listener
 from blsp.llm.prompt import TemplateError, prompt_template
 from blsp.model.checkpoint import load_blsp
 from blsp.model.configuration_blsp import CheckpointError
@@ -196,3 +199,26 @@ def test_an_adapter_of_a_dated_llm_reads_one_prompt_every_day(
         prompts.append(processor.tokenizer.decode(template.prefix_ids))
         monkeypatch.setattr(chat_template_utils, "datetime", _Tomorrow)
     assert prompts[0] == prompts[1] and "26 Jul 2024" in prompts[0]
+
+
+def test_a_template_that_begins_with_the_users_words_is_trained_and_listens(
+    training: Any, settings: Any, llm: Any, tmp_path: Path
+) -> None:
+    bare = llm("{% for m in messages %}{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}A: {% endif %}")
+    assert prompt_template(AutoTokenizer.from_pretrained(bare), "", "speech-first").prefix_ids == ()
+    data = tmp_path / "continued.jsonl"
+    write_continuations(settings(data, llm=bare, orders="speech-first", instruction="Repeat:", behaviours="repeat"))
+    rows = [row | {"audio": speech} for row, speech in zip(read_rows(data), clips(tmp_path, 10), strict=False)]
+    write_manifest(data, rows)
+    for loss in ("ce", "kl"):
+        train(training(f"run-{loss}", data, bare, loss=loss))
+        model, processor = load_blsp(tmp_path / f"run-{loss}" / "adapter", find_runtime("cpu", "float32"))
+        assert isinstance(Listener(model, processor).answer(speech_like(0.5), max_new_tokens=3), str)
+
+
+def clips(folder: Path, count: int) -> list[str]:
+    """Short recordings, by their paths."""
+    paths = [folder / f"{number}.wav" for number in range(count)]
+    for number, path in enumerate(paths):
+        write_wav(path, speech_like(0.8, number))
+    return [str(path) for path in paths]
