@@ -196,6 +196,16 @@ def test_rows_in_order_read_a_shard_once_and_forward(
     assert places == sorted(places)
 
 
+def test_a_compressed_shard_is_not_begun_again_for_rows_a_little_out_of_order(tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(tar_of(CLIPS, "w:gz"))
+    shard = Shard(str(tmp_path / "shard.tar"))
+    places = []
+    for number in (1, 0, 3, 2, 4):
+        assert shard.read(Address("", member=f"a/{number}.flac")) == CLIPS[number]
+        places.append(shard._tar.fileobj.tell())  # type: ignore[union-attr]
+    assert places == sorted(places) and not any(name.endswith("flac") for name in shard._passed)
+
+
 def test_threads_share_a_shard(tmp_path: Path) -> None:
     (tmp_path / "shard.tar").write_bytes(tar_of(CLIPS))
     wrong: list[int] = []
@@ -287,3 +297,40 @@ def test_a_missing_package_is_named() -> None:
     fsspec.register_implementation("gone", "gone_package.Files", clobber=True, errtxt="pip install gone-package")
     with pytest.raises(AddressError, match=r"package is missing .*gone-package"):
         read_address("gone://bucket/a.wav")
+
+
+# --- damage -----------------------------------------------------------------------------------------------
+
+
+def shard_of(kind: str) -> tuple[bytes, str]:
+    """A shard of this kind, and an address inside it."""
+    if kind.startswith("w"):
+        return tar_of(CLIPS, kind), "member=a/3.flac"
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    out, table = io.BytesIO(), pa.table({"audio": CLIPS})
+    if kind == "parquet":
+        parquet.write_table(table, out, row_group_size=2)
+    else:
+        with pa.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table)
+    return out.getvalue(), "row=3"
+
+
+@pytest.mark.parametrize("kind", ["w", "w:gz", "w:bz2", "parquet", "arrow"])
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_shards_give_audio_or_an_audio_error(kind: str, seed: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(seed)
+    data, piece = shard_of(kind)
+    damaged = bytearray(data[: int(rng.integers(1, len(data) + 1))] if seed % 3 == 0 else data)
+    for place in rng.integers(0, len(damaged), 1 + seed % 8):
+        damaged[place] = rng.integers(0, 256)
+    for end in (0, len(damaged) - 1):  # headers and footers
+        if seed % 4 == 1:
+            damaged[max(0, end - 300) : end] = rng.bytes(min(300, end))
+    (tmp_path / "shard").write_bytes(damaged)
+    try:
+        assert np.isfinite(load_audio(f"{tmp_path}/shard#{piece}")).all()
+    except AudioError as error:
+        assert "shard#" in str(error) and "\n" not in str(error)

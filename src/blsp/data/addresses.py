@@ -40,6 +40,7 @@ PIECE = re.compile(
 URL = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.-]*(://|::)")
 MOST_BYTES = 1 << 31  # of one piece, which is held in memory
 MOST_BYTES_AT_ONCE = 1 << 24  # of a file behind a URL that is fetched whole; of a longer one, what is decoded
+MOST_BYTES_PASSED = 1 << 25  # of members of a compressed tar file that were passed and are kept
 BLOCK_BYTES = 1 << 20  # of one request, where a part of a file is fetched
 SHARDS_KEPT = 16  # open files with pieces, in a process
 LOOK_AGAIN = 10.0  # seconds after which a file behind a URL is asked again whether it has changed
@@ -174,6 +175,7 @@ class Shard:
         self._lock = threading.Lock()
         self._tar: tarfile.TarFile | None = None
         self._members: dict[str, tarfile.TarInfo] = {}  # those that were passed so far
+        self._passed: dict[str, bytes] = {}  # contents of the last ones, where the tar file is compressed
         self._table: Table | None = None
 
     def read(self, address: Address) -> bytes:
@@ -197,18 +199,35 @@ class Shard:
         return data
 
     def _read_member(self, name: str) -> bytes:
-        """Go forward to the member, past others, which are remembered."""
+        """Go forward to the member, past others, which are remembered.
+
+        Threads that share the rows of a shard ask a little out of order. In a compressed tar file, going back means to
+        begin again; so the contents of the last members that were passed are kept until they are asked for.
+        """
+        if name in self._passed:
+            return self._passed.pop(name)
         self._tar = self._tar or tarfile.open(fileobj=self._file)  # noqa: SIM115 (stays open)
         while name not in self._members:
             member = self._tar.next()
             if member is None:
                 raise AddressError(f"the archive has no such member; it has {len(self._members)} others")
             self._members.setdefault(member.name, member)
+            if self._tar.fileobj is not self._file and member.name != name:
+                self._keep(member)
         _check_size(self._members[name].size)
         content = self._tar.extractfile(self._members[name])
         if content is None:
             raise AddressError("the member is a folder or a device, not a file")
         return content.read()
+
+    def _keep(self, member: tarfile.TarInfo) -> None:
+        """Keep the contents of a member, and forget the oldest ones."""
+        assert self._tar is not None
+        if member.isreg() and member.size <= MOST_BYTES_PASSED:
+            content = self._tar.extractfile(member)
+            self._passed[member.name] = content.read() if content else b""
+            while sum(map(len, self._passed.values())) > MOST_BYTES_PASSED:
+                self._passed.pop(next(iter(self._passed)))
 
 
 class Table:
@@ -241,6 +260,7 @@ class Table:
             raise AddressError(f"the table has {self._starts[-1]} rows, so no row {row}")
         group = next(i for i, end in enumerate(self._starts[1:]) if row < end)
         if self._parquet is not None and self._read != (group, column):
+            _check_size(self._parquet.metadata.row_group(group).total_byte_size)
             self._values = self._parquet.read_row_group(group, columns=[column])
             self._read = group, column
         if column not in self._values.column_names:
