@@ -206,6 +206,16 @@ def test_a_compressed_shard_is_not_begun_again_for_rows_a_little_out_of_order(tm
     assert places == sorted(places) and not any(name.endswith("flac") for name in shard._passed)
 
 
+def test_spans_and_members_of_one_shard(tmp_path: Path) -> None:
+    path = tmp_path / "shard.tar"
+    path.write_bytes(tar_of(CLIPS))
+    with tarfile.open(path) as tar:
+        spans = [f"bytes={member.offset_data}+{member.size}" for member in tar if member.name.endswith("flac")]
+    for number in (3, 0, 4):
+        assert read_address(f"{path}#{spans[number]}") == CLIPS[number]
+        assert read_address(f"{path}#member=a/{number}.flac") == CLIPS[number]
+
+
 def test_threads_share_a_shard(tmp_path: Path) -> None:
     (tmp_path / "shard.tar").write_bytes(tar_of(CLIPS))
     wrong: list[int] = []

@@ -206,7 +206,9 @@ class Shard:
         """
         if name in self._passed:
             return self._passed.pop(name)
-        self._tar = self._tar or tarfile.open(fileobj=self._file)  # noqa: SIM115 (stays open)
+        if self._tar is None:
+            self._file.seek(0)  # spans may have been read before
+            self._tar = tarfile.open(fileobj=self._file)  # noqa: SIM115 (stays open)
         while name not in self._members:
             member = self._tar.next()
             if member is None:
