@@ -133,7 +133,7 @@ def test_base64_as_people_send_it() -> None:
         for head in ("", "data:audio/wav;base64,", "data:;base64,", "data:audio/wav;BASE64,", "DATA:a/b;base64,"):
             assert audio_input.from_base64(head + text) == data, head
             if head:
-                assert audio_input.from_url(head + text, allow_remote=False, most_bytes=9999) == data, head
+                assert audio_input.from_data_uri(head + text) == data, head
     for text in ("a", "ab=c", "ab$c", "é"):
         with pytest.raises(audio_input.ApiError, match="base64"):
             audio_input.from_base64(text)

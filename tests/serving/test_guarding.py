@@ -6,15 +6,10 @@ import asyncio
 import contextlib
 import json
 import math
-import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import httpx
 import numpy as np
@@ -23,7 +18,7 @@ import pytest
 from serving.conftest import Running, audio_part, spoken, user, wav
 
 from blsp.llm.decoding import Decoder
-from blsp.serving import audio_input as sound
+from blsp.serving import remote_audio
 from blsp.serving import scheduler as scheduler_module
 from blsp.serving.job import Failed, Job
 from blsp.serving.recogniser import SharedRecogniser
@@ -256,21 +251,28 @@ def test_a_client_that_leaves_frees_its_place(server: Running) -> None:
     assert not scheduler._running
 
 
+def fetch(url: str, seconds: float = 20.0) -> bytes:
+    return asyncio.run(remote_audio.fetch(url, most_bytes=10, end=time.monotonic() + seconds))
+
+
 def test_private_addresses_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for host in ("127.0.0.1", "localhost", "10.0.0.1", "169.254.169.254", "[::1]", "0.0.0.0"):
         with pytest.raises(ApiError, match="public"):
-            sound.from_url(f"http://{host}/a.wav", allow_remote=True, most_bytes=10)
+            fetch(f"http://{host}/a.wav")
     for inside in ("::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1", "fec0::1", "ff02::1"):
         with pytest.raises(ApiError, match="public"):  # a private address in an IPv6 one's clothes
-            sound.from_url(f"http://[{inside}]/a.wav", allow_remote=True, most_bytes=10)
+            fetch(f"http://[{inside}]/a.wav")
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, 80)) for each in ("93.184.216.34", "10.0.0.1")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **named: found)
     with pytest.raises(ApiError, match="public"):  # one of its addresses is private: rebinding
-        sound.from_url("http://rebound.example/a.wav", allow_remote=True, most_bytes=10)
+        fetch("http://rebound.example/a.wav")
 
 
 def test_a_file_that_only_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sound, "public_address", lambda host, port: "127.0.0.1")
+    async def here(host: str, port: int) -> str:
+        return "127.0.0.1"
+
+    monkeypatch.setattr(remote_audio, "public_address", here)
     with socket.create_server(("127.0.0.1", 0)) as door:
 
         def drip() -> None:
@@ -282,18 +284,21 @@ def test_a_file_that_only_drips_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
 
         threading.Thread(target=drip, daemon=True).start()
         began = time.monotonic()
-        with pytest.raises(ApiError, match="could not be read"):
+        with pytest.raises(ApiError, match="deadline"):
             url = f"http://drip.example:{door.getsockname()[1]}/a.wav"
-            sound.from_url(url, allow_remote=True, most_bytes=10, seconds=0.5)
+            fetch(url, seconds=0.5)
         assert time.monotonic() - began < 5
     with pytest.raises(ApiError, match="deadline"):
-        sound.from_url("http://late.example/a.wav", allow_remote=True, most_bytes=10, seconds=0.0)
+        fetch("http://late.example/a.wav", seconds=0.0)
 
 
 def test_a_language_that_the_recogniser_does_not_know_is_refused(server: Running) -> None:
     asked = SharedRecogniser(None, server.listener)
 
     class Strict:
+        def supports_language(self, language: str) -> bool:
+            return True
+
         def transcribe_clip(self, clip: np.ndarray, language: str) -> str:
             raise ValueError(f"{language!r} is not a valid language code")
 
@@ -360,35 +365,3 @@ def test_the_recogniser_keeps_no_crowd_and_no_deadline_waits(server: Running, mo
     answers = asyncio.run(crowd())
     statuses = [each.status if isinstance(each, ApiError) else each for each in answers]
     assert statuses.count("heard") == 1 and statuses.count(429) == 11 and statuses.count(504) == 8
-
-
-SERVE = """
-import sys
-from pathlib import Path
-from support.tiny_models import tiny_blsp
-from blsp.inference.listener import Listener
-from blsp.serving import server as process
-from blsp.settings import ServeSettings
-process.load = lambda *args, **named: Listener(*tiny_blsp(Path(sys.argv[1]), family="llama", adapter="grounded"))
-process.serve(ServeSettings(port=0))
-"""
-
-
-def test_sigterm_finishes_what_was_begun_and_leaves_with_0(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", SERVE, str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    url = process.stdout.readline().split()[-1]
-    while httpx.get(f"{url}/health").status_code != 200:
-        time.sleep(0.05)
-    with httpx.stream(
-        "POST", f"{url}/v1/chat/completions", json={"messages": [user("hello")], "stream": True}, timeout=60
-    ) as answer:
-        lines = answer.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        rest = [line for line in lines if line]
-    assert rest[-1] == "data: [DONE]"
-    assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"]
-    assert process.wait(30) == 0

@@ -21,11 +21,12 @@ import io
 import math
 import os
 import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -59,6 +60,7 @@ MIX_SECONDS = 10.0  # from the file's start, which decide how its channels becom
 
 FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview
 AudioSource = FileSource | np.ndarray
+ReadBlocks = Callable[[AudioStream, str, float], Iterator[np.ndarray]]
 
 
 class AudioError(ValueError):
@@ -83,13 +85,14 @@ def load_audio(
     sampling_rate: int | None = None,
     longest: float = LONGEST_SECONDS,
     name: str = "",
+    check: Callable[[int], object] = int,
 ) -> np.ndarray:
     """Samples of `source` from `start` on, `duration` seconds or to its end: (N,) float32, mono, 16 kHz.
 
     `source`: a path or an address (addresses.py), the bytes of a file, a `data:audio/...;base64,` URI, or an array,
     which needs its `sampling_rate`; an array's shorter axis is its channels, integers are scaled by their type.
     Digital silence is no error (see `is_silent`); more than `longest` seconds are, and are not decoded.
-    `name`: what messages call the source.
+    `name`: what messages call the source. `check`: called with each block's samples, over all channels; it may raise.
     """
     name = _describe(name or source)
     if not 0 <= start <= FARTHEST_SECONDS:
@@ -99,10 +102,10 @@ def load_audio(
     if isinstance(source, np.ndarray):
         audio = _cut_array(source, name, start, duration, sampling_rate, longest)
     else:
-        source = _fetched(source)
-        with _open_file(source, name) as stream:
+        with _open_file(source := _fetched(source), name) as stream:
             channel = _channel_of(source, name) if stream.channels > 1 else None
-            audio = _cut_stream(stream, name, start, duration, longest, channel)
+            read = partial(_read_blocks, channel=channel, check=check)
+            audio = _cut_stream(stream, name, start, duration, longest, read)
     if not len(audio):
         raise AudioError(f"{name}: no sample lies between {start} s and {start + (duration or 0.0)} s")
     if not np.isfinite(audio).all():
@@ -172,7 +175,7 @@ def _plan_cut(rate: int, start: float, duration: float | None) -> _Cut:
 
 
 def _cut_stream(
-    stream: AudioStream, name: str, start: float, duration: float | None, longest: float, channel: int | None
+    stream: AudioStream, name: str, start: float, duration: float | None, longest: float, read: ReadBlocks
 ) -> np.ndarray:
     """Decode the piece with a margin, resample it, and trim the margin off at 16 kHz."""
     rate, total = stream.samplerate, stream.frames
@@ -180,7 +183,7 @@ def _cut_stream(
         _check_inside(name, total / rate, start, duration, longest)
     cut = _plan_cut(rate, start, duration)
     _go_to(stream, cut.first, name)
-    audio, frames = _resample(_read_blocks(stream, name, cut.frames, channel), rate, name, longest)
+    audio, frames = _resample(read(stream, name, cut.frames), rate, name, longest)
     end = cut.first + frames
     if total >= UNKNOWN_LENGTH:
         _check_inside(name, end / rate, start, duration, longest)
@@ -323,7 +326,7 @@ def _open_decoder(file: BinaryIO, source: str | BinaryIO, size: int, name: str) 
 
 
 def _read_blocks(
-    stream: AudioStream, name: str, frames: float = math.inf, channel: int | None = None
+    stream: AudioStream, name: str, frames: float = math.inf, channel: int | None = None, check: Any = int
 ) -> Iterator[np.ndarray]:
     """At most `frames` further frames as mono float32 blocks (n,); stops early where the file does."""
     step = max(1, BLOCK // stream.channels)
@@ -333,6 +336,7 @@ def _read_blocks(
         if not len(block):
             return
         frames -= len(block)
+        check(block.size)
         yield _mix_channels(block, channel)
 
 

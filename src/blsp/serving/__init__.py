@@ -8,6 +8,8 @@
     refusals.py     errors in OpenAI's form
     responses.py    OpenAI's Responses API, around chat
     transcription.py  transcriptions and translations: fields, pieces, formats
+    rate_limit.py   requests a minute, wrong keys, lines in the log
+    remote_audio.py  audio behind a URL
     audio_input.py  the audio of a request → samples, within limits
     exchange.py     one request between the event loop and the scheduler; stop strings
     job.py          one answer to generate, and what is reported about it

@@ -32,12 +32,14 @@ from starlette.exceptions import HTTPException
 
 from blsp.inference.listener import Listener
 from blsp.llm.decoding import Decoding
-from blsp.serving import api, audio_input
+from blsp.serving import api
 from blsp.serving.api import ChatRequest, TextPart
+from blsp.serving.audio_input import AudioInput
 from blsp.serving.exchange import CLIENT_LEFT, Exchange, client_of, gather, while_connected
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
 from blsp.serving.page import WEB, Page
+from blsp.serving.rate_limit import Quiet
 from blsp.serving.recogniser import RECOGNISER, SharedRecogniser
 from blsp.serving.refusals import ApiError, no_route, refusal_of
 from blsp.serving.responses import Responses
@@ -55,6 +57,7 @@ ROUTES = {  # their names in the metrics; all others are "other"
     "/v1/audio/translations": "translations",
     "/v1/models": "models",
 }
+FLOODS = (401, 403, 429)  # statuses of refusals that are written once a minute and client
 OFFERED = {path: "GET" if path == "/v1/models" else "POST" for path in ROUTES}  # the method of each
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 CHARACTERS_PER_TOKEN = 16  # text with more characters than this for each token of the context is not tokenised
@@ -71,7 +74,9 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
         keys=settings.keys,
         max_bytes=int(settings.max_upload_mb * 1e6),
         deadline=settings.deadline,
+        refused=service.count_refusal,
         local=is_local(settings.host) and not settings.keys and not settings.insecure,
+        rate_limit=settings.rate_limit,
     )
     if settings.cors_origin:
         app.add_middleware(
@@ -93,7 +98,7 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(ApiError, service.refuse)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, service.refuse_form)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, service.refuse_route)  # type: ignore[arg-type]
-    app.state.scheduler = service.scheduler
+    app.state.scheduler, app.state.audio = service.scheduler, service.audio
     app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False, response_model=None)(service.no_route)
     app.mount("/", Page(directory=WEB, html=True))
     return app
@@ -109,6 +114,8 @@ class Service:
         limits = Limits(settings.max_batch, settings.queue, settings.prefix_cache)
         self.scheduler = Scheduler(listener, limits, self.metrics)
         self.recogniser = SharedRecogniser(settings.asr, listener)
+        self.audio = AudioInput(settings)
+        self._quiet = Quiet()
         self.ready = self.failed = False
         self.created = int(time.time())
         context = getattr(listener.model.config.text_config, "max_position_embeddings", None)
@@ -122,6 +129,7 @@ class Service:
         warming.cancel()
         self.ready = False
         self.recogniser.close()
+        self.audio.close()
         await run_in_threadpool(self.scheduler.stop)
 
     async def _warm_up(self) -> None:
@@ -133,9 +141,7 @@ class Service:
             noise = np.random.default_rng(0).normal(scale=0.01, size=16_000).astype(np.float32)
             for parts in ([noise, "Hello."], ["Hello."]):
                 exchange = self.ask(
-                    [{"role": "user", "parts": parts}],
-                    replace(self.listener.decoding, max_new_tokens=2),
-                    seconds=math.inf,
+                    [{"role": "user", "parts": parts}], replace(self.listener.decoding, max_new_tokens=2), end=math.inf
                 )
                 await exchange.started()
                 [_ async for _ in exchange.pieces()]
@@ -204,33 +210,23 @@ class Service:
 
     async def begin(self, body: ChatRequest, request: Request) -> Exchange:
         """The exchange for a conversation, once the scheduler has accepted its prompt."""
-        end = time.monotonic() + self.settings.deadline
+        end = request.state.end
         body.check_length(self.most_characters)
         client = client_of(request)
         self.scheduler.check_room(client)  # before any clip is decoded
-        messages = await run_in_threadpool(self._decode_messages, body, end)
-        seconds = end - time.monotonic()
+        messages = await self._decoded(body, request, end)
         whose = {"client": client, "sharing": body.prompt_cache_key}
-        exchange = self.ask(messages, self._decoding(body), stops=body.stops, seconds=seconds, **whose)
+        exchange = self.ask(messages, self._decoding(body), stops=body.stops, end=end, **whose)
         await while_connected(request, exchange.started(), exchange)
         return exchange
 
-    def _decode_messages(self, body: ChatRequest, end: float) -> list[dict[str, Any]]:
-        """Messages with their clips decoded, in order; all clips together at most --max-audio-seconds.
-
-        end: the monotonic time at which fetching must end.
-        """
-        seconds_left = self.settings.max_audio_seconds
+    async def _decoded(self, body: ChatRequest, request: Request, end: float) -> list[dict[str, Any]]:
+        """Messages with their clips decoded, in order. end: the monotonic time at which the deadline passes."""
+        spoken = [part for message in body.messages for part in message.parts if not isinstance(part, TextPart)]
+        clips = iter(await self.audio.clips(spoken, request, end))
         messages = []
         for message in body.messages:
-            parts: list[Any] = []
-            for part in message.parts:
-                if isinstance(part, TextPart):
-                    parts.append(part.text)
-                    continue
-                clip = audio_input.decode(audio_input.bytes_of(part, self.settings, end), max(seconds_left, 0.1))
-                seconds_left -= len(clip) / 16_000
-                parts.append(clip)
+            parts = [part.text if isinstance(part, TextPart) else next(clips) for part in message.parts]
             role = "system" if message.role == "developer" else message.role
             messages.append({"role": role, "parts": parts})
         if not any(isinstance(part, np.ndarray) or part.strip() for part in messages[-1]["parts"]):
@@ -253,7 +249,6 @@ class Service:
         )
 
     def ask(self, messages: list[dict[str, Any]], decoding: Decoding, **options: Any) -> Exchange:
-        options.setdefault("seconds", self.settings.deadline)
         return Exchange(self.scheduler, messages, decoding, **options)
 
     async def _chunks(
@@ -284,13 +279,29 @@ class Service:
 
     def log_answer(self, route: str, status: int, began: float, exchange: Exchange | None, text: str) -> None:
         self.metrics.requests.labels(route, str(status)).inc()
+        seconds = time.monotonic() - began
+        fields: dict[str, Any] = {"route": route, "status": status, "seconds": round(seconds, 3)}
+        if exchange:
+            fields |= {"prompt_tokens": exchange.usage["prompt_tokens"], "completion_tokens": exchange.tokens}
+        if self.settings.log_content:
+            fields["content"] = text
         cost = f", {exchange.usage['prompt_tokens']} + {exchange.tokens} tokens" if exchange else ""
         content = f": {text!r}" if self.settings.log_content else ""
-        log.info("%s %d, %.2f s%s%s", route, status, time.monotonic() - began, cost, content)
+        log.info("%s %d, %.2f s%s%s", route, status, seconds, cost, content, extra={"fields": fields})
+
+    def count_refusal(self, path: str, client: str, error: ApiError) -> None:
+        """Count a refusal and write it into the log without its content, those of a flood once a minute."""
+        route = ROUTES.get(path, "other")
+        self.metrics.requests.labels(route, str(error.status)).inc()
+        flood = error.status in FLOODS
+        if count := self._quiet.count(f"{client} {error.status}") if flood else 1:
+            fields = {"route": route, "status": error.status, "code": error.code, "client": client, "count": count}
+            times = f", {count} times since the last such line" if count > 1 else ""
+            log.info("%s %d, %s, %s%s", route, error.status, error.code, client, times, extra={"fields": fields})
 
     async def refuse(self, request: Request, error: ApiError) -> Response:
-        route = ROUTES.get(request.url.path, "other")
-        self.metrics.requests.labels(route, str(error.status)).inc()
+        client = request.client.host if request.client else "unknown"
+        self.count_refusal(request.url.path, client, error)
         headers = {"Retry-After": str(error.retry_after)} if error.retry_after else None
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 

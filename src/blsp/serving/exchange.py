@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from blsp.inference.word_times import Word
 from blsp.llm.decoding import Decoding, TextStream
 from blsp.serving.job import Begun, Done, Failed, Job, Report, Token
-from blsp.serving.refusals import ApiError
+from blsp.serving.refusals import ApiError, late
 from blsp.serving.scheduler import Scheduler
 
 GRACE = 1.0  # seconds after the deadline in which the scheduler may report it itself
@@ -36,14 +36,14 @@ class Exchange:
         messages: Sequence[dict[str, Any]],
         decoding: Decoding,
         *,
-        seconds: float,
+        end: float,
         stops: Sequence[str] = (),
         readout: bool = False,
         client: str = "",
         starts_at: float | None = None,
         sharing: str = "",
     ) -> None:
-        """Submits; raises ApiError (429) where the queue is full."""
+        """Submits; raises ApiError (429) where the queue is full. end: the monotonic time of the deadline."""
         loop = asyncio.get_running_loop()
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._text = StopStringFilter(scheduler.listener.tokenizer, stops)
@@ -55,7 +55,7 @@ class Exchange:
             messages,
             decoding,
             lambda report: _hand_over(loop, self._reports, report),
-            time.monotonic() + seconds,
+            end,
             readout,
             client,
             starts_at,
@@ -89,7 +89,7 @@ class Exchange:
             return await asyncio.wait_for(self._reports.get(), None if math.isinf(left) else max(0.0, left))
         except TimeoutError as error:
             self._job.cancel()
-            raise ApiError(504, "the request's deadline passed", code="deadline_exceeded") from error
+            raise late() from error
 
     def _take(self, report: Report) -> list[str]:
         if isinstance(report, Failed):

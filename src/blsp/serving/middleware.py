@@ -1,8 +1,10 @@
 """Checks before a route runs: host name, API key, size and arrival time of the request.
 
 In:  ASGI messages. Out: the same, or a refusal in OpenAI's form, before anything is decoded.
-Try: `app.add_middleware(RequestGuard, keys={"me": "…"}, max_bytes=25_000_000, deadline=120.0)`
-Flow: a request → **middleware.py** → app.py
+Try: `app.add_middleware(RequestGuard, keys={"me": "…"}, max_bytes=25_000_000, deadline=120.0, refused=print)`
+Flow: a request → **middleware.py** (rate_limit.py) → app.py
+
+A request's deadline counts from its first byte; routes find its end in `request.state.end`.
 
 Starlette's TrustedHostMiddleware and FastAPI's HTTPBearer are not used, because they keep less: the first cuts
 IPv6 addresses at their first colon, the second runs after the whole body has been read.
@@ -13,13 +15,15 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from blsp.serving.rate_limit import RateLimit
 from blsp.serving.refusals import ApiError
 
 LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
@@ -27,6 +31,7 @@ JSON_ROUTES = {
     "/v1/chat/completions",
     "/v1/responses",
 }  # without a content type they are sent JSON, unless by a web site
+WRONG_KEYS = 20  # a minute from one address; then such requests get 429, those with the right key do not
 DISCARDED = 8  # of a refused request, this many times the size limit is read on
 DISCARD_SECONDS = 5.0
 PROTECTIVE = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
@@ -38,8 +43,9 @@ def is_local(host: str) -> bool:
 
 
 class RequestGuard:
-    """Refuses foreign host names (403), wrong keys (401), bodies over `max_bytes` (413), declared or not, and
-    bodies that have not arrived after `deadline` seconds (408); adds protective headers.
+    """Refuses foreign host names (403), wrong keys (401), more than `rate_limit` requests a minute from one address
+    (429), bodies over `max_bytes` (413), declared or not, and bodies that have not arrived after `deadline` seconds
+    (408); adds protective headers. `refused` is called with the request's path, its client and each refusal.
 
     The page itself and /health are open: they hold nothing, and the page asks for the key. local: a server for
     this machine alone answers only to this machine's names, so that no web site reaches it under a name of
@@ -47,9 +53,18 @@ class RequestGuard:
     """
 
     def __init__(
-        self, app: ASGIApp, keys: Mapping[str, str], max_bytes: int, deadline: float, local: bool = False
+        self,
+        app: ASGIApp,
+        keys: Mapping[str, str],
+        max_bytes: int,
+        deadline: float,
+        refused: Callable[[str, str, ApiError], None],
+        local: bool = False,
+        rate_limit: int = 0,
     ) -> None:
         self.app, self.max_bytes, self.deadline, self.local = app, max_bytes, deadline, local
+        self._refused = refused
+        self._requests, self._wrong_keys = RateLimit(rate_limit), RateLimit(WRONG_KEYS)
         self._keys = {name: key.encode() for name, key in keys.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,7 +72,9 @@ class RequestGuard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if refusal := self._head_refusal(scope, headers):
+        client = (scope.get("client") or ("unknown",))[0]
+        if refusal := self._head_refusal(scope, headers, client):
+            self._refused(scope["path"], client, refusal)
             if "expect" not in headers:  # such a client sends its body only when it is asked to
                 await _discard(receive, self.max_bytes)
             await _refuse(send, refusal)
@@ -65,12 +82,15 @@ class RequestGuard:
         if scope["path"] in JSON_ROUTES and "origin" not in headers:
             MutableHeaders(scope=scope)["content-type"] = "application/json"
         body = LimitedBody(receive, send, self.max_bytes, self.deadline)
+        scope.setdefault("state", {})["end"] = body.end
         try:
             await self.app(scope, body.receive, body.send)
         finally:
+            if body.refusal:
+                self._refused(scope["path"], client, body.refusal)
             await body.answer_refusal()
 
-    def _head_refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+    def _head_refusal(self, scope: Scope, headers: Headers, client: str) -> ApiError | None:
         """What is wrong with the request's path and headers."""
         if self.local and not is_local(re.sub(r":\d*$", "", headers.get("host", "localhost"))):
             return ApiError(
@@ -84,8 +104,12 @@ class RequestGuard:
             token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
             names = [name for name, key in self._keys.items() if hmac.compare_digest(token, key)]  # all, always
             if not names:
+                if seconds := self._wrong_keys.wait(client):
+                    return _too_often("requests with a wrong key", seconds)
                 return ApiError(401, "a valid API key is needed: Authorization: Bearer …", code="invalid_api_key")
             scope.setdefault("state", {})["key"] = names[0]
+        if protected and (seconds := self._requests.wait(client)):
+            return _too_often("requests", seconds)
         declared = headers.get("content-length", "0")
         if not (declared.isascii() and declared.isdigit()) or int(declared) > self.max_bytes:
             return _too_large(self.max_bytes)
@@ -97,7 +121,7 @@ class LimitedBody:
 
     def __init__(self, receive: Receive, send: Send, max_bytes: int, seconds: float) -> None:
         self._receive, self._send, self._max_bytes, self._seconds = receive, send, max_bytes, seconds
-        self._end = time.monotonic() + seconds
+        self.end = time.monotonic() + seconds
         self._received = 0
         self._complete = self._answered = False
         self.refusal: ApiError | None = None
@@ -107,7 +131,7 @@ class LimitedBody:
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), max(0.0, self._end - time.monotonic()))
+            message = await asyncio.wait_for(self._receive(), max(0.0, self.end - time.monotonic()))
         except TimeoutError:
             self.refusal = ApiError(
                 408, f"the request did not arrive within {self._seconds:g} s", code="request_timeout"
@@ -138,6 +162,12 @@ class LimitedBody:
         await _refuse(self._send, self.refusal)
 
 
+def _too_often(what: str, seconds: float) -> ApiError:
+    wait = math.ceil(seconds)
+    message = f"too many {what} from this address; try again in {wait} s"
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after=wait)
+
+
 def _too_large(max_bytes: int) -> ApiError:
     return ApiError(413, f"the request is larger than {max_bytes:,} bytes", code="too_large")
 
@@ -160,6 +190,8 @@ async def _discard(receive: Receive, max_bytes: int) -> None:
 async def _refuse(send: Send, error: ApiError) -> None:
     body = json.dumps(error.body()).encode()
     fields = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close", **PROTECTIVE}
+    if error.retry_after:
+        fields["retry-after"] = str(error.retry_after)
     headers = [(name.encode(), value.encode()) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -15,7 +15,7 @@ import numpy as np
 
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.inference.listener import Listener
-from blsp.serving.refusals import ApiError
+from blsp.serving.refusals import ApiError, late
 
 RECOGNISER = "recogniser"  # the model name that asks for it
 MAX_WAITING = 8  # clips; the next one gets status 429
@@ -47,7 +47,7 @@ class SharedRecogniser:
         try:
             return await asyncio.wait_for(work, seconds)
         except TimeoutError as error:
-            raise ApiError(504, "the request's deadline passed", code="deadline_exceeded") from error
+            raise late() from error
         finally:
             self._pending -= 1
 

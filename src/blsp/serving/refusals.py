@@ -38,6 +38,10 @@ class ApiError(Exception):
         return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
 
 
+def late() -> ApiError:
+    return ApiError(504, "the request's deadline passed", code="deadline_exceeded")
+
+
 def _sendable(text: str) -> str:
     """The text without lone surrogates, which cannot be encoded: messages may repeat what a client sent."""
     return text.encode(errors="replace").decode()

@@ -7,11 +7,13 @@ Flow: cli.py → **server.py** → app.py (the routes) → scheduler.py (the thr
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -28,6 +30,8 @@ def serve(settings: ServeSettings) -> None:
     """Load the model and serve until SIGTERM or Ctrl-C; accepted requests are finished first."""
     check_exposure(settings)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    if settings.log_format == "json":
+        logging.getLogger().handlers[0].setFormatter(JsonLines())
     logging.getLogger("blsp").setLevel(logging.INFO)  # other loggers would print URLs and parts of requests
     address = reserve(settings.host, settings.port)
     listener = load(
@@ -42,6 +46,21 @@ def serve(settings: ServeSettings) -> None:
         timeout_keep_alive=30,
     )
     Server(config).run(sockets=[address])
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object a line: time (UTC), level, message, and the fields of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
 
 
 def check_exposure(settings: ServeSettings) -> None:

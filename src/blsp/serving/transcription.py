@@ -27,7 +27,7 @@ from blsp.inference.subtitles import Segment, segments_of
 from blsp.inference.transcript import Transcript
 from blsp.inference.word_times import sounding
 from blsp.llm.instructions import instruction_for
-from blsp.serving import api, audio_input
+from blsp.serving import api
 from blsp.serving.exchange import client_of, gather, while_connected
 from blsp.serving.recogniser import RECOGNISER
 from blsp.serving.refusals import ApiError
@@ -40,9 +40,9 @@ TIMED = ("verbose_json", "srt", "vtt")
 GRANULARITIES = ("segment", "word")
 MAX_TOKENS = 256  # of a piece
 SHOWN = (  # translations that the LLM is shown; without them a small one answers questions (docs/log.md)
-    ("Wer hat das Buch geschrieben?", "Who wrote the book?"),
-    ("What is two plus two?", "What is two plus two?"),
-    ("El tren llega tarde.", "The train is late."),
+    ("Wo ist der Bahnhof?", "Where is the train station?"),
+    ("Quelle heure est-il ?", "What time is it?"),
+    ("What is your name?", "What is your name?"),
 )
 NOT_TAKEN = ("include", "known_speaker_names", "known_speaker_references")  # fields of a form
 
@@ -114,8 +114,7 @@ class Transcriptions:
         began = time.monotonic()
         self._check(await request.form(), wanted)
         self.service.scheduler.check_room(client_of(request))
-        data = await file.read()
-        clip = await run_in_threadpool(audio_input.decode, data, self.service.settings.max_audio_seconds)
+        clip = (await self.service.audio.clips([await file.read()], request, request.state.end))[0]
         seconds = round(len(clip) / SAMPLE_RATE, 3)
         spoken = self._counted(wanted, began, self._spoken(request, clip, wanted))
         if wanted.stream:
@@ -173,7 +172,8 @@ class Transcriptions:
         """The text of each piece of the recording, with its time in the recording."""
         settings = self.service.settings
         if wanted.recogniser:
-            work = self.service.recogniser.transcribe(clip, wanted.language or "en", settings.deadline)
+            seconds = request.state.end - time.monotonic()
+            work = self.service.recogniser.transcribe(clip, wanted.language or "en", seconds)
             yield Segment(0.0, len(clip) / SAMPLE_RATE, await while_connected(request, work))
             return
         decoding = replace(
@@ -183,7 +183,6 @@ class Transcriptions:
         )
         readout = self._reads_out(wanted)
         no_speech = self.listener.model.config.no_speech_sentence
-        end = time.monotonic() + settings.deadline  # of the whole recording
         for piece in await run_in_threadpool(pieces_of, clip):
             exchange = self.service.ask(
                 [{"role": "user", "parts": [piece.audio]}] if readout else self._messages(wanted, piece.audio),
@@ -191,7 +190,7 @@ class Transcriptions:
                 readout=readout,
                 client=client_of(request),
                 starts_at=piece.start if wanted.timed and readout else None,
-                seconds=end - time.monotonic(),
+                end=request.state.end,
             )
             await while_connected(request, exchange.started(), exchange)
             text = (await while_connected(request, gather(exchange), exchange)).strip()

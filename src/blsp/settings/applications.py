@@ -285,8 +285,8 @@ class ServeSettings:
     GROUPS: ClassVar[dict[str, str]] = {
         "model": "model audio_model llm asr prefix_cache",
         "address and access": "host port api_key insecure cors_origin allow_remote_audio",
-        "limit": "max_upload_mb max_audio_seconds max_batch queue deadline max_new_tokens",
-        "logging": "log_content",
+        "limit": "max_upload_mb max_audio_seconds max_batch queue deadline max_new_tokens rate_limit",
+        "logging": "log_format log_content",
         "compute": "device dtype",
     }
 
@@ -315,14 +315,18 @@ class ServeSettings:
     queue: int = 64
     """requests that may wait; the next one gets status 429 and a time to try again"""
     deadline: float = 120.0
-    """seconds that a request may take in all"""
+    """seconds that a request may take in all, from its first byte to its last"""
     max_new_tokens: int = 512
     """the most tokens that a request may ask for"""
+    rate_limit: int = 0
+    """requests a minute that one address may send; 0: as many as it likes"""
     prefix_cache: int = 32
     """conversations whose key/values are kept"""
     asr: str | None = None
     """the recogniser for the page's comparison: a model that faster-whisper loads (without: the adapter's own
     Whisper)"""
+    log_format: Literal["text", "json"] = "text"
+    """json: an object a line, with the fields of each request"""
     log_content: bool = False
     """also log questions and answers"""
     device: Device = "auto"
@@ -332,8 +336,9 @@ class ServeSettings:
     def __post_init__(self) -> None:
         above_zero(self, "max_upload_mb", "max_audio_seconds", "max_batch", "queue", "deadline")
         above_zero(self, "max_new_tokens")
-        if self.prefix_cache < 0:
-            raise SettingsError(f"--prefix-cache {self.prefix_cache}: must be 0 or more")
+        for name in ("prefix_cache", "rate_limit"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         self.keys  # noqa: B018  (raises where they are wrong)
 
     @property
