@@ -22,12 +22,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from benchmarks.support.hostile import Attempt, attempts
+from benchmarks.support.hostile import TRANSCRIBE, Attempt, attempts, many_channels
 from benchmarks.support.serving import Server, recordings, serving, spoken_question
 from blsp.settings import DEFAULT_MODEL
 
 ATTEMPTS = 1000
 BY_SCHEMATHESIS = 40  # examples per operation
+UPLOADS = 44  # of many channels, at once
 EVERY = 25  # attempts between two good requests
 LIMITS = ["--max-upload-mb", "2", "--max-audio-seconds", "120", "--max-new-tokens", "8", "--deadline", "60"]
 LIMITS += ["--prefix-cache", "2"]  # a small cache, so that its growth does not hide a leak
@@ -84,7 +85,7 @@ def send(client: httpx.Client, url: str, attempt: Attempt) -> int:
     if attempt.leave is not None:
         return vanish(url, attempt)
     if attempt.upload is not None:
-        return client.post(attempt.path, files={"file": attempt.upload}).status_code
+        return client.post(attempt.path, files={"file": attempt.upload}, data=attempt.form).status_code
     return client.post(attempt.path, content=attempt.body, headers={"content-type": "application/json"}).status_code
 
 
@@ -111,6 +112,26 @@ def status_of(connection: socket.socket) -> int:
     return int(line[1]) if len(line) > 1 else 0
 
 
+def beside_uploads(url: str, uploads: int) -> dict[str, Any]:
+    """How long a written question takes alone, and beside uploads of many channels whose clients leave at once."""
+    question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+    request = httpx.Request("POST", f"{url}{TRANSCRIBE}", files={"file": ("a.ogg", many_channels())})
+    head = b"".join(b"%s: %s\r\n" % (name, value) for name, value in request.headers.raw)
+    body = f"POST {TRANSCRIBE} HTTP/1.1\r\n".encode() + head + b"\r\n" + request.read()
+    server = urlsplit(url)
+    seconds = {}
+    with httpx.Client(base_url=url, timeout=120) as client:
+        for name, count in (("alone_s", 0), ("beside_uploads_s", uploads)):
+            for _ in range(count):
+                with socket.create_connection((server.hostname, server.port), timeout=120) as connection:
+                    connection.sendall(body)
+            began = time.monotonic()
+            client.post("/v1/chat/completions", json=question).raise_for_status()
+            seconds[name] = round(time.monotonic() - began, 2)
+        refused = client.post(TRANSCRIBE, files={"file": ("a.ogg", many_channels())}).status_code
+    return {"uploads": uploads, **seconds, "upload_status": refused}
+
+
 def by_schemathesis(url: str, examples: int) -> bool:
     """True if schemathesis found no server error in the routes of the OpenAPI document."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--no-color"]
@@ -135,6 +156,7 @@ def main() -> int:
         attack(server.url, wav, 100, seed=1)  # memory is compared after one round of all kinds of requests
         before, files = server.memory_mb(), open_files(server)
         figures = attack(server.url, wav, round(ATTEMPTS * options.share))
+        figures["neighbour"] = beside_uploads(server.url, max(4, round(UPLOADS * options.share)))
         figures["memory_growth_mb"] = round(server.memory_mb() - before, 1)
         figures["open_files_growth"] = open_files(server) - files
         figures["schemathesis_ok"] = by_schemathesis(server.url, max(5, round(BY_SCHEMATHESIS * options.share)))

@@ -12,7 +12,8 @@ import json
 import random
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,22 @@ import soundfile
 
 from blsp.data.audio import SAMPLE_RATE
 
-CHAT, TRANSCRIBE = "/v1/chat/completions", "/v1/audio/transcriptions"
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+TRANSCRIBE, TRANSLATE = "/v1/audio/transcriptions", "/v1/audio/translations"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One request: a JSON body as bytes, or an uploaded file. `leave`: the client sends only this many bytes.
+    """One request: a JSON body as bytes, or an uploaded file with the fields of a form.
 
-    linger: it then stays connected, and silent, until the server ends the request.
+    leave: the client sends only this many bytes. linger: it then stays connected, and silent, until the server ends
+    the request.
     """
 
     path: str
     body: bytes = b""
     upload: tuple[str, bytes] | None = None
+    form: dict[str, str] = field(default_factory=dict)
     leave: int | None = None
     linger: bool = False
 
@@ -104,6 +108,20 @@ def much_silence(draw: random.Random, wav: bytes) -> bytes:
     return file.getvalue()
 
 
+@cache
+def many_channels(seconds: int = 120) -> bytes:
+    """A small Vorbis file of 8 channels at 192 kHz: 74 kB that decode to 184 million samples."""
+    with io.BytesIO() as file:
+        with soundfile.SoundFile(file, "w", 192_000, 8, format="OGG", subtype="VORBIS") as sound:
+            for _ in range(seconds):
+                sound.write(np.zeros((192_000, 8), np.float32))
+        return file.getvalue()
+
+
+def too_many_samples(draw: random.Random, wav: bytes) -> bytes:
+    return many_channels(20)
+
+
 def no_audio(draw: random.Random, wav: bytes) -> bytes:
     return draw.choice([b"", b"\0", b"RIFF", b"ID3", b"OggS", b"fLaC", b"<html>", b"%PDF-1.4", draw.randbytes(3000)])
 
@@ -130,6 +148,38 @@ def hostile_json(draw: random.Random, wav: bytes) -> Attempt:
         ]
     )  # fmt: skip
     return Attempt(CHAT, body=body)
+
+
+def hostile_form(draw: random.Random, wav: bytes) -> Attempt:
+    """A good recording with fields that are wrong, or not taken."""
+    name, value = draw.choice(
+        [
+            ("language", draw.choice(["klingon", "xx", "", "en" * 500, "\0"])),
+            ("prompt", "x" * draw.choice([1, 100_000])),
+            ("response_format", draw.choice(["diarized_json", "srt", "vtt", "verbose_json", "\ufeff"])),
+            ("timestamp_granularities[]", draw.choice(["word", "letter"])),
+            ("temperature", draw.choice(["nan", "-1", "1e999", "hot", "0.5"])),
+            ("stream", draw.choice(["maybe", "true"])),
+            ("include[]", "logprobs"),
+        ]
+    )
+    return Attempt(draw.choice([TRANSCRIBE, TRANSLATE]), upload=("a.wav", wav), form={name: value})
+
+
+def hostile_response(draw: random.Random, wav: bytes) -> Attempt:
+    """A request to the Responses API that is wrong, or asks for what is not taken."""
+    body = draw.choice(
+        [
+            {}, {"input": None}, {"input": 7}, {"input": [7]}, {"input": [[]]}, {"input": []},
+            {"input": [{"type": "function_call_output", "output": "x"}]}, {"input": [{"role": "root", "content": "x"}]},
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "file:///etc/passwd"}]}]},
+            {"input": "x", "instructions": {"a": 1}}, {"input": "x", "previous_response_id": "resp_1"},
+            {"input": "x", "max_output_tokens": draw.choice([0, -1, 1e9, "x"])}, {"input": "x" * 900_000},
+            {"input": "x", "text": {"format": {"type": "json_schema"}}}, {"input": "x", "stream": "maybe"},
+            {"input": "\ud800"},
+        ]
+    )  # fmt: skip
+    return Attempt(RESPONSES, body=json.dumps(body).encode())
 
 
 def hostile_text(draw: random.Random, wav: bytes) -> Attempt:
@@ -172,9 +222,9 @@ def chat(content: list[dict[str, Any]]) -> Attempt:
 
 
 BAD_AUDIO: tuple[Callable[[random.Random, bytes], bytes], ...] = (
-    truncated, flipped, lying_header, not_numbers, much_silence, no_audio,
+    truncated, flipped, lying_header, not_numbers, much_silence, too_many_samples, no_audio,
 )  # fmt: skip
 KINDS: tuple[Callable[[random.Random, bytes], Attempt], ...] = (
     hostile_file, hostile_file, hostile_part, hostile_part, hostile_json, hostile_json, hostile_text, hostile_url,
-    vanishing, slow, too_large,
+    hostile_form, hostile_response, vanishing, slow, too_large,
 )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from conftest import Running
 
 from benchmarks.serve_load import answer_alone
-from benchmarks.serve_robustness import attack, by_schemathesis
+from benchmarks.serve_robustness import attack, beside_uploads, by_schemathesis
 from benchmarks.support.serving import crowd, recordings, spoken_question
 
 WORDS = "Please repeat the following words:"
@@ -39,3 +39,10 @@ def test_bad_requests_break_nothing(server_with) -> None:
         figures = attack(server.url, max(recordings(4), key=len), 50)
         assert figures["defects"] == []
         assert by_schemathesis(server.url, examples=5)
+
+
+def test_a_question_beside_uploads_of_many_channels_does_not_wait(server_with) -> None:
+    with server_with(max_audio_seconds=120) as server:
+        figures = beside_uploads(server.url, 4)
+        assert figures["upload_status"] == 400
+        assert figures["beside_uploads_s"] < figures["alone_s"] + 3
