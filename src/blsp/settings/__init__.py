@@ -3,7 +3,8 @@
     shared.py        flags that several commands have, lists of choices, checks
     pipeline.py      prepare, continue, encode, align, train
     paper.py         what `--paper` puts in place of the defaults
-    applications.py  evaluate, generate, transcribe, chat, serve, move, export, tour
+    applications.py  evaluate, generate, transcribe, chat, move, export, tour
+    serving.py       serve
     flags.py         flags and YAML files → one settings object
 
 In:  the command line, or a YAML file given with --config, which holds the same flags.
@@ -20,9 +21,9 @@ from blsp.settings.applications import (
     ExportSettings,
     GenerateSettings,
     MoveSettings,
-    ServeSettings,
     TourSettings,
     TranscribeSettings,
 )
 from blsp.settings.pipeline import AlignSettings, ContinueSettings, EncodeSettings, PrepareSettings, TrainSettings
+from blsp.settings.serving import ServeSettings
 from blsp.settings.shared import DEFAULT_MODEL, SettingsError

@@ -1,16 +1,14 @@
-"""Settings of the commands that use an adapter: evaluate, generate, transcribe, chat, serve, move, export, tour.
+"""Settings of the commands that use an adapter: evaluate, generate, transcribe, chat, move, export, tour.
 
 In:  the command line, or a YAML file (cli.py). Out: one frozen object for one function.
 Try: `blsp transcribe --help`
-Flow: cli.py → **applications.py** → evaluation, inference, serving, model/checkpoint.py, tour.py
+Flow: cli.py → **applications.py** → evaluation, inference, model/checkpoint.py, tour.py
 
 `GROUPS` names the groups that `--help` shows, with their fields in order.
 """
 
 from __future__ import annotations
 
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
@@ -36,8 +34,6 @@ from blsp.settings.shared import (
     above_zero,
     can_sample,
 )
-
-NAMED_KEY = re.compile(r"([A-Za-z][\w.-]*)=([^=].*)", re.ASCII)
 
 Model = Annotated[str, "the adapter, or the merged model, to use"]
 
@@ -269,92 +265,6 @@ class ChatSettings:
     def __post_init__(self) -> None:
         above_zero(self, "max_new_tokens")
         can_sample(self.temperature, self.top_p)
-
-
-@dataclass(frozen=True)
-class ServeSettings:
-    """Serve an OpenAI-compatible API that takes speech, and a web page with a microphone.
-
-    Needs blsp[serve]. Requests that arrive together share batches. The server listens on this machine only;
-    --host opens it to others, and then it needs a key.
-
-        $ blsp serve                                   # then open http://127.0.0.1:8000
-        $ BLSP_API_KEY=… blsp serve --host 0.0.0.0 --port 80
-    """
-
-    GROUPS: ClassVar[dict[str, str]] = {
-        "model": "model audio_model llm asr prefix_cache",
-        "address and access": "host port api_key insecure cors_origin allow_remote_audio",
-        "limit": "max_upload_mb max_audio_seconds max_batch queue deadline max_new_tokens rate_limit",
-        "logging": "log_format log_content",
-        "compute": "device dtype",
-    }
-
-    model: Model = DEFAULT_MODEL
-    audio_model: AudioModel = None
-    llm: Llm = None
-    host: str = "127.0.0.1"
-    """the address to listen on"""
-    port: int = 8000
-    """the port; 0 takes a free one and prints it"""
-    api_key: tuple[str, ...] = ()
-    """the bearer token that clients must send, or NAME=KEY for each of several; better given as $BLSP_API_KEY,
-    with spaces between several"""
-    insecure: bool = False
-    """listen beyond this machine without a key"""
-    allow_remote_audio: bool = False
-    """fetch audio_url from the public internet (private addresses stay refused)"""
-    cors_origin: tuple[str, ...] = ()
-    """web origins that may call from a browser"""
-    max_upload_mb: float = 25.0
-    """largest request, before decoding"""
-    max_audio_seconds: float = 600.0
-    """longest recording, after decoding"""
-    max_batch: int = 16
-    """requests answered together"""
-    queue: int = 64
-    """requests that may wait; the next one gets status 429 and a time to try again"""
-    deadline: float = 120.0
-    """seconds that a request may take in all, from its first byte to its last"""
-    max_new_tokens: int = 512
-    """the most tokens that a request may ask for"""
-    rate_limit: int = 0
-    """requests a minute that one address may send; 0: as many as it likes"""
-    prefix_cache: int = 32
-    """conversations whose key/values are kept"""
-    asr: str | None = None
-    """the recogniser for the page's comparison: a model that faster-whisper loads (without: the adapter's own
-    Whisper)"""
-    log_format: Literal["text", "json"] = "text"
-    """json: an object a line, with the fields of each request"""
-    log_content: bool = False
-    """also log questions and answers"""
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    config: ConfigFile = None
-
-    def __post_init__(self) -> None:
-        above_zero(self, "max_upload_mb", "max_audio_seconds", "max_batch", "queue", "deadline")
-        above_zero(self, "max_new_tokens")
-        for name in ("prefix_cache", "rate_limit"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
-        self.keys  # noqa: B018  (raises where they are wrong)
-
-    @property
-    def keys(self) -> dict[str, str]:
-        """Names of keys and the bearer tokens that clients must send, from --api-key or $BLSP_API_KEY.
-
-        A key without a name gets its number for a name. Raises SettingsError where two have one name or are equal.
-        """
-        keys: dict[str, str] = {}
-        for number, given in enumerate(self.api_key or os.environ.get("BLSP_API_KEY", "").split(), start=1):
-            named = NAMED_KEY.fullmatch(given)  # "c2VjcmV0==" is a key, not a name
-            name, key = named.groups() if named else (f"key-{number}", given)
-            if not key or name in keys or key in keys.values():
-                raise SettingsError(f"--api-key: number {number} is empty, or has the name or the key of another one")
-            keys[name] = key
-        return keys
 
 
 @dataclass(frozen=True)
