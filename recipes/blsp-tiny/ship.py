@@ -33,13 +33,12 @@ HEAD = {
     "pipeline_tag": "audio-text-to-text",
     "language": "en",
     "license": "apache-2.0",
-    "tags": ["blsp", "speech", "adapter-grounded"],
+    "tags": ["blsp", "speech"],
 }
 USE = """\
-An adapter of {size:.1f} MB that lets the frozen LLM `{llm}` listen through the frozen encoder of `{audio}`. It was
-trained by behaviour alignment of continuation writing (BLSP, arXiv 2309.00916) with this project's own commands, on two
-CPU cores, without speech instructions. The folder holds the adapter alone; the frozen parts are loaded by name and
-checked by digest.
+An adapter of {size:.1f} MB that lets the frozen LLM `{llm}` listen through the frozen encoder of `{audio}`.
+{what} It was trained with this project's own commands on two CPU cores, without speech instructions. The folder holds
+the adapter alone; the frozen parts are loaded by name and checked by digest.
 
     blsp transcribe question.wav --model {name}
     blsp chat --model {name}
@@ -50,6 +49,20 @@ import blsp
 print(blsp.load("{name}").answer("question.wav"))
 ```
 """
+WHAT = {
+    "grounded": "It reads the speech out over the LLM's own tokens (CTC) and gives the LLM the expected embeddings of "
+    "what it read: in effect a recogniser inside the LLM's vocabulary (as LegoSLM, arXiv 2505.11352), aligned with the "
+    "LLM's behaviour on text at the end (BLSP, arXiv 2309.00916).",
+    "conv": "It is the paper's own adapter (BLSP, arXiv 2309.00916): three strided convolutions and a bottleneck, 6.25 "
+    "vectors a second, no read-out and no token table at inference.",
+}
+DID = {  # what a loss trains
+    "ctc": "the read-out, on transcripts, without the LLM",
+    "embed": "the LLM's embedding of the token spoken at each place, without the LLM",
+    "ce": "the LLM's behaviour on text, along its own answers",
+    "kl": "the LLM's behaviour on text, along its own answers",
+}
+PROBES = {"wer": "read-out WER", "tokens": "tokens found", "kl": "divergence"}  # of the runs' held-out clips
 LIMITS = """\
 ## Limits
 
@@ -79,9 +92,16 @@ def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = 
     """The model card: use, training, data with licences, what was measured, limits."""
     config = json.loads((out / "config.json").read_text())
     size = (out / "model.safetensors").stat().st_size / 1e6
-    use = USE.format(size=size, llm=config["text_model_id"], audio=config["audio_model_id"], name=out.name)
+    head = HEAD | {"tags": [*HEAD["tags"], f"adapter-{config['adapter']}"]}
+    use = USE.format(
+        what=WHAT[config["adapter"]],
+        size=size,
+        llm=config["text_model_id"],
+        audio=config["audio_model_id"],
+        name=out.name,
+    )
     parts = [
-        f"---\n{yaml.safe_dump(HEAD, sort_keys=False).strip()}\n---\n\n# {out.name}",
+        f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---\n\n# {out.name}",
         use,
         "## Training\n\n" + _stages(out / "training", stages),
         sources,
@@ -92,10 +112,20 @@ def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = 
 
 
 def _stages(training: Path, shipped: Sequence[str]) -> str:
-    rows = []
+    """What each stage trained, with how many samples, and what that changed on the clips that it held out."""
+    rows, samples = [], defaultdict(int)
     read = [(stage, yaml.safe_load((stage / "settings.yaml").read_text())) for stage in training.iterdir()]
-    for stage, settings in sorted(read, key=lambda each: (each[1]["loss"] != "ctc", each[0].name)):
-        last = json.loads((stage / "metrics.jsonl").read_text().splitlines()[-1])
+    seen = {
+        name
+        for stage, _ in read
+        for line in (stage / "metrics.jsonl").read_text().splitlines()
+        for name in json.loads(line)
+    }
+    probes = {name: title for name, title in PROBES.items() if f"held_out_{name}" in seen}
+    for stage, settings in sorted(read, key=lambda each: (each[1]["loss"] in ("ce", "kl"), each[0].name)):
+        lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+        last = lines[-1]
+        samples[settings["loss"]] += last["samples"]
         rows.append(
             [
                 stage.name,
@@ -104,14 +134,25 @@ def _stages(training: Path, shipped: Sequence[str]) -> str:
                 f"{last['samples']:,}",
                 f"{last['audio_seconds'] / 3600:.1f}",
                 f"{last['seconds'] / 3600:.2f}",
-                f"{last['loss']:.3f}",
+                *(_change(lines, f"held_out_{probe}") for probe in probes),
             ]
         )
-    head = ["stage", "loss", "steps", "samples", "hours of speech heard", "hours of work", "last loss"]
+    head = ["stage", "loss", "steps", "samples", "hours of speech heard", "hours of work", *probes.values()]
+    whole = sum(samples.values())
+    parts = [f"`{loss}` ({DID[loss]}): {count:,}, {count / whole:.1%}" for loss, count in samples.items()]
+    did = (
+        f"Of {whole:,} samples: {'; '.join(parts)}. The last columns are of clips that each run held out, at its first "
+        "and its last probe (24 clips: differences of a tenth are noise)."
+    )
     note = "Settings, metrics and curves of each stage: `training/`. A machine with two cores (AMD EPYC), no GPU."
     if len(shipped) > 1:
         note = f"These weights are the mean of the stages {' and '.join(shipped)}. {note}"
-    return f"{table(head, rows)}\n\n{note}"
+    return f"{table(head, rows)}\n\n{did}\n\n{note}"
+
+
+def _change(lines: Sequence[dict], probe: str) -> str:
+    values = [line[probe] for line in lines if probe in line]
+    return f"{values[0]:.3f} → {values[-1]:.3f}" if values else ""
 
 
 def data_table(manifests: Sequence[str]) -> str:

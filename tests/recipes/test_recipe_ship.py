@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from ship import write_weights
+from ship import _stages, write_weights
 from support.tiny_models import tiny_blsp
 
 from blsp.distributed import find_runtime
@@ -57,3 +57,20 @@ def test_adapters_that_read_out_other_tokens_have_no_mean(run: Path, tmp_path: P
     save_file(tensors, adapters[1] / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="has no mean with"):
         write_weights(run, tmp_path / "out", adapters)
+
+
+def test_the_card_says_what_each_loss_trained_and_what_it_changed(tmp_path: Path) -> None:
+    for name, loss, samples, probes in (
+        ("grounding", "ctc", 900, [{"held_out_wer": 2.0}, {"held_out_wer": 0.5}]),
+        ("alignment", "kl", 100, [{"held_out_wer": 0.5, "held_out_kl": 0.31}, {"held_out_kl": 0.3}]),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.yaml").write_text(f"loss: {loss}\n")
+        rows = [
+            {"step": 1, "samples": samples, "audio_seconds": 1.0, "seconds": 1.0, "loss": 1.0} | row for row in probes
+        ]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    card = _stages(tmp_path, ())
+    assert "2.000 → 0.500" in card and "0.310 → 0.300" in card
+    assert "`ctc` (the read-out, on transcripts, without the LLM): 900, 90.0%" in card and "100, 10.0%" in card
+    assert card.index("grounding") < card.index("alignment")
