@@ -18,6 +18,8 @@ Frames of blank are dropped, and a run of the same token becomes one vector: the
 posterior · embeddings, which for a one-hot posterior is exactly the token's embedding. Step 2 trains through the
 posteriors inside a run; which frames form one is an argmax, and a CTC term keeps the runs in place.
 
+CTC posteriors times the LLM's embeddings: LegoSLM (2505.11352), with an output layer of its own; here it is the LLM's.
+
 Shapes: B clips, T encoder frames, S frames after the stack (= audio tokens), E encoder width, H hidden width,
 D LLM width, K classes (blank + read-out tokens), F frames of a batch that are not blank, G letter groups.
 """

@@ -6,10 +6,12 @@ Out: the sum in nats, differentiable. The caller divides it by a count of the wh
 Try: ``ce_loss(torch.zeros(1, 4), torch.tensor([2]))``  ->  ``tensor(1.3863)``
 Flow: training/step.py -> **losses.py** -> training/loop.py
 
-- ``ce``: cross-entropy of the LLM's own continuation (BLSP, 2309.00916).
+- ``ce``: cross-entropy of the LLM's own continuation (BLSP, 2309.00916; AZeroS, 2601.06086, reaches the top with it).
 - ``kl``: divergence between the text route and the speech route (BLSP-KD, 2405.19041), with the teacher run beside
-  the student, or with stored top-k log-probabilities of the teacher.
-- ``embed``: distance of the adapter's vectors from the embeddings of the tokens that are spoken there.
+  the student, or with stored top-k log-probabilities of the teacher. On held-out speech it tells task scores beforehand
+  (SALAD, 2510.13632); DiVA (2410.02678) takes the distance of the states before the head in its place.
+- ``embed``: distance of the adapter's vectors from the embeddings of the tokens that are spoken there (SpeechMapper,
+  2601.20417, also trains a projector without the LLM).
 - ``ctc``: the transcript under the adapter's posteriors over the LLM's tokens (Graves et al. 2006).
 
 Shapes: N response positions, V vocabulary, K stored top-k, B batch, S adapter places,
