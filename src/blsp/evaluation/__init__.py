@@ -11,6 +11,7 @@ answers.py     the logs of answers, with which a killed run continues
 scoring.py     metrics and faults of the answers
 bootstrap.py   confidence intervals
 alignment.py   divergence between the routes, token by token
+following.py   whether the answers to speech do what was asked
 layers.py      the same inside the LLM, layer by layer
 results.py     results.json and samples.jsonl
 report.py      report.md and the table for the screen

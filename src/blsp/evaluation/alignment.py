@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from blsp.data.jobs import RecordLog
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, Answers, answer_log
-from blsp.evaluation.bootstrap import Figure, draws, interval, ratio
+from blsp.evaluation.bootstrap import Figure, drawn_units, draws, grouped, interval, known_speakers, ratio
+from blsp.evaluation.following import Following, judge_following
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
 from blsp.evaluation.routes import RouteInput, RouteInputFn, ask, plan_batches, request, route_fingerprint, text_input
 from blsp.evaluation.tasks import AlignmentPlan, Task
@@ -72,9 +74,14 @@ class Comparison:
 
 @dataclass
 class Alignment:
-    """comparisons: instruction -> clip -> what was measured. The first instruction is the headline."""
+    """comparisons: instruction -> clip -> what was measured. The first instruction is the headline.
+
+    speakers: of the clips, in their order.
+    """
 
     comparisons: dict[str, dict[str, Comparison]] = field(default_factory=dict)
+    speakers: list[str | None] = field(default_factory=list)
+    following: Following | None = None
     layers: LayerAnalysis | None = None
 
     @property
@@ -84,13 +91,17 @@ class Alignment:
 
     def figures(self, samples: int, seed: int) -> dict[str, Any]:
         """The object "alignment" of results.json; `samples` and `seed` are the bootstrap's."""
+        units = drawn_units(self.speakers)
         behaviours = {
-            behaviour: summarise(list(clips.values()), samples, seed) for behaviour, clips in self.comparisons.items()
+            behaviour: summarise(list(clips.values()), samples, seed, units)
+            for behaviour, clips in self.comparisons.items()
         }
         first = next(iter(behaviours))
         return {
             "behaviour": first,
             **behaviours[first],
+            "speakers": known_speakers(self.speakers),
+            **(self.following.figures(units, samples, seed) if self.following else {}),
             **(self.layers.figures() if self.layers else {}),
             "by_position": by_position(self.headline),
             "behaviours": behaviours,
@@ -108,6 +119,7 @@ def measure(
     """The whole analysis. folder: of the logs. progress: called with the number of clips just finished."""
     alignment = Alignment()
     answers: dict[str, Answers] = {}
+    spoken: dict[str, Answers] = {}
     tasks = {behaviour: plan.task(behaviour) for behaviour in plan.behaviours}
     for behaviour, task in tasks.items():
         rows = task.rows()
@@ -128,7 +140,13 @@ def measure(
                         inputs["cascade"] = text_input(recognised)(batch)
                     log.write(compare(listener, task, batch, inputs, answers[behaviour]))
                 progress(len(batch))
+            alignment.speakers = [row.speaker for row in rows]
             alignment.comparisons[behaviour] = {row.id: log.records[row.id] for row in rows}
+        mark = route_fingerprint(routes.speech_id, task, rows, "speech", batch_size)
+        with answer_log(folder / f"{task.name}.speech.jsonl", mark) as speech_log:
+            spoken[behaviour] = ask(listener, task, rows, routes.speech, speech_log, batch_size)
+    if len(tasks) > 1:
+        alignment.following = judge_following(answers, spoken, list(alignment.comparisons[plan.behaviours[0]]))
     alignment.layers = analyse_layers(listener, tasks, routes.text, routes.speech, answers, plan.layer_samples)
     return alignment
 
@@ -182,8 +200,10 @@ def _slices(rows: Sequence[Utterance]) -> Iterator[slice]:
             start = end
 
 
-def summarise(comparisons: Sequence[Comparison], samples: int, seed: int) -> dict[str, Any]:
-    """Means over tokens with their intervals; clips are resampled, the same ones for every figure.
+def summarise(
+    comparisons: Sequence[Comparison], samples: int, seed: int, units: NDArray[np.int64] | None = None
+) -> dict[str, Any]:
+    """Means over tokens with their intervals; `units` are resampled (None: clips), the same ones for every figure.
 
     kl, top1_agreement, kl_NAME of each baseline, and kl_minus_cascade, whose interval is a paired one.
     """
@@ -198,11 +218,12 @@ def summarise(comparisons: Sequence[Comparison], samples: int, seed: int) -> dic
         sums["kl_minus_cascade"] = [
             speech - cascade for speech, cascade in zip(sums["kl"], sums["kl_cascade"], strict=True)
         ]
-    rows = draws(len(comparisons), samples, seed)
+    units = np.arange(len(comparisons)) if units is None else units
+    rows = draws(int(units.max()) + 1, samples, seed)
     figures: dict[str, Any] = {}
     for name, values in sums.items():
         figure = Figure(np.stack([np.array(values, dtype=float), tokens], axis=1), ratio)
-        figures |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows))}
+        figures |= {name: figure.point(), f"{name}_ci": list(interval(grouped(figure, units), rows))}
     return figures | {"n": len(comparisons), "tokens": int(tokens.sum())}
 
 

@@ -1,17 +1,19 @@
-"""Confidence intervals: percentile bootstrap over utterances, for corpus metrics and for ratios of two routes, too.
+"""Confidence intervals: percentile bootstrap, for corpus metrics and for ratios of two routes, too.
 
 In:  statistics of each utterance (N, K) and the figure that their sums give: WER is errors over words, BLEU a function
      of n-gram counts. Out: the figure and its 95 % interval.
 Try: `interval(Figure(np.array([[1., 4.], [0., 5.]]), lambda total: total[0] / total[1]), draws(2, 1000, seed=0))`
 Flow: evaluation/ — used by scoring.py, alignment.py and results.py.
 
-The draws depend on N and the seed alone. Two routes that answered the same questions are therefore resampled together,
-and the interval of their ratio is a paired one (Koehn 2004; Efron & Tibshirani 1993, ch. 13).
+Where the questions have `ENOUGH_SPEAKERS`, whole speakers are drawn, because what one speaker says is alike; otherwise
+utterances, and then the intervals say nothing about other speakers. The draws depend on the number of what is drawn and
+the seed alone. Two routes that answered the same questions are therefore resampled together, and the interval of their
+ratio is a paired one (Koehn 2004; Efron & Tibshirani 1993, ch. 13).
 
 Shapes: N utterances, K sums that a figure needs, S bootstrap samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
+ENOUGH_SPEAKERS = 5  # fewer cannot be drawn from: of two, half of all draws hold only one
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,25 @@ def mean_figure(values: Array) -> Figure:
 def ratio(total: Array) -> float:
     """First sum over second sum."""
     return float(total[0] / total[1]) if total[1] else float("nan")
+
+
+def known_speakers(speakers: Sequence[str | None]) -> int:
+    """How many speakers there are; 0 where that of some utterance is not known."""
+    return len(set(speakers)) if all(speakers) else 0
+
+
+def drawn_units(speakers: Sequence[str | None]) -> NDArray[np.int64]:
+    """(N,) the number of what is drawn as a whole: the utterance's speaker, where there are enough, or itself."""
+    if known_speakers(speakers) < ENOUGH_SPEAKERS:
+        return np.arange(len(speakers))
+    return np.unique([str(name) for name in speakers], return_inverse=True)[1]
+
+
+def grouped(figure: Figure, units: NDArray[np.int64]) -> Figure:
+    """The same figure over what is drawn as a whole: statistics of the utterances of a unit are added up."""
+    statistics = np.zeros((int(units.max(initial=-1)) + 1, *figure.statistics.shape[1:]))
+    np.add.at(statistics, units, figure.statistics)
+    return Figure(statistics, figure.value)
 
 
 def draws(count: int, samples: int, seed: int) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from typing import Any
 from blsp.data.files import write_text
 from blsp.evaluation import pictures
 from blsp.evaluation.answers import Answer
+from blsp.evaluation.bootstrap import ENOUGH_SPEAKERS
 from blsp.evaluation.results import TRANSCRIPTS, Results, TaskResult, write_results
 from blsp.evaluation.scoring import LOWER_IS_BETTER
 from blsp.evaluation.summary import NAMES, UNKNOWN, change, shown, summarise, table, with_interval
@@ -51,9 +52,8 @@ INTRODUCTION = """\
 The same questions were put to the same language model by three routes. **text**: it reads the exact transcript;
 this is its own upper bound. **cascade**: a speech recogniser writes a transcript, and the model reads that.
 **speech**: the model gets the recording through the adapter, without a recogniser and without a transcript. The three
-routes differ in one part of the prompt and in nothing else. Brackets hold 95 % confidence intervals (bootstrap over
-the questions). *speech : text* is how much larger (+) or smaller (−) the speech route's figure is than the text
-route's.
+routes differ in one part of the prompt and in nothing else. Brackets hold 95 % confidence intervals (bootstrap;
+{units}). *speech : text* is how much larger (+) or smaller (−) the speech route's figure is than the text route's.
 """
 COLUMNS = {
     "recogniser": "**recogniser**: the transcript of the cascade's recogniser, without the language model.",
@@ -73,6 +73,12 @@ The other columns are along the same answers, with something else in the place o
 *cascade*, the adapter's own transcript as text (*read-out*), copies of one vector (*deaf*). *Speech − cascade* is below
 0 where the adapter is nearer to the text than the cascade is; its interval is a paired one.
 """
+FOLLOWING = """\
+**Does the answer do what was asked?** Each clip is asked under each instruction. Its answer follows the instruction if,
+of the answers to the same clip's text, the one to the same instruction is the most similar (chrF): {own} of the answers
+do. By their form alone, with another clip's answers, {other} do. Where everything is nearest to `repeat`, the adapter
+has collapsed to recognition.
+"""
 INSTRUCTIONS = """\
 The next picture shows the state from which the model begins its answer: one point for each clip, route and instruction
 (last layer, projected on two principal components). Where the method works, the two points of a clip lie side by side,
@@ -86,7 +92,8 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
     write_results(results, folder)
     figures = results.to_json()
     sections = [
-        f"# How well does `{results.environment.get('model', 'the model')}` listen?\n\n{INTRODUCTION}",
+        f"# How well does `{results.environment.get('model', 'the model')}` listen?\n\n"
+        + INTRODUCTION.format(units=_units(figures)),
         f"## In short\n\n{sentences}" if (sentences := summarise(results, figures)) else "",
         "## At a glance\n\n" + _glance(results, figures) + "\n\n" + _remarks(results, figures),
         _draw_scores(results, figures, folder),
@@ -100,6 +107,20 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
     text = "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
     write_text(folder / "report.md", text)
     return f"{_glance(results, figures)}\n\n{_alignment_line(figures)}report: {folder / 'report.md'}"
+
+
+def _units(figures: Figures) -> str:
+    """What the intervals are drawn over, and what they therefore do not cover."""
+    counts = figures["speakers"] | ({"alignment": figures["alignment"]["speakers"]} if figures["alignment"] else {})
+    several = [name for name, count in counts.items() if count >= ENOUGH_SPEAKERS]
+    few = [f"{name} ({count})" for name, count in counts.items() if count < ENOUGH_SPEAKERS]
+    parts = [f"speakers are drawn in {', '.join(several)}"] if several else []
+    if few:
+        parts.append(
+            f"questions are drawn in {', '.join(few)}: too few speakers (in brackets; 0: not known), so that these "
+            "intervals say nothing about other voices"
+        )
+    return "; ".join([*parts, "training seeds are not covered"])
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -287,6 +308,8 @@ def _alignment(results: Results, figures: Figures, folder: Path) -> str:
         rows.append([behaviour, str(values["n"]), str(values["tokens"]), *cells])
     header = ["instruction", "clips", "tokens", *columns.values()]
     parts = ["## Behaviour on speech against behaviour on text", ALIGNMENT, table(header, rows)]
+    if "nearest_answer" in figures["alignment"]:
+        parts.append(_following(figures["alignment"]))
     pictures.draw_positions(alignment, folder / "divergence_by_position.png")
     parts.append("![Divergence along the answer, and over clips](divergence_by_position.png)")
     if alignment.layers is not None:
@@ -298,6 +321,17 @@ def _alignment(results: Results, figures: Figures, folder: Path) -> str:
             "![Last-layer states under different instructions](instructions.png)",
         ]
     return "\n\n".join(part.strip() for part in parts)
+
+
+def _following(values: Figures) -> str:
+    shares = values["nearest_answer"]
+    rows = [[asked, *(shown("accuracy", share) for share in found.values())] for asked, found in shares.items()]
+    header = ["asked of the speech", *(f"nearest: {name}" for name in next(iter(shares.values())))]
+    own, other = (
+        _with_interval(values, "instruction_following"),
+        _with_interval(values, "instruction_following_shuffled"),
+    )
+    return f"{FOLLOWING.format(own=own, other=other)}\n{table(header, rows)}"
 
 
 def _with_interval(values: Figures, name: str) -> str:

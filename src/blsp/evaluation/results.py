@@ -25,7 +25,7 @@ from blsp.data.files import write_json
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.evaluation.alignment import Alignment
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.bootstrap import draws, interval, relative_gap
+from blsp.evaluation.bootstrap import drawn_units, draws, grouped, interval, known_speakers, relative_gap
 from blsp.evaluation.scoring import MAIN_METRIC, Score
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener
@@ -91,6 +91,9 @@ class Results:
             "tasks": {result.task.name: self._scores(result) for result in self.tasks},
             "gaps": {result.task.name: self._gaps(result) for result in self.tasks},
             "no_evidence": {name: reason for name, reason in doubts.items() if reason is not None},
+            "speakers": {
+                result.task.name: known_speakers([row.speaker for row in result.rows]) for result in self.tasks
+            },
             "alignment": self.alignment.figures(self.bootstrap, self.seed) if self.alignment else {},
             "signatures": {
                 result.task.name: next(iter(result.scores.values())).signatures
@@ -102,18 +105,20 @@ class Results:
 
     def _scores(self, result: TaskResult) -> dict[str, Any]:
         """By route: every metric with its interval, the number of questions, and counts of faults."""
-        rows = draws(len(result.rows), self.bootstrap, self.seed)
+        units = drawn_units([row.speaker for row in result.rows])
+        rows = draws(int(units.max()) + 1, self.bootstrap, self.seed)
         routes: dict[str, Any] = {}
         for route, score in result.scores.items():
             routes[route] = {}
             for name, figure in score.figures.items():
-                routes[route] |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows))}
+                routes[route] |= {name: figure.point(), f"{name}_ci": list(interval(grouped(figure, units), rows))}
             routes[route] |= {"n": len(result.rows), **score.counts}
         return routes | {route: {"n": 0, "unavailable": why} for route, why in result.unavailable.items()}
 
     def _gaps(self, result: TaskResult) -> dict[str, Any]:
         """By metric: how much larger one route's figure is than another's, in percent."""
-        rows = draws(len(result.rows), self.bootstrap, self.seed)
+        units = drawn_units([row.speaker for row in result.rows])
+        rows = draws(int(units.max()) + 1, self.bootstrap, self.seed)
         gaps: dict[str, Any] = {}
         for route, other in COMPARED:
             if route not in result.scores or other not in result.scores:
@@ -121,7 +126,7 @@ class Results:
             for name, figure in result.scores[route].figures.items():
                 other_figure = result.scores[other].figures.get(name)
                 if other_figure is not None and name != "agreement":
-                    percent, bounds = relative_gap(figure, other_figure, rows)
+                    percent, bounds = relative_gap(grouped(figure, units), grouped(other_figure, units), rows)
                     gaps.setdefault(name, {})[f"{route}_vs_{other}"] = percent
                     gaps[name][f"{route}_vs_{other}_ci"] = list(bounds)
         return gaps

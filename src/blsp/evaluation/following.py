@@ -1,0 +1,76 @@
+"""Instruction following, judged by the answers: the same clip under several instructions.
+
+In:  the answers of the text route and of the speech route to the same clips, under each instruction.
+Out: `Following`: for each clip and instruction, which text answer the speech answer is nearest to; and its figures.
+Try: results.json, "alignment", "instruction_following"
+Flow: evaluation/ — called by alignment.py.
+
+An answer to speech follows its instruction if, of the text route's answers to this clip, the one to the same
+instruction is the most similar (chrF). An adapter that has collapsed, so that the LLM repeats the words whatever is
+asked, is nearest to `repeat` each time: 1 in 3 with three instructions. The form of an answer gives something away,
+too; how much is told by the same figure with another clip's answers. What is asked twice with one text answer cannot
+be told apart and is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sacrebleu.metrics import CHRF
+
+from blsp.evaluation.answers import Answers
+from blsp.evaluation.bootstrap import Figure, draws, grouped, interval, ratio
+
+Nearest = dict[str, dict[str, str | None]]  # instruction -> clip -> the instruction of the nearest text answer
+
+
+@dataclass(frozen=True)
+class Following:
+    """nearest: of each speech answer; None where two are equally near. exchanged: of the next clip's speech answer."""
+
+    clips: Sequence[str]
+    nearest: Nearest
+    exchanged: Nearest
+
+    def figures(self, units: NDArray[np.int64], samples: int, seed: int) -> dict[str, Any]:
+        """Shares with intervals, and for each instruction how often each one's text answer is the nearest."""
+        rows = draws(int(units.max()) + 1, samples, seed)
+        figures: dict[str, Any] = {}
+        named = {"instruction_following": self.nearest, "instruction_following_shuffled": self.exchanged}
+        for name, nearest in named.items():
+            counts = np.zeros((len(self.clips), 2))  # followed, judged
+            for asked, found in nearest.items():
+                for clip, near in found.items():
+                    counts[self.clips.index(clip)] += [near == asked, 1]
+            figure = grouped(Figure(counts, ratio), units)
+            figures |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows))}
+        shares = {
+            asked: {near: float(np.mean([item == near for item in found.values()])) for near in self.nearest}
+            for asked, found in self.nearest.items()
+            if found
+        }
+        return figures | {"nearest_answer": shares}
+
+
+def judge_following(text: dict[str, Answers], speech: dict[str, Answers], clips: Sequence[str]) -> Following:
+    """text, speech: by instruction, the answers by clip."""
+    chrf = CHRF(lowercase=True)
+
+    def nearest(answer: str, clip: str) -> str | None:
+        scores = {asked: chrf.sentence_score(answer, [answers[clip].text]).score for asked, answers in text.items()}
+        best = [asked for asked, score in scores.items() if score == max(scores.values())]
+        return best[0] if len(best) == 1 else None
+
+    def distinct(asked: str, clip: str) -> bool:
+        return all(text[other][clip].text != text[asked][clip].text for other in text if other != asked)
+
+    def all_nearest(heard: dict[str, str]) -> Nearest:
+        return {
+            asked: {clip: nearest(speech[asked][heard[clip]].text, clip) for clip in clips if distinct(asked, clip)}
+            for asked in text
+        }
+
+    others = dict(zip(clips, [*clips[1:], *clips[:1]], strict=True))
+    return Following(clips, all_nearest({clip: clip for clip in clips}), all_nearest(others))

@@ -1,0 +1,79 @@
+"""Whether answers do what was asked: a collapsed adapter is seen, and so is a deaf one; intervals by speaker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from support.speech_copies import shuffled, transcripts_as_speech
+
+from blsp.evaluation.answers import Answer, Answers
+from blsp.evaluation.bootstrap import Figure, drawn_units, draws, grouped, interval, ratio
+from blsp.evaluation.following import judge_following
+from blsp.evaluation.judge import Evaluation, judge
+from blsp.evaluation.tasks import Suite
+from blsp.inference.listener import Listener
+
+WORDS = {"a": "the black cat sat", "b": "rain falls in April", "c": "seven ships left port"}
+TEXT: dict[str, Answers] = {
+    "continue": {
+        clip: Answer(f"Then {words} again and a long story began", "stop", ()) for clip, words in WORDS.items()
+    },
+    "repeat": {clip: Answer(words, "stop", ()) for clip, words in WORDS.items()},
+    "answer": {clip: Answer(f"I do not know, sorry: {words[::-1]}", "stop", ()) for clip, words in WORDS.items()},
+}
+
+
+def _figures(speech: dict[str, Answers]) -> dict:
+    return judge_following(TEXT, speech, list(WORDS)).figures(np.arange(len(WORDS)), samples=50, seed=0)
+
+
+def test_the_text_routes_own_answers_follow() -> None:
+    figures = _figures(TEXT)
+    assert figures["instruction_following"] == 1.0 and figures["instruction_following_ci"] == [1.0, 1.0]
+    assert figures["instruction_following_shuffled"] < 1.0
+
+
+def test_a_collapsed_adapter_repeats_whatever_is_asked() -> None:
+    figures = _figures({asked: TEXT["repeat"] for asked in TEXT})
+    assert figures["instruction_following"] == pytest.approx(1 / 3)
+    assert all(shares["repeat"] == 1.0 for shares in figures["nearest_answer"].values())
+
+
+def test_an_empty_answer_follows_nothing() -> None:
+    silent = {clip: Answer("", "stop", ()) for clip in WORDS}
+    assert _figures({asked: silent for asked in TEXT})["instruction_following"] == 0.0
+
+
+def test_one_text_answer_to_two_instructions_tells_nothing() -> None:
+    text = TEXT | {"answer": TEXT["repeat"]}
+    nearest = judge_following(text, text, list(WORDS)).nearest
+    assert len(nearest["continue"]) == 3 and not nearest["repeat"] and not nearest["answer"]
+
+
+def test_the_alignment_analysis_holds_it(
+    evaluation_of: Callable[..., Evaluation], suite: Suite, listener: Listener
+) -> None:
+    only = Suite("alignment", (), suite.alignment)
+    right = judge(evaluation_of(speech=transcripts_as_speech(listener)), only).to_json()["alignment"]
+    wrong = judge(evaluation_of(speech=shuffled(transcripts_as_speech(listener))), only).to_json()["alignment"]
+    assert right["instruction_following"] == 1.0 > wrong["instruction_following"]
+
+
+# --- intervals by speaker -------------------------------------------------------------------------------------
+def test_speakers_are_drawn_as_a_whole_where_there_are_enough() -> None:
+    speakers = [f"s{number % 5}" for number in range(50)]
+    values = np.array([float(number % 5) for number in range(50)])  # a speaker's utterances are all alike
+    figure = Figure(np.stack([values, np.ones(50)], axis=1), ratio)
+    units = drawn_units(speakers)
+    whole = grouped(figure, units)
+    assert whole.point() == figure.point() and len(whole.statistics) == 5
+    low, high = interval(whole, draws(5, 1000, seed=0))
+    single_low, single_high = interval(figure, draws(50, 1000, seed=0))
+    assert high - low > 2 * (single_high - single_low)
+
+
+@pytest.mark.parametrize("speakers", [["a"] * 6, ["a", "b", "c", "d"] * 2, ["a", "b", "c", "d", "e", None]])
+def test_few_or_unknown_speakers_leave_the_utterances(speakers: list[str | None]) -> None:
+    assert drawn_units(speakers).tolist() == list(range(len(speakers)))
