@@ -208,7 +208,7 @@ def draw(metrics: Path, picture: Path, verdict: str = "") -> None:
     lines = math.ceil((1 + len(names)) / 2)
     figure = Figure(figsize=(11, 0.9 + 3.7 * lines), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, 2, squeeze=False, sharex=True).flatten()
+    axes: list[Any] = list(figure.subplots(lines, 2, squeeze=False, sharex=True).flat)
     figure.suptitle("\n".join(textwrap.wrap(verdict, 130)), fontsize=10)
     _loss(axes[0], rows)
     for axis, name in zip(axes[1:], names, strict=False):
