@@ -115,7 +115,7 @@ class Responses:
             exchange = await self.service.begin(chat, request)
         except ApiError as error:
             raise _renamed(error, shift=body.get("instructions") is not None) from error
-        head = {
+        head: dict[str, Any] = {
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
