@@ -166,8 +166,7 @@ class GroundedAdapter(nn.Module):
         lift = into + 1 / math.sqrt(into.numel())
         self.stack.load_state_dict(old.stack.state_dict())
         self.layers.load_state_dict(old.layers.state_dict())
-        self.project.weight.copy_(lift @ old.project.weight)
-        self.project.bias.copy_(lift @ old.project.bias)
+        self.project.load_state_dict({"weight": lift @ old.project.weight, "bias": lift @ old.project.bias})
         self.down.weight.copy_(old.down.weight @ torch.linalg.pinv(lift))
         self.up.weight.copy_(lift @ old.up.weight)
         # vectors leave this LayerNorm as long as A makes, on average, vectors of length √D without a mean

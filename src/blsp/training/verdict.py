@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from blsp.data.files import write_json
-from blsp.data.manifest import write_manifest
+from blsp.data.manifest import Utterance, write_manifest
 from blsp.training import probes, step
 from blsp.training.run import Run, draw_examples
 
@@ -83,7 +83,7 @@ def warnings(run: Run) -> list[str]:
 # --- after the last step ----------------------------------------------------------------------------------
 def write_held_out(run: Run) -> None:
     """Write heldout.jsonl: each held-out utterance once, without what step 1 asked and got."""
-    rows = {}
+    rows: dict[str, Utterance] = {}
     for row in run.dataset.held_out:
         utterance = run.dataset.utterance(row)
         extra = {name: value for name, value in utterance.extra.items() if name not in STEP_1_FIELDS}
