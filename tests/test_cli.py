@@ -409,9 +409,9 @@ def test_the_shipped_adapter_is_the_one_default_name() -> None:
     from blsp.weights.shipped import SHIPPED, find_model
 
     assert cli.parse("chat", []).model == "blsp-tiny"
-    assert find_model("owner/adapter") == "owner/adapter"
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        find_model("runs/x/adapter")
+    for name in ("owner/adapter", "runs/x/adapter"):  # the tests are offline
+        with pytest.raises(FileNotFoundError, match="no such folder"):
+            find_model(name)
     for name in SHIPPED:
         try:
             assert Path(find_model(name), "config.json").is_file()
