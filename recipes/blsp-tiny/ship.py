@@ -37,7 +37,7 @@ HEAD = {
 }
 USE = """\
 An adapter of {size:.1f} MB that lets the frozen LLM `{llm}` listen through the frozen encoder of `{audio}`.
-{what} It was trained with this project's own commands on two CPU cores, without speech instructions. The folder holds
+{what} It was made with this project's own commands on two CPU cores, without speech instructions. The folder holds
 the adapter alone; the frozen parts are loaded by name and checked by digest.
 
     blsp transcribe question.wav --model {name}
@@ -63,33 +63,42 @@ DID = {  # what a loss trains
     "kl": "the LLM's behaviour on text, along its own answers",
 }
 PROBES = {"wer": "read-out WER", "tokens": "tokens found", "kl": "divergence"}  # of the runs' held-out clips
+MOVED = """\
+## Training
+
+None for this LLM. It is the adapter [{origin}](../{origin}/README.md), whose card says what it learnt from, moved by
+least squares over the {tokens:,} tokens that both LLMs have (`blsp move`, [docs/adapt.md](../../docs/adapt.md)):
+
+    blsp move --model {origin} --llm {llm} --out runs/moved
+    python recipes/blsp-tiny/ship.py --moved runs/moved --origin {origin} --out models/{name}
+"""
 LIMITS = """\
 ## Limits
 
 It hears read and acted English with the vocabulary of its transcripts; a token that never occurred there is hardly
 ever read out. Noisy rooms, several speakers at once, other languages and accents far from the training voices are heard
-badly. What it then says is what a language model of 135 million parameters says: check facts. On silence, noise and
+badly. What it then says is what a small language model says: check facts. On silence, noise and
 music it is trained to say “{no_speech}”; how often it does is in the table (`no-speech`). Not for decisions about
 people.
 """
 
 
-def write_weights(run: Path, out: Path, adapters: Sequence[Path]) -> None:
-    """The adapters' mean, weight by weight, in float16, with the logs of the run's stages."""
+def write_weights(run: Path | None, out: Path, adapters: Sequence[Path]) -> None:
+    """The adapters' mean, weight by weight, in float16, with the logs of the run's stages (none of a moved one)."""
     model, processor = load_mean(adapters, find_runtime(device="cpu", dtype="float32"))
     save_adapter(model, processor, out, dtype=torch.float16)
     tokenizer = out / "tokenizer.json"  # half of it is indentation
     content = json.loads(tokenizer.read_text(encoding="utf-8"))
     tokenizer.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-    for stage in sorted((run / "stages").iterdir()):
+    for stage in sorted((run / "stages").iterdir()) if run else ():
         target = out / "training" / stage.name
         target.mkdir(parents=True)
         for name in ("settings.yaml", "metrics.jsonl", "curves.png"):
             shutil.copy(stage / name, target / name)
 
 
-def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = ()) -> str:
-    """The model card: use, training, data with licences, what was measured, limits."""
+def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = (), origin: str | None = None) -> str:
+    """The model card: use, training, data with licences, what was measured, limits; `origin`: what was moved."""
     config = json.loads((out / "config.json").read_text())
     size = (out / "model.safetensors").stat().st_size / 1e6
     head = HEAD | {"tags": [*HEAD["tags"], f"adapter-{config['adapter']}"]}
@@ -103,12 +112,14 @@ def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = 
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---\n\n# {out.name}",
         use,
-        "## Training\n\n" + _stages(out / "training", stages),
+        MOVED.format(origin=origin, tokens=config["readout_size"], llm=config["text_model_id"], name=out.name)
+        if origin
+        else "## Training\n\n" + _stages(out / "training", stages),
         sources,
         _results(json.loads(results.read_text()), out.name) if results else "## Measured\n\nNot judged yet.",
         LIMITS.format(no_speech=config["no_speech_sentence"]),
     ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def _stages(training: Path, shipped: Sequence[str]) -> str:
@@ -200,13 +211,18 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="the finished run; left out: write the card alone")
     parser.add_argument("--stages", nargs="+", help="ship the mean of these stages (default: the last one)")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder, models/NAME")
-    parser.add_argument("--manifests", nargs="+", required=True, help="manifests that it learnt from, or globs")
+    parser.add_argument("--manifests", nargs="+", default=[], help="manifests that it learnt from, or globs")
+    parser.add_argument("--moved", type=Path, help="instead of --run: an adapter that `blsp move` wrote")
+    parser.add_argument("--origin", help="the shipped adapter that was moved")
     parser.add_argument("--results", type=Path, help="results.json of `blsp evaluate --model OUT`")
     options = parser.parse_args()
     if options.run is not None:
         stages = [options.run / "stages" / name for name in options.stages or ()] or [options.run]
         write_weights(options.run, options.out, [stage / "adapter" for stage in stages])
-    text = card(options.out, data_table(options.manifests), options.results, options.stages or ())
+    if options.moved is not None:
+        write_weights(None, options.out, [options.moved])
+    sources = data_table(options.manifests) if options.manifests else ""
+    text = card(options.out, sources, options.results, options.stages or (), options.origin)
     (options.out / "README.md").write_text(text, encoding="utf-8")
     print(f"{options.out}: written")
 

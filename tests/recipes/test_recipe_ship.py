@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from ship import _stages, write_weights
+from ship import _stages, card, write_weights
 from support.tiny_models import tiny_blsp
 
 from blsp.distributed import find_runtime
@@ -74,3 +74,9 @@ def test_the_card_says_what_each_loss_trained_and_what_it_changed(tmp_path: Path
     assert "2.000 → 0.500" in card and "0.310 → 0.300" in card
     assert "`ctc` (the read-out, on transcripts, without the LLM): 900, 90.0%" in card and "100, 10.0%" in card
     assert card.index("grounding") < card.index("alignment")
+
+
+def test_a_moved_adapter_is_shipped_without_a_run(run: Path, tmp_path: Path) -> None:
+    write_weights(None, tmp_path / "out", [run / "stages" / "first" / "adapter"])
+    text = card(tmp_path / "out", "", None, origin="blsp-tiny")
+    assert "blsp move --model blsp-tiny" in text and not (tmp_path / "out" / "training").exists()
