@@ -1,5 +1,6 @@
 """`blsp train` on tiny models: the run folder, stages, refusals, caches, what cannot be learnt from."""
 
+import errno
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -14,6 +15,7 @@ from support.tiny_models import save_language_model
 from support.training_examples import write_data
 
 from blsp.data.audio import write_wav
+from blsp.data.files import DiskFullError
 from blsp.data.jobs import JobError, SkippedLog
 from blsp.data.manifest import Manifest
 from blsp.distributed import find_runtime
@@ -23,7 +25,7 @@ from blsp.model.checkpoint import load_blsp
 from blsp.model.configuration_blsp import CheckpointError
 from blsp.settings import SettingsError, TrainSettings
 from blsp.settings.flags import read_settings
-from blsp.training import loop, reporting, step
+from blsp.training import loop, reporting, run_state, step
 from blsp.training.dataset import DataError
 from blsp.training.loop import TrainingError, train
 from blsp.training.optimiser import learning_rate
@@ -124,6 +126,29 @@ def test_two_runs_in_one_folder_are_refused_and_nothing_foreign_is_removed(setti
         train(settings)
     train(replace(settings, steps=1))
     assert mine.read_text() == "kept"
+
+
+def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(settings: TrainSettings, tmp_path: Path) -> None:
+    saving = replace(settings, save_every=2)
+    whole, saved = run_state.save_file, []
+
+    def fill_up(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        saved.append(path.parent.name)
+        if saved == ["step-2", "step-4"]:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(tensors, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_state, "save_file", fill_up)
+        with pytest.raises(DiskFullError, match=r"checkpoints/step-4: no room for it: [\d,]+ bytes are needed"):
+            train(saving)
+        assert [path.name for path in (saving.out / "checkpoints").iterdir()] == ["step-2"]
+        train(saving)  # from step 2: the first two steps are not done again
+    assert saved == ["step-2", "step-4", "step-4", "step-6"]
+    train(replace(saving, out=tmp_path / "undisturbed"))
+    ours, theirs = _weights(saving.out), _weights(tmp_path / "undisturbed")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_loss_falls_and_the_curve_is_the_seed_s(settings: TrainSettings, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints count when they are whole, and say what they need to be gone on with."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from blsp.data.files import DiskFullError
 from blsp.data.jobs import JobError
 from blsp.distributed import Runtime
 from blsp.training.run_state import (
@@ -52,6 +54,24 @@ def test_the_newest_complete_one_counts_and_old_ones_go(tmp_path: Path) -> None:
     (torn / "adapter.safetensors").write_bytes(b"half")
     assert newest_complete(tmp_path) == tmp_path / "step-10"
     assert newest_complete(_save(tmp_path, 12).parent) == torn
+
+
+@pytest.mark.parametrize("full", ["Path.mkdir", "save_file", "torch.save", "flush_to_disk", "write_text"])
+def test_a_full_disk_is_named_and_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch, full: str) -> None:
+    older = _save(tmp_path, 2)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DiskFullError, match=r"step-4: no room .* 28 bytes are") as error,
+    ):
+        patch.setattr(f"blsp.training.run_state.{full}", fail)
+        _save(tmp_path, 4)
+    assert error.value.path == tmp_path / "step-4"
+    assert list(tmp_path.iterdir()) == [older] == complete_checkpoints(tmp_path)
+    assert newest_complete(_save(tmp_path, 4).parent) == tmp_path / "step-4"
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:

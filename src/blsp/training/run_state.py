@@ -119,7 +119,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         with naming_full_disk(target, needs):
             _write_checkpoint(target, checkpoint)
     except DiskFullError:
-        shutil.rmtree(target)  # the part of it that is of no use
+        shutil.rmtree(target, ignore_errors=True)  # the part of it that is of no use; there may be none
         raise
     for old in complete_checkpoints(folder)[:-keep]:
         (old / STATE).unlink()  # first: a half-removed checkpoint must not count
