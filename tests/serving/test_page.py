@@ -6,6 +6,7 @@ Skipped where there is no Chromium (Debian: apt-get install chromium). Screensho
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ def speak(page: Any, milliseconds: int = 900) -> None:
     box = page.locator("#talk").bounding_box()
     page.mouse.move(box["x"] + 20, box["y"] + 20)
     page.mouse.down()
-    playwright.expect(page.locator("#talklabel")).to_contain_text("Listening")
+    playwright.expect(page.locator("#talklabel")).to_contain_text("Listening", timeout=30_000)
     page.wait_for_timeout(milliseconds)
     page.mouse.up()
 
@@ -133,6 +134,7 @@ def test_the_level_moves_while_one_speaks(page) -> None:
     box = page.locator("#talk").bounding_box()
     page.mouse.move(box["x"] + 20, box["y"] + 20)
     page.mouse.down()
+    playwright.expect(page.locator("#talklabel")).to_contain_text("Listening")
     page.wait_for_timeout(700)
     drawn = page.locator("#level").evaluate(
         "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some(v => v > 0)"
@@ -142,9 +144,112 @@ def test_the_level_moves_while_one_speaks(page) -> None:
     assert drawn
 
 
+def test_a_timer_runs_while_one_speaks(page) -> None:
+    page.click("#talk")
+    playwright.expect(page.get_by_role("timer")).not_to_have_text("0:00", timeout=30_000)
+    page.keyboard.press("Escape")
+    playwright.expect(page.get_by_role("timer")).to_be_hidden()
+
+
+def test_an_example_is_sent_and_heard_copied_and_asked_again(page, server: Running) -> None:
+    examples = page.locator(".example")
+    recordings = {f"{each.get_attribute('data-clip')}.opus": each.inner_text() for each in examples.all()}
+    rows = map(json.loads, (RECORDING / "questions.jsonl").read_text().splitlines())
+    assert recordings == {Path(row["audio"]).name: row["text"] for row in rows}
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=server.url.rstrip("/"))
+    page.get_by_role("button", name="capital of Canada").click()
+    answered(page, 1)
+    playwright.expect(page.locator(".heard")).to_contain_text("It heard", timeout=30_000)
+    page.evaluate(f"({ANSWERS})('**Ottawa**, again')")
+    page.get_by_role("button", name="Try again").click()
+    playwright.expect(page.locator(".answer .text")).to_have_text("Ottawa, again", timeout=30_000)
+    answered(page, 1)
+    assert [turn["role"] for turn in page.evaluate("window.asked")[0]["messages"]] == ["user"]
+    page.get_by_role("button", name="Copy").click()
+    playwright.expect(page.locator(".copy")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "**Ottawa**, again"
+
+
+def test_compare_says_that_a_written_question_has_nothing_to_compare(page) -> None:
+    page.evaluate(f"({ANSWERS})('yes')")
+    page.check("#compare")
+    page.fill("#text", "Hello?")
+    page.press("#text", "Enter")
+    playwright.expect(page.locator(".heard")).to_contain_text("Nothing was compared")
+
+
+MARKDOWN = """## Ottawa
+It is **the *capital*** of `Canada`:
+- first
+- <img src=x onerror="window.broken=1">
+7. seven
+
+```
+if a < b: <script>window.broken=1</script>
+```
+[a page](https://example.org/) [none](javascript:window.broken=1) 2 * 3 * 4 snake_case_name"""
+
+
+def test_markdown_becomes_elements_and_html_stays_text(page) -> None:
+    page.evaluate(f"({ANSWERS})({json.dumps(MARKDOWN)})")
+    page.fill("#text", "Hello?")
+    page.press("#text", "Enter")
+    answered(page, 1)
+    text = page.locator(".answer .text")
+    assert text.evaluate("t => [...t.children].map(e => e.tagName)") == ["H3", "P", "UL", "OL", "PRE", "P"]
+    assert text.evaluate("t => t.querySelectorAll('img, script, [onerror]').length") == 0
+    assert [link.get_attribute("href") for link in text.locator("a").all()] == ["https://example.org/"]
+    assert text.locator("strong").inner_text() == "the capital" and text.locator("ol").get_attribute("start") == "7"
+    assert "<img" in text.inner_text() and "[none](javascript" in text.inner_text()
+    assert text.inner_text().endswith("2 * 3 * 4 snake_case_name")
+    assert page.evaluate("window.broken") is None
+    assert violations(page) == []
+
+
+def test_the_page_follows_a_long_answer_until_the_reader_scrolls_up(page) -> None:
+    page.evaluate(f"({ANSWERS})(Array.from({{length: 50}}, (_, i) => `line ${{i}}`).join('\\n\\n'), 15)")
+    left = "document.documentElement.scrollHeight - innerHeight - scrollY"
+    page.fill("#text", "Count.")
+    page.press("#text", "Enter")
+    playwright.expect(page.locator(".answer .text")).to_contain_text("line 20", timeout=30_000)
+    assert page.evaluate(left) < 100
+    page.mouse.move(500, 300)
+    page.mouse.wheel(0, -400)
+    page.wait_for_timeout(300)
+    stays = page.evaluate("scrollY")
+    answered(page, 1)
+    assert page.evaluate("scrollY") == stays and page.evaluate(left) > 200
+    assert page.locator("header").bounding_box()["y"] == 0, "the header stays"
+
+
+@pytest.mark.parametrize("width", [320, 768, 1920])
+def test_one_line_of_controls_and_nothing_cut_off(page, width: int, screenshots: Path) -> None:
+    page.set_viewport_size({"width": width, "height": 700})
+    assert page.evaluate(TOO_WIDE) == []
+    middles = page.evaluate(
+        "[...document.querySelectorAll('.row > :not(.hidden, [hidden])')]"
+        ".map(e => e.getBoundingClientRect()).map(r => r.top + r.height / 2)"
+    )
+    assert len(middles) == 4 and max(middles) - min(middles) < 2
+    cut = (
+        "[...document.querySelectorAll('.hint, .hint *, button')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    )
+    assert page.evaluate(cut) == 0
+    page.screenshot(path=screenshots / f"6-{width}.png")
+    page.click("#talk")
+    playwright.expect(page.locator("#talklabel")).to_contain_text("press to send")
+    assert page.locator("#talklabel").bounding_box()["width"] > 80 and page.evaluate(TOO_WIDE) == []
+    page.screenshot(path=screenshots / f"6-{width}-listening.png")
+    page.keyboard.press("Escape")
+
+
 def test_compare_shows_three_routes(page, screenshots: Path) -> None:
     page.check("#compare")
+    page.click("#options")
     page.select_option("#preset", label="repeat")
+    assert violations(page) == []
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
     speak(page, milliseconds=3000)
     answered(page, 3)
     assert [card.get_attribute("data-route") for card in page.locator(".answer").all()] == ["speech", "cascade", "text"]
@@ -167,6 +272,7 @@ def test_a_file_a_reload_and_a_phone_in_the_dark(page, server: Running, micropho
     page.emulate_media(color_scheme="dark")
     page.locator("#talk").focus()
     page.keyboard.down("Space")
+    playwright.expect(page.locator("#talklabel")).to_contain_text("Listening")
     page.wait_for_timeout(900)
     page.keyboard.up("Space")
     answered(page, 1)
@@ -210,6 +316,23 @@ def test_a_screen_reader_is_told_the_answer_once_it_is_whole(page) -> None:
     assert page.locator("#spoken").inner_text().split() == f"Answer: {whole}".split()
 
 
+# The server's answers are replaced: each is `answer`, in pieces of seven characters, `wait` milliseconds apart.
+ANSWERS = """(answer, wait = 0) => {
+    window.asked = [];
+    window.fetch = async (url, options) => {
+        if (!url.includes('chat')) return new Response(JSON.stringify({ text: 'heard' }));
+        window.asked.push(JSON.parse(options.body));
+        const start = async (stream) => {
+            for (let at = 0; at < answer.length; at += 7) {
+                const chunk = { choices: [{ delta: { content: answer.slice(at, at + 7) } }] };
+                stream.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(chunk)}\\n\\n`));
+                if (wait) await new Promise((done) => setTimeout(done, wait));
+            }
+            stream.enqueue(new TextEncoder().encode('data: [DONE]\\n\\n'));
+        };
+        return new Response(new ReadableStream({ start }));
+    };
+}"""
 UNFINISHED = """() => {
     window.asked = [];
     window.fetch = (url, options) => {

@@ -38,7 +38,7 @@ from blsp.serving.audio_input import AudioInput
 from blsp.serving.exchange import CLIENT_LEFT, Exchange, client_of, gather, while_connected
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
-from blsp.serving.page import WEB, Page
+from blsp.serving.page import mount_page
 from blsp.serving.rate_limit import Quiet
 from blsp.serving.recogniser import RECOGNISER, SharedRecogniser
 from blsp.serving.refusals import ApiError, no_route, refusal_of
@@ -100,7 +100,7 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(HTTPException, service.refuse_route)  # type: ignore[arg-type]
     app.state.scheduler, app.state.audio = service.scheduler, service.audio
     app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False, response_model=None)(service.no_route)
-    app.mount("/", Page(directory=WEB, html=True))
+    mount_page(app)
     return app
 
 

@@ -1,7 +1,8 @@
 """Files of the web page, with a policy for the browser.
 
-In:  the folder web/. Out: its files under `/`; the page loads nothing from other hosts.
-Try: `app.mount("/", Page(directory=WEB, html=True))`
+In:  the folder web/, and the recordings of its example questions. Out: the files under `/` and `/questions`; the page
+     loads nothing from other hosts.
+Try: `mount_page(app)`
 Flow: app.py → **page.py** → web/
 """
 
@@ -10,12 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastapi import FastAPI
 from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 WEB = Path(__file__).parent / "web"
+PACKAGE = Path(__file__).resolve().parents[1]
+QUESTIONS = (PACKAGE.parents[1] / "examples" / "speech" / "questions", PACKAGE / "_questions")  # checkout, wheel
 POLICY = (
     "default-src 'self'; style-src 'self'; script-src 'self'; media-src 'self' blob:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'self'; object-src 'none'"
@@ -36,3 +40,11 @@ class Page(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers["content-security-policy"] = POLICY
         return response
+
+
+def mount_page(app: FastAPI) -> None:
+    """Serve the page, and the recordings of its example questions."""
+    questions = next((folder for folder in QUESTIONS if folder.is_dir()), None)
+    if questions:
+        app.mount("/questions", Page(directory=questions))
+    app.mount("/", Page(directory=WEB, html=True))

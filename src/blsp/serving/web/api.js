@@ -27,6 +27,8 @@ async function reach(url, options = {}) {
 
 export const models = async () => (await (await reach("v1/models")).json()).data.map((each) => each.id);
 
+export const recording = async (url) => (await reach(url)).blob();
+
 export async function transcribe(blob, model, signal) {
   const form = new FormData();
   form.append("file", blob, "speech.wav");

@@ -1,24 +1,17 @@
 // The page: turns of speech and text, answers streaming in, the same question by three routes.
 
-import { base64, chat, models, ServerError, setKey, transcribe } from "./api.js";
-import { decode, drawWave, Recorder, toWav } from "./recorder.js";
+import { base64, chat, models, recording, ServerError, setKey, transcribe } from "./api.js";
+import { addAnswer, addTurn, follow, notice, offer, write } from "./cards.js";
+import { decode, Recorder, toWav } from "./recorder.js";
 
 const SHORTEST = 0.25; // seconds: less was no speech
 const TAP = 400; // milliseconds: a shorter press begins, and the next one sends
 const $ = (id) => document.getElementById(id);
-const ROUTES = { speech: "Speech", cascade: "Cascade: a recogniser, then text", text: "Text: as you would write it" };
 
 let messages = []; // the speech route's conversation
 let running = null; // AbortController while an answer comes
 let recorder = null;
 let recogniser = false;
-
-// --- what is shown -----------------------------------------------------------------------------------------
-
-function notice(text) {
-  $("notice").textContent = text;
-  $("notice").hidden = !text;
-}
 
 function busy(controller) {
   running = controller;
@@ -26,58 +19,7 @@ function busy(controller) {
   $("send").hidden = Boolean(controller);
   $("talk").disabled = Boolean(controller);
   $("file").disabled = Boolean(controller);
-}
-
-function addTurn(question) {
-  $("hint").hidden = true;
-  const turn = $("turn").content.cloneNode(true).firstElementChild;
-  const said = turn.querySelector(".said");
-  const words = turn.querySelector(".words");
-  words.textContent = question.text;
-  words.hidden = !question.text;
-  if (question.instruction) {
-    const instruction = document.createElement("p");
-    instruction.className = "instruction";
-    instruction.textContent = question.instruction;
-    said.prepend(instruction);
-  }
-  if (question.blob) said.append(clip(question));
-  $("turns").append(turn);
-  turn.scrollIntoView({ block: "end" });
-  return turn;
-}
-
-function clip({ blob, samples }) {
-  const holder = document.createElement("div");
-  holder.className = "clip";
-  const play = document.createElement("button");
-  play.type = "button";
-  const show = (playing) => {
-    play.textContent = playing ? "❚❚" : "▶\uFE0E";
-    play.setAttribute("aria-label", playing ? "Pause" : "Play what was sent");
-  };
-  show(false);
-  const sound = new Audio(URL.createObjectURL(blob));
-  play.onclick = () => (sound.paused ? sound.play() : sound.pause());
-  sound.onplay = () => show(true);
-  sound.onpause = sound.onended = () => show(false);
-  holder.append(play);
-  if (samples) {
-    const wave = document.createElement("canvas");
-    wave.setAttribute("role", "img");
-    wave.setAttribute("aria-label", `Waveform, ${(samples.length / 16000).toFixed(1)} seconds`);
-    holder.append(wave);
-    requestAnimationFrame(() => drawWave(wave, samples));
-  }
-  return holder;
-}
-
-function addAnswer(turn, route) {
-  const answer = $("answer").content.cloneNode(true).firstElementChild;
-  answer.querySelector("h2").textContent = route === "only" ? "Answer" : ROUTES[route];
-  answer.dataset.route = route;
-  turn.querySelector(".answers").append(answer);
-  return answer;
+  document.querySelectorAll(".example, .retry").forEach((button) => (button.disabled = Boolean(controller)));
 }
 
 // --- asking ------------------------------------------------------------------------------------------------
@@ -86,7 +28,7 @@ function addAnswer(turn, route) {
 async function stream(card, conversation, signal, began = performance.now()) {
   const text = card.querySelector(".text");
   const timing = card.querySelector(".timing");
-  let first = 0;
+  let first = 0, answer = "";
   text.textContent = "";
   text.classList.remove("none");
   card.classList.remove("wrong");
@@ -94,11 +36,11 @@ async function stream(card, conversation, signal, began = performance.now()) {
   try {
     await chat(conversation, (piece) => {
       first = first || performance.now() - began;
-      text.textContent += piece;
+      answer += piece;
+      write(text, answer);
       timing.textContent = `first token ${seconds(first)}`;
-      card.scrollIntoView({ block: "nearest" });
+      follow();
     }, signal);
-    const answer = text.textContent;
     if (!answer.trim()) {
       text.textContent = "It said nothing.";
       text.classList.add("none");
@@ -108,9 +50,11 @@ async function stream(card, conversation, signal, began = performance.now()) {
     return answer;
   } catch (error) {
     fail(card, error);
-    return text.textContent || null;
+    return answer || null;
   } finally {
     text.setAttribute("aria-busy", "false");
+    offer(card, answer);
+    follow();
   }
 }
 
@@ -139,22 +83,51 @@ const written = (question, transcript) =>
 async function ask(question) {
   if (running) return;
   notice("");
-  const controller = new AbortController();
-  busy(controller);
   const turn = addTurn(question);
   const comparing = $("compare").checked && question.blob;
+  const card = addAnswer(turn, comparing ? "speech" : "only");
+  const begun = messages; // "New conversation" puts another list in its place
+  if ($("compare").checked && !question.blob) remark(card, "Nothing was compared: a written question takes one way only.");
+  card.querySelector(".retry").onclick = () => messages === begun.next && respond(card, question, begun);
+  await respond(card, question, begun, (signal) => comparing && compare(turn, question, begun, signal));
+}
+
+// Streams the answer to `question` after the turns `past`, then what `more(signal)` adds.
+async function respond(card, question, past, more = () => {}) {
+  if (running) return;
+  const controller = new AbortController();
+  const before = messages;
+  busy(controller);
   try {
-    const begun = messages; // "New conversation" puts another list in its place
-    const past = [...messages];
-    const card = addAnswer(turn, comparing ? "speech" : "only");
     const said = { role: "user", content: await content(question) };
     const answer = await stream(card, [...past, said], controller.signal);
-    if (answer && messages === begun) messages = [...past, said, { role: "assistant", content: answer }];
-    if (comparing && !controller.signal.aborted) await compare(turn, question, past, controller.signal);
+    if (messages === before) {
+      messages = answer ? [...past, said, { role: "assistant", content: answer }] : [...past];
+      past.next = messages; // as long as this is the conversation, the answer can be asked for again
+    }
+    if (question.blob) tellHeard(card, question.blob);
+    if (!controller.signal.aborted) await more(controller.signal);
   } catch (error) {
     notice(error.message);
   } finally {
     busy(null);
+  }
+}
+
+function remark(card, words) {
+  card.querySelector(".heard").textContent = words;
+  card.querySelector(".heard").hidden = false;
+}
+
+// The transcript by the same model. It is asked for after the answer, so that the answer does not wait.
+async function tellHeard(card, blob) {
+  if (!card.querySelector(".heard").hidden) return;
+  try {
+    const heard = await transcribe(blob, $("model").textContent);
+    remark(card, heard ? `It heard: “${heard}”` : "It heard no words.");
+    follow();
+  } catch (error) {
+    if (!(error instanceof ServerError)) console.error(error); // the answer stands without it
   }
 }
 
@@ -167,16 +140,13 @@ async function compare(turn, question, past, signal) {
   } else {
     try {
       heard = await transcribe(question.blob, "recogniser", signal);
-      const line = cascade.querySelector(".heard");
-      line.textContent = heard ? `It wrote down: “${heard}”` : "It wrote nothing down.";
-      line.hidden = false;
+      remark(cascade, heard ? `It wrote down: “${heard}”` : "It wrote nothing down.");
       await stream(cascade, [...past, { role: "user", content: written(question, heard) }], signal, began);
     } catch (error) {
       fail(cascade, error);
     }
   }
   const text = addAnswer(turn, "text");
-  text.scrollIntoView({ block: "nearest" });
   text.querySelector(".text").before(transcriptField(text, question, past, heard));
   if (heard) await stream(text, [...past, { role: "user", content: written(question, heard) }], signal);
   else text.querySelector(".text").setAttribute("aria-busy", "false");
@@ -224,19 +194,29 @@ function showLevel(rms) {
 
 // Held: speech ends when the button is let go. Tapped: it goes on until the next press.
 let pressed = 0; // when; 0: nobody listens
+let opened = Infinity; // when the microphone was there
+let clock = 0;
 let tapped = false;
 async function press() {
   if (pressed || running) return;
   pressed = performance.now();
   tapped = false;
+  opened = Infinity;
   notice("");
   levels.length = 0;
   document.body.classList.add("listening");
+  $("timer").textContent = "0:00";
+  tellState();
+  clock = setInterval(() => {
+    const passed = Math.max(0, Math.floor((performance.now() - opened) / 1000));
+    $("timer").textContent = `${Math.floor(passed / 60)}:${String(passed % 60).padStart(2, "0")}`;
+  }, 200);
   $("talk").setAttribute("aria-pressed", "true");
-  $("talklabel").textContent = "Listening… let go to send";
   const mine = (recorder = new Recorder(showLevel));
   try {
     await mine.start();
+    opened = performance.now();
+    if (pressed && recorder === mine) tellState();
     if (recorder !== mine) await mine.stop(); // discarded before the microphone was there
     else if (!pressed) await release(); // let go before
   } catch (error) {
@@ -249,10 +229,16 @@ async function press() {
   }
 }
 
+// What is said before the microphone is open is lost: the label waits for it.
+function tellState() {
+  if (opened === Infinity) $("talklabel").textContent = "Opening the microphone…";
+  else $("talklabel").textContent = tapped ? "Listening… press to send" : "Listening… let go to send";
+}
+
 function letGo() {
   if (!pressed || tapped) return;
   tapped = performance.now() - pressed < TAP;
-  if (tapped) $("talklabel").textContent = "Listening… press to send";
+  if (tapped) tellState();
   else release();
 }
 
@@ -276,6 +262,7 @@ async function release() {
 }
 
 function idle() {
+  clearInterval(clock);
   document.body.classList.remove("listening");
   $("talk").setAttribute("aria-pressed", "false");
   $("talklabel").textContent = "Hold to talk";
@@ -312,7 +299,7 @@ talk.addEventListener("click", (event) => {
   if (event.detail !== 0) return; // the pointer's own events have done it; a screen reader's click has none
   begin();
   tapped = Boolean(pressed);
-  if (tapped) $("talklabel").textContent = "Listening… press to send";
+  if (tapped) tellState();
 });
 talk.addEventListener("blur", () => pressed && !tapped && release());
 addEventListener("keydown", (event) => {
@@ -326,6 +313,16 @@ talk.addEventListener("contextmenu", (event) => event.preventDefault());
 
 async function sendFile(file) {
   if (file) await askSpoken(file, await decode(await file.arrayBuffer()));
+}
+
+for (const example of document.querySelectorAll(".example")) {
+  example.onclick = async () => {
+    try {
+      await sendFile(await recording(`questions/${example.dataset.clip}.opus`));
+    } catch (error) {
+      notice(error.message);
+    }
+  };
 }
 
 $("file").onchange = async (event) => {
@@ -366,6 +363,7 @@ $("fresh").onclick = () => {
   $("hint").hidden = false;
   notice("");
 };
+$("options").onclick = () => $("settings").showModal();
 $("key").onchange = (event) => {
   setKey(event.target.value);
   connect();
@@ -385,8 +383,3 @@ async function connect() {
   }
 }
 connect();
-
-// What is scrolled to stays above the form.
-new ResizeObserver(() => {
-  document.documentElement.style.scrollPaddingBottom = `${$("ask").offsetHeight + 16}px`;
-}).observe($("ask"));
