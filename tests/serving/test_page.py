@@ -248,8 +248,7 @@ def test_compare_shows_three_routes(page, screenshots: Path) -> None:
     page.click("#options")
     page.select_option("#preset", label="repeat")
     assert violations(page) == []
-    page.keyboard.press("Enter")
-    page.keyboard.press("Escape")
+    page.click("#done")
     speak(page, milliseconds=3000)
     answered(page, 3)
     assert [card.get_attribute("data-route") for card in page.locator(".answer").all()] == ["speech", "cascade", "text"]

@@ -46,7 +46,7 @@ async function stream(card, conversation, signal, began = performance.now()) {
       text.classList.add("none");
     }
     timing.textContent = `${first ? `first token ${seconds(first)}, ` : ""}whole answer ${seconds(performance.now() - began)}`;
-    $("spoken").textContent = `${card.querySelector("h2").textContent}: ${text.textContent}`;
+    $("spoken").textContent = `${card.querySelector("h2").textContent}: ${text.innerText}`;
     return answer;
   } catch (error) {
     fail(card, error);
