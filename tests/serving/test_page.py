@@ -6,6 +6,7 @@ Skipped where there is no Chromium (Debian: apt-get install chromium). Screensho
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -313,6 +314,69 @@ def test_a_screen_reader_is_told_the_answer_once_it_is_whole(page) -> None:
     answered(page, 1)
     whole = page.locator(".answer .text").inner_text()
     assert page.locator("#spoken").inner_text().split() == f"Answer: {whole}".split()
+
+
+def test_settings_are_sent_kept_and_answers_read_out(page, server: Running) -> None:
+    page.click("#options")
+    assert page.evaluate("document.activeElement.closest('dialog') !== null"), "the keyboard is in the dialog"
+    page.fill("#system", "Be brief.")
+    page.fill("#temperature", "0.5")
+    page.fill("#length", "33")
+    page.check("#readout")
+    page.click("#done")
+    visit(page, server)  # the settings outlive a reload
+    page.evaluate(f"({ANSWERS})('**Yes**')")
+    page.evaluate("window.speechSynthesis.speak = (utterance) => { window.said = utterance.text; }; 0")
+    page.fill("#text", "Hello?")
+    page.press("#text", "Enter")
+    answered(page, 1)
+    request = page.evaluate("window.asked")[0]
+    assert (request["temperature"], request["max_completion_tokens"]) == (0.5, 33)
+    assert request["model"] == page.locator("#model").inner_text()
+    assert request["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert page.evaluate("window.said") == "Yes"
+
+
+def test_a_file_that_the_server_cannot_decode_is_sent_as_the_browser_decoded_it(page, microphone: Path) -> None:
+    page.evaluate(f"({ANSWERS})('heard')")
+    page.evaluate("""() => {
+        const answers = window.fetch;
+        const refusal = JSON.stringify({ error: { message: 'audio: cannot be decoded', code: 'invalid_audio' } });
+        window.sent = [];
+        window.fetch = async (url, options) => {
+            const asked = url.includes('chat') && JSON.parse(options.body).messages[0].content[0];
+            if (asked) window.sent.push(asked.input_audio.data);
+            return window.sent.length === 1 ? new Response(refusal, { status: 400 }) : answers(url, options);
+        };
+    }""")
+    page.set_input_files("#file", RECORDING / "questions" / "capital-of-canada.opus")
+    playwright.expect(page.locator(".answer .text")).to_have_text("heard", timeout=30_000)
+    first, second = (base64.b64decode(each) for each in page.evaluate("window.sent"))
+    assert first[:4] == b"OggS" and second[:4] == b"RIFF" and len(second) > 16_000 * 2 * 2
+    assert page.locator(".answer.wrong").count() == 0
+
+
+# Levels of a hum, of speech with a pause, of silence; and a click. What was called, and when, in seconds.
+TURNS = """async () => {
+    const { Turns } = await import('./turns.js');
+    const events = [];
+    let now = 0;
+    const told = (name) => () => events.push([name, now]);
+    const turns = new Turns(told('begin'), told('end'));
+    const hear = (level, seconds) => {
+        for (let until = now + seconds; now < until; now += 0.003) turns.hear(level, 0.003);
+    };
+    const heard = [[0.002, 2], [0.2, 0.05], [0.002, 1], [0.1, 1], [0.002, 0.5], [0.1, 1], [0.002, 3]];
+    for (const [level, seconds] of heard) hear(level, seconds);
+    return events;
+}"""
+
+
+def test_turns_begin_and_end_by_voice(page) -> None:
+    (begin, began), (end, ended) = page.evaluate(TURNS)
+    assert (begin, end) == ("begin", "end")
+    assert 3.05 < began < 3.4, "a click is no turn"
+    assert 6.3 < ended < 6.7, "a pause of half a second ends none"
 
 
 # The server's answers are replaced: each is `answer`, in pieces of seven characters, `wait` milliseconds apart.

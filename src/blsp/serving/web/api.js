@@ -1,6 +1,11 @@
 // The server's OpenAI-compatible routes.
 
-export class ServerError extends Error {}
+export class ServerError extends Error {
+  constructor(message, code) {
+    super(message);
+    this.code = code; // the server's, where it gave one
+  }
+}
 
 let key = sessionStorage.getItem("key") || "";
 export const setKey = (value) => sessionStorage.setItem("key", (key = value));
@@ -9,11 +14,12 @@ const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
 async function checked(response) {
   if (response.ok) return response;
   let message = `the server answered ${response.status}`;
+  let code;
   try {
-    message = (await response.json()).error.message;
+    ({ message, code } = (await response.json()).error);
   } catch { /* not the server's own refusal */ }
   if (response.status === 413) message = "This conversation has become too large to send: start a new one, or choose a shorter recording.";
-  throw new ServerError(message);
+  throw new ServerError(message, code);
 }
 
 async function reach(url, options = {}) {
@@ -36,12 +42,12 @@ export async function transcribe(blob, model, signal) {
   return (await (await reach("v1/audio/transcriptions", { method: "POST", body: form, signal })).json()).text;
 }
 
-// Calls onText(piece) for every piece of the answer.
-export async function chat(messages, onText, signal) {
+// Calls onText(piece) for every piece of the answer. more: further fields of the request.
+export async function chat(messages, onText, signal, more) {
   const response = await reach("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ messages, stream: true, max_completion_tokens: 256 }),
+    body: JSON.stringify({ messages, stream: true, ...more }),
     signal,
   });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,181 +1,16 @@
-// The page: turns of speech and text, answers streaming in, the same question by three routes.
+// The page's controls: the microphone, held or hands-free; files, examples, text; the connection.
 
-import { base64, chat, models, recording, ServerError, setKey, transcribe } from "./api.js";
-import { addAnswer, addTurn, follow, notice, offer, write } from "./cards.js";
+import { models, recording, setKey } from "./api.js";
+import { notice } from "./cards.js";
+import { allowRecogniser, ask, askSpoken, forget, interrupt, question, running } from "./conversation.js";
 import { decode, Recorder, toWav } from "./recorder.js";
+import * as settings from "./settings.js";
+import { BEFORE, Turns } from "./turns.js";
 
 const SHORTEST = 0.25; // seconds: less was no speech
 const TAP = 400; // milliseconds: a shorter press begins, and the next one sends
 const $ = (id) => document.getElementById(id);
-
-let messages = []; // the speech route's conversation
-let running = null; // AbortController while an answer comes
 let recorder = null;
-let recogniser = false;
-
-function busy(controller) {
-  running = controller;
-  $("stop").hidden = !controller;
-  $("send").hidden = Boolean(controller);
-  $("talk").disabled = Boolean(controller);
-  $("file").disabled = Boolean(controller);
-  document.querySelectorAll(".example, .retry").forEach((button) => (button.disabled = Boolean(controller)));
-}
-
-// --- asking ------------------------------------------------------------------------------------------------
-
-// Streams one answer into its card; returns the text, or null where it failed.
-async function stream(card, conversation, signal, began = performance.now()) {
-  const text = card.querySelector(".text");
-  const timing = card.querySelector(".timing");
-  let first = 0, answer = "";
-  text.textContent = "";
-  text.classList.remove("none");
-  card.classList.remove("wrong");
-  text.setAttribute("aria-busy", "true");
-  try {
-    await chat(conversation, (piece) => {
-      first = first || performance.now() - began;
-      answer += piece;
-      write(text, answer);
-      timing.textContent = `first token ${seconds(first)}`;
-      follow();
-    }, signal);
-    if (!answer.trim()) {
-      text.textContent = "It said nothing.";
-      text.classList.add("none");
-    }
-    timing.textContent = `${first ? `first token ${seconds(first)}, ` : ""}whole answer ${seconds(performance.now() - began)}`;
-    $("spoken").textContent = `${card.querySelector("h2").textContent}: ${text.innerText}`;
-    return answer;
-  } catch (error) {
-    fail(card, error);
-    return answer || null;
-  } finally {
-    text.setAttribute("aria-busy", "false");
-    offer(card, answer);
-    follow();
-  }
-}
-
-function fail(card, error) {
-  const stopped = error.name === "AbortError";
-  card.querySelector(".timing").textContent = stopped ? "stopped" : error.message;
-  $("spoken").textContent = stopped ? "Stopped" : error.message;
-  card.classList.toggle("wrong", !stopped);
-  card.querySelector(".text").setAttribute("aria-busy", "false");
-  if (!stopped && !(error instanceof ServerError)) console.error(error);
-}
-
-const seconds = (ms) => `${(ms / 1000).toFixed(2)}\u00a0s`;
-
-// The user's message: instruction and text first, then the speech.
-async function content({ text, instruction, blob }) {
-  const words = [instruction, text].filter(Boolean).join("\n");
-  if (!blob) return words;
-  const audio = { type: "input_audio", input_audio: { data: await base64(blob), format: "wav" } };
-  return words ? [{ type: "text", text: words + "\n" }, audio] : [audio];
-}
-
-const written = (question, transcript) =>
-  [question.instruction, question.text, transcript].filter(Boolean).join("\n");
-
-async function ask(question) {
-  if (running) return;
-  notice("");
-  const turn = addTurn(question);
-  const comparing = $("compare").checked && question.blob;
-  const card = addAnswer(turn, comparing ? "speech" : "only");
-  const begun = messages; // "New conversation" puts another list in its place
-  if ($("compare").checked && !question.blob) remark(card, "Nothing was compared: a written question takes one way only.");
-  card.querySelector(".retry").onclick = () => messages === begun.next && respond(card, question, begun);
-  await respond(card, question, begun, (signal) => comparing && compare(turn, question, begun, signal));
-}
-
-// Streams the answer to `question` after the turns `past`, then what `more(signal)` adds.
-async function respond(card, question, past, more = () => {}) {
-  if (running) return;
-  const controller = new AbortController();
-  const before = messages;
-  busy(controller);
-  try {
-    const said = { role: "user", content: await content(question) };
-    const answer = await stream(card, [...past, said], controller.signal);
-    if (messages === before) {
-      messages = answer ? [...past, said, { role: "assistant", content: answer }] : [...past];
-      past.next = messages; // as long as this is the conversation, the answer can be asked for again
-    }
-    if (question.blob) tellHeard(card, question.blob);
-    if (!controller.signal.aborted) await more(controller.signal);
-  } catch (error) {
-    notice(error.message);
-  } finally {
-    busy(null);
-  }
-}
-
-function remark(card, words) {
-  card.querySelector(".heard").textContent = words;
-  card.querySelector(".heard").hidden = false;
-}
-
-// The transcript by the same model. It is asked for after the answer, so that the answer does not wait.
-async function tellHeard(card, blob) {
-  if (!card.querySelector(".heard").hidden) return;
-  try {
-    const heard = await transcribe(blob, $("model").textContent);
-    remark(card, heard ? `It heard: “${heard}”` : "It heard no words.");
-    follow();
-  } catch (error) {
-    if (!(error instanceof ServerError)) console.error(error); // the answer stands without it
-  }
-}
-
-async function compare(turn, question, past, signal) {
-  const cascade = addAnswer(turn, "cascade");
-  const began = performance.now();
-  let heard = "";
-  if (!recogniser) {
-    fail(cascade, new ServerError("This server has no recogniser (pip install 'blsp[cascade]')."));
-  } else {
-    try {
-      heard = await transcribe(question.blob, "recogniser", signal);
-      remark(cascade, heard ? `It wrote down: “${heard}”` : "It wrote nothing down.");
-      await stream(cascade, [...past, { role: "user", content: written(question, heard) }], signal, began);
-    } catch (error) {
-      fail(cascade, error);
-    }
-  }
-  const text = addAnswer(turn, "text");
-  text.querySelector(".text").before(transcriptField(text, question, past, heard));
-  if (heard) await stream(text, [...past, { role: "user", content: written(question, heard) }], signal);
-  else text.querySelector(".text").setAttribute("aria-busy", "false");
-}
-
-// The text route needs what was really said: the recogniser's guess, to be mended.
-function transcriptField(card, question, past, heard) {
-  const holder = document.createElement("form");
-  holder.className = "transcript";
-  const label = document.createElement("label");
-  label.textContent = "What you said (mend it and press Enter)";
-  const field = document.createElement("input");
-  field.value = heard;
-  label.append(field);
-  holder.append(label);
-  holder.onsubmit = (event) => {
-    event.preventDefault();
-    if (field.value.trim()) stream(card, [...past, { role: "user", content: written(question, field.value.trim()) }]);
-  };
-  return holder;
-}
-
-const question = (more) => ({ text: $("text").value.trim(), instruction: $("preset").value, ...more });
-
-function askSpoken(blob, samples) {
-  const asked = question({ blob, samples });
-  $("text").value = "";
-  return ask(asked);
-}
 
 // --- the microphone ----------------------------------------------------------------------------------------
 
@@ -192,13 +27,17 @@ function showLevel(rms) {
   });
 }
 
+const minutes = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
+
 // Held: speech ends when the button is let go. Tapped: it goes on until the next press.
 let pressed = 0; // when; 0: nobody listens
 let opened = Infinity; // when the microphone was there
 let clock = 0;
+let open = null; // the recorder of the hands-free mode
 let tapped = false;
 async function press() {
   if (pressed || running) return;
+  settings.hush();
   pressed = performance.now();
   tapped = false;
   opened = Infinity;
@@ -208,8 +47,7 @@ async function press() {
   $("timer").textContent = "0:00";
   tellState();
   clock = setInterval(() => {
-    const passed = Math.max(0, Math.floor((performance.now() - opened) / 1000));
-    $("timer").textContent = `${Math.floor(passed / 60)}:${String(passed % 60).padStart(2, "0")}`;
+    $("timer").textContent = minutes(Math.max(0, (performance.now() - opened) / 1000));
   }, 200);
   $("talk").setAttribute("aria-pressed", "true");
   const mine = (recorder = new Recorder(showLevel));
@@ -275,8 +113,51 @@ function microphoneTrouble(error) {
   return error.message;
 }
 
+// --- hands-free ---------------------------------------------------------------------------------------------
+
+// The microphone stays open; turns begin and end by voice. To speak stops the answer that is being given.
+async function handsFree() {
+  notice("");
+  $("talklabel").textContent = "Speak: press to end";
+  $("talk").setAttribute("aria-pressed", "true");
+  document.body.classList.add("listening");
+  const turns = new Turns(interrupt, async () => askWhenFree(await mine.take()));
+  const mine = (open = new Recorder((level, seconds) => {
+    showLevel(level);
+    turns.hear(level, seconds);
+    if (!turns.speaking) mine.keep(BEFORE);
+    $("timer").textContent = turns.speaking ? minutes(turns.length) : "0:00";
+  }));
+  try {
+    await mine.start();
+    if (open !== mine) await mine.stop();
+  } catch (error) {
+    await mine.stop();
+    endHandsFree();
+    notice(microphoneTrouble(error));
+  }
+}
+
+async function askWhenFree(samples) {
+  while (running) await new Promise((later) => setTimeout(later, 50)); // the stopped answer is being put away
+  await askSpoken(toWav(samples), samples);
+}
+
+function endHandsFree() {
+  const unwanted = open;
+  open = null;
+  $("handsfree").checked = false;
+  idle();
+  if (unwanted?.ready) unwanted.stop();
+}
+
+$("settings").addEventListener("close", () => {
+  if ($("handsfree").checked && !open) handsFree();
+  else if (!$("handsfree").checked && open) endHandsFree();
+});
+
 const talk = $("talk");
-const begin = () => (pressed && tapped ? release() : press());
+const begin = () => (open ? endHandsFree() : pressed && tapped ? release() : press());
 talk.addEventListener("pointerdown", (event) => {
   if (event.button !== 0) return;
   talk.setPointerCapture(event.pointerId);
@@ -305,7 +186,8 @@ talk.addEventListener("blur", () => pressed && !tapped && release());
 addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
   if (pressed) discard();
-  else running?.abort();
+  else if (open && !running) endHandsFree();
+  else interrupt();
 });
 talk.addEventListener("contextmenu", (event) => event.preventDefault());
 
@@ -353,17 +235,16 @@ $("text").addEventListener("keydown", (event) => {
     $("ask").requestSubmit();
   }
 });
-$("stop").onclick = () => running?.abort();
+$("stop").onclick = interrupt;
 $("fresh").onclick = () => {
-  running?.abort();
+  forget();
   $("spoken").textContent = "";
   $("text").focus();
-  messages = [];
   $("turns").replaceChildren();
   $("hint").hidden = false;
   notice("");
 };
-$("options").onclick = () => $("settings").showModal();
+$("models").onchange = () => ($("model").textContent = settings.model());
 $("key").onchange = (event) => {
   setKey(event.target.value);
   connect();
@@ -372,8 +253,9 @@ $("key").onchange = (event) => {
 async function connect() {
   try {
     const names = await models();
-    recogniser = names.includes("recogniser");
-    $("model").textContent = names[0];
+    allowRecogniser(names.includes("recogniser"));
+    settings.offerModels(names);
+    $("model").textContent = settings.model();
     $("keybox").hidden = true;
     notice("");
   } catch (error) {

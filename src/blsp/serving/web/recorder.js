@@ -3,7 +3,7 @@
 export const RATE = 16000;
 
 export class Recorder {
-  // onLevel(rms) is called for every block.
+  // onLevel(rms, seconds) is called for every block.
   constructor(onLevel) {
     this.onLevel = onLevel;
     this.blocks = [];
@@ -24,24 +24,37 @@ export class Recorder {
     const capture = new AudioWorkletNode(this.context, "capture");
     capture.port.onmessage = ({ data }) => {
       this.blocks.push(data);
-      this.onLevel(Math.sqrt(data.reduce((sum, x) => sum + x * x, 0) / data.length));
+      this.onLevel(Math.sqrt(data.reduce((sum, x) => sum + x * x, 0) / data.length), data.length / this.context.sampleRate);
     };
     const silent = new GainNode(this.context, { gain: 0 });
     source.connect(capture).connect(silent).connect(this.context.destination);
     this.ready = true;
   }
 
-  async stop() {
-    this.stream?.getTracks().forEach((track) => track.stop());
-    const rate = this.context?.sampleRate ?? RATE;
-    await this.context?.close();
-    const samples = new Float32Array(this.blocks.reduce((sum, block) => sum + block.length, 0));
+  // Forgets all but the last `seconds`.
+  keep(seconds) {
+    let left = seconds * this.context.sampleRate, first = this.blocks.length;
+    while (first && left > 0) left -= this.blocks[--first].length;
+    this.blocks.splice(0, first);
+  }
+
+  // What was recorded since the last call; the recording goes on.
+  async take() {
+    const blocks = this.blocks;
+    this.blocks = [];
+    const samples = new Float32Array(blocks.reduce((sum, block) => sum + block.length, 0));
     let at = 0;
-    for (const block of this.blocks) {
+    for (const block of blocks) {
       samples.set(block, at);
       at += block.length;
     }
-    return samples.length ? resample(samples, rate) : samples;
+    return samples.length ? resample(samples, this.context.sampleRate) : samples;
+  }
+
+  async stop() {
+    this.stream?.getTracks().forEach((track) => track.stop());
+    await this.context?.close();
+    return this.take();
   }
 }
 
@@ -57,11 +70,12 @@ async function resample(samples, rate) {
   return (await offline.startRendering()).getChannelData(0);
 }
 
-// For the picture only: what the browser can decode of a file; null where it cannot.
+// What the browser can decode of a file, 16 kHz mono (the mean of the channels); null where it cannot.
 export async function decode(bytes) {
   try {
     const buffer = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(bytes.slice(0));
-    return buffer.getChannelData(0);
+    const channels = Array.from({ length: buffer.numberOfChannels }, (_, i) => buffer.getChannelData(i));
+    return channels.length === 1 ? channels[0] : channels[0].map((_, i) => channels.reduce((sum, c) => sum + c[i], 0) / channels.length);
   } catch {
     return null;
   }
