@@ -30,6 +30,14 @@ def test_the_unit_and_the_compose_file_start_the_server(monkeypatch) -> None:
     assert (SERVE / compose["build"]["context"] / compose["build"]["dockerfile"]).is_file()
 
 
+def test_the_llm_of_the_second_compose_file_is_not_open_to_others() -> None:
+    services = yaml.safe_load((SERVE / "compose-vllm.yml").read_text(encoding="utf-8"))["services"]
+    settings = cli.parse("serve", services["blsp"]["command"][2:])
+    assert settings.engine_url == ("http://llm:8000/v1",)
+    assert "--enable-prompt-embeds" in services["llm"]["command"]
+    assert "ports" not in services["llm"] and services["llm"]["networks"] == ["inside"]
+
+
 def test_the_panel_asks_for_metrics_that_the_server_has() -> None:
     names = {sample.name for family in Metrics().registry.collect() for sample in family.samples}
     names |= {f"{family.name}_{end}" for family in Metrics().registry.collect() for end in ("total", "bucket")}

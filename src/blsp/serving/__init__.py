@@ -16,6 +16,7 @@
     fair_queue.py   requests that wait, in which clients take turns
     hearing.py      threads that turn clips into vectors
     scheduler.py    the one thread that writes answers; requests join and leave its batch between steps
+    remote.py       the LLM behind vLLM servers (--engine-url)
     recogniser.py   the recogniser of the page's comparison
     metrics.py      counters and histograms for Prometheus
     web/            the page: plain HTML, CSS, JavaScript

@@ -42,6 +42,7 @@ from blsp.serving.page import mount_page
 from blsp.serving.rate_limit import Quiet
 from blsp.serving.recogniser import RECOGNISER, SharedRecogniser
 from blsp.serving.refusals import ApiError, no_route, refusal_of
+from blsp.serving.remote import RemoteChat
 from blsp.serving.responses import Responses
 from blsp.serving.scheduler import Limits, Scheduler
 from blsp.serving.transcription import Transcriptions
@@ -85,8 +86,11 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # OpenAI's JavaScript client sends headers of its own (x-stainless-…)
         )
-    app.post("/v1/chat/completions", response_model=None)(service.chat)
-    app.post("/v1/responses", response_model=None)(Responses(service).respond)
+    if service.remote:
+        app.post("/v1/chat/completions", response_model=None)(service.remote.chat)
+    else:
+        app.post("/v1/chat/completions", response_model=None)(service.chat)
+        app.post("/v1/responses", response_model=None)(Responses(service).respond)
     app.post("/v1/audio/transcriptions", response_model=None)(speech.transcriptions)
     app.post("/v1/audio/translations", response_model=None)(speech.translations)
     app.get("/v1/models")(service.models)
@@ -115,6 +119,7 @@ class Service:
         self.scheduler = Scheduler(listener, limits, self.metrics)
         self.recogniser = SharedRecogniser(settings.asr, listener)
         self.audio = AudioInput(settings)
+        self.remote = RemoteChat(self) if settings.engine_url else None
         self._quiet = Quiet()
         self.ready = self.failed = False
         self.created = int(time.time())
@@ -130,6 +135,8 @@ class Service:
         self.ready = False
         self.recogniser.close()
         self.audio.close()
+        if self.remote:
+            await self.remote.close()
         await run_in_threadpool(self.scheduler.stop)
 
     async def _warm_up(self) -> None:
@@ -196,7 +203,8 @@ class Service:
 
     async def no_route(self, request: Request) -> Response:
         """What is not offered under /v1, with what to use instead."""
-        error, headers = no_route(request.method, request.url.path, OFFERED)
+        offered = {path: method for path, method in OFFERED.items() if not self.remote or path != "/v1/responses"}
+        error, headers = no_route(request.method, request.url.path, offered)
         response = await self.refuse(request, error)
         response.headers.update(headers)
         return response
@@ -215,7 +223,7 @@ class Service:
         client = client_of(request)
         self.scheduler.check_room(client)  # before any clip is decoded
         messages = await self._decoded(body, request, end)
-        whose = {"client": client, "sharing": body.prompt_cache_key}
+        whose = {"client": client, "sharing": body.prompt_cache_key, "hear_only": self.remote is not None}
         exchange = self.ask(messages, self._decoding(body), stops=body.stops, end=end, **whose)
         await while_connected(request, exchange.started(), exchange)
         return exchange

@@ -42,6 +42,7 @@ class Exchange:
         client: str = "",
         starts_at: float | None = None,
         sharing: str = "",
+        hear_only: bool = False,
     ) -> None:
         """Submits; raises ApiError (429) where the queue is full. end: the monotonic time of the deadline."""
         loop = asyncio.get_running_loop()
@@ -60,6 +61,7 @@ class Exchange:
             client,
             starts_at,
             sharing,
+            hear_only,
         )
         scheduler.submit(self._job)
 
@@ -109,6 +111,11 @@ class Exchange:
 
     def cancel(self) -> None:
         self._job.cancel()
+
+    @property
+    def heard(self) -> list[dict[str, Any]]:
+        """The messages with the clips' vectors in the place of the clips, once the job is done."""
+        return self._job.with_embeds()
 
     @property
     def usage(self) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class Job:
     message is the question. With `readout`, its clips are transcribed as `Listener.transcribe` does.
     client: whose turn it is, an API key's name or an address. sharing: its key/values are reused for, and from, jobs of
     the same client with the same value alone. starts_at: where the clip of a read-out begins in its recording, in
-    seconds; None: the times of its words are not wanted.
+    seconds; None: the times of its words are not wanted. hear_only: the job ends once its clips are
+    heard (`with_embeds`).
 
     hearing: a thread has taken its clips. heard: their vectors, in order; read: their read-out, where it was asked for;
     failure: why there are none.
@@ -79,6 +80,7 @@ class Job:
     client: str = ""
     starts_at: float | None = None
     sharing: str = ""
+    hear_only: bool = False
     key: int = field(default_factory=count().__next__)
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False

@@ -202,7 +202,7 @@ class Scheduler:
         try:
             if job.failure:
                 raise job.failure
-            if not job.readout:
+            if not job.readout and not job.hear_only:
                 return self._request(job, job.with_embeds())
             self._read_out(job)
         except Exception as error:  # an error in one request is reported to that one only
@@ -210,9 +210,9 @@ class Scheduler:
         return None
 
     def _read_out(self, job: Job) -> None:
-        """End the job with the read-out; there is nothing to decode."""
+        """End the job with the read-out, or with its clips' vectors alone; there is nothing to decode."""
         job.report(Begun(0, sum(len(clip.vectors) for clip in job.heard or ())))
-        self._end(job, job.read)
+        self._end(job, job.read or Done())
 
     def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
         """What the decoder gets, with the key/values that are kept; None where the job ended here."""
@@ -222,7 +222,7 @@ class Scheduler:
             self._end(job, Done(sentence=self.listener.model.config.no_speech_sentence))
             return None
         try:
-            job.laid = lay_out(self.listener, [_as_message(message) for message in messages])
+            job.laid = lay_out(self.listener, [as_message(message) for message in messages])
             request = request_for(
                 self.listener, job.key, job.laid, job.decoding, self._memory, (job.client, job.sharing)
             )
@@ -269,7 +269,7 @@ def _late() -> ApiError:
     return ApiError(504, "the request's deadline passed", code="deadline_exceeded")
 
 
-def _as_message(message: dict[str, Any]) -> dict[str, Any]:
+def as_message(message: dict[str, Any]) -> dict[str, Any]:
     """A message in the form of conversation.py; clips without speech are left out."""
     parts = [part for part in message["parts"] if isinstance(part, str) or part.speech]
     if message["role"] == "user":

@@ -31,6 +31,7 @@ class ServeSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "model": "model audio_model llm asr prefix_cache",
+        "LLM elsewhere": "engine_url engine_model",
         "address and access": "host port api_key insecure cors_origin allow_remote_audio",
         "limit": "max_upload_mb max_audio_seconds max_batch queue deadline max_new_tokens rate_limit",
         "logging": "log_format log_content",
@@ -76,6 +77,11 @@ class ServeSettings:
     """json: an object a line, with the fields of each request"""
     log_content: bool = False
     """also log questions and answers"""
+    engine_url: tuple[str, ...] = ()
+    """vLLM servers that run the LLM instead, e.g. http://localhost:8001/v1, each started with --enable-prompt-embeds;
+    several share the requests, --max-batch at each ($BLSP_ENGINE_KEY: their key)"""
+    engine_model: str | None = None
+    """those servers' name for the LLM, where they serve several"""
     device: Device = "auto"
     dtype: Dtype = "auto"
     config: ConfigFile = None
