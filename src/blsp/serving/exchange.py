@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -139,7 +139,7 @@ async def gather(exchange: Exchange) -> str:
     return "".join([piece async for piece in exchange.pieces()])
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T], exchange: Exchange | None = None) -> T:
+async def while_connected(request: Request, work: Awaitable[T], exchange: Exchange | None = None) -> T:
     """The result of `work`; when the client leaves first, the work and its job are cancelled."""
     task = asyncio.ensure_future(work)
     try:

@@ -23,7 +23,7 @@ import io
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -116,18 +116,18 @@ class RemoteChat:
         self,
         head: dict[str, Any],
         first: dict[str, Any],
-        chunks: AsyncIterator[dict[str, Any]],
+        chunks: AsyncGenerator[dict[str, Any], None],
         exchange: Exchange,
         began: float,
         body: RemoteChatRequest,
-    ) -> AsyncIterator[dict[str, Any] | str]:
+    ) -> AsyncGenerator[dict[str, Any] | str, None]:
         """The server's chunks under our name. The usage is passed on to clients that asked for it."""
         wanted = body.stream_options is not None and body.stream_options.include_usage
         texts: list[str] = []
         status = CLIENT_LEFT
         chunk: dict[str, Any] | None = first
         try:
-            async with aclosing(chunks):  # type: ignore[type-var]
+            async with aclosing(chunks):
                 while chunk is not None:
                     self._count(exchange, chunk)
                     texts += [
@@ -153,7 +153,7 @@ class RemoteChat:
             exchange.begun, exchange.tokens = Begun(usage["prompt_tokens"], speech), usage["completion_tokens"]
             self.service.metrics.tokens.inc(exchange.tokens)
 
-    async def _no_speech(self, body: RemoteChatRequest) -> AsyncIterator[dict[str, Any]]:
+    async def _no_speech(self, body: RemoteChatRequest) -> AsyncGenerator[dict[str, Any], None]:
         """The fixed sentence, where the question's clips hold no speech; the LLM is not asked."""
         said = {"role": "assistant", "content": self.service.listener.model.config.no_speech_sentence}
         where = "delta" if body.stream else "message"
@@ -212,7 +212,7 @@ class RemoteChat:
         return PLACEHOLDER not in text and read == text_ids(tokenizer, text)
 
     # --- what comes back ----------------------------------------------------------------------------------
-    async def _chunks(self, request: dict[str, Any], end: float) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self, request: dict[str, Any], end: float) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer, or the whole answer as the only one. Sent again until the first token.
 
         end: the monotonic time of the deadline. Raises ApiError.
@@ -237,7 +237,7 @@ class RemoteChat:
         text = f"the LLM's server cannot be reached ({said}); try again in 5 s"
         raise ApiError(503, text, code="engine_unreachable", retry_after=5)
 
-    async def _attempt(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _attempt(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks from one server; raises _SendAgain where it fails before the first token."""
         held: list[dict[str, Any]] = []  # chunks before the first token
         begun = finished = False
@@ -273,7 +273,7 @@ class RemoteChat:
                 raise ApiError(502, f"the LLM's server has ended the answer early ({said})", code="engine_lost")
             raise _SendAgain(said)
 
-    async def _sent(self, server: Server, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def _sent(self, server: Server, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         client = server.client
         name = self._model or self._names.get(server.url)
         if name is None:
