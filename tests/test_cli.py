@@ -406,12 +406,16 @@ def test_no_file_makes_a_traceback(mapping: dict[str, Any]) -> None:
 
 
 def test_the_shipped_adapter_is_the_one_default_name() -> None:
+    from blsp.distributed import find_runtime
+    from blsp.model.checkpoint import load_blsp
     from blsp.weights.shipped import SHIPPED, find_model
 
     assert cli.parse("chat", []).model == "blsp-tiny"
-    for name in ("owner/adapter", "runs/x/adapter"):  # the tests are offline
-        with pytest.raises(FileNotFoundError, match="no such folder"):
-            find_model(name)
+    assert find_model("owner/adapter") == "owner/adapter"  # the hub is asked when it is loaded
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        find_model("runs/x/adapter")
+    with pytest.raises(FileNotFoundError, match="the hub cannot be asked"):  # the tests are offline
+        load_blsp("owner/adapter", find_runtime("cpu", "float32"))
     for name in SHIPPED:
         try:
             assert Path(find_model(name), "config.json").is_file()

@@ -95,7 +95,7 @@ def test_paths_that_nobody_offers_are_counted_together(server: Running) -> None:
         http.get(f"/v1/{number}")
     counted = [line for line in http.get("/metrics").text.splitlines() if line.startswith("blsp_requests_total")]
     routes = {line.split('route="')[1].split('"')[0] for line in counted}
-    assert routes <= {"chat", "transcriptions", "translations", "models", "other"}
+    assert routes <= {"chat", "responses", "transcriptions", "translations", "models", "other"}
 
 
 def test_a_server_for_this_machine_answers_under_its_names_only(server: Running, server_with) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from blsp.distributed import find_runtime
+from blsp.model.checkpoint import load_blsp
 from blsp.weights import embedded
 from blsp.weights.ctranslate2 import encoder_tensors, read_variables
 from blsp.weights.digest import find_weights
@@ -33,11 +35,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatc
             raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.get_session", Session)
-    for find in (find_weights, find_model):
+    for ask in (find_weights, lambda name: load_blsp(name, find_runtime("cpu", "float32"))):
         with pytest.raises(
             WeightsNotFoundError, match=r"owner/llm: no such folder, and the hub cannot be asked .*Name or"
         ):
-            find("owner/llm")
+            ask("owner/llm")
     assert len(asked) == 2 and asked[0].endswith("/api/models/owner/llm")
 
 

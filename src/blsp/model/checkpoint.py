@@ -27,6 +27,7 @@ from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import ExportSettings
 from blsp.weights.digest import Weights
+from blsp.weights.embedded import require_on_hub
 from blsp.weights.folder import naming_folder
 from blsp.weights.shipped import find_model
 
@@ -93,6 +94,8 @@ def load_blsp(
     now, if not where the adapter's config.json says.
     """
     folder = find_model(str(folder))
+    if not Path(folder).expanduser().exists():
+        require_on_hub(folder)
     register()  # transformers' own loading of the tokenizer asks for the configuration by its name
     if not is_adapter_folder(folder):
         if audio_model or llm:

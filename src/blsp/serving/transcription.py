@@ -47,6 +47,7 @@ SHOWN = (  # translations that the LLM is shown; without them a small one answer
 NOT_TAKEN = ("include", "known_speaker_names", "known_speaker_references")  # fields of a form
 
 Task = Literal["transcribe", "translate"]
+ROUTES: dict[Task, str] = {"transcribe": "transcriptions", "translate": "translations"}
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class Transcriptions:
         async for piece in spoken:
             texts.append(piece.text)
             yield piece
-        self.service.log_answer(f"{wanted.task[:-1]}ions", 200, began, None, " ".join(texts))
+        self.service.log_answer(ROUTES[wanted.task], 200, began, None, " ".join(texts))
 
 
 def _refusal(param: str, text: str, code: str = "unsupported_value") -> ApiError:

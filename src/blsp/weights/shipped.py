@@ -9,7 +9,7 @@ Flow: every command that takes --model comes here first.
 from pathlib import Path
 
 from blsp.data.files import file_digest
-from blsp.weights.embedded import refuse_missing_path, require_on_hub
+from blsp.weights.embedded import refuse_missing_path
 
 SHIPPED = ("blsp-tiny", "blsp-small", "blsp-base", "blsp-conv")
 
@@ -27,8 +27,6 @@ def find_model(name: str) -> str:
     """
     if name not in SHIPPED or Path(name, "config.json").is_file():
         refuse_missing_path(name)
-        if not Path(name).expanduser().exists():
-            require_on_hub(name)
         return name
     folders = _folders(name)
     for folder in folders:
