@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Ranks may finish their shares hours apart. The launcher, not this time-out, notices a rank that has died.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
+WEIGHTS = ("bfloat16", "int8", "int4")  # formats of the LLM's weights (llm/quantise.py)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
@@ -40,15 +41,19 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world: int = 1
+    weights: str | None = None  # of the LLM, one of WEIGHTS; None: as `dtype`
 
 
-def find_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
+def find_runtime(device: str = "auto", dtype: str = "auto", weights: str | None = None) -> Runtime:
     """This process's runtime; joins the other ranks when a launcher started several.
 
     `device`: "auto" (CUDA where there is one, else CPU), or any torch device. `dtype`: "auto" is bfloat16 on
     a CUDA device that computes in it, float32 otherwise (float16 overflows in some LLMs: only by name);
     "fastest" is bfloat16 on a processor that multiplies it too, where figures then depend on the processor.
+    `weights`: the format of the LLM's weights, one of WEIGHTS, if not `dtype`.
     """
+    if weights not in (None, *WEIGHTS):
+        raise ValueError(f"weights {weights!r} are not known; choose one of {', '.join(WEIGHTS)}")
     rank, world, local = (
         _from_environment(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -61,7 +66,7 @@ def find_runtime(device: str = "auto", dtype: str = "auto") -> Runtime:
         torch.cuda.set_device(own_device)
     if world > 1 and not dist.is_initialized():
         _join(own_device)
-    return Runtime(own_device, DTYPES[dtype], rank, world)
+    return Runtime(own_device, DTYPES[dtype], rank, world, weights)
 
 
 def _has_bfloat16(device: torch.device, *, processors: bool) -> bool:

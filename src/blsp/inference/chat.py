@@ -34,7 +34,12 @@ Type a message, or the path of a recording, or both in one line: What is said he
 def chat(settings: ChatSettings) -> None:
     """Run the chat until /quit or the end of the input."""
     listener = load(
-        settings.model, audio_model=settings.audio_model, llm=settings.llm, device=settings.device, dtype=settings.dtype
+        settings.model,
+        audio_model=settings.audio_model,
+        llm=settings.llm,
+        device=settings.device,
+        dtype=settings.dtype,
+        weights=settings.weights,
     )
     print(HELP)
     converse(

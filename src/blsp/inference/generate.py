@@ -47,7 +47,7 @@ def generate(settings: GenerateSettings) -> None:
     """Answer the rows of `settings.manifest` that `settings.out` does not hold yet."""
     rows = Manifest(settings.manifest)
     total = len(rows) if settings.limit is None else min(settings.limit, len(rows))
-    names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed")
+    names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed", "weights")
     header = {name: getattr(settings, name) for name in names}
     with Job(settings.out) as job:
         job.begin(header | {"model_sha256": model_digest(settings.model)})
@@ -60,6 +60,7 @@ def generate(settings: GenerateSettings) -> None:
                 llm=settings.llm,
                 device=settings.device,
                 dtype=settings.dtype,
+                weights=settings.weights,
             )
             config = listener.model.config
             warn_of_languages(config.audio_config, config.audio_model_id, rows)

@@ -209,12 +209,14 @@ def load(
     llm: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    weights: str | None = None,
 ) -> Listener:
     """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default).
 
-    audio_model, llm: where the adapter's encoder and LLM lie now, if not where its config.json says.
+    audio_model, llm: where the adapter's encoder and LLM lie now, if not where its config.json says. weights: the
+    format of the LLM's weights (bfloat16, int8 or int4) if not `dtype`.
     """
-    return Listener(*load_blsp(model, find_runtime(device, dtype), audio_model, llm))
+    return Listener(*load_blsp(model, find_runtime(device, dtype, weights), audio_model, llm))
 
 
 def decoding_of(settings: Any, listener: Listener) -> Decoding:

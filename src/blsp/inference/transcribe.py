@@ -71,7 +71,7 @@ def _resumable(settings: TranscribeSettings, out: Path, write: Write) -> None:
     files = settings.files
     readout = {"readout": True, "repeat": False}.get(_method(settings) or "")  # the header's older form
     header = {"model": settings.model, "readout": readout, "max_new_tokens": settings.max_new_tokens}
-    header |= {"timestamps": _timed(settings) or None, "aligner": settings.aligner}
+    header |= {"timestamps": _timed(settings) or None, "aligner": settings.aligner, "weights": settings.weights}
     header["vad"] = None if settings.vad == "auto" else settings.vad
     with Job(out) as job:
         job.begin(header | {"model_sha256": model_digest(settings.model)})
@@ -105,7 +105,7 @@ def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Ski
     clips beside it; only what is missing is written.
     """
     run = {"device": settings.device, "dtype": settings.dtype}
-    listener = load(settings.model, audio_model=settings.audio_model, llm=settings.llm, **run)
+    listener = load(settings.model, audio_model=settings.audio_model, llm=settings.llm, weights=settings.weights, **run)
     if settings.readout and not listener.reads_out:
         listener.readout([])  # raises the error that says why not, before any file is read
     aligner = load(settings.aligner, **run) if settings.aligner and not listener.reads_out else None

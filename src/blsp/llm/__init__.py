@@ -8,5 +8,6 @@ instructions.py     every instruction text
 decoding.py         the decode loop: greedy and sampled, rows join and leave; the text of an answer's tokens
 kv_cache.py         key/values of a running batch
 teacher_forcing.py  scores and hidden states of given answers
+quantise.py         weights in 16, 8 or 4 bits
 servers.py          LLMs behind OpenAI-compatible URLs: the least busy first, one that fails left out for a while
 """

@@ -17,6 +17,7 @@ from blsp.data.files import write_atomically
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import embed
 from blsp.llm.prompt import show_args
+from blsp.llm.quantise import set_weights
 from blsp.llm.template_check import check_template
 from blsp.model import register
 from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter, load_adapter
@@ -102,7 +103,10 @@ def load_blsp(
             raise CheckpointError(f"{folder}: holds its own encoder and LLM; leave out --audio-model and --llm")
         with naming_folder(folder):
             model = BlspForConditionalGeneration.from_pretrained(folder, dtype=runtime.dtype)
-        return freeze(model.to(runtime.device)), _load_processor(folder, model.config.tokenizer_sha256)
+        freeze(model.to(runtime.device))
+        if runtime.weights:
+            set_weights(model, runtime.weights)
+        return model, _load_processor(folder, model.config.tokenizer_sha256)
     config = open_config(folder)
     parts = load_checked(config, runtime, folder, audio_model, llm)
     adapter = load_adapter(folder, config)

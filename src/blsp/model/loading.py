@@ -29,6 +29,7 @@ from blsp.data.files import digest_of
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import check_supported
 from blsp.llm.prompt import fix_tokenizer
+from blsp.llm.quantise import set_weights
 from blsp.llm.template_check import check_template
 from blsp.model.adapter import load_adapter, set_vocabulary
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, open_config
@@ -52,13 +53,17 @@ class FrozenParts:
 def load_language_model(
     weights: Weights, runtime: Runtime, template_args: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The text LLM, frozen, in eval mode on `runtime.device`, and its tokenizer."""
+    """The text LLM, frozen, in eval mode on `runtime.device`, in the format `runtime.weights`, and its tokenizer."""
     with naming_folder(weights.name):
         config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
     check_supported(config, weights.name)
     with naming_folder(weights.name):
-        llm = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=runtime.dtype, trust_remote_code=False)
-    return freeze(llm.to(runtime.device)), load_tokenizer(weights, template_args)
+        dtype = torch.bfloat16 if runtime.weights else runtime.dtype
+        llm = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=dtype, trust_remote_code=False)
+    llm = freeze(llm.to(runtime.device))
+    if runtime.weights:
+        set_weights(llm, runtime.weights)
+    return llm, load_tokenizer(weights, template_args)
 
 
 def load_tokenizer(weights: Weights, template_args: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:

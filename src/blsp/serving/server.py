@@ -35,7 +35,12 @@ def serve(settings: ServeSettings) -> None:
     logging.getLogger("blsp").setLevel(logging.INFO)  # other loggers would print URLs and parts of requests
     address = reserve(settings.host, settings.port)
     listener = load(
-        settings.model, audio_model=settings.audio_model, llm=settings.llm, device=settings.device, dtype=settings.dtype
+        settings.model,
+        audio_model=settings.audio_model,
+        llm=settings.llm,
+        device=settings.device,
+        dtype=settings.dtype,
+        weights=settings.weights,
     )
     config = uvicorn.Config(
         create_app(listener, settings),

@@ -23,6 +23,7 @@ from blsp.settings.shared import (
     Dtype,
     Limit,
     Llm,
+    LlmWeights,
     Normalise,
     Order,
     Precision,
@@ -116,7 +117,7 @@ class GenerateSettings:
         "model": "model audio_model llm",
         "prompt": "instruction order",
         "generation": "max_new_tokens temperature top_p seed",
-        "compute": "batch_size device dtype",
+        "compute": "batch_size device dtype weights",
     }
 
     manifest: str
@@ -141,6 +142,7 @@ class GenerateSettings:
     limit: Limit = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    weights: LlmWeights = None
     config: ConfigFile = None
 
     def __post_init__(self) -> None:
@@ -164,7 +166,7 @@ class TranscribeSettings:
         "data": "out format timestamps aligner vad",
         "model": "model audio_model llm readout repeat",
         "generation": "max_new_tokens",
-        "compute": "batch_size device dtype",
+        "compute": "batch_size device dtype weights",
     }
 
     files: Positional[tuple[str, ...]]
@@ -193,6 +195,7 @@ class TranscribeSettings:
     """recordings encoded together"""
     device: Device = "auto"
     dtype: Dtype = "auto"
+    weights: LlmWeights = None
     config: ConfigFile = None
 
     def __post_init__(self) -> None:
@@ -244,7 +247,7 @@ class ChatSettings:
     GROUPS: ClassVar[dict[str, str]] = {
         "model": "model audio_model llm system",
         "generation": "max_new_tokens temperature top_p seed",
-        "compute": "device dtype",
+        "compute": "device dtype weights",
     }
 
     model: Model = DEFAULT_MODEL
@@ -261,6 +264,7 @@ class ChatSettings:
     device: Device = "auto"
     dtype: Literal["fastest"] | Precision = "fastest"
     """the type of the frozen weights; fastest: bfloat16 where the device multiplies it, else float32"""
+    weights: LlmWeights = None
 
     def __post_init__(self) -> None:
         above_zero(self, "max_new_tokens")

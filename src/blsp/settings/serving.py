@@ -13,7 +13,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from blsp.settings.applications import Model
-from blsp.settings.shared import DEFAULT_MODEL, AudioModel, ConfigFile, Device, Dtype, Llm, SettingsError, above_zero
+from blsp.settings.shared import (
+    DEFAULT_MODEL,
+    AudioModel,
+    ConfigFile,
+    Device,
+    Dtype,
+    Llm,
+    LlmWeights,
+    SettingsError,
+    above_zero,
+)
 
 NAMED_KEY = re.compile(r"([A-Za-z][\w.-]*)=([^=].*)", re.ASCII)
 
@@ -35,7 +45,7 @@ class ServeSettings:
         "address and access": "host port api_key insecure cors_origin allow_remote_audio",
         "limit": "max_upload_mb max_audio_seconds max_batch queue deadline max_new_tokens rate_limit",
         "logging": "log_format log_content",
-        "compute": "device dtype",
+        "compute": "device dtype weights",
     }
 
     model: Model = DEFAULT_MODEL
@@ -84,6 +94,7 @@ class ServeSettings:
     """those servers' name for the LLM, where they serve several"""
     device: Device = "auto"
     dtype: Dtype = "auto"
+    weights: LlmWeights = None
     config: ConfigFile = None
 
     def __post_init__(self) -> None:

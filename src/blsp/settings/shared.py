@@ -56,6 +56,11 @@ Device = Annotated[str, "where to run: auto, cpu, cuda, cuda:1, mps"]
 Dtype = Annotated[
     Precision, "the type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32"
 ]
+LlmWeights = Annotated[
+    Literal["bfloat16", "int8", "int4"] | None,
+    "the format of the LLM's weights, its embeddings and head bfloat16; int8, int4: less memory, and faster where "
+    "memory is slow (pip install 'blsp[quant]'); without: as --dtype",
+]
 ConfigFile = Annotated[Path | None, "a YAML file with these same flags"]
 Limit = Annotated[int | None, "read only this many rows"]
 Order = Literal["instruction-first", "speech-first"]
