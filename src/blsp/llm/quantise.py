@@ -34,6 +34,9 @@ class Int8Linear(nn.Module):
     torchao's own product makes all weights bfloat16 first, which was 4 times slower for one token (docs/log.md).
     """
 
+    int8: Tensor
+    scale: Tensor
+
     def __init__(self, weight: Any, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("int8", weight.qdata.contiguous())
