@@ -150,7 +150,6 @@ class Decoder:
         return [event for group in groups.values() for event in self._prefill(group)]
 
     @torch.no_grad()
-    @torch.no_grad()
     def begin(self, request: Request, positions: int) -> Request:
         """Run the first `positions` embeddings of a long request, fewer than it has; return what is left of it.
 
@@ -161,6 +160,7 @@ class Decoder:
         prefix = Prefix((), tuple((layer.keys, layer.values) for layer in output.past_key_values.layers))
         return replace(request, embeds=request.embeds[positions:], prefix=prefix)
 
+    @torch.no_grad()
     def step(self) -> list[Event]:
         """Feed each row its last token; return the event of each one's next."""
         assert self._slots is not None and self.rows, "step() needs rows: join() some first"
