@@ -35,7 +35,7 @@ from blsp.serving.fair_queue import FairQueue
 from blsp.serving.hearing import Hearing
 from blsp.serving.job import Begun, Done, Failed, Job, Token
 from blsp.serving.metrics import Metrics
-from blsp.serving.refusals import ApiError
+from blsp.serving.refusals import ApiError, late
 
 log = logging.getLogger("blsp.serving")
 MAX_JOINING = 4  # requests laid out between two steps
@@ -159,14 +159,14 @@ class Scheduler:
     def _remove_late(self) -> None:
         """Remove cancelled jobs and those past their deadline, from the queue and from the batch."""
         with self._changed:
-            late = [job for job in self._waiting if job.over]
-            for job in late:
+            over = [job for job in self._waiting if job.over]
+            for job in over:
                 self._waiting.discard(job)
             self.metrics.waiting.set(len(self._waiting))
-        late += [job for job in self._running.values() if job.over]
-        for job in late:
+        over += [job for job in self._running.values() if job.over]
+        for job in over:
             self._decoder.leave(job.key)
-            self._end(job, None if job.cancelled else _late())
+            self._end(job, None if job.cancelled else late())
         self._joining = deque(request for request in self._joining if request.key in self._running)
 
     def _next(self) -> list[Job]:
@@ -263,10 +263,6 @@ class Scheduler:
         refusal = ApiError(500, f"the model failed ({type(error).__name__})", code="internal_error")
         for job in jobs:
             self._end(job, refusal)
-
-
-def _late() -> ApiError:
-    return ApiError(504, "the request's deadline passed", code="deadline_exceeded")
 
 
 def as_message(message: dict[str, Any]) -> dict[str, Any]:
