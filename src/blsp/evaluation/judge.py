@@ -37,7 +37,7 @@ from blsp.evaluation.routes import (
 )
 from blsp.evaluation.scoring import plain_words, score, score_transcripts
 from blsp.evaluation.tasks import Suite, Task, TaskError, check_manifests, check_recordings, select
-from blsp.inference.listener import Listener, load
+from blsp.inference.listener import Listener, load, load_options
 from blsp.settings import EvaluateSettings
 from blsp.weights.embedded import cache_root
 
@@ -132,13 +132,7 @@ def _evaluate(settings: EvaluateSettings) -> None:
     suite = select(settings.suite, settings.task, data)
     check_manifests(suite)
     evaluation = Evaluation(
-        listener=load(
-            settings.model,
-            audio_model=settings.audio_model,
-            llm=settings.llm,
-            device=settings.device,
-            dtype=settings.dtype,
-        ),
+        listener=load(settings.model, **load_options(settings)),
         folder=settings.out,
         routes=settings.routes,
         asr=settings.asr,

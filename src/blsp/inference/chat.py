@@ -17,7 +17,7 @@ from pathlib import Path
 from blsp.data.audio import AudioError, load_audio
 from blsp.data.containers import AUDIO_SUFFIXES
 from blsp.inference.conversation import ContextError, Conversation
-from blsp.inference.listener import decoding_of, load
+from blsp.inference.listener import decoding_of, load, load_options
 from blsp.llm.prompt import PromptError
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.settings import ChatSettings
@@ -33,14 +33,7 @@ Type a message, or the path of a recording, or both in one line: What is said he
 
 def chat(settings: ChatSettings) -> None:
     """Run the chat until /quit or the end of the input."""
-    listener = load(
-        settings.model,
-        audio_model=settings.audio_model,
-        llm=settings.llm,
-        device=settings.device,
-        dtype=settings.dtype,
-        weights=settings.weights,
-    )
+    listener = load(settings.model, **load_options(settings))
     print(HELP)
     converse(
         Conversation(listener, system=settings.system, decoding=decoding_of(settings, listener)), typed_lines(), show

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from blsp.data.audio import AudioError, load_audio
 from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import Manifest, Utterance, name_relative
-from blsp.inference.listener import Listener, Question, decoding_of, load
+from blsp.inference.listener import Listener, Question, decoding_of, load, load_options
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
 from blsp.model.speech_encoder import warn_of_languages
@@ -54,14 +54,7 @@ def generate(settings: GenerateSettings) -> None:
         inputs = (name_relative(row.to_json(), settings.out.parent) for row in islice(rows, total))
         done = job.count_done(inputs, "id", "response")
         if done < total:
-            listener = load(
-                settings.model,
-                audio_model=settings.audio_model,
-                llm=settings.llm,
-                device=settings.device,
-                dtype=settings.dtype,
-                weights=settings.weights,
-            )
+            listener = load(settings.model, **load_options(settings))
             config = listener.model.config
             warn_of_languages(config.audio_config, config.audio_model_id, rows)
             decoding = decoding_of(settings, listener)

@@ -219,6 +219,11 @@ def load(
     return Listener(*load_blsp(model, find_runtime(device, dtype, weights), audio_model, llm))
 
 
+def load_options(settings: Any) -> dict[str, Any]:
+    """The arguments of `load` that a command's flags give, beside the model."""
+    return {name: getattr(settings, name, None) for name in ("audio_model", "llm", "device", "dtype", "weights")}
+
+
 def decoding_of(settings: Any, listener: Listener) -> Decoding:
     """How answers are decoded, from a command's flags."""
     names = ("max_new_tokens", "temperature", "top_p", "seed")

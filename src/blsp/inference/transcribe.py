@@ -26,7 +26,7 @@ from tqdm import tqdm
 from blsp.data.audio import AudioError, load_audio, probe_audio
 from blsp.data.files import read_rows, write_text
 from blsp.data.jobs import Job, JobError
-from blsp.inference.listener import Listener, load
+from blsp.inference.listener import Listener, load, load_options
 from blsp.inference.transcript import TranscribeMethod, Transcript, transcripts
 from blsp.weights.shipped import model_digest
 
@@ -104,11 +104,12 @@ def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Ski
     The chunk in which a killed job stopped is computed again as a whole, since the last digits of a clip depend on the
     clips beside it; only what is missing is written.
     """
-    run = {"device": settings.device, "dtype": settings.dtype}
-    listener = load(settings.model, audio_model=settings.audio_model, llm=settings.llm, weights=settings.weights, **run)
+    listener = load(settings.model, **load_options(settings))
     if settings.readout and not listener.reads_out:
         listener.readout([])  # raises the error that says why not, before any file is read
-    aligner = load(settings.aligner, **run) if settings.aligner and not listener.reads_out else None
+    aligner = None
+    if settings.aligner and not listener.reads_out:
+        aligner = load(settings.aligner, device=settings.device, dtype=settings.dtype)
     if aligner and not aligner.reads_out:
         aligner.readout([])
     lengths = [_seconds(name) for name in settings.files]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from blsp.inference.listener import load
+from blsp.inference.listener import load, load_options
 from blsp.serving.app import create_app
 from blsp.serving.middleware import is_local
 
@@ -34,14 +34,7 @@ def serve(settings: ServeSettings) -> None:
         logging.getLogger().handlers[0].setFormatter(JsonLines())
     logging.getLogger("blsp").setLevel(logging.INFO)  # other loggers would print URLs and parts of requests
     address = reserve(settings.host, settings.port)
-    listener = load(
-        settings.model,
-        audio_model=settings.audio_model,
-        llm=settings.llm,
-        device=settings.device,
-        dtype=settings.dtype,
-        weights=settings.weights,
-    )
+    listener = load(settings.model, **load_options(settings))
     config = uvicorn.Config(
         create_app(listener, settings),
         log_level="warning",
