@@ -8,15 +8,10 @@ modules when they are first used. docs/architecture.md lists every file.
     print(listener.answer("question.wav"))
 """
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-# transformers imports torchao where it is installed, and that warns of GPU libraries that this machine cannot load
-for _noisy in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 _HOME = {
     "load": "blsp.inference.listener",

@@ -126,8 +126,13 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 
 def run(command: Command, settings: Any) -> int:
     """Call the command's function; an expected error becomes one line, another also shows where it arose."""
+    import logging
+
     from blsp.settings import SettingsError
 
+    # transformers imports torchao where it is installed, and that warns of GPU libraries that this machine cannot load
+    for noisy in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         code = getattr(import_module(command.module), command.function)(settings)
     except BrokenPipeError:

@@ -82,10 +82,6 @@ def take_room(path: Path) -> None:
             os.posix_fallocate(file.fileno(), 0, size)
 
 
-_UMASK = os.umask(0)  # there is no way to read it but to set it
-os.umask(_UMASK)
-
-
 # --- atomic writes ----------------------------------------------------------------------------------------
 @contextmanager
 def write_atomically(
@@ -105,8 +101,8 @@ def write_atomically(
             yield partial
             written = [*partial.rglob("*")] if partial.is_dir() else [partial]
             for file in written:
-                if file.suffix == ".safetensors":  # safetensors lets nobody but the writer read its files
-                    file.chmod(0o666 & ~_UMASK)
+                if file.suffix == ".safetensors":
+                    _let_read(file)
             if durable:
                 for file in written:
                     flush_to_disk(file)
@@ -117,6 +113,14 @@ def write_atomically(
                 flush_to_disk(target.parent)
     finally:
         _remove(partial)
+
+
+def _let_read(file: Path) -> None:
+    """Give a file the rights of any new file; safetensors lets nobody but the writer read its own."""
+    other = file.with_name(f"{file.name}.rights")
+    other.touch()
+    file.chmod(other.stat().st_mode & 0o777)
+    other.unlink()
 
 
 def _remove(path: Path) -> None:

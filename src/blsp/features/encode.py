@@ -39,22 +39,21 @@ from blsp.data.jobs import Job, JobError, SkippedLog, in_order
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import Runtime, barrier, find_runtime, leave, shard_rows, sum_across
 from blsp.features.cache import FeatureCache
-from blsp.model.loading import load_speech_encoder
+from blsp.model.loading import load_speech_encoder, warn_of_languages
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import (
     FEATURES_VERSION,
+    FRAMES_PER_SECOND,
     WINDOW_MEL_FRAMES,
     batches_by_length,
     encode_speech,
     mel_features,
-    warn_of_languages,
 )
 from blsp.settings import EncodeSettings
 from blsp.weights.digest import find_weights
 
 MEL_PER_SECOND = 100
-FRAMES_PER_SECOND = 50
 READERS = 4  # threads that read, decode and compute mel features
 AHEAD = 64  # clips that are read before they are needed
 SORTED_SECONDS = 600.0  # on an accelerator, clips are sorted by length within this much speech

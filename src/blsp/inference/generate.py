@@ -21,7 +21,7 @@ from blsp.data.manifest import Manifest, Utterance, name_relative
 from blsp.inference.listener import Listener, Question, decoding_of, load, load_options
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
-from blsp.model.speech_encoder import warn_of_languages
+from blsp.model.loading import warn_of_languages
 from blsp.settings import GenerateSettings
 from blsp.weights.shipped import model_digest
 

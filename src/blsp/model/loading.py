@@ -5,10 +5,13 @@ Out: modules in eval mode without gradients, and the mel extractor and tokenizer
 Try: `llm, tokenizer = load_language_model(find_weights("embedded:smollm2-135m-instruct"), find_runtime())`
 Flow: weights/ → **loading.py** → modeling_blsp.py, checkpoint.py; also `blsp encode` and `blsp continue`.
 
-Digests are checked, since an adapter fits the very weights it was trained between.
+Digests are checked, since an adapter fits the very weights it was trained between; rows in a language that the encoder
+does not know are warned of.
 """
 
-from collections.abc import Collection, Mapping
+import re
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +23,14 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    WhisperConfig,
     WhisperFeatureExtractor,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
 from blsp.data.files import digest_of
+from blsp.data.manifest import Utterance
 from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import check_supported
 from blsp.llm.prompt import fix_tokenizer
@@ -33,10 +38,12 @@ from blsp.llm.quantise import set_weights
 from blsp.llm.template_check import check_template
 from blsp.model.adapter import load_adapter, set_vocabulary
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, open_config
+from blsp.model.speech_encoder import knows_english_only
 from blsp.weights.digest import Weights, find_weights
 from blsp.weights.embedded import PREFIX, WeightsNotFoundError
 from blsp.weights.folder import naming_folder
 
+LOOKED_AT = 1000  # rows, in a check for their language
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}  # the encoder's tensors inside a whole Whisper checkpoint
 
 
@@ -225,3 +232,16 @@ def check_loaded(folder: Any, model: Any, missing: Collection[str]) -> None:
         missing = [name for name in missing if not name.endswith("multi_modal_projector.vocabulary")]
     if missing:
         raise CheckpointError(f"{folder}: {sorted(missing)[0]} is missing from it; export or download it again")
+
+
+def warn_of_languages(config: WhisperConfig, name: Any, rows: Sequence[Utterance]) -> None:
+    """Say it once where rows are in a language that the encoder does not know. The first rows are looked at."""
+    languages = [row.language or "en" for row in rows[:LOOKED_AT]]
+    others = [language for language in languages if not re.match("en(glish)?([-_]|$)", language, re.IGNORECASE)]
+    if others and knows_english_only(config):
+        print(
+            f"blsp: warning: {name} knows English only, and of the first {len(languages)} rows {len(others)} are in "
+            f"{', '.join(sorted(set(others)))} (their field language): nothing of these will be understood; a "
+            "multilingual encoder is embedded:whisper-base",
+            file=sys.stderr,
+        )

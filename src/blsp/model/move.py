@@ -9,7 +9,6 @@ What the adapter has learnt of sounds does not depend on the LLM; only its read-
 are told apart by their strings: those that both LLMs have are the new read-out.
 """
 
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -22,8 +21,6 @@ from blsp.model.grounded import token_strings
 from blsp.model.loading import load_tokenizer
 from blsp.settings import MoveSettings
 from blsp.weights.digest import find_weights
-
-logger = logging.getLogger(__name__)
 
 
 def move(settings: MoveSettings) -> None:

@@ -12,10 +12,7 @@ through the second one. Speech beyond 30 s is cut into windows, and their states
 Shapes: B batch, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width, W windows.
 """
 
-import re
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,33 +20,19 @@ from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from blsp.data.manifest import Utterance
 from blsp.llm.language_model import valid_mask
 
+FRAMES_PER_SECOND = 50  # of the encoder's states
 HOP_SAMPLES = 160  # one mel frame each 10 ms at 16 kHz
 WINDOW_MEL_FRAMES = 3000  # 30 s: as many positions as Whisper's encoder has, times two
 WINDOWS_AT_A_TIME = 8  # of a long recording: an hour takes no more memory than four minutes
 MULTILINGUAL_TOKENS = 51_865  # of Whisper's multilingual models; the others have one less
-LOOKED_AT = 1000  # rows, in a check for their language
 FEATURES_VERSION = "mel-1"  # enters the feature cache's key: raise it when the numbers change
 
 
 def knows_english_only(config: WhisperConfig) -> bool:
     """Whether the encoder is of one of Whisper's English-only models, by the size of their vocabulary."""
     return config.vocab_size < MULTILINGUAL_TOKENS
-
-
-def warn_of_languages(config: WhisperConfig, name: Any, rows: Sequence[Utterance]) -> None:
-    """Say it once where rows are in a language that the encoder does not know. The first rows are looked at."""
-    languages = [row.language or "en" for row in rows[:LOOKED_AT]]
-    others = [language for language in languages if not re.match("en(glish)?([-_]|$)", language, re.IGNORECASE)]
-    if others and knows_english_only(config):
-        print(
-            f"blsp: warning: {name} knows English only, and of the first {len(languages)} rows {len(others)} are in "
-            f"{', '.join(sorted(set(others)))} (their field language): nothing of these will be understood; a "
-            "multilingual encoder is embedded:whisper-base",
-            file=sys.stderr,
-        )
 
 
 def mel_frames(samples: int) -> int:

@@ -24,14 +24,13 @@ from blsp.data.manifest import Utterance
 from blsp.features.align import TokenTimes, token_places
 from blsp.features.cache import FeatureCache
 from blsp.llm.prompt import PromptTemplate, prompt_template, text_ids, transcript_ids
-from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
+from blsp.model.speech_encoder import FRAMES_PER_SECOND, encoder_frames, mel_features, mel_frames
 from blsp.training.augmentation import Kind, augment, hide_spans
 from blsp.training.dataset import ROW, Dataset, Measures, Refused
 from blsp.training.losses import can_align
 
 Need = Literal["continuation", "teacher", "readout", "token_times"]
 
-FRAMES_PER_SECOND = 50  # of the encoder
 ANY_TEMPLATE = np.iinfo(np.uint32).max  # a row without an instruction of its own: it takes another row's prompt
 
 

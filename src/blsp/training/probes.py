@@ -33,8 +33,9 @@ from blsp.llm import teacher_forcing
 from blsp.llm.language_model import at_least_float32
 from blsp.llm.prefix import PrefixCache
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.model.speech_encoder import FRAMES_PER_SECOND
 from blsp.training.batches import cut
-from blsp.training.examples import FRAMES_PER_SECOND, Example
+from blsp.training.examples import Example
 from blsp.training.step import response_states, speech_states, speech_vectors, transcript_vectors
 
 

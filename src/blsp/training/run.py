@@ -34,10 +34,9 @@ from blsp.llm.prompt import text_ids, transcript_ids
 from blsp.model.adapter import ADAPTERS, AdapterError, adapter_class, check_options, widen_readout
 from blsp.model.adapter_parts import num_audio_tokens, place_centres
 from blsp.model.checkpoint import load_mean, new_blsp, set_template_args
-from blsp.model.loading import load_tokenizer
+from blsp.model.loading import load_tokenizer, warn_of_languages
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.model.speech_encoder import warn_of_languages
 from blsp.settings import SettingsError, TrainSettings
 from blsp.settings.shared import read_template_args
 from blsp.training.batches import DataFile, DataOrder, Rows, cut

