@@ -24,10 +24,12 @@ import re
 import tarfile
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, BinaryIO
 
 import fsspec
@@ -253,14 +255,14 @@ class Table:
             self._parquet = None
             self._values = pyarrow.ipc.open_stream(source).read_all()
             sizes = [self._values.num_rows]
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+        self._starts = [0, *accumulate(sizes)]  # of each row group, and the end
         self._read: tuple[int, str] | None = None  # row group and column that are in memory
 
     def read(self, row: int, column: str) -> bytes:
         """The bytes in a row: a column of bytes, or of `{"bytes": ..., "path": ...}` as Hugging Face writes it."""
         if row >= self._starts[-1]:
             raise AddressError(f"the table has {self._starts[-1]} rows, so no row {row}")
-        group = next(i for i, end in enumerate(self._starts[1:]) if row < end)
+        group = bisect_right(self._starts, row) - 1
         if self._parquet is not None and self._read != (group, column):
             _check_size(self._parquet.metadata.row_group(group).total_byte_size)
             self._values = self._parquet.read_row_group(group, columns=[column])

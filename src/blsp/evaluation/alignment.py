@@ -30,7 +30,7 @@ from torch import Tensor
 from blsp.data.jobs import RecordLog
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, Answers, answer_log
-from blsp.evaluation.bootstrap import Figure, drawn_units, draws, grouped, interval, known_speakers, ratio
+from blsp.evaluation.bootstrap import Figure, drawn_units, draws_of, grouped, interval, known_speakers, ratio
 from blsp.evaluation.following import Following, judge_following
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
 from blsp.evaluation.routes import RouteInput, RouteInputFn, ask, plan_batches, request, route_fingerprint, text_input
@@ -219,7 +219,7 @@ def summarise(
             speech - cascade for speech, cascade in zip(sums["kl"], sums["kl_cascade"], strict=True)
         ]
     units = np.arange(len(comparisons)) if units is None else units
-    rows = draws(int(units.max()) + 1, samples, seed)
+    rows = draws_of(units, samples, seed)
     figures: dict[str, Any] = {}
     for name, values in sums.items():
         figure = Figure(np.stack([np.array(values, dtype=float), tokens], axis=1), ratio)

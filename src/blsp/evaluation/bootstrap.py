@@ -72,6 +72,11 @@ def grouped(figure: Figure, units: NDArray[np.int64]) -> Figure:
     return Figure(statistics, figure.value)
 
 
+def draws_of(units: NDArray[np.int64], samples: int, seed: int) -> NDArray[np.int64]:
+    """(S, number of units) numbers of units, drawn with replacement."""
+    return draws(int(units.max(initial=-1)) + 1, samples, seed)
+
+
 def draws(count: int, samples: int, seed: int) -> NDArray[np.int64]:
     """(S, N) row numbers, drawn with replacement."""
     return np.random.default_rng((seed, count)).integers(0, count, (samples, count))

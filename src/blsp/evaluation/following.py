@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sacrebleu.metrics import CHRF
 
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.bootstrap import Figure, draws, grouped, interval, ratio
+from blsp.evaluation.bootstrap import Figure, draws_of, grouped, interval, ratio
 
 Nearest = dict[str, dict[str, str | None]]  # instruction -> clip -> the instruction of the nearest text answer
 
@@ -36,14 +36,14 @@ class Following:
 
     def figures(self, units: NDArray[np.int64], samples: int, seed: int) -> dict[str, Any]:
         """Shares with intervals, and for each instruction how often each one's text answer is the nearest."""
-        rows = draws(int(units.max()) + 1, samples, seed)
+        rows, row_of = draws_of(units, samples, seed), {clip: row for row, clip in enumerate(self.clips)}
         figures: dict[str, Any] = {}
         named = {"instruction_following": self.nearest, "instruction_following_shuffled": self.exchanged}
         for name, nearest in named.items():
             counts = np.zeros((len(self.clips), 2))  # followed, judged
             for asked, found in nearest.items():
                 for clip, near in found.items():
-                    counts[self.clips.index(clip)] += [near == asked, 1]
+                    counts[row_of[clip]] += [near == asked, 1]
             figure = grouped(Figure(counts, ratio), units)
             figures |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows))}
         shares = {

@@ -25,7 +25,7 @@ from blsp.data.files import write_json
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.evaluation.alignment import Alignment
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.bootstrap import drawn_units, draws, grouped, interval, known_speakers, relative_gap
+from blsp.evaluation.bootstrap import drawn_units, draws_of, grouped, interval, known_speakers, relative_gap
 from blsp.evaluation.scoring import MAIN_METRIC, Score
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener
@@ -106,7 +106,7 @@ class Results:
     def _scores(self, result: TaskResult) -> dict[str, Any]:
         """By route: every metric with its interval, the number of questions, and counts of faults."""
         units = drawn_units([row.speaker for row in result.rows])
-        rows = draws(int(units.max()) + 1, self.bootstrap, self.seed)
+        rows = draws_of(units, self.bootstrap, self.seed)
         routes: dict[str, Any] = {}
         for route, score in result.scores.items():
             routes[route] = {}
@@ -118,7 +118,7 @@ class Results:
     def _gaps(self, result: TaskResult) -> dict[str, Any]:
         """By metric: how much larger one route's figure is than another's, in percent."""
         units = drawn_units([row.speaker for row in result.rows])
-        rows = draws(int(units.max()) + 1, self.bootstrap, self.seed)
+        rows = draws_of(units, self.bootstrap, self.seed)
         gaps: dict[str, Any] = {}
         for route, other in COMPARED:
             if route not in result.scores or other not in result.scores:
