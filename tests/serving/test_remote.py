@@ -203,9 +203,29 @@ def test_silence_does_not_reach_the_server(remote: tuple[Running, list[Double]])
     assert len(remote[1][0].requests) == count
 
 
-def test_a_later_route_says_that_it_is_not_here(remote: tuple[Running, list[Double]]) -> None:
-    with pytest.raises(openai.NotFoundError):
-        remote[0].client().responses.create(model="tiny", input="hello")
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_are_answered_there_too(server: Running, remote: tuple[Running, list[Double]], stream: bool) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "instructions": "hello", "input": [user("what is ", spoken(3))]}
+    asked |= {"stream": True} if stream else {"max_output_tokens": 12}
+    own, there = (each.client().responses.create(**asked) for each in (server, remote[0]))
+    if stream:
+        own, there = list(own), list(there)
+        kinds = [[event.type for event in events if not event.type.endswith("delta")] for events in (own, there)]
+        assert kinds[0] == kinds[1]
+        own, there = own[-1].response, there[-1].response
+    assert there.output_text.strip() == own.output_text and there.status == own.status
+    assert there.usage.output_tokens == own.usage.output_tokens > 0
+    assert there.usage.input_tokens_details.audio_tokens == own.usage.input_tokens_details.audio_tokens
+    assert remote[1][0].requests[-1]["stream"] is stream
+
+
+def test_responses_of_a_server_that_dies_or_refuses_say_so(listener: Listener) -> None:
+    with front(listener, "text") as (there, doubles):
+        events = list(there.client().responses.create(model="tiny", input="hello", stream=True))
+        assert events[-1].type == "response.failed" and "ended the answer early" in events[-1].response.error.message
+        doubles[0].fails = "refuses"
+        with pytest.raises(openai.BadRequestError, match="no such schema"):
+            there.client().responses.create(model="tiny", input="hello", stream=True)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -12,6 +12,7 @@ from support.tiny_models import speech_like, tiny_blsp
 
 from blsp.inference.listener import Listener
 from blsp.inference.transcript import transcripts
+from blsp.serving.refusals import ApiError
 
 MODEL = "tiny"
 
@@ -86,6 +87,25 @@ def test_json_and_the_end_of_a_stream_tell_the_usage(server: Running) -> None:
     assert post(server, clip).json()["usage"] == wanted
     *_, last = server.client().audio.transcriptions.create(model=MODEL, file=("a.wav", clip), stream=True)
     assert last.type == "transcript.text.done" and last.to_dict()["usage"] == wanted
+
+
+def test_a_stream_that_fails_ends_with_the_error_and_is_counted(server_with: Any) -> None:
+    with server_with() as server:
+        server.app.state.scheduler.submit = fail_after(1, server.app.state.scheduler.submit)
+        form = {"file": ("a.wav", two_pieces())}
+        lines = server.http().post("/v1/audio/transcriptions", files=form, data={"stream": "true"}).text.split("\n\n")
+        assert "transcript.text.delta" in lines[0] and "no room" in lines[1] and not lines[2]
+        assert 'blsp_requests_total{route="transcriptions",status="429"} 1.0' in server.http().get("/metrics").text
+
+
+def fail_after(count: int, submit: Any) -> Any:
+    def submit_or_fail(job: Any, left: list[int] = [count]) -> None:  # noqa: B006  it counts the calls
+        if not left[0]:
+            raise ApiError(429, "no room")
+        left[0] -= 1
+        submit(job)
+
+    return submit_or_fail
 
 
 def refused(answer: Any) -> dict[str, str]:

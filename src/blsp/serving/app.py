@@ -15,8 +15,8 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from blsp.llm.decoding import Decoding
 from blsp.serving import api
 from blsp.serving.api import ChatRequest, TextPart
 from blsp.serving.audio_input import AudioInput
-from blsp.serving.exchange import CLIENT_LEFT, Exchange, client_of, gather, while_connected
+from blsp.serving.exchange import CLIENT_LEFT, Exchange, client_of, joined, while_connected
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
 from blsp.serving.page import mount_page
@@ -90,7 +90,7 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
         app.post("/v1/chat/completions", response_model=None)(service.remote.chat)
     else:
         app.post("/v1/chat/completions", response_model=None)(service.chat)
-        app.post("/v1/responses", response_model=None)(Responses(service).respond)
+    app.post("/v1/responses", response_model=None)(Responses(service).respond)
     app.post("/v1/audio/transcriptions", response_model=None)(speech.transcriptions)
     app.post("/v1/audio/translations", response_model=None)(speech.translations)
     app.get("/v1/models")(service.models)
@@ -167,8 +167,9 @@ class Service:
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.name}
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
-            return api.events(self._chunks(exchange, head, usage, began))
-        text = await while_connected(request, gather(exchange), exchange)
+            chunks = self._chunks(exchange, head, usage)
+            return api.events(self.streamed("chat", began, chunks, exchange.texts, exchange))
+        text = await while_connected(request, joined(exchange.pieces()), exchange)
         self.log_answer("chat", 200, began, exchange, text)
         return api.completion(head, text, exchange.finish, exchange.usage)
 
@@ -203,8 +204,7 @@ class Service:
 
     async def no_route(self, request: Request) -> Response:
         """What is not offered under /v1, with what to use instead."""
-        offered = {path: method for path, method in OFFERED.items() if not self.remote or path != "/v1/responses"}
-        error, headers = no_route(request.method, request.url.path, offered)
+        error, headers = no_route(request.method, request.url.path, OFFERED)
         response = await self.refuse(request, error)
         response.headers.update(headers)
         return response
@@ -259,29 +259,46 @@ class Service:
     def ask(self, messages: list[dict[str, Any]], decoding: Decoding, **options: Any) -> Exchange:
         return Exchange(self.scheduler, messages, decoding, **options)
 
+    @staticmethod
     async def _chunks(
-        self, exchange: Exchange, head: dict[str, Any], usage: bool, began: float
-    ) -> AsyncIterator[dict[str, Any] | str]:
-        """OpenAI's chunks: role, content, finish_reason, usage, [DONE]; an error inside ends the stream."""
+        exchange: Exchange, head: dict[str, Any], usage: bool
+    ) -> AsyncGenerator[dict[str, Any] | str, None]:
+        """OpenAI's chunks: role, content, finish_reason, usage, [DONE]."""
         head = {**head, "object": "chat.completion.chunk"} | ({"usage": None} if usage else {})
-        texts: list[str] = []
+        yield head | api.delta({"role": "assistant", "content": ""})
+        async for piece in exchange.pieces():
+            yield head | api.delta({"content": piece})
+        yield head | api.delta({}, exchange.finish)
+        if usage:
+            yield head | {"choices": [], "usage": exchange.usage}
+        yield "[DONE]"
+
+    async def streamed(
+        self,
+        route: str,
+        began: float,
+        chunks: AsyncGenerator[Any, None],
+        texts: Sequence[str],
+        exchange: Exchange | None = None,
+        failed: Callable[[ApiError], dict[str, Any]] = ApiError.body,
+    ) -> AsyncIterator[Any]:
+        """The chunks of an answer, with an error among them as the last one, and the answer in the log.
+
+        texts: its pieces so far, which grow with the chunks. failed: how the route tells an error.
+        """
         status = CLIENT_LEFT
         try:
-            yield head | api.delta({"role": "assistant", "content": ""})
-            async for piece in exchange.pieces():
-                texts.append(piece)
-                yield head | api.delta({"content": piece})
-            yield head | api.delta({}, exchange.finish)
-            if usage:
-                yield head | {"choices": [], "usage": exchange.usage}
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
             status = 200
-            yield "[DONE]"
         except ApiError as error:
             status = error.status
-            yield error.body()
+            yield failed(error)
         finally:
-            exchange.cancel()
-            self.log_answer("chat", status, began, exchange, "".join(texts))
+            if exchange:
+                exchange.cancel()
+            self.log_answer(route, status, began, exchange, "".join(texts))
 
     # --- logs, counts and refusals -------------------------------------------------------------------------
 

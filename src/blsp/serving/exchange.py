@@ -49,6 +49,7 @@ class Exchange:
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._text = StopStringFilter(scheduler.listener.tokenizer, stops)
         self.begun = Begun(0, 0)
+        self.texts: list[str] = []  # the pieces so far
         self.tokens = 0
         self.finish = ""
         self.words: tuple[Word, ...] = ()
@@ -80,6 +81,7 @@ class Exchange:
         try:
             while not self.finish:
                 for piece in self._take(await self._report()):
+                    self.texts.append(piece)
                     yield piece
         finally:
             self._job.cancel()
@@ -134,9 +136,9 @@ def client_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-async def gather(exchange: Exchange) -> str:
+async def joined(pieces: AsyncIterator[str]) -> str:
     """The whole text of an answer."""
-    return "".join([piece async for piece in exchange.pieces()])
+    return "".join([piece async for piece in pieces])
 
 
 async def while_connected(request: Request, work: Awaitable[T], exchange: Exchange | None = None) -> T:

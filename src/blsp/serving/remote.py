@@ -23,9 +23,9 @@ import io
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx2
 import torch
@@ -42,7 +42,7 @@ from blsp.llm.servers import LOST, UNREACHABLE, Server, Servers
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.serving import api
 from blsp.serving.api import ChatRequest
-from blsp.serving.exchange import CLIENT_LEFT, Exchange, gather, while_connected
+from blsp.serving.exchange import Exchange, joined, while_connected
 from blsp.serving.job import Begun
 from blsp.serving.refusals import ApiError, late
 from blsp.serving.scheduler import as_message
@@ -55,6 +55,10 @@ MAX_CHOICES = 16
 PLACEHOLDER = "<prompt_embeds>"  # vLLM refuses texts with its own mark for embeddings
 CLIENTS_FAULT = (400, 413, 422, 429)  # of what a server refuses; the rest is between the server and us
 BROKEN = (*LOST, httpx2.TransportError)  # no connection, or one that ended early
+
+
+Chunk: TypeAlias = dict[str, Any]  # of a streamed answer, or the whole answer
+Chunks: TypeAlias = AsyncGenerator[Chunk, None]
 
 
 class RemoteChatRequest(ChatRequest):
@@ -89,77 +93,62 @@ class RemoteChat:
     async def chat(self, body: RemoteChatRequest, request: Request) -> Response:
         """Answer a conversation of text and speech; with `stream`, chunk by chunk."""
         began = time.monotonic()
+        exchange, chunks = await self.begin(body, request)
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.service.name}
+        if body.stream:
+            usage = body.stream_options is not None and body.stream_options.include_usage
+            streamed = _streamed(chunks, head, usage)
+            return api.events(self.service.streamed("chat", began, streamed, exchange.texts, exchange))
+        async with aclosing(chunks):
+            answer = await anext(chunks)
+        self.service.log_answer("chat", 200, began, exchange, "".join(exchange.texts))
+        return JSONResponse(answer | head)
+
+    async def begin(self, body: ChatRequest, request: Request) -> tuple[Exchange, Chunks]:
+        """The chunks of a streamed answer, or the whole answer as the only one; their usage and text is noted in the
+        exchange.
+
+        The first one has arrived, so that a refusal can still be an HTTP status.
+        """
         if self._open >= self._most:
             text = "too many requests are waiting for the LLM; try again in 2 s"
             raise ApiError(429, text, code="queue_full", retry_after=2)
         exchange = await self.service.begin(body, request)
-        await while_connected(request, gather(exchange), exchange)
-        messages = exchange.heard
-        asked = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.service.name}
+        await while_connected(request, joined(exchange.pieces()), exchange)
+        messages, exchange.finish = exchange.heard, ""
         clips = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
         if clips and not any(clip.speech for clip in clips):
             chunks = self._no_speech(body)
         else:
             sent = await run_in_threadpool(self._request, body, messages)
             chunks = self._chunks(sent, request.state.end)
-        if body.stream:
-            first = await while_connected(request, anext(chunks), exchange)  # a refusal can still be an HTTP status
-            return api.events(self._streamed(asked, first, chunks, exchange, began, body))
-        answer = await while_connected(request, anext(chunks), exchange)
-        self._count(exchange, answer)
-        await chunks.aclose()
-        text = answer["choices"][0]["message"].get("content") or ""
-        self.service.log_answer("chat", 200, began, exchange, text)
-        return JSONResponse(answer | asked)
+        first = await while_connected(request, anext(chunks), exchange)
+        return exchange, self._noted(exchange, first, chunks)
 
-    async def _streamed(
-        self,
-        head: dict[str, Any],
-        first: dict[str, Any],
-        chunks: AsyncGenerator[dict[str, Any], None],
-        exchange: Exchange,
-        began: float,
-        body: RemoteChatRequest,
-    ) -> AsyncGenerator[dict[str, Any] | str, None]:
-        """The server's chunks under our name. The usage is passed on to clients that asked for it."""
-        wanted = body.stream_options is not None and body.stream_options.include_usage
-        texts: list[str] = []
-        status = CLIENT_LEFT
-        chunk: dict[str, Any] | None = first
-        try:
-            async with aclosing(chunks):
-                while chunk is not None:
-                    self._count(exchange, chunk)
-                    texts += [
-                        choice["delta"].get("content") or "" for choice in chunk["choices"] if not choice["index"]
-                    ]
-                    if chunk["choices"] or wanted:
-                        yield chunk | head
-                    chunk = await anext(chunks, None)
-            status = 200
-            yield "[DONE]"
-        except ApiError as error:
-            status = error.status
-            yield error.body()
-        finally:
-            self.service.log_answer("chat", status, began, exchange, "".join(texts))
+    async def _noted(self, exchange: Exchange, first: Chunk, others: Chunks) -> Chunks:
+        """All chunks, with their usage completed. What the first choice says is noted in the exchange."""
+        chunk: Chunk | None = first
+        async with aclosing(others):
+            while chunk is not None:
+                if usage := chunk.get("usage"):
+                    speech = exchange.begun.speech
+                    details = usage.get("prompt_tokens_details") or {}
+                    usage["prompt_tokens_details"] = {"cached_tokens": 0} | details | {"audio_tokens": speech}
+                    exchange.begun, exchange.tokens = Begun(usage["prompt_tokens"], speech), usage["completion_tokens"]
+                    self.service.metrics.tokens.inc(exchange.tokens)
+                for choice in chunk["choices"]:
+                    if not choice["index"]:
+                        exchange.texts.append(_said(choice).get("content") or "")
+                        exchange.finish = choice.get("finish_reason") or exchange.finish
+                yield chunk
+                chunk = await anext(others, None)
 
-    def _count(self, exchange: Exchange, answer: dict[str, Any]) -> None:
-        """Complete the usage of an answer or a chunk, where it has one, and note it for the log."""
-        if usage := answer.get("usage"):
-            speech = exchange.begun.speech
-            details = usage.get("prompt_tokens_details") or {}
-            usage["prompt_tokens_details"] = {"cached_tokens": 0} | details | {"audio_tokens": speech}
-            exchange.begun, exchange.tokens = Begun(usage["prompt_tokens"], speech), usage["completion_tokens"]
-            self.service.metrics.tokens.inc(exchange.tokens)
-
-    async def _no_speech(self, body: RemoteChatRequest) -> AsyncGenerator[dict[str, Any], None]:
+    async def _no_speech(self, body: ChatRequest) -> Chunks:
         """The fixed sentence, where the question's clips hold no speech; the LLM is not asked."""
         said = {"role": "assistant", "content": self.service.listener.model.config.no_speech_sentence}
         where = "delta" if body.stream else "message"
-        choices = [
-            {"index": index, where: said, "finish_reason": "stop", "logprobs": None} for index in range(body.n or 1)
-        ]
+        count = body.n or 1 if isinstance(body, RemoteChatRequest) else 1
+        choices = [{"index": index, where: said, "finish_reason": "stop", "logprobs": None} for index in range(count)]
         usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
         if body.stream:
             yield {"object": "chat.completion.chunk", "choices": choices}
@@ -168,7 +157,7 @@ class RemoteChat:
             yield {"object": "chat.completion", "choices": choices, "usage": usage}
 
     # --- what is sent -------------------------------------------------------------------------------------
-    def _request(self, body: RemoteChatRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    def _request(self, body: ChatRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
         limit = self.service.settings.max_new_tokens
         options = {"stream_options": {"include_usage": True}} if body.stream else {}
         try:
@@ -212,7 +201,7 @@ class RemoteChat:
         return PLACEHOLDER not in text and read == text_ids(tokenizer, text)
 
     # --- what comes back ----------------------------------------------------------------------------------
-    async def _chunks(self, request: dict[str, Any], end: float) -> AsyncGenerator[dict[str, Any], None]:
+    async def _chunks(self, request: dict[str, Any], end: float) -> Chunks:
         """The chunks of a streamed answer, or the whole answer as the only one. Sent again until the first token.
 
         end: the monotonic time of the deadline. Raises ApiError.
@@ -237,9 +226,9 @@ class RemoteChat:
         text = f"the LLM's server cannot be reached ({said}); try again in 5 s"
         raise ApiError(503, text, code="engine_unreachable", retry_after=5)
 
-    async def _attempt(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def _attempt(self, request: dict[str, Any]) -> Chunks:
         """The chunks from one server; raises _SendAgain where it fails before the first token."""
-        held: list[dict[str, Any]] = []  # chunks before the first token
+        held: list[Chunk] = []  # chunks before the first token
         begun = finished = False
         async with self._servers.take() as server:
             sent_at = time.monotonic()
@@ -273,7 +262,7 @@ class RemoteChat:
                 raise ApiError(502, f"the LLM's server has ended the answer early ({said})", code="engine_lost")
             raise _SendAgain(said)
 
-    async def _sent(self, server: Server, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def _sent(self, server: Server, request: dict[str, Any]) -> Chunks:
         client = server.client
         name = self._model or self._names.get(server.url)
         if name is None:
@@ -296,6 +285,30 @@ class RemoteChat:
 
 class _SendAgain(Exception):
     """An attempt that failed before the client got a token."""
+
+
+async def _streamed(chunks: Chunks, head: dict[str, Any], usage: bool) -> AsyncGenerator[dict[str, Any] | str, None]:
+    """The server's chunks under our name, with the usage where the client asked for it."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            if chunk["choices"] or usage:
+                yield chunk | head
+    yield "[DONE]"
+
+
+async def first_choice(chunks: Chunks) -> AsyncIterator[str]:
+    """The pieces of the first choice's text."""
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            for choice in chunk["choices"]:
+                if not choice["index"] and (text := _said(choice).get("content")):
+                    yield text
+
+
+def _said(choice: dict[str, Any]) -> dict[str, Any]:
+    """What a choice says: all, or the next piece."""
+    said: dict[str, Any] = choice.get("message") or choice["delta"]
+    return said
 
 
 def _has_token(choice: dict[str, Any]) -> bool:

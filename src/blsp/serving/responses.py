@@ -3,7 +3,7 @@
 In:  `input` (text, or messages with `input_text`, `output_text` and `input_audio` parts) and `instructions`.
 Out: a response object, whole or as its server-sent events. Nothing is kept: every request brings its conversation.
 Try: `client.responses.create(model="blsp-tiny", input="What is the capital of Canada?")`
-Flow: app.py → **responses.py** → api.ChatRequest → app.Service.begin → exchange.py
+Flow: app.py → **responses.py** → api.ChatRequest → app.Service.begin or remote.py → exchange.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from itertools import count
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,8 +22,9 @@ from pydantic import ValidationError
 
 from blsp.serving import api
 from blsp.serving.api import ChatRequest
-from blsp.serving.exchange import CLIENT_LEFT, Exchange, gather, while_connected
+from blsp.serving.exchange import Exchange, joined, while_connected
 from blsp.serving.refusals import ApiError, refusal_of
+from blsp.serving.remote import first_choice
 
 if TYPE_CHECKING:
     from blsp.serving.app import Service
@@ -112,7 +113,7 @@ class Responses:
         began = time.monotonic()
         chat = as_chat(body)
         try:
-            exchange = await self.service.begin(chat, request)
+            exchange, pieces = await self._asked(chat, request)
         except ApiError as error:
             raise _renamed(error, shift=body.get("instructions") is not None) from error
         head: dict[str, Any] = {
@@ -137,49 +138,57 @@ class Responses:
         }
         item = f"msg_{secrets.token_hex(12)}"
         if chat.stream:
-            return api.events(self._events(exchange, head, item, began), named=True)
-        text = await while_connected(request, gather(exchange), exchange)
-        self.service.log_answer("responses", 200, began, exchange, text)
-        return JSONResponse(_finished(head, item, text, exchange))
+            events = Events(head, item)
+            chunks = events.of(exchange, pieces)
+            stream = self.service.streamed("responses", began, chunks, exchange.texts, exchange, events.failed)
+            return api.events(stream, named=True)
+        await while_connected(request, joined(pieces), exchange)
+        finished = _finished(head, item, exchange)
+        self.service.log_answer("responses", 200, began, exchange, "".join(exchange.texts))
+        return JSONResponse(finished)
 
-    async def _events(
-        self, exchange: Exchange, head: dict[str, Any], item: str, began: float
-    ) -> AsyncIterator[dict[str, Any]]:
-        """OpenAI's events of one message with one text; an error inside ends the stream with response.failed."""
-        number = count()
-        texts: list[str] = []
-        status = CLIENT_LEFT
-        place = {"item_id": item, "output_index": 0, "content_index": 0}
-
-        def event(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-            return {"type": f"response.{name}", "sequence_number": next(number), **fields}
-
-        begun = {**head, "status": "in_progress", "output": [], "usage": None}
-        try:
-            yield event("created", {"response": begun})
-            yield event("in_progress", {"response": begun})
-            yield event("output_item.added", {"output_index": 0, "item": _item(item, None, "in_progress")})
-            yield event("content_part.added", {**place, "part": _part("")})
-            async for piece in exchange.pieces():
-                texts.append(piece)
-                yield event("output_text.delta", {**place, "delta": piece, "logprobs": []})
-            text = "".join(texts)
-            done = _finished(head, item, text, exchange)
-            yield event("output_text.done", {**place, "text": text, "logprobs": []})
-            yield event("content_part.done", {**place, "part": _part(text)})
-            yield event("output_item.done", {"output_index": 0, "item": done["output"][0]})
-            status = 200
-            yield event(done["status"], {"response": done})
-        except ApiError as error:
-            status = error.status
-            failure = {"code": "server_error", "message": error.message}
-            yield event("failed", {"response": {**begun, "status": "failed", "error": failure}})
-        finally:
-            exchange.cancel()
-            self.service.log_answer("responses", status, began, exchange, "".join(texts))
+    async def _asked(self, chat: ChatRequest, request: Request) -> tuple[Exchange, AsyncIterator[str]]:
+        """The exchange, and the pieces of the answer."""
+        if remote := self.service.remote:
+            exchange, chunks = await remote.begin(chat, request)
+            return exchange, first_choice(chunks)
+        exchange = await self.service.begin(chat, request)
+        return exchange, exchange.pieces()
 
 
-def _finished(head: dict[str, Any], item: str, text: str, exchange: Exchange) -> dict[str, Any]:
+class Events:
+    """OpenAI's events of one message with one text; after an error the last one is response.failed."""
+
+    def __init__(self, head: dict[str, Any], item: str) -> None:
+        self._head, self._item = head, item
+        self._begun = {**head, "status": "in_progress", "output": [], "usage": None}
+        self._number = count()
+
+    def _event(self, name: str, **fields: Any) -> dict[str, Any]:
+        return {"type": f"response.{name}", "sequence_number": next(self._number), **fields}
+
+    async def of(self, exchange: Exchange, pieces: AsyncIterator[str]) -> AsyncGenerator[dict[str, Any], None]:
+        event, place = self._event, {"item_id": self._item, "output_index": 0, "content_index": 0}
+        yield event("created", response=self._begun)
+        yield event("in_progress", response=self._begun)
+        yield event("output_item.added", output_index=0, item=_item(self._item, None, "in_progress"))
+        yield event("content_part.added", **place, part=_part(""))
+        async for piece in pieces:
+            yield event("output_text.delta", **place, delta=piece, logprobs=[])
+        done = _finished(self._head, self._item, exchange)
+        (message,) = done["output"]
+        (part,) = message["content"]
+        yield event("output_text.done", **place, text=part["text"], logprobs=[])
+        yield event("content_part.done", **place, part=part)
+        yield event("output_item.done", output_index=0, item=message)
+        yield event(done["status"], response=done)
+
+    def failed(self, error: ApiError) -> dict[str, Any]:
+        failure = {"code": "server_error", "message": error.message}
+        return self._event("failed", response={**self._begun, "status": "failed", "error": failure})
+
+
+def _finished(head: dict[str, Any], item: str, exchange: Exchange) -> dict[str, Any]:
     usage = exchange.usage
     cut = exchange.finish == "length"
     status = "incomplete" if cut else "completed"
@@ -187,7 +196,7 @@ def _finished(head: dict[str, Any], item: str, text: str, exchange: Exchange) ->
         **head,
         "status": status,
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": [_item(item, text, status)],
+        "output": [_item(item, "".join(exchange.texts), status)],
         "usage": {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": usage["prompt_tokens_details"],

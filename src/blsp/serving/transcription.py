@@ -10,7 +10,7 @@ A recording is cut at pauses into pieces that the model hears well, which are as
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ from blsp.inference.transcript import Transcript
 from blsp.inference.word_times import sounding
 from blsp.llm.instructions import instruction_for
 from blsp.serving import api
-from blsp.serving.exchange import client_of, gather, while_connected
+from blsp.serving.exchange import client_of, joined, while_connected
 from blsp.serving.recogniser import RECOGNISER
 from blsp.serving.refusals import ApiError
 
@@ -117,10 +117,13 @@ class Transcriptions:
         self.service.scheduler.check_room(client_of(request))
         clip = (await self.service.audio.clips([await file.read()], request, request.state.end))[0]
         seconds = round(len(clip) / SAMPLE_RATE, 3)
-        spoken = self._counted(wanted, began, self._spoken(request, clip, wanted))
+        spoken, route = self._spoken(request, clip, wanted), ROUTES[wanted.task]
         if wanted.stream:
-            return api.events(events(spoken, seconds))
-        return answer(await self._transcript(spoken, seconds, wanted), wanted, self._language(wanted))
+            texts: list[str] = []
+            return api.events(self.service.streamed(route, began, events(spoken, seconds, texts), texts))
+        transcript = await self._transcript(spoken, seconds, wanted)
+        self.service.log_answer(route, 200, began, None, transcript.text)
+        return answer(transcript, wanted, self._language(wanted))
 
     # --- what is asked ------------------------------------------------------------------------------------
 
@@ -194,7 +197,7 @@ class Transcriptions:
                 end=request.state.end,
             )
             await while_connected(request, exchange.started(), exchange)
-            text = (await while_connected(request, gather(exchange), exchange)).strip()
+            text = (await while_connected(request, joined(exchange.pieces()), exchange)).strip()
             if text and text != no_speech:
                 yield Segment(*sounding(piece), text, exchange.words)
 
@@ -215,13 +218,6 @@ class Transcriptions:
             return Transcript(text, seconds, "pieces", tuple(pieces))
         words = [word for piece in pieces for word in piece.words]
         return Transcript(text, seconds, "readout", tuple(segments_of(words)))
-
-    async def _counted(self, wanted: Wanted, began: float, spoken: AsyncIterator[Segment]) -> AsyncIterator[Segment]:
-        texts: list[str] = []
-        async for piece in spoken:
-            texts.append(piece.text)
-            yield piece
-        self.service.log_answer(ROUTES[wanted.task], 200, began, None, " ".join(texts))
 
 
 def _refusal(param: str, text: str, code: str = "unsupported_value") -> ApiError:
@@ -270,14 +266,11 @@ def usage(seconds: float) -> dict[str, Any]:
     return {"type": "duration", "seconds": seconds}
 
 
-async def events(spoken: AsyncIterator[Segment], seconds: float) -> AsyncIterator[dict[str, Any]]:
-    """OpenAI's events of a transcript that grows; an error ends it."""
-    text = ""
-    try:
-        async for piece in spoken:
-            added = f" {piece.text}" if text else piece.text
-            text += added
-            yield {"type": "transcript.text.delta", "delta": added}
-        yield {"type": "transcript.text.done", "text": text, "usage": usage(seconds)}
-    except ApiError as error:
-        yield error.body()
+async def events(
+    spoken: AsyncIterator[Segment], seconds: float, texts: list[str]
+) -> AsyncGenerator[dict[str, Any], None]:
+    """OpenAI's events of a transcript that grows; its pieces are added to `texts`."""
+    async for piece in spoken:
+        texts.append(f" {piece.text}" if texts else piece.text)
+        yield {"type": "transcript.text.delta", "delta": texts[-1]}
+    yield {"type": "transcript.text.done", "text": "".join(texts), "usage": usage(seconds)}
