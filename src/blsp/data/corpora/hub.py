@@ -21,6 +21,7 @@ from blsp.data.addresses import is_url, open_url
 from blsp.data.corpora.columns import TEXT_COLUMNS, Values, find_column, table_row
 from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Rows
 from blsp.data.corpora.shards import read_webdataset
+from blsp.data.hub_names import hub_trouble, is_missing_path
 
 AT_A_TIME = 1024  # rows of a table that are read together, without their audio
 
@@ -31,6 +32,7 @@ def hugging_face(request: ReadRequest) -> Rows:
         import datasets
     except ImportError as error:
         raise ImportError('prepare hf needs the datasets library: pip install "blsp[data]"') from error
+    _check_root(datasets, request.root)
     for split in request.splits:
         try:
             kind, files, dataset = _load(datasets, request, split)
@@ -45,6 +47,19 @@ def hugging_face(request: ReadRequest) -> Rows:
         columns = _columns(datasets, features, request)
         for number, row in enumerate(rows(columns[0])):
             yield _row(f"{split}-{number:08d}", row, columns, request)
+
+
+def _check_root(datasets: Any, root: str) -> None:
+    """Refuse at once a file, a path that is not there, and a hub id where the hub does not answer."""
+    if Path(root).is_dir() or is_url(root):
+        return
+    if Path(root).is_file():
+        raise CorpusError(f"{root}: is a file; --root is a folder or a hub id (tables: `blsp prepare csv|tsv|jsonl`)")
+    if is_missing_path(root):
+        raise CorpusError(f"{root}: no such folder; --root is a folder that exists or a hub id (owner/name)")
+    loaded_before = Path(datasets.config.HF_DATASETS_CACHE, root.replace("/", "___"))
+    if not loaded_before.is_dir() and (trouble := hub_trouble("datasets", root)):
+        raise CorpusError(f"{root}: no such folder, and the hub cannot be asked for it ({trouble})")
 
 
 def _load(datasets: Any, request: ReadRequest, split: str) -> tuple[str, list[str], Any]:
