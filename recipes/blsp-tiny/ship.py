@@ -66,8 +66,8 @@ PROBES = {"wer": "read-out WER", "tokens": "tokens found", "kl": "divergence"}  
 MOVED = """\
 ## Training
 
-None for this LLM. It is the adapter [{origin}](../{origin}/README.md), whose card says what it learnt from, moved by
-least squares over the {tokens:,} tokens that both LLMs have (`blsp move`, [docs/adapt.md](../../docs/adapt.md)):
+None for this LLM. It is the adapter [{origin}](../{origin}/README.md), whose card says what it learnt from, moved
+with the {tokens:,} tokens that both LLMs have (`blsp move`, [docs/adapt.md](../../docs/adapt.md)):
 
     blsp move --model {origin} --llm {llm} --out runs/moved
     python recipes/blsp-tiny/ship.py --moved runs/moved --origin {origin} --out models/{name}

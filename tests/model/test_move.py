@@ -9,8 +9,9 @@ import torch
 
 from blsp import cli
 from blsp.inference.listener import load
+from blsp.model.adapter_parts import BLANK
 from blsp.model.checkpoint import CheckpointError
-from blsp.model.grounded import GroundedAdapter, letter_groups
+from blsp.model.grounded import GroundedAdapter, read_out
 from blsp.model.move import common_tokens, move
 from blsp.settings import MoveSettings
 
@@ -18,32 +19,47 @@ QUESTION = Path(__file__).parents[2] / "examples/speech/questions/capital-of-can
 SPEECH, OLD, NEW, CLASSES = 32, 16, 24, 60
 
 
-def adapter(width: int) -> GroundedAdapter:
-    options = {"classes": CLASSES, "hidden": 64, "layers": 1, "spelling": 8, "bottleneck": 4, "strides": (2, 2)}
-    made = GroundedAdapter(SPEECH, width, **options).double().eval()
-    made.spell([f" word{i}" for i in range(CLASSES)])
+def adapter(width: int, classes: int, table_width: int | None = None) -> GroundedAdapter:
+    sizes = {"hidden": 64, "layers": 1, "spelling": 8, "bottleneck": 4}
+    made = GroundedAdapter(SPEECH, width, classes=classes, table_width=table_width, strides=(2, 2), **sizes)
+    made = made.double().eval()
+    made.spell([f" word{i}" for i in range(classes)])
     return made
 
 
 @torch.no_grad()
-def test_where_the_new_embeddings_hold_the_old_ones_no_logit_changes() -> None:
+def test_a_moved_adapter_hears_the_same_and_says_it_in_the_new_embeddings() -> None:
     torch.manual_seed(0)
-    old, new = adapter(OLD), adapter(NEW)
+    rows = torch.tensor([1, 4, 5, 30])
+    old, new = adapter(OLD, CLASSES), adapter(NEW, len(rows), table_width=OLD)
     for weight in old.parameters():
         weight.add_(0.1 * torch.randn_like(weight))
-    # an isometry whose image has mean zero, as LayerNorm leaves it
-    basis = torch.linalg.qr(torch.cat([torch.ones(NEW, 1), torch.randn(NEW, OLD)], dim=1).double()).Q[:, 1:]
-    table = torch.randn(CLASSES, OLD).double()
-    old.norm.weight.fill_(0.7)
-    explained = new.move_from(old, torch.arange(CLASSES), (table, table @ basis.T), torch.ones(CLASSES).double())
-    assert explained > 0.999
+    new.spell([f" word{row}" for row in rows.tolist()])
+    table, fresh = torch.randn(CLASSES, OLD).double(), torch.randn(len(rows), NEW).double()
+    new.move_from(old, rows, table[rows])
 
     states, lengths = torch.randn(2, 40, SPEECH).double(), torch.tensor([40, 25])
-    before, _ = old.posteriors(states, lengths, table)
-    after, _ = new.posteriors(states, lengths, table @ basis.T)
-    assert float((after - before).abs().max()) < 0.05 * float(before.std())
-    assert torch.equal(after.argmax(-1), before.argmax(-1))
-    assert torch.equal(new.spelling.groups, letter_groups([f" word{i}" for i in range(CLASSES)]))
+    hidden, _ = old.hidden_states(states, lengths)
+    kept = [BLANK, *(rows + 1).tolist()]
+    before = old.logits(hidden, table)[..., kept].log_softmax(dim=-1)
+    after, frames = new.posteriors(states, lengths, fresh)
+    torch.testing.assert_close(after, before)
+    heard = new(states, lengths, fresh)
+    torch.testing.assert_close(heard.vectors, read_out(before, frames, fresh).vectors)
+
+    again = adapter(NEW, 2, table_width=OLD)  # moved once more, it keeps the first LLM's table
+    again.move_from(new, torch.tensor([0, 3]), fresh[[0, 3]])
+    assert again.table is not None and torch.equal(again.table, table[rows[[0, 3]]])
+
+
+def test_a_token_added_after_the_move_is_read_out_by_its_spelling() -> None:
+    moved = adapter(NEW, 2, table_width=OLD)
+    assert moved.table is not None
+    moved.table.fill_(1.0)
+    moved.widen([0, 2], [" word0", " new", " word1"])
+    assert moved.table.tolist() == [[1.0] * OLD, [0.0] * OLD, [1.0] * OLD]
+    logits = moved.logits(torch.randn(1, 3, OLD).double(), torch.randn(3, NEW).double())
+    assert bool(logits.isfinite().all())
 
 
 def test_tokens_are_matched_by_their_strings() -> None:

@@ -39,7 +39,6 @@ from blsp.model.adapter_parts import BLANK, AdapterOutput, CachedValue, ConvStac
 # tokens below this share of a frame's best posterior are left out: together they would move the vector by less
 # than a thousandth of its length
 NEGLIGIBLE = 1e-6
-RIDGE = 1e-3  # of the least squares of `move_from`, in shares of the embeddings' mean square
 
 
 class GroundedAdapter(nn.Module):
@@ -53,8 +52,10 @@ class GroundedAdapter(nn.Module):
         spelling: width of the vectors that spell a token; 0: logits from the LLM's embeddings alone.
         scale: first value of the learned factor on the logits.
         embedding_std: first gain of the last LayerNorm: vectors start at the size of the LLM's embeddings.
+        table_width: width of a read-out table of its own, frozen, instead of the LLM's embeddings (`blsp move`).
     """
 
+    table: Tensor | None
     reads_out: ClassVar[bool] = True
     first_centre: ClassVar[float] = 0.0  # as in ConvAdapter
 
@@ -72,23 +73,26 @@ class GroundedAdapter(nn.Module):
         dropout: float = 0.0,
         scale: float = 10.0,
         embedding_std: float = 1.0,
+        table_width: int | None = None,
     ) -> None:
         super().__init__()
         self.strides = list(strides)
         hidden = hidden or speech_width
-        last = hidden if layers else text_width
+        width = table_width or text_width
+        last = hidden if layers else width
         self.stack = ConvStack([speech_width, hidden, hidden, last], self.strides)
         self.layers = nn.ModuleList(_ContextLayer(hidden, dropout) for _ in range(layers))
-        self.project = nn.Linear(hidden, text_width) if layers else nn.Identity()
-        self.down = nn.Linear(text_width, bottleneck, bias=False)
-        self.up = nn.Linear(bottleneck, text_width, bias=False)
-        self.norm = nn.LayerNorm(text_width)
+        self.project = nn.Linear(hidden, width) if layers else nn.Identity()
+        self.down = nn.Linear(width, bottleneck, bias=False)
+        self.up = nn.Linear(bottleneck, width, bias=False)
+        self.norm = nn.LayerNorm(width)
         nn.init.constant_(self.norm.weight, embedding_std)
         self.scale = nn.Parameter(torch.tensor(float(scale)))
         self.bias = nn.Parameter(torch.zeros(classes))
-        self.blank = nn.Linear(text_width, 1)
+        self.blank = nn.Linear(width, 1)
+        self.register_buffer("table", torch.zeros(classes, width) if table_width else None)
         self._table, self._norms = CachedValue(), CachedValue()  # of the table, which is frozen
-        self.spelling = Spelling(classes, text_width, spelling) if spelling else None
+        self.spelling = Spelling(classes, width, spelling) if spelling else None
 
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput:
         """states (B, T, E), lengths (B,), table (K-1, D) -> `AdapterOutput`."""
@@ -114,6 +118,7 @@ class GroundedAdapter(nn.Module):
 
     def logits(self, hidden: Tensor, table: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(B, S, D) -> (B, S, K), blank first; with `tokens`, of these N rows of the table alone: (B, S, 1 + N)."""
+        table = table if self.table is None else self.table
         bias = self.bias if tokens is None else self.bias[tokens]
         rows = table if tokens is None else table[tokens]
         norms = self._norms.get(_norms, rows) if tokens is None else _norms(rows)
@@ -131,56 +136,33 @@ class GroundedAdapter(nn.Module):
     def widen(self, rows: Sequence[int], strings: Sequence[str]) -> None:
         """Read out more tokens: the i-th token of before becomes row rows[i] of a table of len(strings) tokens.
 
-        A new token's bias starts at the mean of the others'.
+        A new token's bias starts at the mean of the others'; in a table of its own a new row is zero, so that the token
+        is read out by its spelling.
         """
+        if self.table is not None:
+            wider = self.table.new_zeros(len(strings), self.table.shape[1])
+            wider[list(rows)] = self.table
+            self.table = wider
         bias = self.bias.new_full((len(strings),), float(self.bias.detach().mean()))
         bias[list(rows)] = self.bias.detach()
         self.bias = nn.Parameter(bias)
         self.spell(strings)
 
     @torch.no_grad()
-    def move_from(self, old: "GroundedAdapter", rows: Tensor, tables: tuple[Tensor, Tensor], weights: Tensor) -> float:
-        """Take over what the adapter of another LLM has learnt, with layers and spelling as wide as this one's.
+    def move_from(self, old: "GroundedAdapter", rows: Tensor, table: Tensor) -> None:
+        """Become the adapter of another LLM, for the tokens in its rows (K-1,); table (K-1, W): its LLM's embeddings.
 
-        rows: (K-1,) rows of the old read-out that hold this one's tokens; tables: embeddings of these tokens, (K-1, D)
-        of the old LLM and (K-1, D') of this one; weights: (K-1,) how much each token counts. Returns the share of the
-        old embeddings' variance that the new ones explain.
-
-        A matrix A (D', D) takes frame vectors h of the old space to the new one, such that no logit changes much:
-        (A · h) · new embedding = h · old embedding, that is Aᵀ · new = old, by least squares over the tokens. What
-        read the old vectors then reads A's pseudo-inverse of the new ones, which changes nothing.
+        The logits stay what they were: they are products with this table, which is kept. The vectors become the
+        expected embeddings of this adapter's LLM.
         """
-        if not self.layers or self.spelling is None or old.spelling is None:
-            raise ValueError("only a read-out with layers and spelling can be moved to another LLM")
-        before, after = (table / _norms(table)[:, None] for table in tables)
-        target = before * old.norm.weight  # (K-1, D): what a normalised frame vector is multiplied by
-        source = after - after.mean(dim=1, keepdim=True)  # (K-1, D'): LayerNorm leaves no mean to multiply
-        shares = (weights / weights.sum())[:, None]
-        ridge = RIDGE * (shares * source.square()).sum() / source.shape[1] * torch.eye(source.shape[1])
-        into = torch.linalg.solve(source.T @ (shares * source) + ridge, source.T @ (shares * target))  # A (D', D)
-        missed, whole = source @ into - target, target - (shares * target).sum(dim=0)
-        explained = 1 - (shares * missed.square()).sum() / (shares * whole.square()).sum()
-
-        # A without the means, which both LayerNorms take away; before them `lift` carries the old mean as the new one
-        into = into - into.mean(dim=0) - (into.mean(dim=1, keepdim=True) - into.mean())
-        lift = into + 1 / math.sqrt(into.numel())
-        self.stack.load_state_dict(old.stack.state_dict())
-        self.layers.load_state_dict(old.layers.state_dict())
-        self.project.load_state_dict({"weight": lift @ old.project.weight, "bias": lift @ old.project.bias})
-        self.down.weight.copy_(old.down.weight @ torch.linalg.pinv(lift))
-        self.up.weight.copy_(lift @ old.up.weight)
-        # vectors leave this LayerNorm as long as A makes, on average, vectors of length √D without a mean
-        self.norm.weight.fill_(float(into.norm() / math.sqrt(into.shape[0] * (1 - 1 / into.shape[1]))))
-        self.norm.bias.zero_()
-
-        back = old.norm.weight[:, None] * torch.linalg.pinv(into)  # (D, D')
-        self.scale.copy_(old.scale)
-        self.bias.copy_(old.bias[rows] + old.scale * (before @ old.norm.bias))
-        self.spelling.letters.load_state_dict(old.spelling.letters.state_dict())
-        for reader, old_reader in ((self.blank, old.blank), (self.spelling.query, old.spelling.query)):
-            reader.weight.copy_(old_reader.weight @ back)
-            reader.bias.copy_(old_reader.bias + old_reader.weight @ old.norm.bias)
-        return float(explained)
+        own = self.state_dict()
+        changed = {"table": table if old.table is None else old.table[rows], "bias": old.bias[rows]}
+        self.load_state_dict(
+            {
+                name: weight if name in own and weight.is_floating_point() else own[name]
+                for name, weight in {**own, **old.state_dict(), **changed}.items()
+            }
+        )
 
 
 def _norms(table: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ Out: an adapter folder for that LLM; it listens at once, and training can go on 
 Try: `blsp move --model blsp-tiny --llm embedded:qwen2.5-coder-1.5b-instruct --out moved`
 Flow: checkpoint.py, grounded.py (the arithmetic) → **move.py** → checkpoint.py
 
-What the adapter has learnt of sounds does not depend on the LLM; only its read-out speaks of the LLM's tokens. Tokens
-are told apart by their strings: those that both LLMs have are the new read-out.
+What the adapter has learnt of sounds does not depend on the LLM. It goes on telling tokens apart by the embeddings of
+the LLM that it was trained with, and takes them along; the new LLM gets its own embeddings of these tokens. Tokens are
+compared by their strings: those that both LLMs have are the new read-out.
 """
 
 from collections.abc import Sequence
@@ -37,27 +38,19 @@ def move(settings: MoveSettings) -> None:
     tokenizer = load_tokenizer(llm)
     new_ids = range(len(tokenizer))
     rows, ids = common_tokens(token_strings(old_processor.tokenizer, old_ids), token_strings(tokenizer, new_ids))
+    table = embed(old.model.language_model, [old_ids[row] for row in rows]).float().cpu()
     new, processor = new_blsp(
         find_weights(config.audio_model_id),
         llm,
         runtime,
         adapter=config.adapter,
-        adapter_options={name: value for name, value in config.adapter_options.items() if name != "embedding_std"},
+        adapter_options={"table_width": table.shape[1], **config.adapter_options},
         readout_vocabulary=ids,
         full_window=config.full_window,
     )
-    tables = (
-        embed(old.model.language_model, [old_ids[row] for row in rows]).float().cpu(),
-        embed(new.model.language_model, ids).float().cpu(),
-    )
-    explained = new.model.multi_modal_projector.move_from(
-        adapter.float().cpu(), torch.tensor(rows), tables, zipf_weights(len(ids))
-    )
+    new.model.multi_modal_projector.move_from(adapter.float().cpu(), torch.tensor(rows), table)
     save_adapter(new, processor, settings.out)
-    print(
-        f"{settings.out}: reads out {len(ids):,} tokens, of {len(old_ids):,} before; "
-        f"the new embeddings explain {explained:.0%} of the old ones'"
-    )
+    print(f"{settings.out}: reads out {len(ids):,} tokens, of {len(old_ids):,} before")
 
 
 def common_tokens(old: Sequence[str], new: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -68,8 +61,3 @@ def common_tokens(old: Sequence[str], new: Sequence[str]) -> tuple[list[int], li
     first = {string: row for row, string in reversed(list(enumerate(old))) if string.strip()}
     pairs = {first.pop(string): row for row, string in enumerate(new) if string in first}
     return list(pairs), list(pairs.values())
-
-
-def zipf_weights(count: int) -> torch.Tensor:
-    """(count,): how much each token counts, in the order of the ids; tokenizers learn the frequent ones first."""
-    return torch.arange(1, count + 1, dtype=torch.float32).rsqrt()
