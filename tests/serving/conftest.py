@@ -22,6 +22,7 @@ from support.tiny_models import speech_like, tiny_blsp
 
 from blsp.inference.listener import Listener
 from blsp.serving.app import create_app
+from blsp.serving.server import server_config
 from blsp.settings import ServeSettings
 
 
@@ -59,8 +60,11 @@ class Running:
 
 @contextmanager
 def running(listener: Listener, **settings: Any) -> Iterator[Running]:
-    app = create_app(listener, ServeSettings(model="tiny", max_new_tokens=64, **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", access_log=False))
+    options = ServeSettings(**{"model": "tiny", "max_new_tokens": 64, **settings})
+    app = create_app(listener, options)
+    config = server_config(app, options)
+    config.port = 0
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -12,15 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
 from serving.conftest import Running, audio_part, spoken, user, wav
 
-from blsp.serving import audio_input, remote_audio
+from blsp.serving import audio_input, connection, remote_audio
 from blsp.serving.audio_input import _take_lowest_priority
+from blsp.serving.exchange import Exchange
 from blsp.serving.rate_limit import Quiet, RateLimit
 from blsp.serving.refusals import ApiError
 from blsp.serving.server import JsonLines
@@ -29,6 +32,75 @@ from blsp.serving.server import JsonLines
 def ask(server: Running, clip: bytes, **options: Any) -> httpx.Response:
     body = {"messages": [{"role": "user", "content": [audio_part(clip)]}], "max_tokens": 1}
     return server.http(**options).post("/v1/chat/completions", json=body)
+
+
+# --- connections ----------------------------------------------------------------------------------------------
+
+
+def raw(server: Running, data: bytes, buffer: int | None = None) -> socket.socket:
+    """A connection on which `data` has been sent. buffer: bytes that may lie unread on this side."""
+    connection = socket.socket()
+    connection.settimeout(30)
+    if buffer:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    address = urlsplit(server.url)
+    connection.connect((address.hostname, address.port))
+    connection.sendall(data)
+    return connection
+
+
+@pytest.mark.parametrize("first", [b"", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"])
+def test_a_head_that_trickles_in_is_given_up(
+    server_with: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, first: bytes
+) -> None:
+    """The first one of a connection, and a later one."""
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 1.0)
+    caplog.set_level("INFO", logger="blsp.serving")
+    with server_with() as server, raw(server, first) as client:
+        began, answer = time.monotonic(), b""
+        client.settimeout(0.1)
+        while time.monotonic() < began + 20:
+            try:
+                client.sendall(b"G" if time.monotonic() < began + 0.2 else b"")
+                client.sendall(b"E")
+                if not (received := client.recv(1000)):
+                    break
+                answer += received
+            except TimeoutError:
+                continue
+            except OSError:
+                break
+        assert b" 408 " in answer and 0.8 < time.monotonic() - began < 5
+        assert "408, request_timeout" in caplog.text
+        assert ask(server, spoken()).status_code == 200
+
+
+def test_a_connection_on_which_nothing_comes_is_closed_without_a_line(
+    server_with: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    caplog.set_level("INFO", logger="blsp.serving")
+    with server_with() as server, raw(server, b"") as client:
+        assert client.recv(1000) == b"" and "408" not in caplog.text
+
+
+def test_who_does_not_fetch_the_answer_is_cut_off(server_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "FETCH_SECONDS", 0.5)
+    monkeypatch.setattr(Exchange, "pieces", _much)
+    body = json.dumps({"messages": [user("hi")], "stream": True}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+    with server_with(deadline=1.0) as server, raw(server, head + body, buffer=4096) as client:
+        time.sleep(4)
+        received = 0
+        with suppress(ConnectionResetError):
+            while block := client.recv(1 << 20):
+                received += len(block)
+        assert 0 < received < 40_000_000, "it got what lay in the buffers"
+
+
+async def _much(exchange: Exchange) -> Any:
+    for _ in range(1000):
+        yield "x" * 100_000
 
 
 # --- decoding -------------------------------------------------------------------------------------------------
@@ -229,6 +301,36 @@ def test_refusals_are_counted_and_logged_without_content(server: Running, caplog
     assert any(line.startswith("chat 400, unsupported_parameter, 127.0.0.1") for line in caplog.messages)
     assert any(line.startswith("models 403, foreign_host, 127.0.0.1") for line in caplog.messages)
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("route", ["transcriptions", "chat"])
+def test_a_stream_that_breaks_off_is_counted_and_logged(
+    server: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    async def late(exchange: Exchange) -> Any:
+        raise ApiError(504, "the request's deadline passed")
+        yield
+
+    def count() -> float:
+        return (
+            server.app.state.scheduler.metrics.registry.get_sample_value(
+                "blsp_requests_total", {"route": route, "status": "504"}
+            )
+            or 0.0
+        )
+
+    monkeypatch.setattr(Exchange, "pieces", late)
+    caplog.set_level("INFO", logger="blsp.serving")
+    before = count()
+    if route == "chat":
+        answer = server.http().post("/v1/chat/completions", json={"messages": [user("hi")], "stream": True})
+    else:
+        answer = server.http().post(
+            "/v1/audio/transcriptions", files={"file": ("a.wav", spoken())}, data={"stream": "true"}
+        )
+    assert answer.status_code == 200 and "deadline passed" in answer.text
+    assert count() == before + 1
+    assert f"{route} 504" in caplog.text
 
 
 def test_json_lines_hold_the_fields_of_a_request(server: Running, caplog: pytest.LogCaptureFixture) -> None:

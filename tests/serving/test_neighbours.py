@@ -15,11 +15,10 @@ from serving.conftest import Running, spoken, user, wav
 from support.tiny_models import speech_like
 
 from blsp.inference import conversation
-from blsp.inference import listener as listener_module
 from blsp.inference.listener import Listener
 from blsp.llm import decoding, prompt
 from blsp.llm.decoding import Decoding
-from blsp.model.speech_encoder import encode_speech
+from blsp.model import grounded, speech_encoder
 from blsp.serving import scheduler as scheduler_module
 from blsp.serving.fair_queue import FairQueue
 from blsp.serving.job import Done, Failed, Job, Report
@@ -235,27 +234,34 @@ def test_a_long_prompt_comes_in_by_pieces_between_the_steps_of_others(
     assert max(widths) <= PIECE and len(widths) > 5
 
 
-def test_nobody_hears_for_clients_that_have_left(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(speech_encoder, "_encode_window"), (grounded.GroundedAdapter, "logits")])
+def test_nobody_hears_for_clients_that_have_left(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """The work ends before the next operation on tensors, in the encoder and in the adapter."""
     scheduler = Scheduler(listener, Limits())
     job = job_of("one", speech_like(95.0, 1))
-    windows: list[int] = []
+    whole, calls = getattr(owner, name), []
 
-    def leave_after_two(tower: Any, features: Any, mask: Any, **options: Any) -> Any:
-        windows.append(features.shape[2])
-        if len(windows) == 2:
+    def leave_after_two(*args: Any, **options: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 2:
             job.cancel()
-        return encode_speech(tower, features, mask, **options)
+        return whole(*args, **options)
 
-    monkeypatch.setattr(listener_module, "encode_speech", leave_after_two)
+    monkeypatch.setattr(speech_encoder, "WINDOWS_AT_A_TIME", 1)
+    monkeypatch.setattr(owner, name, leave_after_two)
     scheduler.hearing.hear([job])
-    assert job.heard is None and windows == [3000, 3000]
+    assert job.heard is None and job.failure is None and len(calls) == 2
 
 
-def test_a_recording_heard_window_by_window_gives_the_same_vectors(listener: Listener) -> None:
-    for seconds in (0.5, 30.0, 61.3):
-        clip = speech_like(seconds, 5)
-        (whole,), (windows,) = listener.embed_audio([clip]), listener.embed_audio([clip], check=lambda: None)
-        assert torch.allclose(whole.vectors, windows.vectors, atol=1e-9)
+def test_a_long_read_out_in_pieces_is_the_same(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = speech_like(31.0, 5)
+    (pieces,) = listener.embed_audio([clip])
+    monkeypatch.setattr(grounded, "PIECE", 100_000)
+    (whole,) = listener.embed_audio([clip])
+    assert pieces.token_ids == whole.token_ids
+    assert torch.allclose(pieces.vectors, whole.vectors, atol=1e-6)
 
 
 # --- kept key/values --------------------------------------------------------------------------------------------

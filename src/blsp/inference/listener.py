@@ -11,7 +11,7 @@ found, the model's fixed sentence is the answer, and the LLM does not run.
 Shapes: N samples, T encoder frames, E encoder width, n vectors of a clip, L prompt after its prefix, D LLM width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from blsp.model.checkpoint import load_blsp
 from blsp.model.hypotheses import choose
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
-from blsp.model.speech_encoder import WINDOW_MEL_FRAMES, batches_by_length, encode_speech, mel_features
+from blsp.model.speech_encoder import batches_by_length, encode_speech, mel_features
 from blsp.settings import DEFAULT_MODEL
 
 PREFIXES_KEPT = 32
@@ -146,48 +146,27 @@ class Listener:
 
     # --- the way of a clip into the prompt ------------------------------------------------------------------
     @torch.no_grad()
-    def embed_audio(
-        self,
-        audios: Sequence[Any],
-        *,
-        beam: int = 0,
-        keep_states: bool = False,
-        check: Callable[[], None] | None = None,
-    ) -> list[AudioEmbeds]:
+    def embed_audio(self, audios: Sequence[Any], *, beam: int = 0, keep_states: bool = False) -> list[AudioEmbeds]:
         """Each clip's vectors, computed in batches of like length. A clip of digital silence holds no speech.
 
         beam: how many hypotheses to return with each clip. keep_states: return the encoder's states, too.
-        check: called now and then; what it raises ends the work.
         """
         samples = [samples_of(audio) for audio in audios]
         clips: dict[int, AudioEmbeds] = {}
         for batch in batches_by_length([len(signal) for signal in samples], SECONDS_PER_BATCH * SAMPLE_RATE):
-            states = self.encode([samples[i] for i in batch], check)
+            states = self.encode([samples[i] for i in batch])
             for i, state, clip in zip(batch, states, self.model.listen(states, beam), strict=True):
                 clip = replace(clip, speech=clip.speech and not is_silent(samples[i]))
                 clips[i] = replace(clip, states=state) if keep_states else clip
         return [clips[i] for i in range(len(samples))]
 
     @torch.no_grad()
-    def encode(self, clips: Sequence[np.ndarray], check: Callable[[], None] | None = None) -> list[Tensor]:
-        """The frozen encoder's states (T, E) of 16 kHz clips (N,), each of its own length.
-
-        check: called before each window of a single long clip; what it raises ends the work.
-        """
+    def encode(self, clips: Sequence[np.ndarray]) -> list[Tensor]:
+        """The frozen encoder's states (T, E) of 16 kHz clips (N,), each of its own length."""
         weight = self.model.lm_head.weight
         full_window = self.model.config.full_window
         features, mask = mel_features(self.processor.feature_extractor, clips, full_window=full_window)
         features, mask = features.to(weight.device), mask.to(weight.device)
-        if check is not None and len(clips) == 1:
-            windows = zip(features.split(WINDOW_MEL_FRAMES, dim=2), mask.split(WINDOW_MEL_FRAMES, dim=1), strict=True)
-            return [torch.cat([row for window in windows for row in self._encode(*window, check)])]
-        return self._encode(features, mask, check)
-
-    def _encode(self, features: Tensor, mask: Tensor, check: Callable[[], None] | None) -> list[Tensor]:
-        """The states of features (B, M, Tm) with their mask (B, Tm), each row of its own length."""
-        if check is not None:
-            check()
-        full_window = self.model.config.full_window
         states, lengths = encode_speech(self.model.model.audio_tower, features, mask, full_window=full_window)
         return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
 

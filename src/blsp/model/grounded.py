@@ -39,6 +39,7 @@ from blsp.model.adapter_parts import BLANK, AdapterOutput, CachedValue, ConvStac
 # tokens below this share of a frame's best posterior are left out: together they would move the vector by less
 # than a thousandth of its length
 NEGLIGIBLE = 1e-6
+PIECE = 256  # frames whose log-probabilities are computed at a time where nothing is trained: 20 s of speech
 
 
 class GroundedAdapter(nn.Module):
@@ -104,7 +105,16 @@ class GroundedAdapter(nn.Module):
     def posteriors(self, states: Tensor, lengths: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """CTC log-probabilities (B, S, K), blank first, and lengths (B,) in frames of the stack."""
         hidden, lengths = self.hidden_states(states, lengths)
-        return self.logits(hidden, table).log_softmax(dim=-1), lengths
+        width = hidden.shape[1]
+        if torch.is_grad_enabled() or width <= PIECE:
+            return self.logits(hidden, table).log_softmax(dim=-1), lengths
+        # ten minutes have S = 7,500 frames, and K is tens of thousands: the half dozen steps of it take a piece each
+        log_probs = (
+            self.logits(hidden[:, :1], table).log_softmax(dim=-1).new_empty(len(hidden), width, 1 + self.bias.numel())
+        )
+        for frames, piece in zip(log_probs.split(PIECE, dim=1), hidden.split(PIECE, dim=1), strict=True):
+            frames.copy_(self.logits(piece, table).log_softmax(dim=-1))
+        return log_probs, lengths
 
     def hidden_states(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """A vector for each frame (B, S, D), to be compared with the LLM's embeddings, and lengths (B,)."""

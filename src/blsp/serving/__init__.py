@@ -1,6 +1,7 @@
 """HTTP server: an OpenAI-compatible API that takes speech, and a web page with a microphone.
 
     server.py       `blsp serve`: flags, address, signals, exit code
+    connection.py   when a connection is closed: a head that does not come, an answer that is not fetched
     middleware.py   checks before a route runs: key, host, size and arrival time of a request
     app.py          the routes
     page.py         the files of the page
@@ -21,6 +22,6 @@
     metrics.py      counters and histograms for Prometheus
     web/            the page: plain HTML, CSS, JavaScript
 
-Flow: a request → middleware → app → api, audio_input → exchange → **scheduler** (inference/conversation.py,
-llm/decoding.py) → exchange → app.
+Flow: a request → connection → middleware → app → api, audio_input → exchange → **scheduler**
+(inference/conversation.py, llm/decoding.py) → exchange → app.
 """

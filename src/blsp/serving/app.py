@@ -102,7 +102,7 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(ApiError, service.refuse)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, service.refuse_form)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, service.refuse_route)  # type: ignore[arg-type]
-    app.state.scheduler, app.state.audio = service.scheduler, service.audio
+    app.state.scheduler, app.state.audio, app.state.refused = service.scheduler, service.audio, service.count_refusal
     app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False, response_model=None)(service.no_route)
     mount_page(app)
     return app

@@ -15,8 +15,10 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from blsp.inference.listener import Listener
 from blsp.inference.pauses import Piece
@@ -72,14 +74,11 @@ class Hearing:
         clips = [clip for job in jobs for clip in job.clips]
         try:
             readout = jobs[0].readout
-            embeds = iter(
-                self.listener.embed_audio(
-                    clips, beam=BEAM if readout else 0, keep_states=readout, check=lambda: _check(jobs)
-                )
-            )
-            heard = [[next(embeds) for _ in job.clips] for job in jobs]
-            for job, own in zip(jobs, heard, strict=True):
-                job.read = self._read(job, own) if readout else None
+            with Interruptible(jobs):
+                embeds = iter(self.listener.embed_audio(clips, beam=BEAM if readout else 0, keep_states=readout))
+                heard = [[next(embeds) for _ in job.clips] for job in jobs]
+                for job, own in zip(jobs, heard, strict=True):
+                    job.read = self._read(job, own) if readout else None
         except NobodyWaits:
             return
         except Exception as error:  # an error in one request is reported to that one only
@@ -124,6 +123,14 @@ class Hearing:
         return jobs
 
 
-def _check(jobs: list[Job]) -> None:
-    if all(job.over for job in jobs):
-        raise NobodyWaits
+class Interruptible(TorchFunctionMode):
+    """Raises NobodyWaits before the next operation on tensors of this thread, once all jobs are over."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        super().__init__()
+        self._jobs = jobs
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if all(job.over for job in self._jobs):
+            raise NobodyWaits
+        return func(*args, **(kwargs or {}))

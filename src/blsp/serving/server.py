@@ -2,7 +2,7 @@
 
 In:  settings. Out: a running server; 0 after SIGTERM or Ctrl-C, when all accepted requests are answered.
 Try: `blsp serve`, then http://127.0.0.1:8000
-Flow: cli.py → **server.py** → app.py (the routes) → scheduler.py (the thread of the model)
+Flow: cli.py → **server.py** → connection.py, app.py (the routes) → scheduler.py (the thread of the model)
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import uvicorn
+from fastapi import FastAPI
 
 from blsp.inference.listener import load, load_options
 from blsp.serving.app import create_app
+from blsp.serving.connection import timed
 from blsp.serving.middleware import is_local
 
 if TYPE_CHECKING:
@@ -35,15 +37,20 @@ def serve(settings: ServeSettings) -> None:
     logging.getLogger("blsp").setLevel(logging.INFO)  # other loggers would print URLs and parts of requests
     address = reserve(settings.host, settings.port)
     listener = load(settings.model, **load_options(settings))
-    config = uvicorn.Config(
-        create_app(listener, settings),
+    Server(server_config(create_app(listener, settings), settings)).run(sockets=[address])
+
+
+def server_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=timed(settings.deadline, app.state.refused),
         log_level="warning",
         access_log=False,
         ws="none",
         timeout_graceful_shutdown=round(settings.deadline),
         timeout_keep_alive=30,
     )
-    Server(config).run(sockets=[address])
 
 
 class JsonLines(logging.Formatter):
