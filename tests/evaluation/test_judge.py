@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
 from blsp.evaluation.routes import speech_input
 from blsp.evaluation.scoring import score_transcripts
-from blsp.evaluation.tasks import Suite, Task, TaskError
+from blsp.evaluation.tasks import AlignmentPlan, Suite, Task, TaskError
 from blsp.inference.listener import Listener
 
 MakeEvaluation = Callable[..., Evaluation]
@@ -203,16 +204,47 @@ def test_the_set_sentence_counts_when_the_llm_says_it(evaluation_of: MakeEvaluat
     assert answer.finish != "no-speech" and again[name].finish == "no-speech" and again[name].ids == answer.ids
 
 
-def test_a_missing_recording_is_named_before_anything_is_asked(
+def test_a_task_without_a_readable_recording_is_refused_before_anything_is_asked(
     evaluation_of: MakeEvaluation, suite: Suite, tmp_path: Path
 ) -> None:
     row = {"id": "gone", "audio": str(tmp_path / "gone.wav"), "text": "hello"}
     write_manifest(tmp_path / "m.jsonl", [row])
     task = Task("t", "chat", str(tmp_path / "m.jsonl"))
-    with pytest.raises(TaskError, match=r"row 'gone': .*gone\.wav: no such recording"):
+    with pytest.raises(TaskError, match=r"task 't': none of its recordings .* row 'gone': .*gone\.wav: no such file"):
         judge(evaluation_of(), Suite("one", (*suite.tasks, task)))
     assert not (tmp_path / "results").exists()
     assert judge(evaluation_of(routes=("text",)), Suite("one", (task,))).tasks[0].answers["text"]
+
+
+def test_recordings_that_cannot_be_read_are_named_and_the_others_judged(
+    evaluation_of: MakeEvaluation, corpus: Path, tmp_path: Path
+) -> None:
+    """The figures are those of a suite without these questions, on every route and in the alignment."""
+    (corpus / "noise.wav").write_bytes(b"RIFF" + bytes(100))
+    rows = [json.loads(line) for line in (corpus / "speech.jsonl").read_text().splitlines()]
+    bad = [{"id": "bad/1", "audio": "noise.wav", "text": "no sound"}, {"id": "bad/2", "audio": "gone.wav", "text": "x"}]
+    bad += [rows[0] | {"id": "bad/3", "start": 99.0}]
+    results = {}
+    for name, questions in {"all": [bad[0], *rows[:2], *bad[1:], *rows[2:]], "good": rows}.items():
+        write_manifest(corpus / f"{name}.jsonl", questions)
+        task = Task("asr", "asr", f"{name}.jsonl", behaviour="repeat", max_new_tokens=12, folder=corpus)
+        plan = AlignmentPlan(f"{name}.jsonl", ("repeat",), layer_samples=3, max_new_tokens=12, folder=corpus)
+        results[name] = judge(evaluation_of(folder=tmp_path / name), Suite("mine", (task,), plan))
+    for part in ("tasks", "alignment"):
+        assert json.dumps(figures(results["all"], part)) == json.dumps(figures(results["good"], part))
+    screen = write_report(results["all"], tmp_path / "all")
+    assert "6 recordings cannot be read and were left out" in screen  # three of the task, three of the alignment
+    named = json.loads((tmp_path / "all" / "results.json").read_text())["left_out"]
+    assert [row["id"] for row in named if row["task"] == "asr"] == ["bad/1", "bad/2", "bad/3"]
+    report = (tmp_path / "all" / "report.md").read_text()
+    assert "gone.wav: no such file" in report and "start 99.0 s lies past its end" in report
+    assert "Left out" not in (
+        write_report(results["good"], tmp_path / "good") and (tmp_path / "good" / "report.md").read_text()
+    )
+    limited = judge(
+        evaluation_of(folder=tmp_path / "limited", limit=4), Suite("mine", (replace(task, manifest="all.jsonl"),))
+    )
+    assert [row.id for row in limited.tasks[0].rows] == [rows[0]["id"], rows[1]["id"]]
 
 
 def test_limit_asks_the_first_questions_only(evaluation_of: MakeEvaluation, suite: Suite) -> None:

@@ -10,7 +10,8 @@ from support.templates import DATED, DATED_LLAMA, THINKING
 from support.tiny_models import CHAT_TEMPLATE, tiny_tokenizer
 from transformers.utils import chat_template_utils
 
-from blsp.llm.prompt import TemplateError, fix_template, fix_tokenizer, prompt_template
+from blsp.llm.prompt import PromptError, TemplateError, fix_template, fix_tokenizer, prompt_template
+from blsp.llm.template_check import check_template
 from blsp.settings import SettingsError
 from blsp.settings.shared import read_template_args
 
@@ -49,6 +50,9 @@ def test_values_of_every_kind_arrive(value: Any) -> None:
     assert rendered(fix_template(template, {"kind": value})) == rendered(template, kind=value)
 
 
+NAMED_FORMAT = "{% set format = '%A, %-d %B %Y, %-m/%y' %}{% set now = strftime_now %}{{ now(format) }}|{{ now('%H') }}"
+
+
 @pytest.mark.parametrize("template", [DATED, DATED_LLAMA])
 def test_the_date_of_a_prompt_does_not_change_overnight(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = fix_template(template)
@@ -57,6 +61,36 @@ def test_the_date_of_a_prompt_does_not_change_overnight(template: str, monkeypat
     monkeypatch.setattr(chat_template_utils, "datetime", _Tomorrow)
     assert "02 Jan 2031" in rendered(template)
     assert rendered(fixed) == today
+
+
+def test_a_format_may_come_from_a_variable() -> None:
+    assert rendered(fix_template(NAMED_FORMAT)) == "Friday, 26 July 2024, 7/24|00"
+
+
+def with_template(template: Any) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [DATED, DATED_LLAMA, NAMED_FORMAT, THINKING])
+def test_a_prompt_that_is_the_same_each_day_is_taken(template: str) -> None:
+    check_template(fix_tokenizer(with_template(template)))
+
+
+@pytest.mark.parametrize("template", [DATED, NAMED_FORMAT, "{{ range(99999) | random }}", "{{ lipsum() }}"])
+def test_a_prompt_that_is_another_one_each_time_is_refused(template: str) -> None:
+    """As it would be where a date came from something else than `strftime_now`, which is fixed."""
+    with pytest.raises(TemplateError, match="its chat template writes another prompt each day, or each time"):
+        check_template(with_template(template))
+    assert chat_template_utils.datetime is datetime.datetime
+
+
+def test_of_several_templates_the_default_one_is_fixed() -> None:
+    tokenizer = fix_tokenizer(with_template({"default": DATED, "tool_use": "{{ tools }}"}))
+    assert tokenizer.chat_template == fix_template(DATED)
+    with pytest.raises(PromptError, match="no chat template"):
+        prompt_template(fix_tokenizer(with_template({"tool_use": DATED})), "Repeat:", "instruction-first")
 
 
 def test_a_date_of_ones_own() -> None:

@@ -8,7 +8,7 @@ Flow: evaluation/ — tasks.py → routes.py → scoring.py → alignment.py →
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from blsp.evaluation.routes import (
     transcribe_rows,
 )
 from blsp.evaluation.scoring import plain_words, score, score_transcripts
-from blsp.evaluation.tasks import Suite, Task, TaskError, check_manifests, check_recordings, select
+from blsp.evaluation.tasks import Suite, Task, TaskError, check_manifests, leave_out_unreadable, select
 from blsp.inference.listener import Listener, load, load_options
 from blsp.settings import EvaluateSettings
 from blsp.weights.embedded import cache_root
@@ -92,7 +92,7 @@ class Evaluation:
 
     def rows(self, task: Task) -> list[Utterance]:
         """The questions of a task, as many as `limit` allows."""
-        return task.rows()[: self.limit]
+        return task.rows(self.limit)
 
     def transcripts(self, rows: Sequence[Utterance]) -> dict[str, str]:
         """What the text route gets: transcripts as given, or through Whisper's normaliser (the paper's way)."""
@@ -157,9 +157,9 @@ def judge(evaluation: Evaluation, suite: Suite) -> Results:
     """Every task on every route, scored; then the alignment analysis."""
     start = time.monotonic()
     results = Results(suite.name, evaluation.bootstrap, evaluation.seed)
-    rows = {task.name: evaluation.rows(task) for task in suite.tasks}
     if evaluation.peers or set(evaluation.routes) - {"text"}:
-        check_recordings(rows)
+        suite, results.left_out = leave_out_unreadable(suite, evaluation.limit)
+    rows = {task.name: evaluation.rows(task) for task in suite.tasks}
     with tqdm(total=_answer_count(evaluation, suite, rows), unit="answer", smoothing=0.05) as evaluation.bar:
         for task in suite.tasks:
             results.tasks.append(judge_task(evaluation, task, rows[task.name]))
@@ -282,9 +282,8 @@ def _rate(evaluation: Evaluation, rater: Endpoint, result: TaskResult, route: st
 
 def judge_alignment(evaluation: Evaluation, suite: Suite) -> Alignment:
     """The alignment analysis on the suite's speech."""
-    plan = suite.alignment
-    assert plan is not None
-    plan = replace(plan, samples=min(filter(None, (plan.samples, evaluation.limit)), default=None))
+    assert suite.alignment is not None
+    plan = suite.alignment.limited(evaluation.limit)
     rows = plan.task(plan.behaviours[0]).rows()
     with_cascade = "cascade" in evaluation.routes and all(
         evaluation.load_recogniser().supports_language(row.language or "en") for row in rows

@@ -100,13 +100,15 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
         _alignment(results, figures, folder),
         _checkpoints(figures, folder, compare),
         "## What went wrong\n\nFaults that can be seen without the right answer, by route.\n\n" + _faults(results),
+        _left_out(results),
         "## Task by task\n\n"
         + "\n\n".join(_task(result, figures["tasks"][result.task.name]) for result in results.tasks),
         _measured(results),
     ]
     text = "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
     write_text(folder / "report.md", text)
-    return f"{_glance(results, figures)}\n\n{_alignment_line(figures)}report: {folder / 'report.md'}"
+    lost = f"{len(results.left_out)} recordings cannot be read and were left out\n" if results.left_out else ""
+    return f"{_glance(results, figures)}\n\n{_alignment_line(figures)}{lost}report: {folder / 'report.md'}"
 
 
 def _units(figures: Figures) -> str:
@@ -200,6 +202,14 @@ def _faults(results: Results) -> str:
     if not rows:
         return "None."
     return table(["task", "route", "questions", *FAULTS.values()], rows)
+
+
+def _left_out(results: Results) -> str:
+    """The recordings that cannot be read, whose questions were asked on no route."""
+    if not results.left_out:
+        return ""
+    rows = [[row.task, row.id, row.reason] for row in results.left_out]
+    return f"## Left out\n\n{len(rows)} recordings cannot be read.\n\n" + table(["task", "row", "reason"], rows)
 
 
 def _task(result: TaskResult, scores: Figures) -> str:

@@ -5,14 +5,14 @@ Try: `write_results(results, Path("results/tiny"))`
 Flow: evaluation/ — judge.py → **results** (the numbers) → report.py (the page).
 
 results.json: {"suite", "tasks": {task: {route: {metric, metric_ci, "n", faults}}}, "gaps", "alignment",
-"signatures", "environment"}. "tasks" and "alignment" are the same to the last digit in every run; "environment" holds
-what differs between runs.
+"signatures", "left_out": [{task, id, audio, reason}], "environment"}. "tasks" and "alignment" are the same to the last
+digit in every run; "environment" holds what differs between runs.
 """
 
 import math
 import os
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,7 @@ from blsp.evaluation.alignment import Alignment
 from blsp.evaluation.answers import Answers
 from blsp.evaluation.bootstrap import drawn_units, draws_of, grouped, interval, known_speakers, relative_gap
 from blsp.evaluation.scoring import MAIN_METRIC, Score
-from blsp.evaluation.tasks import Task
+from blsp.evaluation.tasks import LeftOut, Task
 from blsp.inference.listener import Listener
 
 COMPARED = (("speech", "text"), ("speech", "cascade"), ("cascade", "text"))
@@ -81,6 +81,7 @@ class Results:
     seed: int
     tasks: list[TaskResult] = field(default_factory=list)
     alignment: Alignment | None = None
+    left_out: list[LeftOut] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -100,6 +101,7 @@ class Results:
                 for result in self.tasks
                 if result.scores and next(iter(result.scores.values())).signatures
             },
+            "left_out": [asdict(row) for row in self.left_out],
             "environment": self.environment,
         }
 

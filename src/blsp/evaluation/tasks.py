@@ -18,7 +18,9 @@ scored, and in nothing else:
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -26,13 +28,17 @@ from typing import Any, get_args
 
 import yaml
 
-from blsp.data.addresses import audio_size
+from blsp.data.audio import AudioError
 from blsp.data.manifest import Manifest, Utterance
+from blsp.evaluation.recogniser import load_clip
 from blsp.llm.instructions import BehaviourError, instruction_for
 from blsp.llm.prompt import ORDERS, Order
 
 KINDS = ("asr", "st", "slu", "sqa", "chat", "continuation", "no-speech")
 SUITES = resources.files("blsp.evaluation") / "suites"
+
+
+Clip = tuple[str, float | None, float | None]  # audio, start, duration of a row
 
 
 class TaskError(ValueError):
@@ -73,15 +79,17 @@ class Task:
     generate: bool = True
     """False: choose among the options by likelihood only"""
     folder: Path = field(default=Path("."), compare=False, repr=False)
+    unreadable: frozenset[Clip] = field(default=frozenset(), compare=False, repr=False)
+    """recordings that are left out (`leave_out_unreadable`)"""
 
-    def rows(self) -> list[Utterance]:
-        """The questions, each with its instruction (and reference) filled in."""
+    def rows(self, limit: int | None = None) -> list[Utterance]:
+        """The first `limit` questions, each with its instruction (and reference) filled in."""
         rows = [row for row in Manifest(self._path(self.manifest)) if len(row.text.split()) >= self.min_words]
         if self.references is not None:
             texts = {_prompt_name(row.id): row.text for row in Manifest(self._path(self.references))}
             pairs = [(row, texts.get(_prompt_name(row.id))) for row in rows]
             rows = [replace(row, reference=text) for row, text in pairs if text is not None]
-        rows = _draw(rows, self.samples)
+        rows = [row for row in _draw(rows, self.samples)[:limit] if _clip(row) not in self.unreadable]
         if not rows:
             raise TaskError(f"task {self.name!r}: {self._path(self.manifest)} has no row that it could ask")
         return [self._with_question(row) for row in rows]
@@ -124,6 +132,11 @@ class AlignmentPlan:
     """clips looked at layer by layer and in the picture of instructions"""
     max_new_tokens: int = 64
     folder: Path = field(default=Path("."), compare=False, repr=False)
+    unreadable: frozenset[Clip] = field(default=frozenset(), compare=False, repr=False)
+
+    def limited(self, limit: int | None) -> "AlignmentPlan":
+        """The plan with `limit` samples at most."""
+        return replace(self, samples=min(filter(None, (self.samples, limit)), default=None))
 
     def task(self, behaviour: str) -> Task:
         """The questions of one behaviour, as a task."""
@@ -188,12 +201,50 @@ def check_manifests(suite: Suite) -> None:
             )
 
 
-def check_recordings(rows: Mapping[str, Sequence[Utterance]]) -> None:
-    """Raise `TaskError` for the first recording that is not there, before hours of work. rows: by task."""
-    for task, questions in rows.items():
-        for row in questions:
-            if not audio_size(row.audio):
-                raise TaskError(f"task {task!r}: row {row.id!r}: {row.audio or 'no audio'}: no such recording")
+@dataclass(frozen=True)
+class LeftOut:
+    """A recording that cannot be read, and why; of the task that has it."""
+
+    task: str
+    id: str
+    audio: str
+    reason: str
+
+
+def leave_out_unreadable(suite: Suite, limit: int | None) -> tuple[Suite, list[LeftOut]]:
+    """The suite without the questions whose recordings cannot be read, on every route alike; and these.
+
+    Every recording is decoded once, before hours of work. Raises TaskError for a task of which none is left.
+    """
+    plan = suite.alignment and suite.alignment.limited(limit)
+    left_out: list[LeftOut] = []
+    unreadable: set[Clip] = set()
+    for task in (*suite.tasks, *([plan.task(plan.behaviours[0])] if plan else ())):
+        rows = task.rows(limit)
+        with ThreadPoolExecutor(os.cpu_count()) as decoders:  # libsndfile and soxr let other threads run
+            reasons = list(decoders.map(_trouble, rows))
+        if all(reasons):
+            raise TaskError(f"task {task.name!r}: none of its recordings can be read; row {rows[0].id!r}: {reasons[0]}")
+        for row, reason in zip(rows, reasons, strict=True):
+            if reason:
+                left_out.append(LeftOut(task.name, row.id, row.audio, reason))
+                unreadable.add(_clip(row))
+    clips = frozenset(unreadable)
+    tasks = tuple(replace(task, unreadable=clips) for task in suite.tasks)
+    return Suite(suite.name, tasks, suite.alignment and replace(suite.alignment, unreadable=clips)), left_out
+
+
+def _trouble(row: Utterance) -> str | None:
+    """Why the row's recording cannot be read; None where it can."""
+    try:
+        load_clip(row)
+    except AudioError as error:
+        return str(error)
+    return None
+
+
+def _clip(row: Utterance) -> Clip:
+    return row.audio, row.start, row.duration
 
 
 def _suite(name: str, content: dict[str, Any], where: str, folder: Path) -> Suite:
@@ -230,7 +281,7 @@ def _task(mapping: Any, where: str, folder: Path) -> Task:
 
 def _checked(kind: type, mapping: Any, where: str) -> dict[str, Any]:
     """The mapping, if its keys are fields of `kind` and the needed ones are there."""
-    names = {f.name for f in fields(kind)} - {"folder"}
+    names = {f.name for f in fields(kind)} - {"folder", "unreadable"}
     needed = {"name", "kind", "manifest"} & names
     if not isinstance(mapping, dict) or not needed <= set(mapping):
         raise TaskError(f"{where}: needs {', '.join(sorted(needed))}")

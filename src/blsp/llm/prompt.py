@@ -167,7 +167,7 @@ PROMPT_DATE = datetime.date(2024, 7, 26)
 RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now", "raise_exception")
 _BEGIN = "{# fixed variables #}\n"
 _END = "{# end of fixed variables #}\n"
-_FORMAT = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(\"[^\"]*\"|'[^']*')")
+_DATE_CODES = "aAbBdHIjmMpSuUVwWxXyY"  # those of the C library that are the same in every place
 
 
 class TemplateError(ValueError):
@@ -192,27 +192,30 @@ def fix_template(template: str, template_args: Mapping[str, Any] | None = None) 
             )
     lines = [f"{{% set {name} = {value!r} %}}\n" for name, value in (template_args or {}).items()]
     if "strftime_now" in own:
-        lines.append(_date_macro(own))
+        lines.append(_date_macro())
     return kept + (_BEGIN + "".join(lines) + _END if lines else "") + own
 
 
-def _date_macro(template: str) -> str:
-    """`strftime_now` on the fixed day, for every format that the template writes out.
+def _date_macro() -> str:
+    """`strftime_now` on the fixed day: each code of a format becomes its value, `%-d` the value without its zero.
 
     Line breaks after a tag are not rendered: transformers sets `trim_blocks`.
     """
-    formats = {literal[1:-1] for literal in _FORMAT.findall(template)}
-    dates = {text: PROMPT_DATE.strftime(text) for text in sorted(formats)}
-    other = PROMPT_DATE.strftime("%d %B %Y")
-    return f"{{% macro strftime_now(format) %}}{{{{ {dates!r}.get(format, {other!r}) }}}}{{% endmacro %}}\n"
+    values = {code: PROMPT_DATE.strftime(f"%{code}") for code in _DATE_CODES}
+    codes = {f"%{code}": value for code, value in values.items()}
+    codes |= {f"%-{code}": value.lstrip("0") or "0" for code, value in values.items()}
+    replaced = "".join(f".replace({code!r}, {value!r})" for code, value in codes.items())
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n"
 
 
 def fix_tokenizer(tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> Any:
-    """The tokenizer, its chat template fixed in place."""
+    """The tokenizer, its chat template fixed in place; of several templates, the default one is kept."""
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = fix_template(tokenizer.chat_template, template_args)
     elif template_args:
-        raise TemplateError(f"--template-arg {', '.join(template_args)}: the LLM has no single chat template")
+        raise TemplateError(f"--template-arg {', '.join(template_args)}: the LLM has no chat template")
     return tokenizer
 
 

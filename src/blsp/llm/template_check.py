@@ -5,9 +5,11 @@ Try: `check_template(AutoTokenizer.from_pretrained("my-llm"))`
 Flow: model/loading.py, model/checkpoint.py (once a load) → **template_check.py** → prompt.py may render it
 
 A template is a program that comes with the weights. One expression can keep the processor busy for hours or fill the
-memory, and nothing in the same process can stop it.
+memory, and nothing in the same process can stop it. And one that writes the day, or draws lots, gives every command
+another prompt: it is rendered on two days, and both must be equal. (`fix_template` has set a date before.)
 """
 
+import datetime
 import os
 import signal
 import sys
@@ -17,6 +19,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 import jinja2
+from transformers.utils import chat_template_utils
 
 from blsp.llm.prompt import TemplateError
 
@@ -25,10 +28,11 @@ CHECKED_SECONDS = 3  # of processor time; a template takes some milliseconds
 CHECKED_BYTES = 1 << 30  # of memory beyond what the process has
 LONGEST_PROMPT = 1 << 20  # characters of a rendered conversation of three words
 PATIENCE = 60.0  # seconds for the process, however busy the machine is
+CHANGES = 2  # exit code of the process where the prompt is another one on another day
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raise TemplateError for a chat template that is no template, or runs too long or too large.
+    """Raise TemplateError for a chat template that is none, runs too long or too large, or changes with the day.
 
     Short conversations are rendered in a forked process; where the system cannot fork (Windows), nothing is checked.
     """
@@ -36,7 +40,13 @@ def check_template(tokenizer: Any) -> None:
         return
     if not (process := os.fork()):
         _render_limited(tokenizer)
-    if _exit_code(process) != 0:
+    code = _exit_code(process)
+    if code == CHANGES:
+        raise TemplateError(
+            f"{tokenizer.name_or_path}: its chat template writes another prompt each day, or each time, so that one of "
+            "step 1 would not be that of step 2; put a chat_template.jinja without a date or chance there"
+        )
+    if code != 0:
         raise TemplateError(
             f"{tokenizer.name_or_path}: its chat template runs on and on, or writes without end (it was stopped after "
             f"{CHECKED_SECONDS} s or {CHECKED_BYTES >> 20} MB); put a chat_template.jinja that you trust there"
@@ -67,13 +77,29 @@ def _render_limited(tokenizer: Any) -> NoReturn:
     code = 1
     try:
         _limit_this_process()
-        longest = 0
-        for roles in CHECKED_ROLES:
-            with suppress(jinja2.TemplateError):
-                longest = max(longest, len(_render(tokenizer, roles)))
-        code = int(longest > LONGEST_PROMPT)
+        today = _render_all(tokenizer)
+        chat_template_utils.datetime = _AnotherDay  # of this process alone
+        code = int(max(map(len, today)) > LONGEST_PROMPT) or CHANGES * (today != _render_all(tokenizer))
     finally:
         os._exit(code)  # without the parent's handlers and buffers
+
+
+def _render_all(tokenizer: Any) -> list[str]:
+    """The prompt of each conversation; "" where the template refuses its roles."""
+    prompts = []
+    for roles in CHECKED_ROLES:
+        prompts.append("")
+        with suppress(jinja2.TemplateError):
+            prompts[-1] = _render(tokenizer, roles)
+    return prompts
+
+
+class _AnotherDay(datetime.datetime):
+    """A clock whose year, month, day, weekday, hour, minute and second are not those of now."""
+
+    @classmethod
+    def now(cls, tz: Any = None) -> "_AnotherDay":
+        return cls.fromtimestamp(super().now(tz).timestamp() + 400 * 86_400 + 13 * 3600 + 61)
 
 
 def _limit_this_process() -> None:

@@ -77,8 +77,8 @@ def load_tokenizer(weights: Weights, template_args: Mapping[str, Any] | None = N
     """The LLM's tokenizer, without its weights; its chat template has these variables and a fixed date."""
     with naming_folder(weights.name):
         tokenizer = AutoTokenizer.from_pretrained(weights.folder, trust_remote_code=False)
-    check_template(tokenizer)
-    return fix_tokenizer(tokenizer, template_args)
+    check_template(fix_tokenizer(tokenizer, template_args))
+    return tokenizer
 
 
 def load_speech_encoder(weights: Weights, runtime: Runtime) -> tuple[WhisperEncoder, WhisperFeatureExtractor]:
