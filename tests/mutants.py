@@ -122,7 +122,7 @@ MUTANTS = (
     Mutant(
         "Whisper: no positions",
         "model/speech_encoder.py",
-        "hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]",
+        "hidden = hidden + tower.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))",
         "pass",
         "tests/model/test_speech_encoder.py",
     ),
@@ -370,6 +370,13 @@ MUTANTS = (
         'text_hash(f"text {words}") if words else recording',
         "recording",
         "tests/laws/test_law_13_groups.py",
+    ),
+    Mutant(
+        "model: the loss is a mean in each accumulated pass",
+        "model/modeling_blsp.py",
+        "num_items_in_batch=num_items_in_batch",
+        "num_items_in_batch=None",
+        "tests/laws/test_law_14_trainer.py",
     ),
 )
 

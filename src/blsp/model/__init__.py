@@ -4,11 +4,13 @@ modeling_blsp.py        the model, as a transformers class
 configuration_blsp.py   its configuration: the frozen parts by name and digest, the adapter
 processing_blsp.py      text and speech to the model's inputs
 speech_encoder.py       the Whisper encoder on the true length of the speech
+splicing.py             speech vectors in the place of the placeholders
 adapter.py              the adapters `conv` and `stack`, and ADAPTERS, the dictionary of all of them
 adapter_parts.py        what adapters share: their output, the convolution stack
 grounded.py             the adapter `grounded`: CTC over the LLM's own token embeddings
 hypotheses.py           possible transcripts of a read-out, scored by the LLM
 loading.py              frozen parts by name; a whole model from an adapter folder
+frozen_weights.py       samples of the frozen weights, by which a change is noticed
 checkpoint.py           new models, adapter folders, merged exports
 move.py                 an adapter that reads out, moved to another LLM without training
 """

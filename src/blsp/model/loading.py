@@ -38,11 +38,13 @@ from blsp.llm.quantise import set_weights
 from blsp.llm.template_check import check_template
 from blsp.model.adapter import load_adapter, set_vocabulary
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, open_config
+from blsp.model.frozen_weights import sample_weights
 from blsp.model.speech_encoder import knows_english_only
 from blsp.weights.digest import Weights, find_weights
 from blsp.weights.embedded import PREFIX, WeightsNotFoundError
 from blsp.weights.folder import naming_folder
 
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # values of transformers' device_map
 LOOKED_AT = 1000  # rows, in a check for their language
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}  # the encoder's tensors inside a whole Whisper checkpoint
 
@@ -189,6 +191,7 @@ def assemble(model_class: Any, config: BlspConfig, parts: FrozenParts, adapter: 
     missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     if missing:
         raise CheckpointError(f"{config.text_model_id}: {missing[0]} was not loaded")
+    model.frozen_sample = sample_weights(model)
     return model.eval()
 
 
@@ -199,24 +202,57 @@ def load_adapter_folder(
     device_map: Any = None,
     audio_model: str | None = None,
     llm: str | None = None,
+    attn_implementation: Any = None,
+    max_memory: dict[Any, Any] | None = None,
+    offload_folder: str | None = None,
     **others: Any,
 ) -> Any:
-    """The model of an adapter folder, on the device `device_map` (default: CPU), in `dtype` (float32).
+    """The model of an adapter folder, on the device or devices of `device_map` (default: CPU), in `dtype` (float32).
 
     audio_model, llm: where the frozen parts lie now, if not where config.json says.
     Other arguments of transformers (`config`, `revision`, …) change nothing; those that would change the weights
     are refused.
     """
-    for name in ("quantization_config", "attn_implementation", "state_dict"):
+    for name in ("quantization_config", "state_dict"):
         if others.get(name) is not None:
             raise NotImplementedError(f"{folder}: {name} is for merged models; make one with `blsp export`")
+    attention = attn_implementation or getattr(others.get("config"), "_attn_implementation", None)  # Auto classes
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    runtime = find_runtime(device="cpu" if device_map in (None, "auto") else str(device_map), dtype="float32")
+    device = one_device(device_map)
+    runtime = find_runtime(device=device or "cpu", dtype="float32")
     dtype = dtype if isinstance(dtype, torch.dtype) else runtime.dtype
     config = open_config(folder)
     runtime = Runtime(runtime.device, dtype, 0, 1)
     parts = load_checked(config, runtime, folder, audio_model, llm)
-    return assemble(model_class, config, parts, load_adapter(folder, config), runtime)
+    model = assemble(model_class, config, parts, load_adapter(folder, config), runtime)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model if device else spread(model, device_map, max_memory, offload_folder)
+
+
+def one_device(device_map: Any) -> str | None:
+    """The only device of a `device_map` as transformers takes it; None where it spreads a model over several."""
+    if isinstance(device_map, dict):
+        devices = set(device_map.values())
+        return one_device(devices.pop()) if len(devices) == 1 and "disk" not in devices else None
+    if device_map in SPREADS:
+        return None
+    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map or "cpu")
+
+
+def spread(model: Any, device_map: Any, max_memory: dict[Any, Any] | None, offload_folder: str | None) -> Any:
+    """The model over several devices, the processor's memory and the disk, by accelerate."""
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = sorted(model._no_split_modules)
+    if not isinstance(device_map, dict):
+        if device_map != "sequential":
+            low = device_map == "balanced_low_0"
+            max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=whole, low_zero=low)
+        device_map = infer_auto_device_map(model, max_memory, no_split_module_classes=whole)
+    skipped = sorted(model._skip_keys_device_placement)
+    return dispatch_model(model, device_map, offload_dir=offload_folder, skip_keys=skipped)
 
 
 def check_loaded(folder: Any, model: Any, missing: Collection[str]) -> None:

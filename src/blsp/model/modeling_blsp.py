@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import logging
 
 from blsp.llm.language_model import (
     UnsupportedModelError,
@@ -40,9 +41,13 @@ from blsp.llm.language_model import (
 from blsp.model.adapter import build_adapter
 from blsp.model.adapter_parts import AdapterOutput, AudioEmbeds, CachedValue
 from blsp.model.configuration_blsp import BlspConfig, is_adapter_folder
+from blsp.model.frozen_weights import ADAPTER, changed_weight
 from blsp.model.hypotheses import hypotheses_of
 from blsp.model.loading import check_loaded, load_adapter_folder
 from blsp.model.speech_encoder import encode_speech
+from blsp.model.splicing import masked, pack, splice, unpack
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -68,7 +73,12 @@ class BlspPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
+    # the adapter stays in float32, as in an adapter folder, and is not quantised
+    _keep_in_fp32_modules = (ADAPTER,)
+    _keep_in_fp32_modules_strict = (ADAPTER,)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing to do: the adapter is initialised in its constructor, the frozen parts come from files."""
@@ -104,6 +114,8 @@ class BlspModel(BlspPreTrainedModel):
         self.multi_modal_projector = build_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self._table, self._ids, self._whole, self._moments = (CachedValue() for _ in range(4))
+        # their parts are called apart, so each stays on one device; the LLM names its own layers
+        self._no_split_modules = (WhisperEncoder.__name__, type(self.multi_modal_projector).__name__)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -152,7 +164,7 @@ class BlspModel(BlspPreTrainedModel):
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
         """The adapter's output for encoder states (B, T, E) with lengths (B,); its read-out in the LLM's ids."""
         weight = next(self.multi_modal_projector.parameters())
-        output = self.multi_modal_projector(states.to(weight.dtype), lengths, self.readout_table())
+        output = self.multi_modal_projector(states.to(weight), lengths.to(weight.device), self.readout_table())
         vocabulary = self.readout_vocabulary
         if output.readout is not None and vocabulary is not None:
             output.readout[:] = [[vocabulary[i] for i in path] for path in output.readout]
@@ -164,10 +176,10 @@ class BlspModel(BlspPreTrainedModel):
         """The vectors of all clips of (B, M, Tm) features, flat: `pooler_output` (N, D), `valid` (N,)."""
         if input_features_mask is None:
             raise ValueError("input_features without input_features_mask: BlspProcessor returns both")
-        with torch.no_grad():
-            states, lengths = encode_speech(
-                self.audio_tower, input_features, input_features_mask.bool(), full_window=self.config.full_window
-            )
+        tower, device = self.audio_tower, self.audio_tower.conv1.weight.device
+        input_features, mask = input_features.to(device), input_features_mask.to(device).bool()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
+            states, lengths = encode_speech(tower, input_features, mask, full_window=self.config.full_window)
         output = self.listen(states, lengths)
         inside = valid_mask(output.num_audio_tokens, output.vectors.shape[1])  # (B, S)
         return BlspAudioOutput(
@@ -184,19 +196,8 @@ class BlspModel(BlspPreTrainedModel):
             if bool(is_audio.any()):
                 raise ValueError(f"{int(is_audio.sum())} audio placeholders in input_ids, but no input_features")
             return embeds, attention_mask
-        if int(is_audio.sum()) != len(audio.pooler_output):
-            raise ValueError(
-                f"{int(is_audio.sum())} audio placeholders in input_ids, but {len(audio.pooler_output)} "
-                "vectors of speech: build both with the same BlspProcessor"
-            )
-        embeds = embeds.masked_scatter(is_audio[:, :, None], audio.pooler_output.to(embeds.dtype))
-        if audio.complete:
-            return embeds, attention_mask
-        # the last L columns of the mask are the input's: switch off the placeholders without a vector
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.clone()
-        columns = mask[:, -input_ids.shape[1] :]
-        columns[is_audio] = columns[is_audio] * audio.valid.to(mask.dtype)
-        return embeds, mask
+        embeds = splice(embeds, is_audio, audio.pooler_output)
+        return embeds, attention_mask if audio.complete else masked(attention_mask, is_audio, audio.valid)
 
     def forward(
         self,
@@ -239,31 +240,6 @@ def _moments(table: Tensor) -> tuple[Tensor, float]:
     return mean, (table - mean).square().mean().item()
 
 
-def pack(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Masked columns moved to the front: embeds (B, L, D), mask (B, past + L), and `order` (B, L).
-
-    A sliding window counts columns, not positions: masked columns amid the sequence would shorten its reach.
-
-        columns   say  vector  0  0  again   →   0  0  say  vector  again
-        mask      1    1       0  0  1       →   0  0  1    1       1
-        order                                    2  3  0    1       4
-    """
-    width = embeds.shape[1]
-    past, columns = mask[:, : mask.shape[1] - width], mask[:, -width:].long()
-    order = columns.argsort(dim=1, stable=True)
-    packed = torch.cat([past, columns.gather(1, order).to(mask.dtype)], dim=1)
-    return embeds.gather(1, order[:, :, None].expand_as(embeds)), packed, order
-
-
-def unpack(outputs: BaseModelOutputWithPast, order: Tensor) -> BaseModelOutputWithPast:
-    """Hidden states (B, L, D) in the order of the input again; key/values stay packed."""
-    back = order.argsort(dim=1)[:, :, None]
-    outputs.last_hidden_state = outputs.last_hidden_state.gather(1, back.expand_as(outputs.last_hidden_state))
-    if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(h.gather(1, back.expand_as(h)) for h in outputs.hidden_states)
-    return outputs
-
-
 class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
     """`BlspModel` with the LLM's head."""
 
@@ -276,13 +252,26 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             table = self.get_input_embeddings()
             name = next(name for name, module in self.named_modules() if module is table)
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
+        self.frozen_sample: dict[str, Tensor] = {}  # of an adapter folder's frozen parts, as they were loaded
         self.post_init()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the adapter's tensors and the configuration; all tensors unless `config.adapter_only`."""
-        if self.config.adapter_only:
-            kwargs["state_dict"] = self.adapter_state()
-        super().save_pretrained(save_directory, *args, **kwargs)
+        """Write the adapter's tensors and the configuration; all tensors unless `config.adapter_only`.
+
+        All tensors too where a frozen one has changed since it was loaded, as after a LoRA was merged into the LLM.
+        """
+        adapter_only = self.config.adapter_only
+        if adapter_only and not getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves the LoRA
+            changed = changed_weight(self, self.frozen_sample)
+            if changed is None:
+                kwargs["state_dict"] = self.adapter_state()
+            else:
+                logger.warning(f"{changed} is not what was loaded: the whole model is written to {save_directory}")
+                self.config.adapter_only = False
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.adapter_only = adapter_only
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's tensors under the names they have in the whole model."""
@@ -344,6 +333,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass.
@@ -352,6 +342,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         input_features (clips, M, Tm), input_features_mask (clips, Tm): all clips of the batch, in order.
         labels (B, L): -100 where nothing is learnt; always -100 for audio tokens.
         logits_to_keep: 0 for all positions, n for the last n, or an index tensor.
+        num_items_in_batch: what the sum of the loss is divided by; None: the labels of this pass.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -368,7 +359,10 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
         logits = self.compute_logits(outputs.last_hidden_state[:, kept])  # (B, kept, V)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size)
+            size = self.config.text_config.vocab_size
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=size, num_items_in_batch=num_items_in_batch
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -381,6 +375,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`; the speech is encoded once, before the first token."""
         features = kwargs.pop("input_features", None)
+        refuse_drafts(features, kwargs, self.generation_config)
         features_mask = kwargs.pop("input_features_mask", None)
         input_ids = kwargs.pop("input_ids", inputs)
         if features is not None:
@@ -390,3 +385,13 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             mask = torch.ones_like(input_ids) if mask is None else mask
             kwargs["inputs_embeds"], kwargs["attention_mask"], _ = pack(embeds, mask)
         return super().generate(input_ids, **kwargs)
+
+
+def refuse_drafts(features: Tensor | None, kwargs: dict[str, Any], default: Any) -> None:
+    """Raise ValueError for ways of decoding that take drafts from `input_ids`: speech has only placeholders there."""
+    if features is None:
+        return
+    config = kwargs.get("generation_config") or default
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if kwargs.get(name) is not None or getattr(config, name, None) is not None:
+            raise ValueError(f"{name}: drafts are taken from the ids of the prompt, and speech has none; leave it out")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import WhisperConfig, WhisperFeatureExtractor
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from blsp.llm.language_model import valid_mask
@@ -139,12 +140,9 @@ def _encode_window(
     mel_mask = valid_mask(attended, features.shape[2])[:, None, :]  # (B, 1, Tm)
     hidden = nn.functional.gelu(tower.conv1(features * mel_mask)) * mel_mask
     hidden = nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)  # (B, T, E)
-    hidden = hidden + tower.embed_positions.weight[: hidden.shape[1]]
+    hidden = hidden + tower.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
     valid = valid_mask((attended + 1) // 2, hidden.shape[1])  # (B, T)
-    attention_mask = None
-    if not bool(valid.all()):
-        attention_mask = torch.zeros(valid.shape, dtype=hidden.dtype, device=hidden.device)
-        attention_mask = attention_mask.masked_fill(~valid, torch.finfo(hidden.dtype).min)[:, None, None, :]
+    attention_mask = create_bidirectional_mask(tower.config, hidden, valid)  # in the form that its attention takes
     for layer in tower.layers:
         hidden = layer(hidden, attention_mask)
     hidden = tower.layer_norm(hidden)[:, : int(lengths.max())]
