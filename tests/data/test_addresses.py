@@ -9,11 +9,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import av
 import fsspec
 import numpy as np
 import pytest
 import soundfile
-from support.object_stores import http_files, s3_bucket
+from support.object_stores import http_files, registered_store, s3_bucket
 
 from blsp.data import addresses
 from blsp.data.addresses import Address, AddressError, Shard, audio_size, is_address, parse_address, read_address
@@ -292,6 +293,62 @@ def test_an_address_where_nothing_is(url: str, message: str) -> None:
     with pytest.raises(AudioError, match=message):
         load_audio(url)
     assert audio_size(url) == 0
+
+
+LONG = ["WAV", "FLAC", "OGG", "MP3", "AAC"]  # libsndfile, and FFmpeg
+
+
+@pytest.mark.parametrize("protocol", ["gs", "hf", "az"])
+def test_any_protocol_of_fsspec(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose package is not installed here are stood in for: what follows the URL is the same code."""
+    files = {"a.flac": CLIPS[0], "shard.tar": tar_of(CLIPS), "shard.tar.gz": tar_of(CLIPS, "w:gz")}
+    with registered_store(protocol, files) as url:
+        assert same(f"{url}/a.flac", CLIPS[0])
+        assert same(f"{url}/shard.tar#member=a/3.flac", CLIPS[3])
+        assert same(f"{url}/shard.tar.gz#member=a/3.flac", CLIPS[3])
+        assert audio_size(f"{url}/a.flac") == len(CLIPS[0])
+        monkeypatch.setattr(addresses, "MOST_BYTES_AT_ONCE", 1000)
+        assert np.array_equal(load_audio(f"{url}/a.flac", start=0.5), load_audio(CLIPS[0], start=0.5))
+        with pytest.raises(AudioError, match=f"{protocol}://bucket/gone.wav: no such file"):
+            load_audio(f"{url}/gone.wav")
+
+
+def long_clip(container: str) -> bytes:
+    """A minute of noise."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(60 * 16_000)
+    out = io.BytesIO()
+    if container != "AAC":
+        soundfile.write(out, noise, 16_000, format=container)
+        return out.getvalue()
+    with av.open(out, "w", format="adts") as file:
+        stream = file.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(noise.astype(np.float32)[None], "fltp", "mono")
+        frame.sample_rate = 16_000
+        file.mux([*stream.encode(frame), *stream.encode(None)])
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("container", LONG)
+@pytest.mark.parametrize("start", [0.0, 40.0])
+def test_a_connection_that_breaks_is_said_in_one_line(
+    container: str, start: float, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A decoder in C would take the failing read for the file's end, and print the backend's error."""
+    monkeypatch.setattr(addresses, "MOST_BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr(addresses, "BLOCK_BYTES", 1 << 14)
+    data = long_clip(container)
+    message = r"^gs://bucket/a: cannot be read \(the connection was reset\)$"
+    with registered_store("gs", {"a": data}, len(data) // 2) as url, pytest.raises(AudioError, match=message):
+        load_audio(f"{url}/a", start=start)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["w", "parquet"])
+def test_a_connection_that_breaks_in_a_shard(kind: str) -> None:
+    data, piece = shard_of(kind)
+    message = r"^gs://bucket/shard: cannot be read \(the connection was reset\)$"
+    with registered_store("gs", {"shard": data}, len(data) // 2) as url, pytest.raises(AddressError, match=message):
+        read_address(f"{url}/shard#{piece}")
 
 
 def test_the_limits_hold_for_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

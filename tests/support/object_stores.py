@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
+from fsspec.registry import _registry
 
 
 @contextmanager
@@ -71,3 +72,41 @@ def s3_bucket() -> Iterator[str]:
     finally:
         del fsspec.config.conf["s3"]
         server.stop()
+
+
+class BackendError(Exception):
+    """What a protocol's own package raises: no OSError, more than one line."""
+
+
+@contextmanager
+def registered_store(protocol: str, files: Mapping[str, bytes], fails_from: int | None = None) -> Iterator[str]:
+    """The URL of a bucket under any protocol, which fsspec opens as it would with that protocol's package.
+
+    fails_from: the byte of every file from which on the connection breaks.
+    """
+
+    class File(fsspec.spec.AbstractBufferedFile):
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            if fails_from is not None and end > fails_from:
+                raise BackendError("the connection was reset\nby the store")
+            return files[self.path.partition("/")[2]][start:end]
+
+    class Store(fsspec.AbstractFileSystem):
+        def info(self, path: str, **_: object) -> dict[str, object]:
+            name = self._strip_protocol(path).partition("/")[2]
+            if name not in files:
+                raise FileNotFoundError(path)
+            return {"name": f"bucket/{name}", "size": len(files[name]), "type": "file", "etag": str(hash(files[name]))}
+
+        def _open(self, path: str, mode: str = "rb", block_size: int = 1 << 16, **options: object) -> File:
+            return File(self, path, mode, block_size, **options)
+
+    Store.protocol, Store.cachable = protocol, False
+    known = _registry.get(protocol)
+    fsspec.register_implementation(protocol, Store, clobber=True)
+    try:
+        yield f"{protocol}://bucket"
+    finally:
+        _registry.pop(protocol)
+        if known is not None:
+            fsspec.register_implementation(protocol, known)

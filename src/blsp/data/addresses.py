@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import fsspec
 
@@ -49,8 +49,12 @@ LOOK_AGAIN = 10.0  # seconds after which a file behind a URL is asked again whet
 MARKS = {"size", "etag", "lastmodified", "last-modified", "mtime", "created", "md5hash", "blob_id", "versionid"}
 
 
-class AddressError(ValueError):
-    """There is no audio at an address; the message names it, the reason and the way out."""
+class AudioError(ValueError):
+    """The source is not usable speech audio; the message names the source, the reason and the way out."""
+
+
+class AddressError(AudioError):
+    """There is no audio at an address."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,61 @@ def open_url(url: str) -> BinaryIO:
     """A file behind a URL, for reading and seeking; parts of it are fetched as they are read."""
     with _as_address_error(url):
         system, path = fsspec.url_to_fs(url)
-        file: BinaryIO = system.open(path, "rb", block_size=BLOCK_BYTES, cache_type="blockcache")
+        file: Any = RemoteFile(url, system.open(path, "rb", block_size=BLOCK_BYTES, cache_type="blockcache"))
         return file
+
+
+class RemoteFile:
+    """A file behind a URL, whose failing reads are AddressErrors."""
+
+    def __init__(self, url: str, file: Any) -> None:
+        self._url, self._file = url, file
+
+    def read(self, size: int = -1) -> bytes:
+        with _as_address_error(self._url):
+            return bytes(self._file.read(size))
+
+    def readinto(self, buffer: Any) -> int:
+        with _as_address_error(self._url):
+            return int(self._file.readinto(buffer))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+@contextmanager
+def remote_file(url: str) -> Iterator[BinaryIO]:
+    """`open_url` for a decoder in C, which cannot pass on the error of a read.
+
+    A read that fails ends the file for the decoder, and the error is raised here, in the place of the decoder's own.
+    """
+    file: Any = _QuietFile(open_url(url))
+    try:
+        yield file
+    finally:
+        if file.error is not None:
+            raise file.error
+
+
+class _QuietFile:
+    """A file whose failing reads end it; `error` is what went wrong."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.error: AddressError | None = None
+        self.seek, self.tell, self._file = file.seek, file.tell, file
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return b"" if self.error else self._file.read(size)
+        except AddressError as error:
+            self.error = error
+            return b""
 
 
 def version_of(audio: str) -> str:
@@ -156,7 +213,8 @@ def _as_address_error(audio: str) -> Iterator[None]:
     try:
         yield
     except AddressError as error:
-        raise AddressError(f"{name}: {error}") from error
+        named = str(error).startswith(parse_address(audio).path)  # by the file that holds the piece
+        raise AddressError(str(error) if named else f"{name}: {error}") from error
     except FileNotFoundError as error:
         silent = ", or no answer from its server" if is_url(audio) else ""
         raise AddressError(f"{name}: no such file{silent}") from error

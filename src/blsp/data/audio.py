@@ -22,7 +22,7 @@ import math
 import os
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from blsp.data.addresses import is_address, is_url, open_url, read_address
+from blsp.data.addresses import AudioError, is_address, is_url, read_address, remote_file
 from blsp.data.containers import (
     READABLE,
     UNKNOWN_LENGTH,
@@ -61,10 +61,6 @@ MIX_SECONDS = 10.0  # from the file's start, which decide how its channels becom
 FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview
 AudioSource = FileSource | np.ndarray
 ReadBlocks = Callable[[AudioStream, str, float], Iterator[np.ndarray]]
-
-
-class AudioError(ValueError):
-    """The source is not usable speech audio; the message names the source, the reason and the way out."""
 
 
 @dataclass(frozen=True)
@@ -288,30 +284,33 @@ def _describe(source: AudioSource) -> str:
 
 def _fetched(source: FileSource) -> FileSource:
     """The bytes at an address, unless it is a URL of a long file; any other source as it is."""
-    with _naming("REASON"):
-        return read_address(source) if isinstance(source, str) and is_address(source) else source
+    return read_address(source) if isinstance(source, str) and is_address(source) else source
 
 
-def _open_file(source: FileSource, name: str) -> AudioStream:
+@contextmanager
+def _open_file(source: FileSource, name: str) -> Iterator[AudioStream]:
     """The decoder of a path, a URL, a file's bytes or a data-URI, after its header was checked against its size."""
     if isinstance(source, str) and source.startswith("data:"):
         source = _decode_data_uri(source, name)
+    remote = isinstance(source, str) and is_url(source)
+    with remote_file(str(source)) if remote else nullcontext(source) as file, _open_stream(file, name) as stream:
+        yield stream
+
+
+def _open_stream(source: FileSource | BinaryIO, name: str) -> AudioStream:
     remedy = "wav, flac, ogg, opus, mp3, m4a, webm, aac, amr and wma are read, others must be converted first"
     with _naming(f"{name}: cannot be read as audio (REASON); {remedy}"):
         if isinstance(source, (bytes, bytearray, memoryview)):
-            file = io.BytesIO(source)
-            if bytes(source[(tags := skip_id3(file)) :][:4]) == b"RIFF":
-                file = io.BytesIO(source[tags:])  # libsndfile would read the wav's end short by its tags
-            size = file.seek(0, io.SEEK_END)
-            stream = _open_decoder(file, file, size, name)
-        elif isinstance(source, str) and is_url(source):
-            remote = open_url(source)
-            size = remote.seek(0, io.SEEK_END)
-            stream = _open_decoder(remote, remote, size, name)
-        else:
+            tags = skip_id3(io.BytesIO(source))
+            is_wav = source[tags : tags + 4] == b"RIFF"  # libsndfile would read its end short by the tags
+            source = io.BytesIO(source[tags:] if is_wav else source)
+        if isinstance(source, (str, os.PathLike)):
             size = _file_size(Path(source), name)
             with open(source, "rb") as opened:
                 stream = _open_decoder(opened, os.fspath(source), size, name)
+        else:
+            size = source.seek(0, io.SEEK_END)
+            stream = _open_decoder(source, source, size, name)
         _check_header(stream, size, name)
     return stream
 
