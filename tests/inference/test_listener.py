@@ -14,6 +14,7 @@ from blsp.data.audio import AudioError, write_wav
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import PREFIXES_KEPT, Listener, Question
 from blsp.llm.decoding import Request, Result, decode
+from blsp.llm.language_model import embed
 from blsp.model.checkpoint import CheckpointError
 from blsp.settings import GenerateSettings
 
@@ -55,6 +56,18 @@ def test_speech_and_text_are_asked_side_by_side(listener_of) -> None:
     assert together == [listener.generate([question])[0] for question in questions]
     assert together[2] == listener.model.config.no_speech_sentence
     assert listener.generate([]) == []
+
+
+def test_the_llm_is_given_its_choice_where_the_configuration_says_so(listener_of, monkeypatch) -> None:
+    listener, clips = listener_of("grounded"), [speech_like(1.0, 1), speech_like(1.0) * 0]
+    greedy, silence = listener.embed_audio(clips)
+    monkeypatch.setattr(listener.model.config, "rescore", True)
+    monkeypatch.setattr("blsp.model.hypotheses.LENGTH", 100.0)  # an untrained read-out would rather say nothing
+    chosen, silent = listener.embed_audio(clips)
+    assert listener.readout([chosen]) == [listener.transcribe(clips[0], method="rescored")]
+    assert chosen.token_ids and torch.equal(chosen.vectors, embed(listener.model, chosen.token_ids))
+    assert silent.speech is silence.speech is False
+    assert torch.equal(listener.embed_audio(clips, rescore=False)[0].vectors, greedy.vectors)
 
 
 def test_prefixes_are_kept_within_bounds(listener_of) -> None:

@@ -15,8 +15,8 @@ from blsp.data.audio import load_audio, write_wav
 from blsp.data.jobs import JobError
 from blsp.inference import transcribe as command
 from blsp.inference.pauses import cut_at_pauses
-from blsp.inference.transcript import BEAM
 from blsp.llm.instructions import instruction_for
+from blsp.model.hypotheses import BEAM
 from blsp.settings import SettingsError, TranscribeSettings
 
 
@@ -59,7 +59,8 @@ def test_without_a_flag_the_llm_helps_to_choose_among_the_hypotheses(run, listen
     listener = listener_of("grounded")
     rows = run()
     for row in rows:
-        (clip,) = listener.embed_audio([load_audio(row["audio"])], beam=BEAM)
+        states = listener.encode([load_audio(row["audio"])])
+        (clip,) = listener.model.listen(states, BEAM)
         possible = {listener.tokenizer.decode(list(item.tokens)).strip() for item in clip.hypotheses}
         assert row["text"] == listener.transcribe(row["audio"])
         assert row["text"] in (possible if clip.speech else {""})

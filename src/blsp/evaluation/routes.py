@@ -169,8 +169,9 @@ def text_fingerprint(listener: Listener) -> str:
 
 
 def speech_fingerprint(listener: Listener) -> str:
-    """The LLM, the speech encoder, and a digest of the adapter's tensors."""
-    digest = hashlib.sha256(f"{listener.model.config.audio_model_sha256} {listener.model.config.full_window}".encode())
+    """The LLM, the speech encoder, and a digest of the adapter's tensors and of how its read-out is used."""
+    config = listener.model.config
+    digest = hashlib.sha256(f"{config.audio_model_sha256} {config.full_window} {config.rescore}".encode())
     for name, tensor in sorted(listener.model.adapter_state().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())

@@ -47,7 +47,7 @@ def generate(settings: GenerateSettings) -> None:
     """Answer the rows of `settings.manifest` that `settings.out` does not hold yet."""
     rows = Manifest(settings.manifest)
     total = len(rows) if settings.limit is None else min(settings.limit, len(rows))
-    names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed", "weights")
+    names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed", "weights", "rescore")
     header = {name: getattr(settings, name) for name in names}
     with Job(settings.out) as job:
         job.begin(header | {"model_sha256": model_digest(settings.model)})

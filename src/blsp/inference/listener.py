@@ -30,7 +30,7 @@ from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import Order, prompt_template, transcript_ids
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.checkpoint import load_blsp
-from blsp.model.hypotheses import choose
+from blsp.model.hypotheses import BEAM, choose
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import batches_by_length, encode_speech, mel_features
@@ -124,16 +124,10 @@ class Listener:
         return self.model.model.reads_out
 
     def readout(self, clips: Sequence[AudioEmbeds]) -> list[str]:
-        """The adapter's own transcripts, where it reads out, without the LLM; "" where there was no speech."""
+        """What the adapter has read out of each clip; "" where there was no speech."""
         if not self.reads_out:
             raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out")
         return [self.tokenizer.decode(clip.token_ids or []).strip() if clip.speech else "" for clip in clips]
-
-    def rescore(self, clips: Sequence[AudioEmbeds]) -> list[str]:
-        """Of each clip's hypotheses the one that is likeliest with the LLM's score added; "" for no speech."""
-        prefix = self.prefixes.get(prompt_template(self.tokenizer, "", "speech-first").prefix_ids)
-        chosen = [choose(self.model, prefix, clip.hypotheses) if clip.speech else () for clip in clips]
-        return [self.tokenizer.decode(list(tokens)).strip() for tokens in chosen]
 
     def repeat(self, clips: Sequence[AudioEmbeds], max_new_tokens: int, batch_size: int) -> list[str]:
         """The LLM's answers to the instruction to repeat the speech; "" where there is none."""
@@ -146,19 +140,31 @@ class Listener:
 
     # --- the way of a clip into the prompt ------------------------------------------------------------------
     @torch.no_grad()
-    def embed_audio(self, audios: Sequence[Any], *, beam: int = 0, keep_states: bool = False) -> list[AudioEmbeds]:
+    def embed_audio(
+        self, audios: Sequence[Any], *, rescore: bool | None = None, keep_states: bool = False
+    ) -> list[AudioEmbeds]:
         """Each clip's vectors, computed in batches of like length. A clip of digital silence holds no speech.
 
-        beam: how many hypotheses to return with each clip. keep_states: return the encoder's states, too.
+        rescore: let the LLM choose among the adapter's likeliest read-outs; the vectors are then its embeddings of the
+            chosen tokens. None: as the adapter's configuration says. keep_states: return the encoder's states, too.
         """
         samples = [samples_of(audio) for audio in audios]
+        rescore = self.reads_out and (self.model.config.rescore if rescore is None else rescore)
         clips: dict[int, AudioEmbeds] = {}
         for batch in batches_by_length([len(signal) for signal in samples], SECONDS_PER_BATCH * SAMPLE_RATE):
             states = self.encode([samples[i] for i in batch])
-            for i, state, clip in zip(batch, states, self.model.listen(states, beam), strict=True):
-                clip = replace(clip, speech=clip.speech and not is_silent(samples[i]))
-                clips[i] = replace(clip, states=state) if keep_states else clip
+            for i, state, clip in zip(batch, states, self.model.listen(states, BEAM if rescore else 0), strict=True):
+                heard = self._rescored(clip) if rescore and clip.speech else clip
+                heard = replace(heard, speech=heard.speech and not is_silent(samples[i]))
+                clips[i] = replace(heard, states=state) if keep_states else heard
         return [clips[i] for i in range(len(samples))]
+
+    def _rescored(self, clip: AudioEmbeds) -> AudioEmbeds:
+        """The clip as the hypothesis that is likeliest for read-out and LLM together."""
+        prefix = self.prefixes.get(prompt_template(self.tokenizer, "", "speech-first").prefix_ids)
+        tokens = choose(self.model, prefix, clip.hypotheses)
+        vectors = embed(self.model, tokens) if tokens else clip.vectors
+        return replace(clip, vectors=vectors, token_ids=list(tokens), hypotheses=())
 
     @torch.no_grad()
     def encode(self, clips: Sequence[np.ndarray]) -> list[Tensor]:
@@ -189,18 +195,24 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     weights: str | None = None,
+    rescore: bool | None = None,
 ) -> Listener:
     """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default).
 
     audio_model, llm: where the adapter's encoder and LLM lie now, if not where its config.json says. weights: the
-    format of the LLM's weights (bfloat16, int8 or int4) if not `dtype`.
+    format of the LLM's weights (bfloat16, int8 or int4) if not `dtype`. rescore: whether the LLM is given its own
+    choice among the likeliest read-outs, if not as the config.json says.
     """
-    return Listener(*load_blsp(model, find_runtime(device, dtype, weights), audio_model, llm))
+    loaded, processor = load_blsp(model, find_runtime(device, dtype, weights), audio_model, llm)
+    if rescore is not None:
+        loaded.config.rescore = rescore
+    return Listener(loaded, processor)
 
 
 def load_options(settings: Any) -> dict[str, Any]:
     """The arguments of `load` that a command's flags give, beside the model."""
-    return {name: getattr(settings, name, None) for name in ("audio_model", "llm", "device", "dtype", "weights")}
+    names = ("audio_model", "llm", "device", "dtype", "weights", "rescore")
+    return {name: getattr(settings, name, None) for name in names}
 
 
 def decoding_of(settings: Any, listener: Listener) -> Decoding:

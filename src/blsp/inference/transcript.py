@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 TranscribeMethod = Literal["readout", "rescored", "repeat"]
 TimesFrom = Literal["readout", "alignment", "pieces"]
-BEAM = 16  # hypotheses that are rescored for a transcript
 WINDOW_SECONDS = 160.0  # of speech heard before it is transcribed: 16 of the longest pieces
 
 
@@ -121,7 +120,9 @@ def transcripts(
     for window in _windows(pieces):
         heard = [piece for _, piece in window]
         clips = listener.embed_audio(
-            [piece.audio for piece in heard], beam=BEAM if method == "rescored" else 0, keep_states=reader is listener
+            [piece.audio for piece in heard],
+            rescore=None if method == "repeat" else method == "rescored",
+            keep_states=reader is listener,
         )
         said = _texts(listener, clips, method, max_new_tokens, batch_size)
         timed = times_of_words(reader, heard, clips, said) if reader else [[] for _ in said]
@@ -161,11 +162,9 @@ def _windows(pieces: Sequence[tuple[int, Piece]]) -> Iterator[list[tuple[int, Pi
 def _texts(
     listener: Listener, clips: Sequence[AudioEmbeds], method: TranscribeMethod, max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    if method == "rescored":
-        return listener.rescore(clips)
-    if method == "readout":
-        return listener.readout(clips)
-    return listener.repeat(clips, max_new_tokens, batch_size)
+    if method == "repeat":
+        return listener.repeat(clips, max_new_tokens, batch_size)
+    return listener.readout(clips)
 
 
 def times_of_words(

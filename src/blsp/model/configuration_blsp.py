@@ -44,6 +44,7 @@ class BlspConfig(PretrainedConfig):
             them here; they are never written.
         template_args: variables of the LLM's chat template that every prompt has, such as enable_thinking.
         no_speech_sentence: the answer to a clip without speech.
+        rescore: True lets the LLM choose among the adapter's likeliest read-outs what it is given (`Listener`).
         full_window: True pads the encoder's input to 30 s as the paper does; False uses true lengths.
         adapter_only: True when the folder holds the adapter's tensors alone; `blsp export` writes False.
     """
@@ -65,6 +66,7 @@ class BlspConfig(PretrainedConfig):
     readout_vocabulary: list[int] | None = None
     template_args: dict | None = None
     no_speech_sentence: str = NO_SPEECH_SENTENCE
+    rescore: bool = False
     full_window: bool = False
     adapter_only: bool = True
     tie_word_embeddings: bool = False

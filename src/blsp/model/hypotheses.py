@@ -25,9 +25,10 @@ from blsp.llm.language_model import embed, log_probabilities, stop_ids
 from blsp.llm.prefix import Prefix, run_after_prefix
 from blsp.model.adapter_parts import BLANK, AdapterOutput, Hypothesis
 
-# both chosen on the development part of fotaq
-LANGUAGE = 0.4  # weight of the LLM's log-likelihood beside that of the read-out
-LENGTH = 1.5  # nats added for each token, since every token lowers both log-likelihoods
+# all three chosen on development clips, with two LLMs (docs/log.md)
+LANGUAGE = 0.8  # weight of the LLM's log-likelihood beside that of the read-out
+LENGTH = 2.5  # nats added for each token, since every token lowers both log-likelihoods
+BEAM = 8  # hypotheses that the LLM chooses from
 CLASSES = 8  # the likeliest classes of a frame; the others are left out of the search
 SURE = math.log(0.999)  # a frame with more blank than this changes no hypothesis
 

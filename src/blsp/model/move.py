@@ -49,6 +49,7 @@ def move(settings: MoveSettings) -> None:
         full_window=config.full_window,
     )
     new.model.multi_modal_projector.move_from(adapter.float().cpu(), torch.tensor(rows), table)
+    new.config.rescore = True  # no training has taught this LLM to make sense of the greedy path
     save_adapter(new, processor, settings.out)
     print(f"{settings.out}: reads out {len(ids):,} tokens, of {len(old_ids):,} before")
 

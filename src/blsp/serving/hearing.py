@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from blsp.inference.listener import Listener
 from blsp.inference.pauses import Piece
-from blsp.inference.transcript import BEAM, times_of_words
+from blsp.inference.transcript import times_of_words
 from blsp.inference.word_times import Word
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.serving.fair_queue import FairQueue
@@ -75,7 +75,7 @@ class Hearing:
         try:
             readout = jobs[0].readout
             with Interruptible(jobs):
-                embeds = iter(self.listener.embed_audio(clips, beam=BEAM if readout else 0, keep_states=readout))
+                embeds = iter(self.listener.embed_audio(clips, rescore=readout or None, keep_states=readout))
                 heard = [[next(embeds) for _ in job.clips] for job in jobs]
                 for job, own in zip(jobs, heard, strict=True):
                     job.read = self._read(job, own) if readout else None
@@ -94,7 +94,7 @@ class Hearing:
 
     def _read(self, job: Job, clips: list[AudioEmbeds]) -> Done:
         """The read-out of the job's clips, and the times of its words where they are wanted."""
-        texts = self.listener.rescore(clips)
+        texts = self.listener.readout(clips)
         words: list[list[Word]] = []
         if job.starts_at is not None:
             words = times_of_words(self.listener, [Piece(job.starts_at, clip) for clip in job.clips], clips, texts)

@@ -27,6 +27,7 @@ from blsp.settings.shared import (
     Normalise,
     Order,
     Precision,
+    Rescore,
     SettingsError,
     Temperature,
     TopP,
@@ -53,7 +54,7 @@ class EvaluateSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "task": "suite task data limit routes normalise",
-        "model": "model audio_model llm asr asr_compute peer judge",
+        "model": "model audio_model llm rescore asr asr_compute peer judge",
         "report": "out compare seed bootstrap",
         "compute": "batch_size device dtype",
     }
@@ -63,6 +64,7 @@ class EvaluateSettings:
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
+    rescore: Rescore = None
     suite: str | None = None
     """a named set of tasks, e.g. tiny"""
     task: tuple[str, ...] = ()
@@ -114,7 +116,7 @@ class GenerateSettings:
 
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "manifest out limit",
-        "model": "model audio_model llm",
+        "model": "model audio_model llm rescore",
         "prompt": "instruction order",
         "generation": "max_new_tokens temperature top_p seed",
         "compute": "batch_size device dtype weights",
@@ -127,6 +129,7 @@ class GenerateSettings:
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
+    rescore: Rescore = None
     instruction: str | None = None
     """what to do, e.g. "Please translate the following audio into German text."; without: answer"""
     order: Order = "instruction-first"
@@ -245,7 +248,7 @@ class ChatSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "model": "model audio_model llm system",
+        "model": "model audio_model llm rescore system",
         "generation": "max_new_tokens temperature top_p seed",
         "compute": "device dtype weights",
     }
@@ -253,6 +256,7 @@ class ChatSettings:
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
+    rescore: Rescore = None
     system: str | None = None
     """a system message for the whole conversation"""
     max_new_tokens: int = 256

@@ -21,6 +21,7 @@ from blsp.settings.shared import (
     Dtype,
     Llm,
     LlmWeights,
+    Rescore,
     SettingsError,
     above_zero,
 )
@@ -40,7 +41,7 @@ class ServeSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "model": "model audio_model llm asr prefix_cache",
+        "model": "model audio_model llm rescore asr prefix_cache",
         "LLM elsewhere": "engine_url engine_model",
         "address and access": "host port api_key insecure cors_origin allow_remote_audio",
         "limit": "max_upload_mb max_audio_seconds max_batch queue deadline max_new_tokens rate_limit",
@@ -51,6 +52,7 @@ class ServeSettings:
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
+    rescore: Rescore = None
     host: str = "127.0.0.1"
     """the address to listen on"""
     port: int = 8000

@@ -61,6 +61,11 @@ LlmWeights = Annotated[
     "the format of the LLM's weights, its embeddings and head bfloat16; int8, int4: less memory, and faster where "
     "memory is slow (pip install 'blsp[quant]'); without: as --dtype",
 ]
+Rescore = Annotated[
+    bool | None,
+    "give the LLM its own choice among the adapter's likeliest read-outs: fewer words are misheard, the answer begins "
+    "later; without: as the adapter's config.json says",
+]
 ConfigFile = Annotated[Path | None, "a YAML file with these same flags"]
 Limit = Annotated[int | None, "read only this many rows"]
 Order = Literal["instruction-first", "speech-first"]
