@@ -1,12 +1,13 @@
-"""Which words make the LLM repeat, answer or list keywords best, on text alone.
+"""Which words make the LLM repeat, answer, list keywords or translate best, on text alone.
 
-In:  an LLM; sixty sentences (WordNet examples, game lines), thirty questions with short answers. Ten of the questions
-     are asked by the evaluation too: the wording was chosen on them as text, before there was an adapter.
-Out: a table, one line a wording and order: repeat by word error rate, answer by answers that hold the right
-word, keywords by the share of listed words that were said, of said content words that are listed, and of
-lists.
-Try: `python recipes/blsp-tiny/search_prompts.py repeat` (about a minute a dozen wordings on two cores) Flow:
-recipes/blsp-tiny — what wins stands in llm/instructions.py; the tables are in docs/log.md.
+In:  an LLM; sixty sentences (WordNet examples, game lines), thirty questions with short answers, telephone prompts in
+     English and French that the evaluation does not ask. Ten of the questions are asked by the evaluation too: the
+     wording was chosen on them as text, before there was an adapter.
+Out: a table, one line a wording and order: repeat by word error rate, answer by answers that hold the right word,
+     keywords by the share of listed words that were said, of said content words that are listed, and of lists,
+     translate by BLEU and by the answers' length over the references'.
+Try: `python recipes/blsp-tiny/search_prompts.py repeat` (about a minute a dozen wordings on two cores)
+Flow: recipes/blsp-tiny — what wins stands in llm/instructions.py; the tables are in docs/log.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jiwer
+import sacrebleu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -72,6 +74,15 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Keywords of the following text:",
         "Which words matter most here? List them, separated by commas.",
     ),
+    "translate": (
+        "Please translate the following text into French.",
+        "Please translate the following text into French text.",
+        "Translate the following text into French:",
+        "Translate the following text into French. Write only the translation:",
+        "Translate the following text into French. Write the translation and nothing else.",
+        "Translate the following words into French, without any comment:",
+        "Write the following text in French:",
+    ),
 }
 QUESTIONS: tuple[tuple[str, str], ...] = (  # question, what a right answer holds
     ("What is the capital of France?", "paris"),
@@ -105,87 +116,13 @@ QUESTIONS: tuple[tuple[str, str], ...] = (  # question, what a right answer hold
     ("What is the first month of the year?", "january"),
     ("What season comes after winter?", "spring"),
 )
-STOP_WORDS = set(
-    [
-        "a",
-        "an",
-        "the",
-        "of",
-        "to",
-        "in",
-        "on",
-        "at",
-        "for",
-        "with",
-        "and",
-        "or",
-        "but",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "am",
-        "i",
-        "you",
-        "he",
-        "she",
-        "it",
-        "we",
-        "they",
-        "me",
-        "him",
-        "her",
-        "us",
-        "them",
-        "my",
-        "your",
-        "his",
-        "its",
-        "our",
-        "their",
-        "this",
-        "that",
-        "these",
-        "those",
-        "as",
-        "by",
-        "from",
-        "not",
-        "no",
-        "do",
-        "does",
-        "did",
-        "have",
-        "has",
-        "had",
-        "will",
-        "would",
-        "can",
-        "could",
-        "should",
-        "may",
-        "might",
-        "must",
-        "so",
-        "if",
-        "then",
-        "than",
-        "there",
-        "here",
-        "what",
-        "which",
-        "who",
-        "how",
-        "when",
-        "where",
-        "why",
-        "all",
-        "any",
-        "some",
-    ]
+COMMON = (
+    "a an the of to in on at for with and or but is are was were be been am i you he she it we they me "
+    "him her us them my your his its our their this that these those as by from not no do does did have "
+    "has had will would can could should may might must so if then than there here what which who how "
+    "when where why all any some"
 )
+STOP_WORDS = frozenset(COMMON.split())
 clean = EnglishTextNormalizer()
 
 
@@ -220,10 +157,19 @@ def keywords(texts: list[str], answers: list[str]) -> dict[str, float]:
     return {"precision": hits / sum(map(len, listed)), "recall": hits / sum(map(len, content)), "list": as_list}
 
 
+def translate(texts: list[str], answers: list[str]) -> dict[str, float]:
+    """BLEU against the French prompts, and the answers' words over the references' (above 1: comments around them)."""
+    wanted = prompts_in_french()
+    references = [wanted[text] for text in texts]
+    words = sum(len(said.split()) for said in answers) / sum(len(text.split()) for text in references)
+    return {"bleu": sacrebleu.corpus_bleu(answers, [references]).score, "length": words}
+
+
 SCORES: dict[str, Callable[[list[str], list[str]], dict[str, float]]] = {
     "repeat": repeat,
     "answer": answer,
     "keywords": keywords,
+    "translate": translate,
 }
 
 
@@ -238,6 +184,19 @@ def sentences(count: int, seed: int = 0, least: int = 2) -> list[str]:
     return draw.sample(examples, count // 2) + draw.sample(lines, count - count // 2)
 
 
+def prompts_in_french() -> dict[str, str]:
+    """Telephone prompts of four to thirty words with their French version; none that the evaluation asks."""
+    english, french, asked = (prompts(name) for name in ("en", "fr", "en_eval"))
+    pairs = {text: french[key] for key, text in english.items() if key in french and key not in asked}
+    return {text: other for text, other in pairs.items() if 4 <= len(text.split()) <= 30}
+
+
+def prompts(name: str) -> dict[str, str]:
+    """The texts of a list of telephone prompts by their ids."""
+    with gzip.open(TEXTS / f"asterisk_{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return {row["id"]: row["text"] for row in map(json.loads, file)}
+
+
 def try_wording(engine: TransformersEngine, behaviour: str, wording: str, order: Order, texts: list[str]) -> Scored:
     """Ask every text with one wording and score the answers."""
     prompts = [Prompt(key, wording, order, text) for key, text in enumerate(texts)]
@@ -249,17 +208,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("behaviour", choices=SCORES)
     parser.add_argument("--llm", default="embedded:smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="float32", help="of the LLM's weights")
     parser.add_argument("--sentences", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=48, help="that an answer may have")
     parser.add_argument("--seed", type=int, default=0, help="which sentences are drawn")
     parser.add_argument("--wording", action="append", help="try these instead (repeatable)")
     arguments = parser.parse_args()
     folder = resolve_weights(arguments.llm)
-    llm = AutoModelForCausalLM.from_pretrained(folder).eval()
+    llm = AutoModelForCausalLM.from_pretrained(folder, dtype=arguments.dtype).eval()
     engine = TransformersEngine(llm, AutoTokenizer.from_pretrained(folder), Decoding(max_new_tokens=arguments.tokens))
     asked = arguments.behaviour
-    least = 6 if asked == "keywords" else 2
-    texts = [q for q, _ in QUESTIONS] if asked == "answer" else sentences(arguments.sentences, arguments.seed, least)
+    if asked == "answer":
+        texts = [question for question, _ in QUESTIONS]
+    elif asked == "translate":
+        texts = random.Random(arguments.seed).sample(list(prompts_in_french()), arguments.sentences)
+    else:
+        texts = sentences(arguments.sentences, arguments.seed, 6 if asked == "keywords" else 2)
     for wording in arguments.wording or WORDINGS[asked]:
         for order in ORDERS:
             scored = try_wording(engine, asked, wording, order, texts)

@@ -56,6 +56,10 @@ WHAT = {
     "conv": "It is the paper's own adapter (BLSP, arXiv 2309.00916): three strided convolutions and a bottleneck, 6.25 "
     "vectors a second, no read-out and no token table at inference.",
 }
+RESCORED = (  # of an adapter that reads out, where its configuration says `rescore`
+    "It reads the speech out over the LLM's own tokens (CTC), and the LLM chooses among the eight likeliest readings "
+    "what it answers to: in effect a recogniser inside the LLM's vocabulary (as LegoSLM, arXiv 2505.11352)."
+)
 DID = {  # what a loss trains
     "ctc": "the read-out, on transcripts, without the LLM",
     "embed": "the LLM's embedding of the token spoken at each place, without the LLM",
@@ -103,7 +107,7 @@ def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = 
     size = (out / "model.safetensors").stat().st_size / 1e6
     head = HEAD | {"tags": [*HEAD["tags"], f"adapter-{config['adapter']}"]}
     use = USE.format(
-        what=WHAT[config["adapter"]],
+        what=RESCORED if config.get("rescore") else WHAT[config["adapter"]],
         size=size,
         llm=config["text_model_id"],
         audio=config["audio_model_id"],
