@@ -1,10 +1,11 @@
 """Make the spoken questions, commands and chat of the evaluation, in voices that are never trained on.
 
 In: the evaluation part of `texts/split.jsonl.gz`, English originals of the fillets; Kokoro. Out, under
-`--root`: `audio/eval/…flac`, `eval_sqa.jsonl` (200 questions; `reference`, `references`), `eval_slu.jsonl`
-(200 commands, ten intents in `options`), `eval_chat.jsonl` (60), `eval_st_spoken.jsonl` (50 sentences with
-their Czech `reference`), `eval_no_speech.jsonl` (25 of each kind), and the recordings and manifests of
-`fetch.py` that the suite asks for.
+`--root`: `audio/eval/…flac`, `eval_sqa.jsonl` (200 questions; `reference`, `references`),
+`eval_sqa_{fr,es,it,de}.jsonl` (those whose answer `texts/answers.tsv` translates, with that answer),
+`eval_slu.jsonl` (200 commands, ten intents in `options`), `eval_chat.jsonl` (60), `eval_st_spoken.jsonl`
+(50 sentences with their Czech `reference`), `eval_no_speech.jsonl` (25 of each kind), and the recordings and
+manifests of `fetch.py` that the suite asks for.
 Where in the flow: once before `blsp evaluate --suite tiny`; nothing here is ever trained on. Resumable.
 
 Try: `python recipes/blsp-tiny/eval_data.py --root C` (about a quarter of an hour on two cores)
@@ -13,6 +14,7 @@ Try: `python recipes/blsp-tiny/eval_data.py --root C` (about a quarter of an hou
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import multiprocessing
 import re
@@ -32,6 +34,7 @@ RECORDINGS = ("fotaq", "asterisk_en", "asterisk_es", "asterisk_fr", "asterisk_it
 TEMPO = (0.95, 1.1)
 QUESTIONS, CHATS, SENTENCES, NO_SPEECH_EACH = 200, 60, 50, 25
 COMMANDS_AN_INTENT = 20
+LANGUAGES = ("fr", "es", "it", "de")  # in which spoken English questions are to be answered
 INTENTS = {  # in plain words: what the small LLM is asked to choose from
     "HassTurnOn": "turn something on",
     "HassTurnOff": "turn something off",
@@ -92,6 +95,17 @@ def translations() -> Iterator[dict]:
 SPOKEN = {"sqa": questions, "slu": commands, "chat": chats, "st_spoken": translations}
 
 
+def answered_in(language: str, asked: list[dict]) -> list[dict]:
+    """The questions that have a translated answer, with it instead of the English one; the speech stays English."""
+    with (Path(__file__).parent / "texts" / "answers.tsv").open(encoding="utf-8") as file:
+        answers = {row["en"]: row[language].split("/") for row in csv.DictReader(file, delimiter="\t")}
+    return [
+        row | {"reference": answers[row["reference"]][0], "references": answers[row["reference"]]}
+        for row in asked
+        if row["reference"] in answers
+    ]
+
+
 def _split(kind: str) -> list[dict]:
     return [row for row in read_list("split") if row["kind"] == kind and row["part"] == "eval"]
 
@@ -139,6 +153,8 @@ def main() -> None:
         rows = speak(options.root, task, options.jobs)
         write_rows(options.root / f"eval_{task}.jsonl", rows)
         print(summary(f"eval_{task}", rows))
+        for language in LANGUAGES if task == "sqa" else ():
+            write_rows(options.root / f"eval_sqa_{language}.jsonl", answered_in(language, rows))
     rows = make_no_speech(options.root, "eval", NO_SPEECH_EACH, seed=0)
     write_rows(options.root / "eval_no_speech.jsonl", rows)
     print(summary("eval_no_speech", rows))

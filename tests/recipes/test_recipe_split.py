@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-from eval_data import SPOKEN, line_for  # noqa: E402
+from eval_data import LANGUAGES, SPOKEN, answered_in, line_for, questions  # noqa: E402
 from fetch import assign_splits  # noqa: E402
 from heldout import HELD_OUT_VOICES, HeldOut, part_of, read_list, words  # noqa: E402
 from lines import SHARES, sentences  # noqa: E402
@@ -146,3 +146,14 @@ def test_the_clips_in_the_repository_come_from_the_right_parts(fotaq: dict[str, 
 
 def _ids(manifest: Path) -> set[str]:
     return {json.loads(line)["id"] for line in manifest.read_text(encoding="utf-8").splitlines()}
+
+
+def test_a_hundred_questions_have_their_answer_in_every_language_of_the_suite() -> None:
+    asked = list(questions())
+    english = {row["text"]: row["references"] for row in asked}
+    for language in LANGUAGES:
+        rows = answered_in(language, asked)
+        assert len(rows) >= 100
+        assert all(row["reference"] and "" not in row["references"] for row in rows)
+        assert any(row["references"] != english[row["text"]] for row in rows)
+        assert {row["text"]: row["references"] for row in rows}["How many legs does a spider have?"][-1] == "8"
