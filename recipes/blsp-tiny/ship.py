@@ -27,6 +27,7 @@ from rows import read_rows
 from blsp.distributed import find_runtime
 from blsp.evaluation.summary import NAMES, shown, table
 from blsp.model.checkpoint import load_mean, save_adapter
+from blsp.weights.embedded import hub_name
 
 HEAD = {
     "library_name": "transformers",
@@ -105,7 +106,9 @@ def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = 
     """The model card: use, training, data with licences, what was measured, limits; `origin`: what was moved."""
     config = json.loads((out / "config.json").read_text())
     size = (out / "model.safetensors").stat().st_size / 1e6
-    head = HEAD | {"tags": [*HEAD["tags"], f"adapter-{config['adapter']}"]}
+    parts = [hub_name(config[name]) for name in ("text_model_id", "audio_model_id")]
+    head = HEAD | {"base_model": parts, "base_model_relation": "adapter", "metrics": ["wer"]}
+    head |= {"tags": [*HEAD["tags"], f"adapter-{config['adapter']}"]}
     use = USE.format(
         what=RESCORED if config.get("rescore") else WHAT[config["adapter"]],
         size=size,

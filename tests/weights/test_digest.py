@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from blsp.weights import digest
 from blsp.weights.digest import Weights, find_weights, tensor_digest
-from blsp.weights.embedded import EmbeddedWeightsError, WeightsNotFoundError
+from blsp.weights.embedded import EmbeddedWeightsError
+from blsp.weights.folder import WeightsNotFoundError
 
 Tensors = dict[str, np.ndarray]
 

@@ -16,7 +16,8 @@ from blsp.model.checkpoint import load_blsp
 from blsp.weights import embedded
 from blsp.weights.ctranslate2 import encoder_tensors, read_variables
 from blsp.weights.digest import find_weights
-from blsp.weights.embedded import EMBEDDED, Embedded, EmbeddedWeightsError, WeightsNotFoundError, Wheel, resolve_weights
+from blsp.weights.embedded import EMBEDDED, Embedded, EmbeddedWeightsError, Wheel, resolve_weights
+from blsp.weights.folder import WeightsNotFoundError
 from blsp.weights.shipped import find_model
 
 REPOSITORY = Path(__file__).parents[2]

@@ -12,6 +12,7 @@ hypotheses.py           possible transcripts of a read-out, scored by the LLM
 loading.py              frozen parts by name; a whole model from an adapter folder
 frozen_weights.py       samples of the frozen weights, by which a change is noticed
 checkpoint.py           new models, adapter folders, merged exports
+portable.py             the code and the card that a folder for the hub holds
 move.py                 an adapter that reads out, moved to another LLM without training
 """
 

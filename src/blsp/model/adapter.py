@@ -25,7 +25,7 @@ Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width,
 """
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -228,3 +228,18 @@ def adapter_state(folder: str | Path, config: BlspConfig) -> dict[str, Tensor]:
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Weights in `dtype`; whole numbers (token ids, spelling) stay what they are."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def check_loaded(folder: Any, model: Any, missing: Collection[str]) -> None:
+    """Raise `CheckpointError` when a merged checkpoint lacks tensors of the model.
+
+    The read-out vocabulary may lie in config.json (before November 2026): it is moved into the adapter.
+    """
+    config = model.config
+    if config.readout_vocabulary is not None:
+        adapter = getattr(model, model.base_model_prefix, model).multi_modal_projector
+        set_vocabulary(adapter, config, config.readout_vocabulary)
+        config.readout_vocabulary = None
+        missing = [name for name in missing if not name.endswith("multi_modal_projector.vocabulary")]
+    if missing:
+        raise CheckpointError(f"{folder}: {sorted(missing)[0]} is missing from it; export or download it again")

@@ -25,6 +25,7 @@ from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointErr
 from blsp.model.grounded import token_strings
 from blsp.model.loading import assemble, freeze, frozen_weights, load_checked, load_frozen, tokenizer_digest
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.model.portable import add_code, add_stub, merged_card
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import ExportSettings
 from blsp.weights.digest import Weights
@@ -185,20 +186,27 @@ def save_adapter(
 ) -> None:
     """Write the adapter folder; it appears whole."""
     state = {name: as_dtype(tensor, dtype).contiguous() for name, tensor in model.adapter_state().items()}
-    _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card)
+    _write_folder(
+        folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card, add_stub
+    )
 
 
 def export_merged(model: BlspForConditionalGeneration, processor: BlspProcessor, folder: str | Path) -> None:
-    """Write everything, frozen parts included, as one ordinary Hugging Face checkpoint."""
+    """Write everything, frozen parts and code included, as one Hugging Face checkpoint with custom code."""
     before, model.config.adapter_only = model.config.adapter_only, False
     try:
-        _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new), processor, None)
+        card = merged_card(model.config)
+        _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new), processor, card, add_code)
     finally:
         model.config.adapter_only = before
 
 
 def _write_folder(
-    folder: str | Path, write: Callable[[Path], object], processor: BlspProcessor, card: str | None
+    folder: str | Path,
+    write: Callable[[Path], object],
+    processor: BlspProcessor,
+    card: str | None,
+    add_classes: Callable[[Path], object],
 ) -> None:
     folder = Path(folder).absolute()
     if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
@@ -207,6 +215,7 @@ def _write_folder(
     with write_atomically(folder, through=folder.with_name(f".{folder.name}.writing")) as fresh:
         write(fresh)
         processor.save_pretrained(fresh)
+        add_classes(fresh)
         if card is not None:
             (fresh / "README.md").write_text(card, encoding="utf-8")
 

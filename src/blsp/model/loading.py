@@ -11,7 +11,7 @@ does not know are warned of.
 
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,13 @@ from blsp.llm.language_model import check_supported
 from blsp.llm.prompt import fix_tokenizer
 from blsp.llm.quantise import set_weights
 from blsp.llm.template_check import check_template
-from blsp.model.adapter import load_adapter, set_vocabulary
+from blsp.model.adapter import load_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, open_config
 from blsp.model.frozen_weights import sample_weights
 from blsp.model.speech_encoder import knows_english_only
 from blsp.weights.digest import Weights, find_weights
-from blsp.weights.embedded import PREFIX, WeightsNotFoundError
-from blsp.weights.folder import naming_folder
+from blsp.weights.embedded import PREFIX
+from blsp.weights.folder import WeightsNotFoundError, naming_folder
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # values of transformers' device_map
 LOOKED_AT = 1000  # rows, in a check for their language
@@ -253,21 +253,6 @@ def spread(model: Any, device_map: Any, max_memory: dict[Any, Any] | None, offlo
         device_map = infer_auto_device_map(model, max_memory, no_split_module_classes=whole)
     skipped = sorted(model._skip_keys_device_placement)
     return dispatch_model(model, device_map, offload_dir=offload_folder, skip_keys=skipped)
-
-
-def check_loaded(folder: Any, model: Any, missing: Collection[str]) -> None:
-    """Raise `CheckpointError` when a merged checkpoint lacks tensors of the model.
-
-    The read-out vocabulary may lie in config.json (before November 2026): it is moved into the adapter.
-    """
-    config = model.config
-    if config.readout_vocabulary is not None:
-        adapter = getattr(model, model.base_model_prefix, model).multi_modal_projector
-        set_vocabulary(adapter, config, config.readout_vocabulary)
-        config.readout_vocabulary = None
-        missing = [name for name in missing if not name.endswith("multi_modal_projector.vocabulary")]
-    if missing:
-        raise CheckpointError(f"{folder}: {sorted(missing)[0]} is missing from it; export or download it again")
 
 
 def warn_of_languages(config: WhisperConfig, name: Any, rows: Sequence[Utterance]) -> None:

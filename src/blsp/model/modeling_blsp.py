@@ -38,12 +38,11 @@ from blsp.llm.language_model import (
     scale_logits,
     valid_mask,
 )
-from blsp.model.adapter import build_adapter
+from blsp.model.adapter import build_adapter, check_loaded
 from blsp.model.adapter_parts import AdapterOutput, AudioEmbeds, CachedValue
-from blsp.model.configuration_blsp import BlspConfig, is_adapter_folder
+from blsp.model.configuration_blsp import BlspConfig, CheckpointError, is_adapter_folder
 from blsp.model.frozen_weights import ADAPTER, changed_weight
 from blsp.model.hypotheses import hypotheses_of
-from blsp.model.loading import check_loaded, load_adapter_folder
 from blsp.model.speech_encoder import encode_speech
 from blsp.model.splicing import masked, pack, splice, unpack
 
@@ -81,7 +80,7 @@ class BlspPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = (ADAPTER,)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing to do: the adapter is initialised in its constructor, the frozen parts come from files."""
+        """Nothing to do: the adapter's constructor initialises it, the frozen parts come from files."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,6 +90,10 @@ class BlspPreTrainedModel(PreTrainedModel):
         """
         with_info = kwargs.pop("output_loading_info", False)
         if is_adapter_folder(pretrained_model_name_or_path):
+            try:
+                from blsp.model.loading import load_adapter_folder
+            except ImportError as error:  # this file was copied into a merged model
+                raise CheckpointError("an adapter alone is loaded by the package blsp: pip install blsp") from error
             whole = load_adapter_folder(BlspForConditionalGeneration, pretrained_model_name_or_path, **kwargs)
             model: Any = whole.model if issubclass(cls, BlspModel) else whole
             info: dict[str, Any] = {"missing_keys": set()}

@@ -277,9 +277,10 @@ class ChatSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Write one self-contained Hugging Face folder, encoder and LLM included.
+    """Write one self-contained Hugging Face folder: encoder, LLM and the code that runs them.
 
-    For vLLM, or for a machine without the frozen models.
+    transformers loads it without this package (trust_remote_code=True), on a machine without the frozen models. It is
+    the form for the hub (docs/hub.md).
 
     $ blsp export --model runs/x/adapter --out merged/
     """

@@ -12,5 +12,6 @@ verdict.py    whether it listens, at the end of a run; warnings at its beginning
 run_state.py  run folder, settings, checkpoints, stop signal
 optimiser.py  AdamW, schedules, averaging
 probes.py     divergence and read-out error during training
-reporting.py  metrics.jsonl, its picture, the model card
+reporting.py  metrics.jsonl and its picture
+card.py       the model card
 """

@@ -22,9 +22,10 @@ from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
 from blsp.training import run_state, step, verdict
 from blsp.training.batches import prefetch
+from blsp.training.card import model_card
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
-from blsp.training.reporting import draw_curves, finish_stages, model_card, print_once, progress_bar, report
+from blsp.training.reporting import draw_curves, finish_stages, print_once, progress_bar, report
 from blsp.training.run import Run, check_loss, prepare, step_examples
 
 STEPS_AHEAD = 3  # steps whose examples are read before they are needed
@@ -172,7 +173,7 @@ def finish(run: Run, state: State) -> None:
     found.write(out)
     verdict.write_held_out(run)
     draw_curves(run)
-    card = model_card(run.settings, out / "metrics.jsonl", str(found))
+    card = model_card(run.model.config, run.settings, out / "metrics.jsonl", str(found))
     save_adapter(run.model, run.processor, out / "adapter", card=card)
     run_state.merge_skipped(run.skipped, out)
     if run.skipped.count:

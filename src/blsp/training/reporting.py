@@ -1,7 +1,7 @@
-"""Reports of a run: lines of metrics.jsonl with the probes, the curves, a progress bar, the model card.
+"""Reports of a run: lines of metrics.jsonl with the probes, the curves, a progress bar.
 
 In:  the run and its state after a step.
-Out: ``metrics.jsonl``, ``curves.png``, a progress bar on stderr; at the end the README of the adapter's folder.
+Out: ``metrics.jsonl``, ``curves.png``, a progress bar on stderr.
 Try: `report(run, state, bar)`
 Flow: training/loop.py after every step -> **reporting.py** -> the run folder
 """
@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -120,66 +119,6 @@ def finish_stages(settings: TrainSettings) -> None:
     print(f"{settings.out}: all {len(stages)} stages are finished; the adapter is {settings.out / 'adapter'}")
     if found is not None:
         print(found)
-
-
-PROBE_MEANINGS = {
-    "kl": "next-token divergence from the text route, nats per token",
-    "kl_shuffled": "the same with every clip exchanged for another one",
-    "top1": "top-1 agreement with the text route",
-    "wer": "word error rate of the read-out",
-    "tokens": "spoken tokens whose embedding is the nearest of all at their place",
-}
-
-
-def model_card(settings: TrainSettings, metrics: Path, verdict: str) -> str:
-    """The README of the adapter's folder: metadata, how to use it, how it was trained, the verdict, the last probes."""
-    head = {
-        "library_name": "transformers",
-        "pipeline_tag": "audio-text-to-text",
-        "base_model": [settings.llm, settings.audio_model],
-        "tags": ["blsp", "speech", f"adapter-{settings.adapter}"],
-    }
-    last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
-    return f"""---
-{yaml.safe_dump(head, sort_keys=False).strip()}
----
-
-# BLSP adapter: {settings.audio_model} → {settings.llm}
-
-A `{settings.adapter}` adapter that lets the frozen LLM `{settings.llm}` listen through the frozen encoder of
-`{settings.audio_model}`. The folder holds the adapter alone; the frozen parts are loaded by name and checked
-by digest.
-
-    import blsp
-    print(blsp.load("this/folder").answer("question.wav"))
-
-## Training
-
-{last["samples"]} samples, {last["audio_seconds"] / 3600:.2f} hours of speech, {last["step"]} steps,
-{last["seconds"] / 60:.1f} minutes, final loss {last["loss"]:.4f}.
-
-```yaml
-{dump_flags(as_flags(settings)).strip()}
-```
-
-## Measured on clips that were not learnt from
-
-{verdict}
-
-{_probes(last)}
-"""
-
-
-def _probes(last: dict[str, float]) -> str:
-    rows = [
-        f"| {part.replace('_', '-')} | {meaning} | {last[f'{part}_{name}']:.4f} |"
-        for part in ("held_out", "train")
-        for name, meaning in PROBE_MEANINGS.items()
-        if f"{part}_{name}" in last
-    ]
-    if not rows:
-        return "No probes were taken."
-    return "\n".join(["| clips | measure | value |", "|---|---|---|", *rows])
 
 
 # --- the picture ------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from blsp.data.files import write_text
-from blsp.weights.embedded import WeightsNotFoundError, cache_root, require_on_hub, resolve_weights
-from blsp.weights.folder import check_folder, open_tensors, weight_files
+from blsp.weights.embedded import cache_root, require_on_hub, resolve_weights
+from blsp.weights.folder import WeightsNotFoundError, check_folder, open_tensors, weight_files
 
 SCHEME = "tensors-1"  # raise it when the digest is taken another way
 CHUNK = 1 << 24  # bytes that are read at once

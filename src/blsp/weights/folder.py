@@ -18,8 +18,6 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from blsp.weights.embedded import WeightsNotFoundError
-
 INDEX = "model.safetensors.index.json"
 JSON_FILES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json", INDEX),
@@ -28,6 +26,10 @@ JSON_FILES = (
 OTHER_FILES = ("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
 LARGEST_TEXT = 1 << 28  # bytes; the largest tokenizer.json in use has some 40 MB
 MOST_LAYERS = 10_000
+
+
+class WeightsNotFoundError(FileNotFoundError):
+    """The name leads to no weights; the message says where they were looked for."""
 
 
 class FolderError(ValueError):

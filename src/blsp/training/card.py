@@ -1,0 +1,88 @@
+"""The model card of an adapter's folder: metadata for the hub, how to use it, how it was trained, what was measured.
+
+In:  the model's configuration, the settings of the run, metrics.jsonl, the verdict.
+Out: the text of README.md.
+Try: `model_card(config, settings, Path("runs/x/metrics.jsonl"), "")`
+Flow: training/loop.py at the end → **card.py** → `save_adapter`
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from blsp.model.configuration_blsp import BlspConfig
+from blsp.model.portable import card_head
+from blsp.settings import TrainSettings
+from blsp.training.run_state import as_flags, dump_flags
+
+PROBE_MEANINGS = {
+    "kl": "next-token divergence from the text route, nats per token",
+    "kl_shuffled": "the same with every clip exchanged for another one",
+    "top1": "top-1 agreement with the text route",
+    "wer": "word error rate of the read-out",
+    "tokens": "spoken tokens whose embedding is the nearest of all at their place",
+}
+METRICS = {"kl": "kl_divergence", "top1": "accuracy", "wer": "wer"}  # probes -> the hub's names
+
+
+def model_card(config: BlspConfig, settings: TrainSettings, metrics: Path, verdict: str) -> str:
+    """The README of the adapter's folder: metadata, how to use it, how it was trained, the verdict, the last probes."""
+    last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
+    probes = {name: last[f"held_out_{name}"] for name in METRICS if f"held_out_{name}" in last}
+    datasets = [Path(name).name.partition(".")[0] for name in settings.data]
+    head = card_head(
+        config,
+        "adapter",
+        [f"adapter-{settings.adapter}"],
+        datasets=datasets,
+        metrics=[METRICS[name] for name in probes],
+        **{"model-index": model_index(settings.out.name, datasets, probes)},
+    )
+    return f"""{head}
+# BLSP adapter: {settings.audio_model} → {settings.llm}
+
+A `{settings.adapter}` adapter that lets the frozen LLM `{settings.llm}` listen through the frozen encoder of
+`{settings.audio_model}`. The folder holds the adapter alone; the frozen parts are loaded by name and checked
+by digest.
+
+    import blsp
+    print(blsp.load("this/folder").answer("question.wav"))
+
+## Training
+
+{last["samples"]} samples, {last["audio_seconds"] / 3600:.2f} hours of speech, {last["step"]} steps,
+{last["seconds"] / 60:.1f} minutes, final loss {last["loss"]:.4f}.
+
+```yaml
+{dump_flags(as_flags(settings)).strip()}
+```
+
+## Measured on clips that were not learnt from
+
+{verdict}
+
+{_probes(last)}
+"""
+
+
+def model_index(name: str, datasets: list[str], probes: dict[str, float]) -> list[dict[str, Any]]:
+    """The measures on held-out clips as the hub shows them; none where no probes were taken."""
+    metrics = [
+        {"type": METRICS[probe], "name": PROBE_MEANINGS[probe], "value": round(value, 4)}
+        for probe, value in probes.items()
+    ]
+    dataset = {"type": "held-out", "name": f"clips of {', '.join(datasets)} that were not learnt from"}
+    task = {"type": "audio-text-to-text"}
+    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}] if metrics else []}]
+
+
+def _probes(last: dict[str, float]) -> str:
+    rows = [
+        f"| {part.replace('_', '-')} | {meaning} | {last[f'{part}_{name}']:.4f} |"
+        for part in ("held_out", "train")
+        for name, meaning in PROBE_MEANINGS.items()
+        if f"{part}_{name}" in last
+    ]
+    if not rows:
+        return "No probes were taken."
+    return "\n".join(["| clips | measure | value |", "|---|---|---|", *rows])
