@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from blsp.data import containers
 from blsp.data.audio import SAMPLE_RATE, AudioError, is_silent, load_audio, probe_audio
 from blsp.data.containers import ffmpeg_container
 
@@ -30,7 +32,13 @@ def sweep(rate: int, channels: int = 1, seconds: float = SECONDS) -> np.ndarray:
 
 
 def encoded(
-    container: str, codec: str, rate: int = 16_000, channels: int = 1, bit_rate: int = 0, piped: bool = False
+    container: str,
+    codec: str,
+    rate: int = 16_000,
+    channels: int = 1,
+    bit_rate: int = 0,
+    piped: bool = False,
+    options: dict[str, str] | None = None,
 ) -> bytes:
     """A recording made by FFmpeg; `piped`: into a stream that cannot be gone back in, so without an Info frame."""
 
@@ -40,7 +48,7 @@ def encoded(
 
     file = Pipe()
     layout = "mono" if channels == 1 else "stereo"
-    options = {"write_xing": "0"} if piped and container == "mp3" else {}
+    options = {"write_xing": "0"} if piped and container == "mp3" else options or {}
     with av.open(file, "w", format=container, options=options) as out:
         stream = out.add_stream(codec, rate=rate, layout=layout)
         if bit_rate:
@@ -105,6 +113,87 @@ def test_a_made_file_has_the_length_that_was_made(
     compare_with_ffmpeg(name, path, len(audio) / SAMPLE_RATE)
     piece = load_audio(path, start=0.5, duration=0.7)
     np.testing.assert_allclose(piece, audio[8_000 : 8_000 + len(piece)], atol=1e-6)
+
+
+def with_frame_count(data: bytes, change: int) -> bytes:
+    """An mp3 whose Info frame counts a thousandth of `change` of its frames."""
+    changed, at = bytearray(data), data.index(b"Info") + 8
+    count = int.from_bytes(data[at : at + 4], "big") * change // 1000
+    changed[at : at + 4] = count.to_bytes(4, "big")
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("change", [0, 300, 990, 1020, 3000])
+@pytest.mark.parametrize("long", [False, True])
+def test_an_mp3_that_counts_its_frames_wrongly_is_read_to_its_end(
+    change: int, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """libsndfile stops at the count, without a word, or waits for frames that do not come."""
+    whole = encoded("mp3", "libmp3lame", bit_rate=48_000)
+    if long:  # of a long file only the begin is looked at, so that a small fault is not seen
+        monkeypatch.setattr(containers, "SCANNED_MP3", 4000)
+        change = change if not 900 < change < 1100 else 1000
+    else:
+        assert ffmpeg_container(io.BytesIO(whole), len(whole)) is None
+    seconds = len(load_audio(with_frame_count(whole, change))) / SAMPLE_RATE
+    assert SECONDS - SLACK <= seconds <= SECONDS + 0.1
+
+
+ID3 = b"ID3\x03\0\0\0\0\x01\x00" + bytes(128)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("zeros before mp3", lambda: bytes(500) + encoded("mp3", "libmp3lame", bit_rate=48_000)),
+        ("text before mp3", lambda: b"HTTP/1.1 200 OK " * 99 + encoded("mp3", "libmp3lame", bit_rate=48_000)),
+        ("tags before aac", lambda: ID3 + encoded("adts", "aac")),
+        ("tags before wav", lambda: ID3 + encoded("wav", "pcm_s16le")),
+        ("tags before streamed wav", lambda: ID3 + wav(0xFFFFFFFF)),
+        ("tags before flac", lambda: ID3 + encoded("flac", "flac")),
+        ("mp3 in wav", lambda: encoded("wav", "libmp3lame")),
+        ("g722 in wav", lambda: encoded("wav", "adpcm_g722")),
+        ("flac in ogg", lambda: encoded("ogg", "flac")),
+        ("ima4 in caf", lambda: encoded("caf", "adpcm_ima_qt")),
+        ("flac in matroska", lambda: encoded("matroska", "flac")),
+        ("fragments of mp4", lambda: encoded("mp4", "aac", options={"movflags": "empty_moov+frag_keyframe"})),
+        ("rf64", lambda: encoded("wav", "pcm_s16le", options={"rf64": "always"})),
+        ("w64", lambda: encoded("w64", "pcm_s16le")),
+    ],
+)
+def test_odd_files_have_the_length_that_was_made(name: str, data: Callable[[], bytes], tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(data())  # no suffix tells the format
+    audio = load_audio(tmp_path / "a")
+    assert SECONDS - SLACK <= len(audio) / SAMPLE_RATE <= SECONDS + 0.15, name
+    assert np.array_equal(load_audio(data()), audio)
+    assert abs(probe_audio(tmp_path / "a").seconds - len(audio) / SAMPLE_RATE) < 0.001
+
+
+def header_first(data: bytes) -> bytes:
+    """An mp4 whose `moov` part, in which the chunks' places are moved, comes before the sound, as on the web."""
+    begin, end = int.from_bytes(data[:4], "big"), data.index(b"moov") - 4
+    moov = bytearray(data[end:])
+    at = moov.index(b"stco") + 8
+    for place in range(at + 4, at + 4 + 4 * int.from_bytes(moov[at : at + 4], "big"), 4):
+        moov[place : place + 4] = (int.from_bytes(moov[place : place + 4], "big") + len(moov)).to_bytes(4, "big")
+    return data[:begin] + bytes(moov) + data[begin:end]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda: header_first(encoded("mp4", "aac")),
+        lambda: encoded("matroska", "libopus", 48_000),
+        lambda: encoded("asf", "wmav2", bit_rate=64_000),
+        lambda: ID3 + encoded("wav", "pcm_s16le"),
+    ],
+    ids=["mp4", "matroska", "asf", "wav after tags"],
+)
+def test_a_truncated_file_whose_header_knows_better_is_refused(data: Callable[[], bytes]) -> None:
+    whole = data()
+    assert len(load_audio(whole)) / SAMPLE_RATE > SECONDS - 0.1
+    with pytest.raises(AudioError, match="truncated"):
+        load_audio(whole[: len(whole) * 2 // 3])
 
 
 def joined(container: str) -> bytes:

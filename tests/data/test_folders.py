@@ -75,6 +75,18 @@ def test_suffixes_in_capitals_and_formats_of_phones(tmp_path: Path) -> None:
     assert [row["id"] for row in rows] == list("abcde") and "no transcript" in left_out["f"]
 
 
+def test_recordings_that_no_decoder_reads_are_counted(tmp_path: Path) -> None:
+    for name in ("a.wav", "b.mov", "c.wv", "d.AC3"):
+        recording(tmp_path / "r", name)
+    recording(tmp_path / "r", "e.ts", None)  # a program, or a film without a transcript
+    rows, left_out = prepared(tmp_path / "r", tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == ["a", "b"]
+    assert left_out == {
+        "c": "format: .wv files are not read; convert it to wav or flac",
+        "d": "format: .AC3 files are not read; convert it to wav or flac",
+    }
+
+
 def test_a_kaldi_segment_to_the_end_of_the_recording(tmp_path: Path) -> None:
     recording(tmp_path, "r.wav", None)
     for name, line in (("wav.scp", "r r.wav"), ("text", "u Hello."), ("segments", "u r 0.5 -1")):

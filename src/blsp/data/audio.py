@@ -41,7 +41,7 @@ from blsp.data.containers import (
     SndfileStream,
     ffmpeg_container,
     missing_bytes,
-    skip_id3,
+    without_id3,
 )
 from blsp.data.files import write_atomically
 
@@ -301,9 +301,7 @@ def _open_stream(source: FileSource | BinaryIO, name: str) -> AudioStream:
     remedy = "wav, flac, ogg, opus, mp3, m4a, webm, aac, amr and wma are read, others must be converted first"
     with _naming(f"{name}: cannot be read as audio (REASON); {remedy}"):
         if isinstance(source, (bytes, bytearray, memoryview)):
-            tags = skip_id3(io.BytesIO(source))
-            is_wav = source[tags : tags + 4] == b"RIFF"  # libsndfile would read its end short by the tags
-            source = io.BytesIO(source[tags:] if is_wav else source)
+            source = io.BytesIO(source)
         if isinstance(source, (str, os.PathLike)):
             size = _file_size(Path(source), name)
             with open(source, "rb") as opened:
@@ -316,8 +314,10 @@ def _open_stream(source: FileSource | BinaryIO, name: str) -> AudioStream:
 
 
 def _open_decoder(file: BinaryIO, source: str | BinaryIO, size: int, name: str) -> AudioStream:
+    wav, size = without_id3(file, size)
+    file, source = (wav, wav) if wav else (file, source)
     container = ffmpeg_container(file, size)
-    missing = 0 if container else missing_bytes(file, size)
+    missing = missing_bytes(file, size)
     if missing:
         raise AudioError(f"{name}: truncated, {missing} bytes are missing at its end; fetch or make it again")
     file.seek(0)

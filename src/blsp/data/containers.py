@@ -6,10 +6,11 @@ Out: `ffmpeg_container(file, size)`: FFmpeg's name of the container, or None whe
 Try: ``FfmpegStream("memo.m4a", "mov").read(16000)``      # (16000, C) float32
 Flow: data/audio.py opens a file -> **containers.py** says how -> blocks of samples
 
-libsndfile does not know m4a, webm, aac, amr and wma. It believes the length that an mp3's Info frame promises, and
-guesses where there is none (FFmpeg writing into a pipe leaves it out, as on Common Voice's server). It stops at the
-end of the first stream of a chained Ogg file (RFC 3533) and of joined mp3s. And it believes the sizes in a wav header
-that was written before the recording was known. FFmpeg decodes all of these to their end. The container is chosen
+libsndfile does not know m4a, webm, aac, amr and wma, nor some codecs in wav, caf and Ogg files. It believes the length
+that an mp3's Info frame promises, also where the frames are more or fewer, and guesses where there is none (FFmpeg
+writing into a pipe leaves it out, as on Common Voice's server). It stops at the end of the first stream of a chained
+Ogg file (RFC 3533) and of joined mp3s. And it believes the sizes in a wav header that was written before the recording
+was known. FFmpeg decodes all of these to their end. The container is chosen
 here by the file's first bytes, never by FFmpeg's own guessing, so that no playlist or device format is ever opened.
 
 Shapes: n samples of a block, C channels.
@@ -17,6 +18,7 @@ Shapes: n samples of a block, C channels.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -31,6 +33,9 @@ SCANNED_OGG = 1 << 23  # bytes of an Ogg file whose pages are all looked at; of 
 OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page (RFC 3533)
 PLACEHOLDER_WAV = 10**9  # data lengths from here on are what other programs write before they know better
 MP3_SEARCH = 1 << 16  # bytes after the tags in which the first mp3 frame must begin
+MP3_FRAMES = 4  # in a row, that make an mp3 of a file which begins with other bytes
+SCANNED_MP3 = 1 << 20  # bytes of an mp3 whose frames are counted
+MP3_SLACK = 0.1  # share by which the count of a longer one may differ from what its begin lets expect
 TRAILING_TAGS = 160  # bytes of ID3v1 and padding that may follow the last mp3 frame
 READABLE = {  # containers as libsndfile and FFmpeg name them
     *("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF", "NIST"),
@@ -38,10 +43,24 @@ READABLE = {  # containers as libsndfile and FFmpeg name them
 }
 AUDIO_SUFFIXES = {  # of the files that are taken for recordings, in small letters
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph", ".caf", ".w64"),
-    *(".m4a", ".mp4", ".webm", ".aac", ".amr", ".3gp", ".wma"),
+    *(".m4a", ".mp4", ".webm", ".aac", ".amr", ".3gp", ".wma", ".m4b", ".mov", ".mka", ".mkv", ".3g2", ".awb"),
+    *(".spx", ".mp2", ".wave", ".rf64", ".aifc", ".snd"),
 }
+UNREAD_SUFFIXES = {  # of recordings that are not read
+    *(".ac3", ".eac3", ".ape", ".avi", ".dsf", ".dts", ".flv", ".gsm", ".mpc", ".ra", ".rm", ".ts", ".tta", ".wv")
+}
+END_SLACK = 0.25  # seconds by which the last packet may end before the header says so
 MOST_BAD_PACKETS = 0.1  # share of packets that may be no sound before a file counts as damaged
 ASF = bytes.fromhex("3026b2758e66cf11")
+ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the header's part that holds the file's size
+MAGICS = (  # bytes, where they are, and FFmpeg's name of the container
+    *((name, 4, "mov") for name in (b"ftyp", b"moov", b"mdat", b"wide", b"free")),
+    *((b"\x1aE\xdf\xa3", 0, "matroska"), (b"#!AMR", 0, "amr"), (ASF, 0, "asf")),
+    *((b"\xff\xf1", 0, "aac"), (b"\xff\xf9", 0, "aac")),  # ADTS: the layer bits are zero
+)
+SNDFILE_MAGICS = (b"fLaC", b"FORM", b".snd", b"RF64", b"riff", b"NIST")  # of files that libsndfile reads
+WAV_CODECS = (1, 2, 3, 6, 7, 0x11, 0x31, 0xFFFE)  # that it reads whole: PCM, ADPCM, float, A-law, mu-law, IMA, GSM
+CAF_CODECS = (b"lpcm", b"alaw", b"ulaw")
 MP3_KILOBITS = {  # bit rates of layer III: MPEG-1 (ISO 11172-3, 2.4.2.3) and MPEG-2 (ISO 13818-3, 2.4.2.3)
     True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
@@ -50,23 +69,22 @@ MP3_KILOBITS = {  # bit rates of layer III: MPEG-1 (ISO 11172-3, 2.4.2.3) and MP
 
 def ffmpeg_container(raw: BinaryIO, size: int) -> str | None:
     """FFmpeg's name of the container of a file of `size` bytes, or None where libsndfile is the better reader."""
-    raw.seek(0)
-    head = raw.read(16)
-    if head[4:8] == b"ftyp":
-        return "mov"
-    if head[:4] == b"\x1aE\xdf\xa3":
-        return "matroska"
-    if head[:5] == b"#!AMR":
-        return "amr"
-    if head[:8] == ASF:
-        return "asf"
-    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
-        return "wav" if _has_placeholder_size(raw, size) else None
+    begin = skip_id3(raw)
+    raw.seek(begin)
+    head = raw.read(36)
+    for magic, offset, container in MAGICS:
+        if head[offset:].startswith(magic):
+            return container
+    if head[:4] == b"RIFF":
+        if head[8:12] != b"WAVE":
+            return None
+        return "wav" if _has_placeholder_size(raw, size) or _wav_codec(raw, size) not in WAV_CODECS else None
     if head[:4] == b"OggS":
-        return "ogg" if _is_chained(raw, size) else None
-    if head[:2] in (b"\xff\xf1", b"\xff\xf9"):  # ADTS: the layer bits are zero
-        return "aac"
-    return _mp3_without_true_length(raw, size, head)
+        known = head[28:].startswith((b"\x01vorbis", b"OpusHead"))  # not FLAC, Speex
+        return "ogg" if not known or _is_chained(raw, size) else None
+    if head[:4] == b"caff":
+        return None if head[28:32] in CAF_CODECS else "caf"
+    return None if head[:4] in SNDFILE_MAGICS else _mp3_without_true_length(raw, size, begin)
 
 
 def skip_id3(raw: BinaryIO) -> int:
@@ -83,19 +101,39 @@ def skip_id3(raw: BinaryIO) -> int:
         skipped += 10 + size + (10 if head[5] & 0x10 else 0)
 
 
+def without_id3(raw: BinaryIO, size: int) -> tuple[BinaryIO | None, int]:
+    """A wav file without the tags before it, and its size; None where there are none.
+
+    libsndfile would read its end short by the tags, and FFmpeg not read it.
+    """
+    begin = skip_id3(raw)
+    raw.seek(begin)
+    if not begin or raw.read(4) != b"RIFF":
+        return None, size
+    raw.seek(begin)
+    return io.BytesIO(raw.read()), size - begin
+
+
 def _has_placeholder_size(raw: BinaryIO, size: int) -> bool:
     """Whether a wav's data length was written before the recording was known."""
-    begin, length = _wav_data(raw, size)
+    begin, length = _wav_chunk(raw, size, b"data")
     return length is not None and begin < size and (length == 0 or PLACEHOLDER_WAV <= length < STREAMED_WAV)
 
 
-def _wav_data(raw: BinaryIO, size: int) -> tuple[int, int | None]:
-    """First byte and length of a wav's data chunk, as its header says; without one, the end of its chunks and None."""
+def _wav_codec(raw: BinaryIO, size: int) -> int:
+    """The number of a wav's codec (WAVE_FORMAT_...)."""
+    begin, length = _wav_chunk(raw, size, b"fmt ")
+    raw.seek(begin)
+    return int.from_bytes(raw.read(2), "little") if length else 1
+
+
+def _wav_chunk(raw: BinaryIO, size: int, wanted: bytes) -> tuple[int, int | None]:
+    """First byte and length of a wav's chunk, as its header says; without one, the end of its chunks and None."""
     chunk = 12  # after RIFF, length, WAVE
     while chunk + 8 <= size:
         raw.seek(chunk)
         tag, length = struct.unpack("<4sI", raw.read(8))
-        if tag == b"data":
+        if tag == wanted:
             return chunk + 8, length
         chunk += 8 + length + length % 2  # chunks begin at even bytes
     return chunk, None
@@ -118,40 +156,52 @@ def _is_chained(raw: BinaryIO, size: int) -> bool:
     return begun > 1
 
 
-def _mp3_without_true_length(raw: BinaryIO, size: int, head: bytes) -> str | None:
+def _mp3_without_true_length(raw: BinaryIO, size: int, begin: int) -> str | None:
     """FFmpeg's name of mp3, where the first frame does not tell the file's true length; None for all other files."""
-    if head[:3] != b"ID3" and not (len(head) > 1 and head[0] == 0xFF and head[1] >= 0xE0):
-        return None
-    begin = skip_id3(raw)
     raw.seek(begin)
-    data = raw.read(MP3_SEARCH)
-    if data[:4] in (b"RIFF", b"fLaC", b"OggS", b"FORM"):
-        return None  # tags before another format
-    at = next((i for i in range(len(data) - 4) if _is_mp3_frame(data, i)), None)
+    data = raw.read(SCANNED_MP3)
+    starts = begin > 0 or (data[:1] == b"\xff" and data[1:2] >= b"\xe0")
+    wanted = 2 if starts else MP3_FRAMES
+    search = range(min(len(data), MP3_SEARCH) - 4)
+    at = next((i for i in search if data[i] == 0xFF and _is_mp3(data, i, wanted)), None)
     if at is None:
         return None
     # Layout of the first frame: 4 bytes header, 9 to 32 bytes side information, then "Xing" or "Info", flags,
-    # the number of frames, and the number of bytes from this frame to the end.
+    # the number of the other frames, and the number of bytes from this frame to the end.
     mpeg1, mono = data[at + 1] & 0x08, data[at + 3] >> 6 == 3
     side = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
     info = data[at + 4 + side : at + 4 + side + 16]
-    if info[:4] in (b"Xing", b"Info") and len(info) == 16 and info[7] & 3 == 3:
-        promised = int.from_bytes(info[12:16], "big")
-        if size - begin - at - promised <= TRAILING_TAGS:
-            return None  # all of the file, or a truncated one, which libsndfile's length gives away
-    return "mp3"
+    if not starts or info[:4] not in (b"Xing", b"Info") or len(info) < 16 or info[7] & 3 != 3:
+        return "mp3"
+    frames, length = struct.unpack(">II", info[8:16])
+    if size - begin - at - length > TRAILING_TAGS:
+        return "mp3"
+    first = at + _mp3_frame_bytes(data[at : at + 4])
+    counted, end = _mp3_frames(data, first)
+    if begin + len(data) < size:  # a long file: what its begin lets expect
+        is_wrong = abs(counted * (at + length - first) - frames * (end - first)) > MP3_SLACK * frames * (end - first)
+    else:
+        is_wrong = counted != frames and end >= at + length
+    return "mp3" if is_wrong else None  # None: or a truncated file, which libsndfile's length gives away
 
 
-def _is_mp3_frame(data: bytes, at: int) -> bool:
-    """Whether a frame of layer III begins at `at` and another one, or nothing, where it ends."""
-    length = _mp3_frame_bytes(data[at : at + 4])
-    follower = data[at + length : at + length + 4]
-    return length > 0 and (len(follower) < 4 or _mp3_frame_bytes(follower) > 0)
+def _is_mp3(data: bytes, at: int, frames: int) -> bool:
+    """Whether so many frames of layer III follow each other from `at` on, or fewer at the end of the file."""
+    count, end = _mp3_frames(data, at, frames)
+    return count == frames or (count > 0 and end > len(data) - 4)
+
+
+def _mp3_frames(data: bytes, at: int, most: int = 1 << 30) -> tuple[int, int]:
+    """How many frames follow each other from `at` on, `most` of them counted, and where the last one ends."""
+    count = 0
+    while count < most and (length := _mp3_frame_bytes(data[at : at + 4])):
+        count, at = count + 1, at + length
+    return count, at
 
 
 def _mp3_frame_bytes(header: bytes) -> int:
     """Length of the layer III frame with this header of four bytes; 0 where it is none."""
-    if header[0] != 0xFF or header[1] >> 5 != 7 or header[1] >> 1 & 3 != 1:
+    if len(header) < 4 or header[0] != 0xFF or header[1] >> 5 != 7 or header[1] >> 1 & 3 != 1:
         return 0  # sync word, layer
     version, bitrate, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
     if version == 1 or bitrate in (0, 15) or rate == 3:
@@ -162,14 +212,20 @@ def _mp3_frame_bytes(header: bytes) -> int:
 
 
 def missing_bytes(file: BinaryIO, size: int) -> int:
-    """Bytes by which a wav, aiff or ogg file ends before its own container says so; 0 where it is whole."""
+    """Bytes by which a wav, aiff, ogg or wma file ends before its own container says so; 0 where it is whole."""
     file.seek(0)
     head = file.read(12)
     if head[:4] == b"RIFF" and head[8:] == b"WAVE":
-        begin, length = _wav_data(file, size)
-        return 0 if length is not None and length >= STREAMED_WAV else max(0, begin + (length or 0) - size)
+        begin, length = _wav_chunk(file, size, b"data")
+        unknown = length is not None and length >= PLACEHOLDER_WAV
+        return 0 if unknown else max(0, begin + (length or 0) - size)
     if head[:4] == b"FORM" and len(head) == 12:
         return max(0, struct.unpack(">I", head[4:8])[0] + 8 - size)
+    if head[:8] == ASF:
+        file.seek(0)
+        header = file.read(MP3_SEARCH)
+        at = header.find(ASF_FILE) + 40  # after 16 bytes of name, 8 of length, 16 of the file's own name
+        return max(0, int.from_bytes(header[at : at + 8], "little") - size) if at >= 40 else 0
     return max(0, _missing_ogg_bytes(file, size)) if head[:4] == b"OggS" else 0
 
 
@@ -215,9 +271,12 @@ class FfmpegStream:
             format="fltp", layout=self._container.streams.audio[0].layout, rate=self.samplerate
         )
         bad = total = 0
+        last = 0.0  # seconds at which the last packet ends
         try:
             for packet in self._container.demux(audio=0):
                 total += 1
+                if packet.pts is not None:
+                    last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 try:
                     frames = packet.decode()
                 except av.error.InvalidDataError:  # a tag between two joined recordings, for one
@@ -231,6 +290,18 @@ class FfmpegStream:
             raise ValueError(f"FFmpeg: {error.strerror or error}") from error
         if bad > MOST_BAD_PACKETS * total:
             raise ValueError(f"FFmpeg: {bad} of {total} packets cannot be decoded")
+        if (promised := self._promised()) > last + END_SLACK:
+            raise ValueError(f"its header promises {promised:.3f} s but it ends at {last:.3f} s")
+
+    def _promised(self) -> float:
+        """Seconds that the header of an mp4 or webm file promises; 0 where it promises none."""
+        if self.format not in ("MOV", "MATROSKA"):
+            return 0.0
+        audio = self._container.streams.audio[0]
+        if audio.duration is not None:
+            return float(audio.duration * audio.time_base)
+        is_alone = len(self._container.streams) == 1  # a film may be longer than its sound
+        return (self._container.duration or 0) / 1e6 if is_alone else 0.0
 
     def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
         """At most `frames` further frames (n, C); none at the end."""

@@ -24,7 +24,7 @@ from typing import Any
 import fsspec
 
 from blsp.data.addresses import is_url
-from blsp.data.containers import AUDIO_SUFFIXES
+from blsp.data.containers import AUDIO_SUFFIXES, UNREAD_SUFFIXES
 from blsp.data.corpora.reading import (
     Corpus,
     CorpusError,
@@ -72,6 +72,8 @@ def _pairs(root: Path, folder: Path, language: str | None) -> Rows:
             yield Dropped(os.fsencode(id).decode("utf-8", "backslashreplace"), name, "file name: it is not UTF-8")
         elif not texts:
             yield Dropped(id, name, f"no transcript: {path.with_suffix(TEXT_SUFFIXES[0]).name} is missing")
+        elif path.suffix.lower() in UNREAD_SUFFIXES:
+            yield Dropped(id, name, f"format: {path.suffix} files are not read; convert it to wav or flac")
         elif (first := last.setdefault(id, path)) != path:
             yield Dropped(id, name, f"two recordings of one name: {first.name} is taken")
         else:
@@ -94,9 +96,10 @@ def _recordings(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
         paths = [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
         texts = {(path.stem, path.suffix.lower()): path for path in paths}
         for path in paths:
-            if path.suffix.lower() in AUDIO_SUFFIXES:
-                candidates = (texts.get((path.stem, suffix)) for suffix in TEXT_SUFFIXES)
-                yield path, [text for text in candidates if text]
+            candidates = (texts.get((path.stem, suffix)) for suffix in TEXT_SUFFIXES)
+            found = [text for text in candidates if text]
+            if path.suffix.lower() in AUDIO_SUFFIXES or (found and path.suffix.lower() in UNREAD_SUFFIXES):
+                yield path, found
 
 
 # --- Kaldi ------------------------------------------------------------------------------------------------
