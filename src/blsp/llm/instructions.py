@@ -2,12 +2,12 @@
 
 In:  a behaviour's name: continue, repeat, answer, keywords, translate:<language>.
 Out: the instruction that the LLM gets beside a transcript (step 1) or beside speech (step 2, inference).
-Try: `instruction_for("translate:de")` -> 'Please translate the following text into German.'
+Try: `instruction_for("translate:de")` -> 'Translate the following text into German. …'
 Flow: **instructions.py** → prompt.py; step 1 asks with these texts, training, the judge and the commands take them too.
 
 The same words stand beside the transcript and beside the speech, so no text says "audio" or "transcript", which
 would be false on one of the two routes. `continue` is the paper's (arXiv 2309.00916), word for word. The others were
-chosen on text alone, for the smallest LLM we ship with (docs/log.md, "Wording of the instructions").
+chosen on text alone, `translate` for the LLM of blsp-small, the rest for the smallest one (docs/log.md).
 """
 
 NO_SPEECH_SENTENCE = "I could not hear any speech."  # the answer where a clip holds no speech
@@ -17,7 +17,7 @@ BEHAVIOURS: dict[str, str] = {
     "repeat": "Please repeat the following words:",
     "answer": "Answer the following question in one short sentence:",
     "keywords": "List the keywords of the following text, separated by commas:",
-    "translate": "Please translate the following text into {language}.",
+    "translate": "Translate the following text into {language}. Write only the translation:",
 }
 
 # ISO 639-1 codes of the languages in the paper's tasks, CoVoST 2, MuST-C and FLEURS' larger ones

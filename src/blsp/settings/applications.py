@@ -131,7 +131,7 @@ class GenerateSettings:
     llm: Llm = None
     rescore: Rescore = None
     instruction: str | None = None
-    """what to do, e.g. "Please translate the following audio into German text."; without: answer"""
+    """what to do, e.g. "Translate the following text into German. Write only the translation:"; without: answer"""
     order: Order = "instruction-first"
     """the position of the speech: after the instruction (paper) or before it; use the order of the training"""
     max_new_tokens: int = 128
