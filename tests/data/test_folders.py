@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 from support.corpus_copies import RATE, encoded_tone
+from support.shard_copies import tar
 
 from blsp import cli
 from blsp.data.audio import load_audio
+from blsp.data.corpora.reading import CorpusError
 from blsp.data.files import read_rows
 from blsp.data.manifest import Manifest
+from blsp.data.prepare import prepare
+from blsp.settings import PrepareSettings
 
 CLIP = Path(__file__).parents[1] / "clips" / "hello.wav"
 
@@ -106,3 +112,66 @@ def test_a_wav_in_a_kaldi_ark_and_a_pipe_that_is_not_run(tmp_path: Path) -> None
     assert [len(load_audio(row.audio)) for row in Manifest(tmp_path / "m.jsonl")] == [16_000, 8_000] and len(rows) == 2
     assert "'sox a.wav -t wav - |' is a command" in reasons["u3"]
     assert "no wav of a known length begins at byte 1" in reasons["u4"]
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts", "broken"),
+    [
+        ("bom.csv", '\ufeffpath,sentence\r\na.wav,"two\r\nlines, ""quoted"""\r\n', ['two\r\nlines, "quoted"'], {}),
+        ("capitals.csv", "Audio,Transcription\na.wav,one\n", ["one"], {}),
+        ("quote.csv", 'path,text\na.wav,a "b"\n', ['a "b"'], {}),
+        ("open.csv", 'path,text\na.wav,"open\na.wav,two\n', ["two"], {"open.csv:2": "unexpected end"}),
+        ("odd.csv", 'path,text\na.wav,"open\na.wav,two\na.wav,"x"\na.wav,"a" b\na.wav,"c"\n', ["two", "x", "c"],
+         {"odd.csv:2": "expected after", "odd.csv:5": "expected after"}),
+        ("long.csv", 'path,text\na.wav,"open\n' + "a.wav,two words\n" * 9000, ["two words"] * 9000,
+         {"long.csv:2": "field larger"}),
+        ("lone.tsv", 'path\ttext\na.wav\t"lone\n', ['"lone'], {}),
+        ("rows.jsonl", '\ufeff{"audio": "a.wav", "text": "one"}\n{broken\n', ["one"], {"rows.jsonl:2": "is not JSON"}),
+    ],
+)  # fmt: skip
+def test_tables_as_people_have_them(
+    name: str, content: str, texts: list[str], broken: dict[str, str], tmp_path: Path
+) -> None:
+    """A row that is broken is one row: those after it are read."""
+    (tmp_path / name).write_bytes(content.encode())
+    rows, left_out = prepared(tmp_path / name, tmp_path / "out.jsonl", Path(name).suffix[1:])
+    assert [row["text"] for row in rows] == texts
+    assert left_out.keys() == broken.keys() and all(reason in left_out[where] for where, reason in broken.items())
+
+
+def test_a_table_that_is_compressed_and_one_that_is_an_array(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"audio": "a.wav", "text": "one"}\n'))
+    ((row,), _) = prepared(tmp_path / "a.jsonl.gz", tmp_path / "out.jsonl", "jsonl")
+    assert row["text"] == "one"
+    (tmp_path / "b.json").write_text('[{"audio": "a.wav", "text": "one"}]')
+    with pytest.raises(CorpusError, match=r"b\.json: is a JSON array; write one object a line"):
+        prepare(PrepareSettings("jsonl", tmp_path / "b.jsonl", root=str(tmp_path / "b.json")))
+
+
+def test_the_end_of_a_segment_gives_its_duration(tmp_path: Path) -> None:
+    """Without it, a word would stand under all that follows."""
+    rows = ["1,a.wav,0.5,2.25,one", "2,a.wav,,0.5,two", "3,a.wav,2,1,three", "4,a.wav,1,,four"]
+    (tmp_path / "a.csv").write_text("\n".join(["id,path,start,end,text", *rows]))
+    found, left_out = prepared(tmp_path / "a.csv", tmp_path / "out.jsonl", "csv")
+    times = [(row.get("start"), row.get("duration")) for row in found]
+    assert times == [(0.5, 1.75), (None, 0.5), (1.0, None)]
+    assert left_out == {"3": "no time: end is 1 seconds, and start 2"}
+
+
+def test_a_parquet_file_that_is_none_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 no table PAR1")
+    with pytest.raises(CorpusError, match=r"train\.parquet: damaged, or no Parquet or Arrow file"):
+        prepare(PrepareSettings("hf", tmp_path / "out.jsonl", root=str(tmp_path)))
+
+
+def test_a_broken_line_of_a_shar_is_one_row(tmp_path: Path) -> None:
+    said = {"id": "a", "start": 0.0, "duration": 1.0, "text": "one"}
+    cut = json.dumps({"id": "a", "duration": 1.0, "supervisions": [said]}).encode()
+    (tmp_path / "cuts.000000.jsonl.gz").write_bytes(gzip.compress(b"{broken\n" + cut + b"\n"))
+    tar(tmp_path / "recording.000000.tar", [("a.wav", CLIP.read_bytes())])
+    ((row,), left_out) = prepared(tmp_path, tmp_path / "out.jsonl", "shar")
+    assert row["text"] == "one" and "is not JSON" in left_out["cuts.000000.jsonl.gz:1"]

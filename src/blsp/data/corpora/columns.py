@@ -29,8 +29,9 @@ Values = dict[str, Any]
 
 
 def find_column(asked: str | None, known: Sequence[str], columns: Sequence[str], flag: str, source: Path | str) -> str:
-    """The column that the flag names, or the first one with a known name."""
-    name = asked if asked is not None else next((name for name in known if name in columns), None)
+    """The column that the flag names, or the first one with a known name, in small or capital letters."""
+    spelt = {column.strip().lower(): column for column in reversed(columns)}
+    name = asked if asked is not None else next((spelt[name] for name in known if name in spelt), None)
     if name in columns:
         return str(name)
     problem = f"no column {name!r}" if name else f"which column is it? Say {flag}"
@@ -48,7 +49,8 @@ def table_row(
     if folder is not None and not is_url(audio) and not audio.startswith("data:"):
         audio = os.path.join(folder, audio)
     times: dict[str, Any] = {}
-    for name in ("start", "duration"):
+    names = ("start", "duration", "end") if "start" in values else ("start", "duration")
+    for name in names:
         if (given := values.get(name)) not in (None, ""):
             try:
                 times[name] = float(given)
@@ -56,8 +58,12 @@ def table_row(
                 return Dropped(id, audio, f"no time: {name} is {given!r}, which is no number of seconds")
             if not 0 <= times[name] < 1e9:
                 return Dropped(id, audio, f"no time: {name} is {given!r} seconds")
+    if (end := times.pop("end", None)) is not None:
+        if end <= times.get("start", 0.0):
+            return Dropped(id, audio, f"no time: end is {end:g} seconds, and start {times.get('start', 0.0):g}")
+        times.setdefault("duration", round(end - times.get("start", 0.0), 6))
     reference_column = request.reference_column or "reference"
-    taken = {"id", audio_column, text_column, reference_column, "start", "duration", "language", "speaker"}
+    taken = {"id", audio_column, text_column, reference_column, *names, "language", "speaker"}
     fields: dict[str, Any] = {
         "language": iso(request.language or first_text(values, LANGUAGE_COLUMNS)),
         "speaker": first_text(values, SPEAKER_COLUMNS),

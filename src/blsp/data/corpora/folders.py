@@ -230,20 +230,28 @@ def _find(root: Path, kind: str, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def objects_of(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of a .jsonl or .jsonl.gz file, which may be behind a URL."""
+def objects_of(path: Path | str) -> Iterator[tuple[str, dict[str, Any] | Dropped]]:
+    """("file:line", object) of a .jsonl or .jsonl.gz file, which may be behind a URL; `Dropped` for a broken line."""
     try:
         with fsspec.open(str(path), "rb", compression="infer") as lines:
             for line, raw in enumerate(lines, start=1):
-                if raw.strip():
-                    yield f"{path}:{line}", parse_row(raw, f"{path}:{line}")
-    except (ManifestError, OSError, EOFError, zlib.error) as error:
+                where = f"{path}:{line}"
+                try:
+                    if raw.strip():
+                        yield where, parse_row(raw, where)
+                except ManifestError as error:
+                    name = where.rpartition("/")[2]
+                    yield where, Dropped(name, "", f"broken row: {str(error).removeprefix(where + ': ')}")
+    except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"{error}" if str(path) in str(error) else f"{path}: damaged ({error})") from error
 
 
 def _from_cuts(path: Path) -> Rows:
     """A cut's supervisions; their times count from the cut's start."""
     for where, cut in objects_of(path):
+        if isinstance(cut, Dropped):
+            yield cut
+            continue
         recording = cut.get("recording")
         if not isinstance(recording, dict):
             kind = cut.get("type", "no recording")
@@ -255,9 +263,13 @@ def _from_cuts(path: Path) -> Rows:
 
 
 def _from_supervisions(recordings: Path, supervisions: Path) -> Rows:
-    listed = ((str(recording.get("id")), json.dumps(recording)) for _, recording in objects_of(recordings))
+    whole = (recording for _, recording in objects_of(recordings) if not isinstance(recording, Dropped))
+    listed = ((str(recording.get("id")), json.dumps(recording)) for recording in whole)
     with Lookup(listed) as known:
         for where, supervision in objects_of(supervisions):
+            if isinstance(supervision, Dropped):
+                yield supervision
+                continue
             recording = known.get(str(supervision.get("recording_id")))
             if recording is None:
                 reason = f"no recording: {supervision.get('recording_id')} is not in {recordings.name}"

@@ -13,6 +13,7 @@ Arrow file (data/addresses.py); where it names a file, the row names that file. 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _row(id: str, row: Values, columns: tuple[str, str], request: ReadRequest) -
     if row[columns[0]] is None:
         return Dropped(id, "", "no audio file: the row holds neither bytes nor a local path")
     kept = {name: value for name, value in row.items() if name in columns or _is_plain(value)}
-    for name in ("id", "start", "duration", "instruction", "reference"):
+    for name in ("id", "start", "duration", "end", "instruction", "reference"):
         if name in kept and name not in columns and name != request.reference_column:
             kept[f"source_{name}"] = kept.pop(name)
     request = replace(request, reference_column=request.reference_column or "")
@@ -112,10 +113,17 @@ def _is_plain(value: object) -> bool:
 
 def _stored(datasets: Any, files: list[str]) -> tuple[Any, dict[str, Any]]:
     """Rows of Parquet or Arrow files, in which the audio column is an address; and the features of their columns."""
+    import pyarrow
     from pyarrow import ipc, parquet
 
-    def opened(file: str) -> Any:
-        return open_url(file) if is_url(file) else open(file, "rb")
+    @contextmanager
+    def opened(file: str) -> Iterator[Any]:
+        try:
+            with open_url(file) if is_url(file) else open(file, "rb") as source:
+                yield source
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise CorpusError(f"{file}: damaged, or no Parquet or Arrow file ({reason}); fetch it again") from error
 
     def rows(audio: str) -> Iterator[Values]:
         for file in files:

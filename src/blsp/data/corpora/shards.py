@@ -111,7 +111,9 @@ def _sample(id: str, path: str, files: dict[str, Member], request: ReadRequest) 
     except ValueError as error:  # of UTF-8 and of JSON
         return Dropped(id, path, f"transcript: {error}")
     # `start` and `duration` tell where the sample was cut from: it is whole here
-    given = {f"source_{name}" if name in ("start", "duration") else name: value for name, value in values.items()}
+    given = {
+        f"source_{name}" if name in ("start", "duration", "end") else name: value for name, value in values.items()
+    }
     return table_row(id, given | {"id": id, "audio": audio.address}, ("audio", column), request)
 
 
@@ -130,6 +132,9 @@ def shar(request: ReadRequest) -> Rows:
         yield from (member for member in members if isinstance(member, Dropped))
         audio = {_without_ending(m.name): m for m in members if isinstance(m, Member) and m.content is None}
         for where, cut in objects_of(path):
+            if isinstance(cut, Dropped):
+                yield cut
+                continue
             try:
                 yield from _cut_rows(cut, audio, path)
             except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -5,7 +5,8 @@ Out: utterances, one at a time.
 Try: `blsp prepare csv --root clips.csv --audio-column path --text-column sentence --out clips.jsonl`
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
-Columns that are called as a field of a manifest mean that field; others are kept. Audio may be any address
+Columns that are called as a field of a manifest mean that field (`end` beside `start` gives the duration); others are
+kept. Audio may be any address
 (data/addresses.py), relative to the table's folder. NeMo's layout: docs.nvidia.com/nemo-framework, "Preparing
 Custom ASR Data" and "Tarred Datasets" (`shard_id`, and audio_0.tar beside the manifest).
 """
@@ -14,8 +15,12 @@ from __future__ import annotations
 
 import csv
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self, TextIO
+
+import fsspec
 
 from blsp.data.corpora.columns import AUDIO_COLUMNS, TEXT_COLUMNS, Values, find_column, table_row
 from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, Lookup, ReadRequest, Rows, read_table
@@ -24,6 +29,7 @@ from blsp.data.files import ManifestError, parse_row
 
 TABLE = Corpus("a table", "your own disk: a file with a row for each recording, a column of audio and one of text")
 NEMO = Corpus("a NeMo manifest", "https://docs.nvidia.com/nemo-framework (its layout)")
+BOM = b"\xef\xbb\xbf"
 Numbered = Iterator[tuple[int, Values | Dropped]]  # line number, cells by column
 
 
@@ -75,35 +81,68 @@ def _files(request: ReadRequest, *suffixes: str) -> list[Path]:
 
 
 def _read_csv(path: Path) -> Numbered:
+    """A row that is broken, as by a quotation mark that nobody closes, is one line: reading goes on with the next."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as lines:
-            header = lines.readline()
-            lines.seek(0)
-            reader = csv.reader(lines, delimiter=";" if header.count(";") > header.count(",") else ",")
-            names = next(reader, [])
-            first = reader.line_num + 1
-            for cells in reader:
-                where = f"{path.name}:{first}" if first == reader.line_num else f"{path.name}:{first}-{reader.line_num}"
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            file.seek(0)
+            comma = ";" if header.count(";") > header.count(",") else ","
+            lines = _RowLines(file)
+            names = next(csv.reader(lines, delimiter=comma), [])
+            reader = csv.reader(lines, delimiter=comma, strict=True)
+            first = 1 + len(lines.row)
+            while True:
+                lines.row.clear()
+                try:
+                    cells = next(reader, None)
+                except csv.Error as error:
+                    yield first, Dropped(f"{path.name}:{first}", "", f"broken row: {error}")
+                    lines.again += reversed(lines.row[1:])
+                    reader = csv.reader(lines, delimiter=comma, strict=True)
+                    first += 1
+                    continue
+                if cells is None:
+                    return
+                last = first + len(lines.row) - 1
                 if len(cells) == len(names):
                     yield first, dict(zip(names, cells, strict=True))
                 elif cells:
+                    where = f"{path.name}:{first}" if first == last else f"{path.name}:{first}-{last}"
                     yield first, Dropped(where, "", f"broken row: {len(cells)} cells under {len(names)} columns")
-                first = reader.line_num + 1
+                first = last + 1
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: is not UTF-8 ({error.reason}); save the table as UTF-8") from error
-    except csv.Error as error:
-        raise CorpusError(f"{path}: cannot be read as CSV ({error})") from error
+
+
+class _RowLines:
+    """The lines of a file. `row`: those read since it was cleared; `again`: to be read once more, from the last on."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.row, self.again = file, list[str](), list[str]()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = self.again.pop() if self.again else next(self.file)
+        self.row.append(line)
+        return line
 
 
 def _read_jsonl(path: Path) -> Numbered:
-    with open(path, "rb") as lines:
-        for line, raw in enumerate(lines, start=1):
-            where = f"{path.name}:{line}"
-            try:
-                if raw.strip():
-                    yield line, parse_row(raw.removeprefix(b"\xef\xbb\xbf"), where)
-            except ManifestError as error:
-                yield line, Dropped(where, "", f"broken row: {str(error).removeprefix(where + ': ')}")
+    try:
+        with fsspec.open(str(path), "rb", compression="infer") as lines:
+            for line, raw in enumerate(lines, start=1):
+                where = f"{path.name}:{line}"
+                if line == 1 and raw.removeprefix(BOM).lstrip().startswith(b"["):
+                    raise CorpusError(f"{path}: is a JSON array; write one object a line: jq -c '.[]' {path.name}")
+                try:
+                    if raw.strip():
+                        yield line, parse_row(raw.removeprefix(BOM), where)
+                except ManifestError as error:
+                    yield line, Dropped(where, "", f"broken row: {str(error).removeprefix(where + ': ')}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path}: damaged ({error})") from error
 
 
 def _rows(path: Path, rows: Numbered, request: ReadRequest) -> Rows:
