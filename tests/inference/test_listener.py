@@ -10,9 +10,10 @@ import pytest
 import torch
 from support.tiny_models import speech_like
 
+from blsp.cli import parse
 from blsp.data.audio import AudioError, write_wav
 from blsp.evaluation.tasks import Task
-from blsp.inference.listener import PREFIXES_KEPT, Listener, Question
+from blsp.inference.listener import PREFIXES_KEPT, Listener, Question, load, load_options
 from blsp.llm.decoding import Request, Result, decode
 from blsp.llm.language_model import embed
 from blsp.model.checkpoint import CheckpointError
@@ -139,3 +140,12 @@ def test_answers_have_the_papers_128_tokens(listener_of) -> None:
     assert "".join(listener.stream(speech_like(0.5))) == answer
     assert GenerateSettings(manifest="in.jsonl", out=Path("out.jsonl")).max_new_tokens == 128
     assert Task("t", "chat", "in.jsonl").max_new_tokens == 128
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("auto", False), ("always", True), ("never", False)])
+def test_the_flag_says_whether_the_llm_chooses(pair_of, monkeypatch, flag: str, expected: bool) -> None:
+    model, processor = pair_of("grounded")
+    monkeypatch.setattr(model.config, "rescore", flag == "never")
+    monkeypatch.setattr("blsp.inference.listener.load_blsp", lambda *_: (model, processor))
+    settings = parse("generate", ["--manifest", "m", "--out", "o", "--rescore", flag])
+    assert load("any", **load_options(settings)).model.config.rescore is expected

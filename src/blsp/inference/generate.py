@@ -47,8 +47,9 @@ def generate(settings: GenerateSettings) -> None:
     """Answer the rows of `settings.manifest` that `settings.out` does not hold yet."""
     rows = Manifest(settings.manifest)
     total = len(rows) if settings.limit is None else min(settings.limit, len(rows))
-    names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed", "weights", "rescore")
+    names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed", "weights")
     header = {name: getattr(settings, name) for name in names}
+    header["rescore"] = None if settings.rescore == "auto" else settings.rescore  # as in headers of before the flag
     with Job(settings.out) as job:
         job.begin(header | {"model_sha256": model_digest(settings.model)})
         inputs = (name_relative(row.to_json(), settings.out.parent) for row in islice(rows, total))

@@ -195,17 +195,17 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     weights: str | None = None,
-    rescore: bool | None = None,
+    rescore: str | None = "auto",
 ) -> Listener:
     """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default).
 
     audio_model, llm: where the adapter's encoder and LLM lie now, if not where its config.json says. weights: the
-    format of the LLM's weights (bfloat16, int8 or int4) if not `dtype`. rescore: whether the LLM is given its own
-    choice among the likeliest read-outs, if not as the config.json says.
+    format of the LLM's weights (bfloat16, int8 or int4) if not `dtype`. rescore: `always` or `never` give the LLM its
+    own choice among the likeliest read-outs; otherwise the config.json decides.
     """
     loaded, processor = load_blsp(model, find_runtime(device, dtype, weights), audio_model, llm)
-    if rescore is not None:
-        loaded.config.rescore = rescore
+    if rescore in ("always", "never"):
+        loaded.config.rescore = rescore == "always"
     return Listener(loaded, processor)
 
 

@@ -64,7 +64,7 @@ class EvaluateSettings:
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
-    rescore: Rescore = None
+    rescore: Rescore = "auto"
     suite: str | None = None
     """a named set of tasks, e.g. tiny"""
     task: tuple[str, ...] = ()
@@ -129,7 +129,7 @@ class GenerateSettings:
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
-    rescore: Rescore = None
+    rescore: Rescore = "auto"
     instruction: str | None = None
     """what to do, e.g. "Translate the following text into German. Write only the translation:"; without: answer"""
     order: Order = "instruction-first"
@@ -256,7 +256,7 @@ class ChatSettings:
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
-    rescore: Rescore = None
+    rescore: Rescore = "auto"
     system: str | None = None
     """a system message for the whole conversation"""
     max_new_tokens: int = 256

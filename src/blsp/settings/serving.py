@@ -52,7 +52,7 @@ class ServeSettings:
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
-    rescore: Rescore = None
+    rescore: Rescore = "auto"
     host: str = "127.0.0.1"
     """the address to listen on"""
     port: int = 8000

@@ -62,9 +62,9 @@ LlmWeights = Annotated[
     "memory is slow (pip install 'blsp[quant]'); without: as --dtype",
 ]
 Rescore = Annotated[
-    bool | None,
+    Literal["auto", "always", "never"],
     "give the LLM its own choice among the adapter's likeliest read-outs: fewer words are misheard, the answer begins "
-    "later; without: as the adapter's config.json says",
+    "later; auto: as the adapter's config.json says",
 ]
 ConfigFile = Annotated[Path | None, "a YAML file with these same flags"]
 Limit = Annotated[int | None, "read only this many rows"]
