@@ -196,3 +196,46 @@ def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("3") == 2  # the ranks may write into one line
+
+
+SHARED = """
+from pathlib import Path
+from blsp import cli
+home = Path({home!r})
+flags = ["--model", str(home / "adapter"), "--batch-size", "2", "--dtype", "float32", "--device", "cpu"]
+rows = ["--manifest", str(home / "in.jsonl"), "--out", str(home / "{out}.jsonl"), "--max-new-tokens", "4"]
+assert cli.main(["generate", *rows, *flags]) == 0
+task = ["--task", str(home / "task.yaml"), "--out", str(home / "{out}"), "--routes", "text", "speech"]
+assert cli.main(["evaluate", *task, "--bootstrap", "20", *flags]) == 0
+"""
+
+
+def test_generate_and_evaluate_share_rows(tmp_path: Path, tiny_models_folder: Path) -> None:
+    """Two ranks write the bytes of one, each row once; no rank works on rows of the other."""
+    from support.tiny_models import speech_like, tiny_blsp
+
+    from blsp.data.audio import write_wav
+    from blsp.data.manifest import write_manifest
+    from blsp.model.checkpoint import save_adapter
+
+    save_adapter(*tiny_blsp(tiny_models_folder, adapter="grounded", runtime=find_runtime("cpu")), tmp_path / "adapter")
+    rows = [{"id": f"{i}", "audio": f"{i}.wav", "text": f"word {i}"} for i in range(19)]
+    for i in range(len(rows)):
+        write_wav(tmp_path / f"{i}.wav", speech_like(0.4 + 0.1 * (i % 7), i))
+    (tmp_path / "3.wav").write_bytes(b"RIFF no wave")
+    write_manifest(tmp_path / "in.jsonl", rows)
+    (tmp_path / "task.yaml").write_text("name: mine\nkind: asr\nmanifest: in.jsonl\nlanguage: en\n")
+    for out, world in (("one", 1), ("two", 2)):
+        printed = run_ranks(SHARED.format(home=str(tmp_path), out=out), world)
+        assert all("rows answered" not in text for text in printed[1:])
+    assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 18
+    for name in ("{}.jsonl", "{}.jsonl.skipped.jsonl", "{}/samples.jsonl"):
+        assert (tmp_path / name.format("two")).read_bytes() == (tmp_path / name.format("one")).read_bytes()
+
+
+def test_a_command_that_shares_no_work_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from blsp import cli
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["transcribe", "a.wav"]) == cli.WRONG_COMMAND_LINE
+    assert "torchrun" in capsys.readouterr().err

@@ -36,6 +36,7 @@ class Command:
     module: str
     function: str
     summary: str
+    shared: bool = False  # whether the processes of one launch share its work
 
     @property
     def settings(self) -> str:
@@ -44,12 +45,12 @@ class Command:
 
 _COMMANDS = (  # in the order of the flow
     Command("prepare", "blsp.data.prepare", "prepare", "a corpus → a manifest"),
-    Command("continue", "blsp.continuation.writer", "write_continuations", "step 1: the LLM continues transcripts"),
-    Command("encode", "blsp.features.encode", "encode", "the frozen encoder's output, on disk"),
+    Command("continue", "blsp.continuation.writer", "write_continuations", "step 1: the LLM continues texts", True),
+    Command("encode", "blsp.features.encode", "encode", "the frozen encoder's output, on disk", True),
     Command("align", "blsp.features.align", "align", "when each token of the transcripts is spoken"),
-    Command("train", "blsp.training.loop", "train", "step 2: the adapter learns to listen"),
-    Command("evaluate", "blsp.evaluation.judge", "evaluate", "the same questions as text, cascade and speech"),
-    Command("generate", "blsp.inference.generate", "generate", "answer every row of a manifest"),
+    Command("train", "blsp.training.loop", "train", "step 2: the adapter learns to listen", True),
+    Command("evaluate", "blsp.evaluation.judge", "evaluate", "the same questions as text, cascade and speech", True),
+    Command("generate", "blsp.inference.generate", "generate", "answer every row of a manifest", True),
     Command("transcribe", "blsp.inference.transcribe", "transcribe", "write down the words of recordings"),
     Command("chat", "blsp.inference.chat", "chat", "chat in the terminal, with text and speech"),
     Command("serve", "blsp.serving.server", "serve", "OpenAI-compatible server and a web page"),
@@ -106,6 +107,9 @@ def _main(arguments: list[str]) -> int:
         settings = parse(name, flags)
     except (ValueError, ImportError) as error:  # SettingsError, PluginError
         return _wrong(str(error))
+    if not COMMANDS[name].shared and os.environ.get("WORLD_SIZE", "1") != "1":
+        able = ", ".join(command.name for command in COMMANDS.values() if command.shared)
+        return _wrong(f"{name} runs in one process; those that share work under torchrun are {able}")
     return run(COMMANDS[name], settings)
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import reduce
-from typing import TYPE_CHECKING
+from functools import cache, reduce
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,15 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Ranks may finish their shares hours apart. The launcher, not this time-out, notices a rank that has died.
-COLLECTIVE_TIMEOUT = timedelta(days=1)
+# Ranks may finish their shares hours apart, so a barrier is patient. In a training step they are never far apart.
+PATIENCE = timedelta(days=1)
+COLLECTIVE_MINUTES = 30.0
 WEIGHTS = ("bfloat16", "int8", "int4")  # formats of the LLM's weights (llm/quantise.py)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,16 @@ class Runtime:
     weights: str | None = None  # of the LLM, one of WEIGHTS; None: as `dtype`
 
 
-def find_runtime(device: str = "auto", dtype: str = "auto", weights: str | None = None) -> Runtime:
+def find_runtime(
+    device: str = "auto", dtype: str = "auto", weights: str | None = None, minutes: float = COLLECTIVE_MINUTES
+) -> Runtime:
     """This process's runtime; joins the other ranks when a launcher started several.
 
     `device`: "auto" (CUDA where there is one, else CPU), or any torch device. `dtype`: "auto" is bfloat16 on
     a CUDA device that computes in it, float32 otherwise (float16 overflows in some LLMs: only by name);
     "fastest" is bfloat16 on a processor that multiplies it too, where figures then depend on the processor.
-    `weights`: the format of the LLM's weights, one of WEIGHTS, if not `dtype`.
+    `weights`: the format of the LLM's weights, one of WEIGHTS, if not `dtype`. `minutes`: how long a rank waits for
+    the others in a sum before it gives up.
     """
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights {weights!r} are not known; choose one of {', '.join(WEIGHTS)}")
@@ -65,7 +73,7 @@ def find_runtime(device: str = "auto", dtype: str = "auto", weights: str | None 
     if own_device.type == "cuda":
         torch.cuda.set_device(own_device)
     if world > 1 and not dist.is_initialized():
-        _join(own_device)
+        _join(own_device, timedelta(minutes=minutes))
     return Runtime(own_device, DTYPES[dtype], rank, world, weights)
 
 
@@ -101,19 +109,20 @@ def _find_device(name: str, local: int) -> torch.device:
     return device
 
 
-def _join(device: torch.device) -> None:
+def _join(device: torch.device, timeout: timedelta) -> None:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"WORLD_SIZE is set but {' and '.join(missing)} not; start the ranks with torchrun")
     if device.type == "cuda":  # gloo beside nccl, for tensors on the CPU
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=COLLECTIVE_TIMEOUT, device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def leave(runtime: Runtime) -> None:
     """Destroy the process group, at the end of the program."""
     if runtime.world > 1 and dist.is_initialized():
+        _patient_group.cache_clear()
         dist.destroy_process_group()
 
 
@@ -125,7 +134,40 @@ def shard_rows(n: int, runtime: Runtime) -> range:
 def barrier(runtime: Runtime) -> None:
     """Wait until every rank is here."""
     if runtime.world > 1:
-        dist.barrier()
+        dist.barrier(group=_patient_group())
+
+
+@cache
+def _patient_group() -> Any:
+    """A group of all ranks, made when the first barrier is reached, that waits as long as `PATIENCE`."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def gathered(value: T) -> list[T]:
+    """The `value` of every rank, in their order, on every rank; of this process alone where no launcher started it."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first rank's `make` returns, on every rank; the others do not call it."""
+    if not dist.is_initialized():
+        return make()
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return cast(T, made[0])
+
+
+def shared(items: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
+    """`work` of each item, in order, on every rank; each rank does every world-th of them."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for start in range(0, len(items), world):
+        mine = start + rank
+        results = gathered(work(items[mine]) if mine < len(items) else None)
+        yield from cast(list[T], results[: len(items) - start])
 
 
 def sum_across(tensor: Tensor, runtime: Runtime) -> Tensor:

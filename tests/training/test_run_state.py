@@ -97,3 +97,9 @@ def test_the_window_of_a_metrics_line_adds_up_and_empties() -> None:
         progress = add_to_window(progress, loss, positions=10, padding=1)
     assert (progress.window_steps, progress.window_loss, progress.window_padding) == (2, 3.0, 2)
     assert empty_window(progress) == replace(Progress(), step=7)
+
+
+def test_another_number_of_processes_goes_on_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = environment(HERE)
+    check_environment(here | {"processes": 8}, here, tmp_path, inexact=False)
+    assert "goes on with 1 processes after 8" in capsys.readouterr().err

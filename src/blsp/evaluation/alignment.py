@@ -29,7 +29,7 @@ from torch import Tensor
 
 from blsp.data.jobs import RecordLog
 from blsp.data.manifest import Utterance
-from blsp.evaluation.answers import Answer, Answers, answer_log
+from blsp.evaluation.answers import Answer, Answers, answer_log, fill
 from blsp.evaluation.bootstrap import Figure, drawn_units, draws_of, grouped, interval, known_speakers, ratio
 from blsp.evaluation.following import Following, judge_following
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
@@ -132,16 +132,24 @@ def measure(
         route += f" baselines {recognised and sorted(recognised.items())}"
         mark = route_fingerprint(routes.speech_id, task, rows, route, batch_size)
         with RecordLog(folder / f"{task.name}.jsonl", mark, _from_row, _to_row) as log:
-            for batch in plan_batches(rows, batch_size):
-                if not all(row.id in log.records for row in batch):
-                    inputs = {"text": text_input(transcripts)(batch), "speech": routes.speech(batch)}
-                    inputs |= baseline_inputs(listener, inputs["speech"])
-                    if recognised is not None:
-                        inputs["cascade"] = text_input(recognised)(batch)
-                    log.write(compare(listener, task, batch, inputs, answers[behaviour]))
-                progress(len(batch))
+
+            def measured(
+                batch: Sequence[Utterance],
+                task: Task = task,
+                transcripts: dict[str, str] = transcripts,
+                recognised: dict[str, str] | None = recognised,
+                targets: Answers = answers[behaviour],
+            ) -> dict[str, Comparison]:
+                inputs = {"text": text_input(transcripts)(batch), "speech": routes.speech(batch)}
+                inputs |= baseline_inputs(listener, inputs["speech"])
+                if recognised is not None:
+                    inputs["cascade"] = text_input(recognised)(batch)
+                return compare(listener, task, batch, inputs, targets)
+
+            batches = list(plan_batches(rows, batch_size))
+            records = fill(log, batches, lambda row: row.id, measured, progress)
             alignment.speakers = [row.speaker for row in rows]
-            alignment.comparisons[behaviour] = {row.id: log.records[row.id] for row in rows}
+            alignment.comparisons[behaviour] = {row.id: records[row.id] for row in rows}
         mark = route_fingerprint(routes.speech_id, task, rows, "speech", batch_size)
         with answer_log(folder / f"{task.name}.speech.jsonl", mark) as speech_log:
             spoken[behaviour] = ask(listener, task, rows, routes.speech, speech_log, batch_size)

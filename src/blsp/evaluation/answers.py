@@ -6,11 +6,16 @@ Flow: evaluation/ — routes.py writes and reads them; scoring.py and report.py 
       A log of another model, task, batch plan or version is started again, so that results never mix.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blsp.data.jobs import RecordLog
+from blsp.distributed import from_first, shared
+
+Item = TypeVar("Item")
+Record = TypeVar("Record")
 
 NO_SPEECH = "no-speech"  # Answer.finish where the set sentence is the answer, or where there was nothing to answer
 
@@ -35,6 +40,26 @@ Answers = dict[str, Answer]  # by the row's id
 
 
 AnswerLog = RecordLog[Answer]
+
+
+def fill(
+    log: RecordLog[Record],
+    batches: Sequence[Sequence[Item]],
+    key: Callable[[Item], str],
+    compute: Callable[[Sequence[Item]], dict[str, Record]],
+    progress: Callable[[int], Any] = lambda count: None,
+) -> dict[str, Record]:
+    """All records, after computing the batches of which the log lacks some; ranks share them, and each gets all.
+
+    progress: called with the number of items just finished.
+    """
+    log.records = from_first(lambda: log.records)
+    waiting = [batch for batch in batches if not all(key(item) in log.records for item in batch)]
+    progress(sum(map(len, batches)) - sum(map(len, waiting)))
+    for batch, records in zip(waiting, shared(waiting, compute), strict=True):
+        log.write(records)
+        progress(len(batch))
+    return log.records
 
 
 def answer_log(path: Path, fingerprint: str) -> AnswerLog:

@@ -6,6 +6,7 @@ Flow: evaluation/ — tasks.py → routes.py → scoring.py → alignment.py →
       A killed run continues with the batches that are not logged, and gives the same numbers to the last digit.
 """
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from blsp.data.files import digest_of
 from blsp.data.jobs import lock_job
 from blsp.data.manifest import Utterance
+from blsp.distributed import Runtime, find_runtime, from_first, leave
 from blsp.evaluation.alignment import Alignment, Routes, measure
 from blsp.evaluation.answers import AnswerLog, Answers, answer_log
 from blsp.evaluation.bootstrap import mean_figure
@@ -122,18 +124,21 @@ class Evaluation:
 
 def evaluate(settings: EvaluateSettings) -> None:
     """`blsp evaluate`."""
+    runtime = find_runtime(settings.device, settings.dtype)
     settings.out.mkdir(parents=True, exist_ok=True)
-    with lock_job(settings.out):
-        _evaluate(settings)
+    with lock_job(settings.out, runtime.rank), tempfile.TemporaryDirectory() as scratch:
+        # ranks share the batches; the first keeps the logs, the others theirs of this run alone
+        _evaluate(settings, settings.out if runtime.rank == 0 else Path(scratch), runtime)
+        leave(runtime)
 
 
-def _evaluate(settings: EvaluateSettings) -> None:
+def _evaluate(settings: EvaluateSettings, folder: Path, runtime: Runtime) -> None:
     data = settings.data or cache_root() / "corpus"
     suite = select(settings.suite, settings.task, data)
     check_manifests(suite)
     evaluation = Evaluation(
         listener=load(settings.model, **load_options(settings)),
-        folder=settings.out,
+        folder=folder,
         routes=settings.routes,
         asr=settings.asr,
         asr_compute=settings.asr_compute,
@@ -150,7 +155,8 @@ def _evaluate(settings: EvaluateSettings) -> None:
         reasons = {reason for result in results.tasks for reason in result.unavailable.values()}
         raise TaskError(f"{settings.out}: no question could be asked ({'; '.join(sorted(reasons))})")
     results.environment |= {"model": settings.model, "data": str(data).replace(str(Path.home()), "~")}
-    print(write_report(results, settings.out, settings.compare))
+    if runtime.rank == 0:
+        print(write_report(results, settings.out, settings.compare))
 
 
 def judge(evaluation: Evaluation, suite: Suite) -> Results:
@@ -160,7 +166,10 @@ def judge(evaluation: Evaluation, suite: Suite) -> Results:
     if evaluation.peers or set(evaluation.routes) - {"text"}:
         suite, results.left_out = leave_out_unreadable(suite, evaluation.limit)
     rows = {task.name: evaluation.rows(task) for task in suite.tasks}
-    with tqdm(total=_answer_count(evaluation, suite, rows), unit="answer", smoothing=0.05) as evaluation.bar:
+    hidden = find_runtime("cpu").rank > 0
+    with tqdm(
+        total=_answer_count(evaluation, suite, rows), unit="answer", smoothing=0.05, disable=hidden
+    ) as evaluation.bar:
         for task in suite.tasks:
             results.tasks.append(judge_task(evaluation, task, rows[task.name]))
     if suite.alignment is not None and "speech" in evaluation.routes:
@@ -249,7 +258,7 @@ def _peer(evaluation: Evaluation, result: TaskResult, peer: Endpoint) -> None:
         evaluation.bar.update(len(rows))
         return
     with evaluation.log(task, rows, f"peer-{peer.name}", f"{peer.model}@{peer.url}") as log:
-        result.answers[peer.name] = ask_peer(peer, task, rows, log, evaluation.bar.update)
+        result.answers[peer.name] = from_first(lambda: ask_peer(peer, task, rows, log, evaluation.bar.update))
 
 
 def _score(evaluation: Evaluation, result: TaskResult) -> None:
@@ -275,7 +284,7 @@ def _rate(evaluation: Evaluation, rater: Endpoint, result: TaskResult, route: st
     answers = result.answers[route]
     kind = f"{rater.model}@{rater.url} {sorted((name, answer.text) for name, answer in answers.items())}"
     with evaluation.log(result.task, result.rows, f"{route}.judge", kind) as log:
-        marks = rate(rater, result.rows, answers, log)
+        marks = from_first(lambda: rate(rater, result.rows, answers, log))
     values = [marks[row.id] for row in result.rows]
     result.scores[route].add("judge", result.rows, mean_figure(np.array(values, dtype=float)), values)
 
@@ -295,5 +304,6 @@ def judge_alignment(evaluation: Evaluation, suite: Suite) -> Alignment:
         speech_id=f"{evaluation.speech_id} {evaluation.normalise}",
         cascade=evaluation.recognise if with_cascade else None,
     )
-    with tqdm(total=len(plan.behaviours) * len(rows), unit="clip", desc="alignment") as bar:
+    hidden = find_runtime("cpu").rank > 0
+    with tqdm(total=len(plan.behaviours) * len(rows), unit="clip", desc="alignment", disable=hidden) as bar:
         return measure(evaluation.listener, plan, routes, evaluation.folder / "log", evaluation.batch_size, bar.update)

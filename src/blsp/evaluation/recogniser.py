@@ -21,7 +21,8 @@ import torch
 from blsp.data.addresses import audio_size
 from blsp.data.audio import SAMPLE_RATE, load_audio
 from blsp.data.manifest import Utterance
-from blsp.evaluation.answers import Answer, AnswerLog
+from blsp.distributed import from_first
+from blsp.evaluation.answers import Answer, AnswerLog, Answers, fill
 from blsp.weights.embedded import PREFIX, resolve_weights
 
 COMPUTE_TYPES = ("int8", "float32")
@@ -60,13 +61,17 @@ class Recogniser:
 
     def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
         """Transcripts in the order of the rows; clips that are in the log are not transcribed again."""
-        waiting = list({_clip_key(row): row for row in rows if _clip_key(row) not in log.records}.items())
+        records = from_first(lambda: log.records)
+        waiting = list({_clip_key(row): row for row in rows if _clip_key(row) not in records}.items())
+        batches = [waiting[start : start + CLIPS_AT_A_TIME] for start in range(0, len(waiting), CLIPS_AT_A_TIME)]
         with ThreadPoolExecutor(self.workers) as pool:
-            for start in range(0, len(waiting), CLIPS_AT_A_TIME):
-                batch = waiting[start : start + CLIPS_AT_A_TIME]
+
+            def transcripts(batch: Sequence[tuple[str, Utterance]]) -> Answers:
                 texts = list(pool.map(self._transcribe_row, [row for _, row in batch]))
-                log.write({key: Answer(text) for (key, _), text in zip(batch, texts, strict=True)})
-        return [log.records[_clip_key(row)].text for row in rows]
+                return {key: Answer(text) for (key, _), text in zip(batch, texts, strict=True)}
+
+            records = fill(log, batches, lambda clip: clip[0], transcripts)
+        return [records[_clip_key(row)].text for row in rows]
 
     def transcribe_clip(self, clip: np.ndarray, language: str) -> str:
         """The transcript of 16 kHz samples (N,)."""

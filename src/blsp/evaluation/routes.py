@@ -21,7 +21,7 @@ import blsp
 from blsp.data.addresses import audio_size
 from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
-from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers
+from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers, fill
 from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener, Question
@@ -72,20 +72,27 @@ def ask(
     progress: Callable[[int], Any] = lambda count: None,
 ) -> Answers:
     """Every row's answer. `progress` is called with the number of rows finished since the last call."""
-    for batch in plan_batches(rows, batch_size):
-        if not all(row.id in log.records for row in batch):
-            log.write(_answer(listener, task, batch, route_input(batch), batch_size))
-        progress(len(batch))
-    return {row.id: log.records[row.id] for row in rows}
+
+    def answer(batch: Sequence[Utterance]) -> Answers:
+        return _answer(listener, task, batch, route_input(batch), batch_size)
+
+    records = fill(log, list(plan_batches(rows, batch_size)), _id, answer, progress)
+    return {row.id: records[row.id] for row in rows}
 
 
 def transcribe_rows(listener: Listener, rows: Sequence[Utterance], log: AnswerLog, batch_size: int) -> dict[str, str]:
     """What `blsp transcribe` writes for each row's clip, by the row's id."""
-    for batch in plan_batches(rows, batch_size):
-        if not all(row.id in log.records for row in batch):
-            texts = listener.transcribe_all([load_clip(row) for row in batch])
-            log.write({row.id: Answer(text) for row, text in zip(batch, texts, strict=True)})
-    return {row.id: log.records[row.id].text for row in rows}
+
+    def transcripts(batch: Sequence[Utterance]) -> Answers:
+        texts = listener.transcribe_all([load_clip(row) for row in batch])
+        return {row.id: Answer(text) for row, text in zip(batch, texts, strict=True)}
+
+    records = fill(log, list(plan_batches(rows, batch_size)), _id, transcripts)
+    return {row.id: records[row.id].text for row in rows}
+
+
+def _id(row: Utterance) -> str:
+    return row.id
 
 
 def plan_batches(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Utterance]]:

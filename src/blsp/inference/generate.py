@@ -5,7 +5,8 @@ Out: the rows, in their order, plus `response`; clips that cannot be read in `<o
 Try: `blsp generate --manifest questions.jsonl --out answers.jsonl`
 Flow: inference/ — manifest → **Listener.generate, a chunk of rows at a time** → rows with answers.
 
-A chunk is a fixed range of the manifest, decoded sorted by length and written in order. A killed job computes the chunk
+A chunk is a fixed range of the manifest, decoded sorted by length and written in order; processes of one launch take
+chunks in turn and write what one would. A killed job computes the chunk
 in which it stopped once more, with the same rows side by side, and writes what was missing.
 """
 
@@ -16,8 +17,9 @@ from itertools import islice
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, load_audio
-from blsp.data.jobs import Job, SkippedLog
+from blsp.data.jobs import Job
 from blsp.data.manifest import Manifest, Utterance, name_relative
+from blsp.distributed import find_runtime, from_first, leave, shared
 from blsp.inference.listener import Listener, Question, decoding_of, load, load_options
 from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
@@ -43,6 +45,16 @@ class GenerateOptions:
         return self.batch_size * BATCHES_PER_CHUNK
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Why a row has no answer."""
+
+    reason: str
+
+
+Answer = str | Unreadable
+
+
 def generate(settings: GenerateSettings) -> None:
     """Answer the rows of `settings.manifest` that `settings.out` does not hold yet."""
     rows = Manifest(settings.manifest)
@@ -50,10 +62,15 @@ def generate(settings: GenerateSettings) -> None:
     names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed", "weights")
     header = {name: getattr(settings, name) for name in names}
     header["rescore"] = None if settings.rescore == "auto" else settings.rescore  # as in headers of before the flag
-    with Job(settings.out) as job:
-        job.begin(header | {"model_sha256": model_digest(settings.model)})
+    runtime = find_runtime(settings.device, settings.dtype)
+    with Job(settings.out, runtime.rank) as job:
         inputs = (name_relative(row.to_json(), settings.out.parent) for row in islice(rows, total))
-        done = job.count_done(inputs, "id", "response")
+
+        def begin() -> int:
+            job.begin(header | {"model_sha256": model_digest(settings.model)})
+            return job.count_done(inputs, "id", "response")
+
+        done = from_first(begin)
         if done < total:
             listener = load(settings.model, **load_options(settings))
             config = listener.model.config
@@ -61,50 +78,63 @@ def generate(settings: GenerateSettings) -> None:
             decoding = decoding_of(settings, listener)
             options = GenerateOptions(settings.instruction or "", settings.order, decoding, settings.batch_size)
             answer_rows(listener, rows, range(done, total), options, job)
-        job.report(total - job.skipped.count, total, "rows answered")
+        leave(runtime)
+        if runtime.rank == 0:
+            job.report(total - job.skipped.count, total, "rows answered")
 
 
 def answer_rows(
     listener: Listener, rows: Sequence[Utterance], numbers: range, options: GenerateOptions, job: Job
 ) -> None:
-    """Write the rows with these numbers, each with its response, to the job's log, in their order."""
+    """Write the rows with these numbers, each with its response, to the job's log, in their order.
+
+    Ranks share the chunks; the first one writes.
+    """
     size, end = options.chunk, numbers.stop
-    with tqdm(total=end, initial=numbers.start, desc="answering", unit="row", disable=None) as bar:
-        for begin in range(numbers.start - numbers.start % size, end, size):
-            chunk = [rows[i] for i in range(begin, min(begin + size, end))]
-            seeded = replace(options.decoding, seed=options.decoding.seed + begin)
-            responses = answer_chunk(listener, chunk, replace(options, decoding=seeded), job.skipped)
-            pairs = list(zip(chunk, responses, strict=True))
-            for row, response in pairs[max(numbers.start - begin, 0) :]:
-                if response is not None:
-                    job.log.append(name_relative(row.to_json(), job.out.parent) | {"response": response})
-                bar.update()
+    first = numbers.start - numbers.start % size
+    chunks = [range(begin, min(begin + size, end)) for begin in range(first, end, size)]
+
+    def answers(chunk: range) -> list[Answer]:
+        seeded = replace(options.decoding, seed=options.decoding.seed + chunk.start)
+        return answer_chunk(listener, [rows[i] for i in chunk], replace(options, decoding=seeded))
+
+    hidden = None if job.rank == 0 else True  # None: shown on a terminal alone
+    with tqdm(total=end, initial=numbers.start, desc="answering", unit="row", disable=hidden) as bar:
+        for chunk, responses in zip(chunks, shared(chunks, answers), strict=True):
+            for number, response in zip(chunk, responses, strict=True):
+                if job.rank == 0:
+                    _write(job, rows[number], response, is_new=number >= numbers.start)
+                bar.update(number >= numbers.start)
 
 
-def answer_chunk(
-    listener: Listener, rows: Sequence[Utterance], options: GenerateOptions, skipped: SkippedLog
-) -> list[str | None]:
-    """The response to each row; None where its clip cannot be read, which `skipped` notes."""
-    questions = [_question(row, options, skipped) for row in rows]
-    if not any(questions):
-        return [None] * len(rows)
+def _write(job: Job, row: Utterance, answer: Answer, *, is_new: bool) -> None:
+    if isinstance(answer, Unreadable):
+        job.skipped.add(row.id, row.audio, answer.reason)
+    elif is_new:
+        job.log.append(name_relative(row.to_json(), job.out.parent) | {"response": answer})
+
+
+def answer_chunk(listener: Listener, rows: Sequence[Utterance], options: GenerateOptions) -> list[Answer]:
+    """The response to each row, or why there is none."""
+    questions = [_question(row, options) for row in rows]
+    if not any(isinstance(question, Question) for question in questions):
+        return [question for question in questions if isinstance(question, Unreadable)]
     # An empty question stands in for a row that is left out, so that the others keep their seeds.
-    filled = [question or Question(text="") for question in questions]
+    filled = [question if isinstance(question, Question) else Question(text="") for question in questions]
     answers = listener.generate(filled, decoding=options.decoding, batch_size=options.batch_size)
-    return [answer if question else None for question, answer in zip(questions, answers, strict=True)]
+    pairs = zip(questions, answers, strict=True)
+    return [question if isinstance(question, Unreadable) else answer for question, answer in pairs]
 
 
-def _question(row: Utterance, options: GenerateOptions, skipped: SkippedLog) -> Question | None:
-    """The question of a row, as text where it has no audio; None where the row is left out."""
+def _question(row: Utterance, options: GenerateOptions) -> Question | Unreadable:
+    """The question of a row, as text where it has no audio; or why the row is left out."""
     instruction = options.instruction if row.instruction is None else row.instruction
     if not row.audio:
         if row.text.strip() or instruction.strip():
             return Question(text=row.text, instruction=instruction, order=options.order)
-        skipped.add(row.id, "", "neither audio nor text nor an instruction: nothing is asked")
-        return None
+        return Unreadable("neither audio nor text nor an instruction: nothing is asked")
     try:
         clip = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
     except AudioError as error:
-        skipped.add(row.id, row.audio, str(error))
-        return None
+        return Unreadable(str(error))
     return Question(audio=clip, instruction=instruction, order=options.order)

@@ -1,7 +1,8 @@
 """Settings of every command: one frozen dataclass per command; the text below a field is its help.
 
     shared.py        flags that several commands have, lists of choices, checks
-    pipeline.py      prepare, continue, encode, align, train
+    pipeline.py      prepare, continue, encode, align
+    training.py      train
     paper.py         what `--paper` puts in place of the defaults
     applications.py  evaluate, generate, transcribe, chat, move, export, tour
     serving.py       serve
@@ -24,6 +25,7 @@ from blsp.settings.applications import (
     TourSettings,
     TranscribeSettings,
 )
-from blsp.settings.pipeline import AlignSettings, ContinueSettings, EncodeSettings, PrepareSettings, TrainSettings
+from blsp.settings.pipeline import AlignSettings, ContinueSettings, EncodeSettings, PrepareSettings
 from blsp.settings.serving import ServeSettings
 from blsp.settings.shared import DEFAULT_MODEL, SettingsError
+from blsp.settings.training import TrainSettings

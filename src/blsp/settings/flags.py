@@ -6,7 +6,7 @@ In:  a settings class and the flags. `--config FILE` among them names a YAML map
 Out: the settings. The values of the file are the defaults of the flags, so a typed flag replaces them; with `--paper`,
      the paper's values lie under both. A flag that takes several values may be given several times.
 Try: `read_settings(TrainSettings, ["--config", "recipes/blsp-tiny/train.yaml"], prog="blsp train")`
-Flow: cli.py → **flags.py** → tyro, over the classes of pipeline.py and applications.py
+Flow: cli.py → **flags.py** → tyro, over the classes of pipeline.py, training.py and applications.py
 
 A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage is the top level
 with its own flags added. It writes to OUT/stages/NAME and starts from the stage before, or from what its own

@@ -1,8 +1,8 @@
-"""Settings of the commands that make an adapter: prepare, continue, encode, align, train.
+"""Settings of the commands that make the data of an adapter: prepare, continue, encode, align.
 
 In:  the command line, or a YAML file (cli.py). Out: one frozen object for one function.
 Try: `blsp train --help`
-Flow: cli.py → **pipeline.py** → data/prepare.py, continuation/writer.py, features/{encode,align}.py, training/loop.py
+Flow: cli.py → **pipeline.py** → data/prepare.py, continuation/writer.py, features/{encode,align}.py
 
 `GROUPS` names the groups that `--help` shows, with their fields in order.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from tyro.conf import Positional
 
@@ -37,8 +37,6 @@ from blsp.settings.shared import (
 )
 
 Corpus = Annotated[str, Choices("blsp.data.prepare", "READERS")]
-Adapter = Annotated[str, Choices("blsp.model.adapter", "ADAPTERS")]
-Loss = Annotated[str, Choices("blsp.training.step", "LOSSES")]
 
 
 @dataclass(frozen=True)
@@ -260,141 +258,3 @@ class AlignSettings:
 
     def __post_init__(self) -> None:
         above_zero(self, "limit")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    r"""Step 2: train the adapter until the LLM answers speech as it answers the transcript.
-
-    Encoder and LLM stay frozen. Two losses need a plain manifest alone, and not the LLM: `embed` brings a fresh
-    `conv` or `stack` adapter to the LLM's embeddings, `ctc` trains the read-out of `grounded`. `ce` is the
-    paper's loss on the continuations; `kl` matches the whole next-token distribution of the text route. With
-    --config, a list `stages:` runs several stages one after another; each inherits the top level and starts
-    from the adapter of the one before. The same command resumes a killed run, to the bit; SIGTERM saves and
-    exits.
-
-        $ blsp train --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL \
-              --adapter conv --loss ce --cache features/
-        $ blsp train --config recipes/blsp-tiny/train.yaml
-        $ torchrun --nproc-per-node 8 -m blsp train --config recipe.yaml
-    """
-
-    GROUPS: ClassVar[dict[str, str]] = {
-        "data": "data out data_weights cache augment no_speech max_seconds held_out",
-        "model": "audio_model llm adapter adapter_options readout init_from pad_to_30s template_arg no_thinking",
-        "loss": "loss temperature teacher ctc_weight embed_weight filler negatives",
-        "optimisation": "steps epochs batch_size lr weight_decay warmup_steps schedule clip average_last seed",
-        "logging and checkpoint": "log_every probe_every save_every save_minutes keep resume_inexact",
-        "compute and memory": "batch_tokens activation_checkpointing shard_llm device dtype",
-    }
-
-    data: tuple[str, ...]
-    """continuations (for ctc and embed: manifests), files or globs"""
-    out: Path
-    """the run folder: settings, metrics, curves, checkpoints, adapter"""
-    audio_model: str
-    """the Whisper model whose encoder is used: a folder, a hub id or embedded:NAME"""
-    llm: str
-    """the LLM that will learn to listen; it must be the one that wrote the continuations"""
-    adapter: Adapter
-    """the part that is trained; conv is the paper's, and docs/training.md describes each"""
-    loss: Loss
-    """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (spoken tokens; run `blsp align` first)"""
-    data_weights: tuple[float, ...] = ()
-    """one weight per data file: 0.5 uses half of it per epoch, 2 all of it twice"""
-    adapter_options: tuple[str, ...] = ()
-    """NAME=VALUE of the chosen adapter, see docs/training.md"""
-    readout: Literal["data", "full"] = "data"
-    """what a fresh adapter can read out, if it reads out: tokens of the transcripts, or the LLM's whole vocabulary"""
-    init_from: tuple[str, ...] = ()
-    """start from the weights of this adapter instead of fresh ones; from the mean of several"""
-    template_arg: TemplateArg = ()
-    """NAME=VALUE of a variable of the LLM's chat template; without it those of `blsp continue`, which the header of
-    --data holds"""
-    no_thinking: NoThinking = False
-    cache: Path | None = None
-    """features written by `blsp encode`; without it speech is encoded during training"""
-    steps: int | None = None
-    """optimiser steps; without: as many as --epochs take"""
-    epochs: float = 1.0
-    """passes over the data (paper: 1)"""
-    batch_size: int = 768
-    """samples per optimiser step, over all processes (paper: 768)"""
-    batch_tokens: int = 4096
-    """positions (speech and text) in one pass through the LLM: decides memory, not the result"""
-    lr: float = 5e-5
-    """highest learning rate (paper: 5e-5; grounding works better with 1e-3)"""
-    weight_decay: float = 0.05
-    """weight decay of AdamW (paper: 0.05)"""
-    warmup_steps: int = 1000
-    """steps until the highest learning rate (paper: 1000), a tenth of the run at most"""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """after the warm-up: down to zero along a cosine or a line (paper: linear), or constant"""
-    clip: float = 1.0
-    """largest norm of the gradient (paper: 1.0)"""
-    temperature: float = 1.0
-    """for kl: of teacher and student (BLSP-Emo: 2)"""
-    teacher: Literal["auto", "online", "stored"] = "auto"
-    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: the latter if it exists"""
-    ctc_weight: float = 0.3
-    """weight of the ctc loss beside ce and kl, for an adapter that reads out"""
-    embed_weight: float = 0.0
-    """weight of the embed loss beside ce and kl, for an adapter that does not read out"""
-    filler: str = " "
-    """for embed: the token, as text, whose embedding stands at places where no token is spoken"""
-    negatives: int = 0
-    """for ctc and embed: tokens drawn per batch, in place of all that its transcripts do not hold; 0: all"""
-    augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()
-    """vary the speech (without --cache), or hide short spans of its features: mask (with --cache)"""
-    no_speech: float = 0.0
-    """share of extra samples of silence and noise, whose target is the fixed no-speech sentence"""
-    max_seconds: float = 30.0
-    """leave out longer clips, and count them"""
-    held_out: int = 64
-    """groups of utterances kept out of training for the probes, a tenth of all at most; one group: the
-    copies of a recording, and all that has the same text"""
-    seed: int = 0
-    """decides fresh weights, data order and noise: the same seed gives the same curve"""
-    log_every: int = 10
-    """steps between lines of metrics.jsonl"""
-    probe_every: int = 200
-    """steps between divergence probes on training and held-out clips"""
-    save_every: int = 200
-    """steps between checkpoints"""
-    save_minutes: float = 1.0
-    """most minutes between checkpoints: the work that a killed run has to repeat"""
-    keep: int = 2
-    """checkpoints kept"""
-    average_last: int = 0
-    """the final adapter is the mean of the weights after each of this many last steps; 0: the last weights"""
-    resume_inexact: bool = False
-    """resume a checkpoint of other versions, threads or processes: close, but not equal to the bit"""
-    activation_checkpointing: bool = False
-    """compute activations twice to store fewer of them"""
-    shard_llm: bool = False
-    """split the layers of the LLM over the processes (FSDP2), where it is too large for one"""
-    pad_to_30s: bool = False
-    """pad every clip to 30 s before the encoder (paper)"""
-    device: Device = "auto"
-    dtype: Dtype = "auto"
-    """the type of the frozen weights; the adapter trains in float32 at least"""
-    paper: Paper = False
-    config: ConfigFile = None
-    """a YAML file with these same flags, `stages:` included"""
-    stages: tuple[TrainSettings, ...] = ()
-    """the resolved stages of a YAML file, in order; not a flag"""
-
-    def __post_init__(self) -> None:
-        above_zero(self, "epochs", "batch_size", "batch_tokens", "lr", "clip", "temperature", "max_seconds")
-        above_zero(self, "log_every", "probe_every", "save_every", "save_minutes", "keep", "steps")
-        read_template_args(self.template_arg, self.no_thinking)
-        if not self.data:
-            raise SettingsError("--data: name at least one file")
-        if self.data_weights and len(self.data_weights) != len(self.data):
-            raise SettingsError(f"--data-weights: {len(self.data_weights)} weights for {len(self.data)} data files")
-        if self.cache and set(self.augment) - {"mask"}:
-            raise SettingsError(
-                "--augment speed, volume and noise change the speech before the encoder: leave out --cache, or them"
-            )
-        if not self.cache and "mask" in self.augment:
-            raise SettingsError("--augment mask hides cached features: name the --cache, or leave it out")

@@ -37,7 +37,7 @@ class TrainingError(RuntimeError):
 
 def train(settings: TrainSettings) -> None:
     """`blsp train`: one run, or the stages of a recipe one after another."""
-    runtime = find_runtime(settings.device, settings.dtype)
+    runtime = find_runtime(settings.device, settings.dtype, minutes=settings.collective_minutes)
     if runtime.device.type == "cpu":
         keep_freed_memory()
     for stage in settings.stages or (settings,):

@@ -7,7 +7,7 @@ Flow: training/loop.py saves here every so many steps, and starts from here.
 
 All that is drawn at random in a step is a function of (seed, step), so no generator's state is kept. A run is equal to
 the bit only with equal versions, device, threads and processes: they are stored, and others are refused unless told
-that close is good enough.
+that close is good enough. Another number of processes is not refused: the batches stay the same (law 5).
 
     OUT/settings.yaml   the resolved settings         OUT/checkpoints/step-N/adapter.safetensors
     OUT/table.json      facts of the measured rows                           average.safetensors
@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,8 +92,17 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 
 
 def check_environment(stored: dict[str, Any], here: dict[str, Any], folder: Path, inexact: bool) -> None:
-    """Raise JobError where `here` differs from what the checkpoint was made with, unless `inexact`."""
-    changed = differences(stored, here)
+    """Raise JobError where `here` differs from what the checkpoint was made with, unless `inexact`.
+
+    Another number of processes changes nothing but rounding, which is said; a launcher may change it by itself.
+    """
+    if stored.get("processes") != here["processes"]:
+        print(
+            f"{folder}: goes on with {here['processes']} processes after {stored.get('processes')}: the same batches, "
+            "summed in another order, so close but not equal to the bit",
+            file=sys.stderr,
+        )
+    changed = differences(stored, here, ignore=("processes",))
     if changed and not inexact:
         raise JobError(
             f"{folder}: cannot go on to the bit ({changed}). Restore that (OMP_NUM_THREADS sets the threads), or "
@@ -187,7 +197,9 @@ def cut_metrics(path: Path, step: int) -> None:
 
 # --- the folder -------------------------------------------------------------------------------------------
 
-MAY_CHANGE = frozenset({"out", "save_every", "save_minutes", "keep", "resume_inexact"})  # when a run goes on
+MAY_CHANGE = frozenset(
+    {"out", "save_every", "save_minutes", "keep", "resume_inexact", "collective_minutes"}
+)  # when a run goes on
 NOT_WRITTEN = frozenset({"config", "stages"})
 MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl")
 
