@@ -1,10 +1,11 @@
-"""Benchmark of the server under bad requests: it must not fail, and must answer the next good request.
+"""Benchmark of the server under bad requests: it must not fail, must answer the next good request, and no client may
+hold up another one.
 
-In:  an adapter folder (default: the shipped one). Out: one JSON object on the last line; exit code 1 on a defect. It
-     also holds the growth of memory and open files, which a person has to judge.
+In:  an adapter folder (default: the shipped one). Out: one JSON object on the last line; exit code 1 on a defect, or
+     where a figure is beyond its bound. Growth of memory and open files over all requests is for a person to judge.
 Try: `python -m benchmarks.serve_robustness --share 0.05` (a twentieth); `make bench-serve` runs it whole.
-Flow: support/hostile.py (requests), support/serving.py (server) → **serve_robustness.py**; schemathesis makes more
-      requests from the OpenAPI document.
+Flow: support/attacks.py (cases), support/hostile.py (requests), support/serving.py (server) →
+      **serve_robustness.py**; schemathesis makes more requests from the OpenAPI document.
 """
 
 from __future__ import annotations
@@ -16,19 +17,22 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 
-from benchmarks.support.hostile import TRANSCRIBE, Attempt, attempts, many_channels
+from benchmarks.support.attacks import CASES
+from benchmarks.support.hostile import Attempt, attempts
+from benchmarks.support.neighbours import Target
 from benchmarks.support.serving import Server, recordings, serving, spoken_question
 from blsp.settings import DEFAULT_MODEL
 
 ATTEMPTS = 1000
 BY_SCHEMATHESIS = 40  # examples per operation
-UPLOADS = 44  # of many channels, at once
 EVERY = 25  # attempts between two good requests
 LIMITS = ["--max-upload-mb", "2", "--max-audio-seconds", "120", "--max-new-tokens", "8", "--deadline", "60"]
 LIMITS += ["--prefix-cache", "2"]  # a small cache, so that its growth does not hide a leak
@@ -112,26 +116,6 @@ def status_of(connection: socket.socket) -> int:
     return int(line[1]) if len(line) > 1 else 0
 
 
-def beside_uploads(url: str, uploads: int) -> dict[str, Any]:
-    """How long a written question takes alone, and beside uploads of many channels whose clients leave at once."""
-    question = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
-    request = httpx.Request("POST", f"{url}{TRANSCRIBE}", files={"file": ("a.ogg", many_channels())})
-    head = b"".join(b"%s: %s\r\n" % (name, value) for name, value in request.headers.raw)
-    body = f"POST {TRANSCRIBE} HTTP/1.1\r\n".encode() + head + b"\r\n" + request.read()
-    server = urlsplit(url)
-    seconds = {}
-    with httpx.Client(base_url=url, timeout=120) as client:
-        for name, count in (("alone_s", 0), ("beside_uploads_s", uploads)):
-            for _ in range(count):
-                with socket.create_connection((server.hostname, server.port), timeout=120) as connection:
-                    connection.sendall(body)
-            began = time.monotonic()
-            client.post("/v1/chat/completions", json=question).raise_for_status()
-            seconds[name] = round(time.monotonic() - began, 2)
-        refused = client.post(TRANSCRIBE, files={"file": ("a.ogg", many_channels())}).status_code
-    return {"uploads": uploads, **seconds, "upload_status": refused}
-
-
 def by_schemathesis(url: str, examples: int) -> bool:
     """True if schemathesis found no server error in the routes of the OpenAPI document."""
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{url}/openapi.json", "--no-color"]
@@ -146,22 +130,45 @@ def open_files(server: Server) -> int:
     return len(list(Path(f"/proc/{server.process}/fd").iterdir()))
 
 
+def beside_neighbours(model: str, share: float, only: Sequence[str]) -> dict[str, Any]:
+    """The figures of each case (attacks.py), those with equal settings on one server; and what is beyond its bound."""
+    cases = [case for case in CASES if not only or case.name in only]
+    figures: dict[str, Any] = {}
+    beyond: list[str] = []
+    for settings, group in groupby(cases, key=lambda case: case.settings):
+        flags = [[f"--{name.replace('_', '-')}", str(value)] for name, value in settings.items() if name != "api_key"]
+        with serving(["--model", model, *chain(*flags)], settings.get("api_key", ())) as server:
+            target = Target(server.url, server.memory_mb, server.log.read_text, share)
+            for case in group:
+                figures[case.name] = case.run(target)
+                beyond += case.beyond(figures[case.name])
+                print(case.name, json.dumps(figures[case.name]), flush=True)
+    return {"cases": figures, "beyond": beyond}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--share", type=float, default=1.0, help="the part of the requests to send")
+    parser.add_argument(
+        "--only", nargs="*", default=[], choices=[case.name for case in CASES], help="these cases alone"
+    )
     options = parser.parse_args()
+    neighbours = beside_neighbours(options.model, options.share, options.only)
+    if options.only:
+        print(json.dumps(neighbours))
+        return bool(neighbours["beyond"])
     wav = max(recordings(8), key=len)
     with serving(["--model", options.model, *LIMITS]) as server:
         attack(server.url, wav, 100, seed=1)  # memory is compared after one round of all kinds of requests
         before, files = server.memory_mb(), open_files(server)
         figures = attack(server.url, wav, round(ATTEMPTS * options.share))
-        figures["neighbour"] = beside_uploads(server.url, max(4, round(UPLOADS * options.share)))
         figures["memory_growth_mb"] = round(server.memory_mb() - before, 1)
         figures["open_files_growth"] = open_files(server) - files
         figures["schemathesis_ok"] = by_schemathesis(server.url, max(5, round(BY_SCHEMATHESIS * options.share)))
+    figures |= neighbours
     print(json.dumps(figures))
-    return bool(figures["defects"]) or not figures["schemathesis_ok"]
+    return bool(figures["defects"] or figures["beyond"]) or not figures["schemathesis_ok"]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ SPEECH = Path(__file__).parents[2] / "examples" / "speech"
 class Server:
     url: str
     process: int
+    log: Path
 
     def memory_mb(self) -> float:
         """Resident memory of the server (Linux)."""
@@ -41,17 +43,19 @@ class Server:
 
 
 @contextmanager
-def serving(flags: Sequence[str]) -> Iterator[Server]:
+def serving(flags: Sequence[str], keys: Sequence[str] = ()) -> Iterator[Server]:
     """`blsp serve` on a free port until the block ends; then it must exit with 0."""
     command = [sys.executable, "-m", "blsp", "serve", "--port", "0", *flags]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=os.environ | {"BLSP_API_KEY": ""}
-    ) as process:
+    environment = os.environ | {"BLSP_API_KEY": " ".join(keys)}
+    with (
+        tempfile.NamedTemporaryFile(suffix=".log") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
+    ):
         assert process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("listening on ")), None)
         if line is None:
             raise RuntimeError(f"{' '.join(command)}: ended with {process.wait()} before it listened")
-        server = Server(line.split()[-1], process.pid)
+        server = Server(line.split()[-1], process.pid, Path(log.name))
         try:
             while httpx.get(f"{server.url}/health").status_code != 200:
                 time.sleep(0.1)

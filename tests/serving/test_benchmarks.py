@@ -8,7 +8,9 @@ import pytest
 from conftest import Running
 
 from benchmarks.serve_load import answer_alone
-from benchmarks.serve_robustness import attack, beside_uploads, by_schemathesis
+from benchmarks.serve_robustness import attack, by_schemathesis
+from benchmarks.support.attacks import CASES
+from benchmarks.support.neighbours import Case, Target
 from benchmarks.support.serving import crowd, recordings, spoken_question
 
 WORDS = "Please repeat the following words:"
@@ -41,8 +43,9 @@ def test_bad_requests_break_nothing(server_with) -> None:
         assert by_schemathesis(server.url, examples=5)
 
 
-def test_a_question_beside_uploads_of_many_channels_does_not_wait(server_with) -> None:
-    with server_with(max_audio_seconds=120) as server:
-        figures = beside_uploads(server.url, 4)
-        assert figures["upload_status"] == 400
-        assert figures["beside_uploads_s"] < figures["alone_s"] + 3
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_client_holds_up_another_one(server_with, case: Case) -> None:
+    """A twentieth of each case, on a tiny model that hears and writes fast."""
+    with server_with(**case.settings) as server:
+        figures = case.run(Target(server.url, lambda: 0.0, share=0.05))
+        assert case.beyond(figures) == [], figures
