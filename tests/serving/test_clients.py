@@ -49,6 +49,12 @@ def test_null_is_left_out_in_every_field(server: Running) -> None:
     assert refused(post(server, {"messages": [None]}))["param"] == "messages[0]"
 
 
+def test_a_long_cache_key_is_refused(server: Running) -> None:
+    assert post(server, {"messages": [HELLO], "max_tokens": 1, "prompt_cache_key": "k" * 512}).status_code == 200
+    error = refused(post(server, {"messages": [HELLO], "prompt_cache_key": "k" * 513}))
+    assert error["param"] == "prompt_cache_key" and "512" in error["message"]
+
+
 def test_a_model_is_retrieved(server: Running) -> None:
     client = server.client()
     for model in client.models.list():

@@ -154,6 +154,15 @@ def test_a_client_that_sends_too_much_sees_why(server_with) -> None:
         assert http.post("/v1/chat/completions", content=chunks).json()["error"]["code"] == "too_large"
 
 
+def test_json_of_very_many_entries_is_refused_unread(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading ten million of them would hold up everybody for seconds."""
+    monkeypatch.setattr(json, "loads", lambda *_: pytest.fail("read"))
+    for rest in (b'"metadata": [' + b"0," * 10_000_000 + b"0]", b'"logit_bias": {' + b'"1":1,' * 200_000 + b'"2":1}'):
+        body = b'{"messages": [{"role": "user", "content": "hi"}], ' + rest + b"}"
+        answer = httpx.post(f"{server.url}/v1/chat/completions", content=body, timeout=60)
+        assert answer.status_code == 400 and b'"code": "too_many"' in answer.content
+
+
 def test_a_decompression_bomb_ends_early(server_with) -> None:
     quiet = wav(np.zeros(16_000 * 120, dtype=np.float32), kind="FLAC")  # a few kilobytes
     with server_with(max_audio_seconds=10) as server:

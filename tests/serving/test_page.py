@@ -399,6 +399,7 @@ ANSWERS = """(answer, wait = 0) => {
 UNFINISHED = """() => {
     window.asked = [];
     window.fetch = (url, options) => {
+        if (!url.includes('chat')) return Promise.resolve(new Response(JSON.stringify({ text: 'heard' })));
         window.asked.push(JSON.parse(options.body).messages);
         const piece = 'data: {"choices": [{"delta": {"content": "partly"}}]}\\n\\n';
         const start = (stream) => {
@@ -409,6 +410,31 @@ UNFINISHED = """() => {
         return Promise.resolve(new Response(new ReadableStream({ start })));
     };
 }"""
+
+
+def test_to_speak_stops_the_answer_that_is_being_given(launch, server: Running, tmp_path: Path) -> None:
+    """Hands-free, with real sound: the second thing said stops the answer to the first, and is answered itself."""
+    quiet = np.zeros(24_000, np.float32)
+    said = np.asarray(load_audio(RECORDING / "questions" / "capital-of-canada.opus"))
+    (tmp_path / "said.wav").write_bytes(wav(np.concatenate([quiet, said, quiet]), 16_000))
+    microphone = f"--use-file-for-fake-audio-capture={tmp_path / 'said.wav'}"
+    with launch(*FAKE_MICROPHONE, microphone) as chromium:
+        page = chromium.new_page()
+        visit(page, server)
+        page.evaluate(UNFINISHED)
+        page.click("#options")
+        page.check("#handsfree")
+        page.click("#done")
+        first, second = page.locator(".answer").nth(0), page.locator(".answer").nth(1)
+        playwright.expect(first.locator(".text")).to_have_text("partly", timeout=60_000)
+        playwright.expect(first.locator(".timing")).to_have_text("stopped", timeout=60_000)
+        playwright.expect(second.locator(".text")).to_have_text("partly", timeout=60_000)
+        asked = page.evaluate("window.asked")
+        assert [turn["role"] for turn in asked[1]] == ["user", "assistant", "user"]
+        assert [len(turn[-1]["content"]) for turn in asked[:2]] == [1, 1], "speech, without text"
+        page.click("#talk")  # ends hands-free
+        page.click("#stop")
+        playwright.expect(second.locator(".timing")).to_have_text("stopped")
 
 
 def test_a_new_conversation_forgets_an_answer_that_was_being_written(page) -> None:

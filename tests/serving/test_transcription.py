@@ -98,6 +98,14 @@ def test_a_stream_that_fails_ends_with_the_error_and_is_counted(server_with: Any
         assert 'blsp_requests_total{route="transcriptions",status="429"} 1.0' in server.http().get("/metrics").text
 
 
+def test_a_recording_is_one_file(server: Running) -> None:
+    path = "/v1/audio/transcriptions"
+    two = refused(server.http().post(path, files=[("file", ("a.wav", spoken())), ("file", ("b.wav", spoken(1)))]))
+    assert two["param"] == "file" and "more than once" in two["message"]
+    text = refused(server.http().post(path, data={"file": "abc"}))
+    assert text["param"] == "file" and "UploadFile" not in text["message"] and "curl -F" in text["message"]
+
+
 def fail_after(count: int, submit: Any) -> Any:
     def submit_or_fail(job: Any, left: list[int] = [count]) -> None:  # noqa: B006  it counts the calls
         if not left[0]:

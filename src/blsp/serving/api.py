@@ -23,6 +23,7 @@ from blsp.serving.refusals import ApiError, wrong_field
 MAX_MESSAGES = 512
 MAX_PARTS = 512  # of all messages together; a plain text is one part
 MAX_CLIPS = 128
+MAX_KEY = 512  # characters of prompt_cache_key, which is kept
 MAX_DEPTH = 6  # of the nested objects in which null means "left out": body, message, content, part, its fields
 
 
@@ -35,6 +36,15 @@ def _encodable(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+
+
+def _short(text: str) -> str:
+    if len(text) > MAX_KEY:
+        raise wrong_field("invalid_value", f"must have at most {MAX_KEY} characters")
+    return text
+
+
+ShortText = Annotated[Text, AfterValidator(_short)]
 
 
 class InputAudio(BaseModel):
@@ -231,7 +241,7 @@ class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that N
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopStrings | None = None
-    prompt_cache_key: Text = ""
+    prompt_cache_key: ShortText = ""
     """whose kept key/values may be reused: those of earlier requests with this API key and this value"""
     stream: bool = False
     stream_options: StreamOptions | None = None

@@ -31,6 +31,7 @@ JSON_ROUTES = {
     "/v1/chat/completions",
     "/v1/responses",
 }  # without a content type they are sent JSON, unless by a web site
+MAX_COMMAS = 100_000  # in a JSON body, between entries and in texts: millions of entries take seconds to read
 WRONG_KEYS = 20  # a minute from one address; then such requests get 429, those with the right key do not
 DISCARDED = 8  # of a refused request, this many times the size limit is read on
 DISCARD_SECONDS = 5.0
@@ -44,8 +45,10 @@ def is_local(host: str) -> bool:
 
 class RequestGuard:
     """Refuses foreign host names (403), wrong keys (401), more than `rate_limit` requests a minute from one address
-    (429), bodies over `max_bytes` (413), declared or not, and bodies that have not arrived after `deadline` seconds
-    (408); adds protective headers. `refused` is called with the request's path, its client and each refusal.
+    (429), bodies over `max_bytes` (413), declared or not, JSON of very many entries (400), and bodies that have not
+    arrived after `deadline` seconds (408); adds protective headers.
+
+    `refused` is called with the request's path, its client and each refusal.
 
     The page itself and /health are open: they hold nothing, and the page asks for the key. local: a server for
     this machine alone answers only to this machine's names, so that no web site reaches it under a name of
@@ -81,7 +84,8 @@ class RequestGuard:
             return
         if scope["path"] in JSON_ROUTES and "origin" not in headers:
             MutableHeaders(scope=scope)["content-type"] = "application/json"
-        body = LimitedBody(receive, send, self.max_bytes, self.deadline)
+        commas = MAX_COMMAS if scope["path"] in JSON_ROUTES else self.max_bytes
+        body = LimitedBody(receive, send, self.max_bytes, self.deadline, commas)
         scope.setdefault("state", {})["end"] = body.end
         try:
             await self.app(scope, body.receive, body.send)
@@ -119,8 +123,9 @@ class RequestGuard:
 class LimitedBody:
     """One request's messages, counted and timed until the body is complete; `refusal` once it breaks a limit."""
 
-    def __init__(self, receive: Receive, send: Send, max_bytes: int, seconds: float) -> None:
+    def __init__(self, receive: Receive, send: Send, max_bytes: int, seconds: float, max_commas: int) -> None:
         self._receive, self._send, self._max_bytes, self._seconds = receive, send, max_bytes, seconds
+        self._commas_left = max_commas
         self.end = time.monotonic() + seconds
         self._received = 0
         self._complete = self._answered = False
@@ -139,10 +144,13 @@ class LimitedBody:
             return {"type": "http.disconnect"}
         self._received += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
+        self._commas_left -= message.get("body", b"").count(b",")
         if self._received > self._max_bytes:
             self.refusal = _too_large(self._max_bytes)
-            return {"type": "http.disconnect"}
-        return message
+        elif self._commas_left < 0:
+            text = f"the body has more than {MAX_COMMAS:,} commas: too many entries"
+            self.refusal = ApiError(400, text, code="too_many")
+        return {"type": "http.disconnect"} if self.refusal else message
 
     async def send(self, message: Message) -> None:
         """Pass the route's answer on, with protective headers; drop what it says about half a body."""
@@ -157,7 +165,7 @@ class LimitedBody:
         """Send the refusal, where there is one and the route has not begun to answer."""
         if self.refusal is None or self._answered:
             return
-        if self.refusal.status == 413:
+        if self.refusal.status != 408 and not self._complete:
             await _discard(self._receive, self._max_bytes)
         await _refuse(self._send, self.refusal)
 

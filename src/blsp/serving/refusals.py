@@ -87,6 +87,8 @@ def refusal_of(error: RequestValidationError) -> ApiError:
         choices = (SENTENCES[beginning] for beginning in SENTENCES if kind.startswith(beginning))
         code, sentence = next(choices, ("invalid_value", "is not valid"))
         message = sentence.format(**context)
+        if "UploadFile" in message:  # FastAPI's own check
+            message = "must be a file with a name (curl -F file=@question.wav)"
     if not param and isinstance(error.body, bytes):
         return ApiError(400, "the body must be JSON: send content-type: application/json", code="invalid_json")
     return ApiError(400, f"{param or 'the body'}: {message}", param=param or None, code=code)

@@ -10,7 +10,7 @@ A recording is cut at pauses into pieces that the model hears well, which are as
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ import numpy as np
 from fastapi import File, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from blsp.data.audio import SAMPLE_RATE
@@ -127,9 +128,11 @@ class Transcriptions:
 
     # --- what is asked ------------------------------------------------------------------------------------
 
-    def _check(self, form: Mapping[str, Any], wanted: Wanted) -> None:
+    def _check(self, form: FormData, wanted: Wanted) -> None:
         """Refuse, by name, what would change the transcript and is not supported."""
         refused = dict.fromkeys((name for name in NOT_TAKEN if form.get(name) or form.get(f"{name}[]")), "is")
+        if len(form.getlist("file")) > 1:
+            raise _refusal("file", "is given more than once; send each recording by itself", "invalid_value")
         if form.get("prompt"):
             refused["prompt"] = "a text before the speech is"
         if form.get("chunking_strategy", "auto") != "auto":
