@@ -45,7 +45,7 @@ class Target:
         return max(least, round(count * self.share))
 
     def client(self, name: str) -> httpx.Client:
-        headers = {"authorization": f"Bearer {KEYS.get(name, name)}"}
+        headers = {"authorization": f"Bearer {KEYS.get(name, name)}"} if name else {}
         return httpx.Client(base_url=self.url, timeout=PATIENCE, headers=headers, verify=False)  # it is plain HTTP
 
     def counted(self, route: str, status: int) -> float:

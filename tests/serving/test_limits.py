@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from serving.conftest import Running, audio_part, spoken, user, wav
 
-from blsp.serving import audio_input, connection, remote_audio
+from blsp.serving import audio_input, connection, remote_audio, transcription
 from blsp.serving.audio_input import _take_lowest_priority
 from blsp.serving.exchange import Exchange
 from blsp.serving.rate_limit import Quiet, RateLimit
@@ -172,6 +172,14 @@ def test_one_deadline_holds_from_the_first_byte_to_the_end_of_the_decoding(serve
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
         assert time.monotonic() - began < 3.1, "the time of the body counts"
         assert endless.ended.wait(5)
+
+
+def test_the_deadline_holds_while_a_recording_is_cut(server_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transcription, "pieces_of", lambda clip: time.sleep(4) or [])  # type: ignore[func-returns-value]
+    with server_with(deadline=1.0) as server:
+        began = time.monotonic()
+        answer = server.http().post("/v1/audio/transcriptions", files={"file": ("a.wav", spoken())})
+        assert answer.status_code == 504 and time.monotonic() - began < 3
 
 
 def test_only_so_many_wait_for_the_decoders(server_with: Any, endless: Endless) -> None:

@@ -17,10 +17,10 @@ import binascii
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from fastapi import Request
@@ -39,6 +39,7 @@ SAMPLES_PER_SECOND = 2 * 48_000  # of the longest recording: the samples that ar
 SHORTEST = 0.1  # seconds of a clip that are decoded even where the earlier ones have used the time up
 
 Source = bytes | AudioPart | AudioUrlPart
+T = TypeVar("T")
 
 
 class AudioInput:
@@ -65,7 +66,7 @@ class AudioInput:
         try:
             files = await self._fetched(sources, request, end)
             decoding = asyncio.get_running_loop().run_in_executor(self._threads, self._decode, files, gone, end)
-            return await while_connected(request, _until(end, decoding))
+            return await while_connected(request, until(end, decoding))
         finally:
             gone.set()
             self._pending -= 1
@@ -105,7 +106,8 @@ class AudioInput:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-async def _until(end: float, work: asyncio.Future[list[np.ndarray]]) -> list[np.ndarray]:
+async def until(end: float, work: Awaitable[T]) -> T:
+    """The result of `work`, or the refusal of a late request. end: the monotonic time of the deadline."""
     try:
         return await asyncio.wait_for(work, end - time.monotonic())
     except TimeoutError as error:

@@ -29,6 +29,7 @@ from blsp.inference.transcript import Transcript
 from blsp.inference.word_times import sounding
 from blsp.llm.instructions import instruction_for
 from blsp.serving import api
+from blsp.serving.audio_input import until
 from blsp.serving.exchange import client_of, joined, while_connected
 from blsp.serving.recogniser import RECOGNISER
 from blsp.serving.refusals import ApiError
@@ -190,14 +191,15 @@ class Transcriptions:
         )
         readout = self._reads_out(wanted)
         no_speech = self.listener.model.config.no_speech_sentence
-        for piece in await run_in_threadpool(pieces_of, clip):
+        end = request.state.end
+        for piece in await while_connected(request, until(end, run_in_threadpool(pieces_of, clip))):
             exchange = self.service.ask(
                 [{"role": "user", "parts": [piece.audio]}] if readout else self._messages(wanted, piece.audio),
                 decoding,
                 readout=readout,
                 client=client_of(request),
                 starts_at=piece.start if wanted.timed and readout else None,
-                end=request.state.end,
+                end=end,
             )
             await while_connected(request, exchange.started(), exchange)
             text = (await while_connected(request, joined(exchange.pieces()), exchange)).strip()
