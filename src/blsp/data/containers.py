@@ -10,8 +10,8 @@ libsndfile does not know m4a, webm, aac, amr and wma, nor some codecs in wav, ca
 that an mp3's Info frame promises, also where the frames are more or fewer, and guesses where there is none (FFmpeg
 writing into a pipe leaves it out, as on Common Voice's server). It stops at the end of the first stream of a chained
 Ogg file (RFC 3533) and of joined mp3s. And it believes the sizes in a wav header that was written before the recording
-was known. FFmpeg decodes all of these to their end. The container is chosen
-here by the file's first bytes, never by FFmpeg's own guessing, so that no playlist or device format is ever opened.
+was known. FFmpeg decodes all of these to their end. The container is chosen here by the file's first bytes, never by
+FFmpeg's own guessing, so that no playlist or device format is ever opened.
 
 Shapes: n samples of a block, C channels.
 """
@@ -212,14 +212,22 @@ def _mp3_frame_bytes(header: bytes) -> int:
 
 
 def missing_bytes(file: BinaryIO, size: int) -> int:
-    """Bytes by which a wav, aiff, ogg or wma file ends before its own container says so; 0 where it is whole."""
+    """Bytes by which a wav, w64, au, aiff, ogg or wma file ends before its container says so; 0 where it is whole."""
     file.seek(0)
-    head = file.read(12)
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+    head = file.read(36).ljust(36, b"\0")
+    if head[:4] == b".snd":
+        begin, length = struct.unpack(">II", head[4:12])
+        return 0 if length == 0xFFFFFFFF else max(0, begin + length - size)
+    if head[:4] == b"RF64" and head[12:16] == b"ds64":  # after it: length of the part, of the file, of the sound
+        begin, _ = _wav_chunk(file, size, b"data")
+        return _known(begin + int.from_bytes(head[28:36], "little") - size)
+    if head[:4] == b"riff":  # w64: 16 bytes of name, 8 of length
+        return _known(int.from_bytes(head[16:24], "little") - size)
+    if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
         begin, length = _wav_chunk(file, size, b"data")
         unknown = length is not None and length >= PLACEHOLDER_WAV
         return 0 if unknown else max(0, begin + (length or 0) - size)
-    if head[:4] == b"FORM" and len(head) == 12:
+    if head[:4] == b"FORM":
         return max(0, struct.unpack(">I", head[4:8])[0] + 8 - size)
     if head[:8] == ASF:
         file.seek(0)
@@ -227,6 +235,11 @@ def missing_bytes(file: BinaryIO, size: int) -> int:
         at = header.find(ASF_FILE) + 40  # after 16 bytes of name, 8 of length, 16 of the file's own name
         return max(0, int.from_bytes(header[at : at + 8], "little") - size) if at >= 40 else 0
     return max(0, _missing_ogg_bytes(file, size)) if head[:4] == b"OggS" else 0
+
+
+def _known(missing: int) -> int:
+    """0 where a length of 64 bits was written before it was known."""
+    return missing if 0 < missing < UNKNOWN_LENGTH else 0
 
 
 def _missing_ogg_bytes(file: BinaryIO, size: int) -> int:
@@ -260,6 +273,9 @@ class FfmpegStream:
             self._container.close()
             raise ValueError("it holds no sound")
         audio = self._container.streams.audio[0]
+        if audio.codec_context is None or not audio.codec_context.sample_rate or not audio.codec_context.channels:
+            self._container.close()
+            raise ValueError("FFmpeg: the codec of its sound is not known")
         self.format, self.frames = container.upper(), UNKNOWN_LENGTH
         self.samplerate, self.channels = audio.codec_context.sample_rate, audio.codec_context.channels
         self._blocks = self._decode()
@@ -286,8 +302,8 @@ class FfmpegStream:
                     frame.pts = None
                     yield from (block.to_ndarray().T for block in resampler.resample(frame))
             yield from (block.to_ndarray().T for block in resampler.resample(None))
-        except av.error.FFmpegError as error:
-            raise ValueError(f"FFmpeg: {error.strerror or error}") from error
+        except (av.error.FFmpegError, ZeroDivisionError) as error:  # a frame may have no rate
+            raise ValueError(f"FFmpeg: {getattr(error, 'strerror', error)}") from error
         if bad > MOST_BAD_PACKETS * total:
             raise ValueError(f"FFmpeg: {bad} of {total} packets cannot be decoded")
         if (promised := self._promised()) > last + END_SLACK:
