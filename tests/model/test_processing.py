@@ -73,6 +73,16 @@ def test_other_rates_are_resampled(pair) -> None:
     assert inputs["input_features"].shape[2] == 130
 
 
+def test_what_each_place_became_is_told_on_request(pair) -> None:
+    _, processor = pair
+    text, clips = f"a {AUDIO_TOKEN} b {AUDIO_TOKEN}", [CLIP, speech_like(0.7)]
+    inputs = processor(text=text, audio=clips, return_text_replacement_offsets=True)
+    (places,) = inputs["text_replacement_offsets"]
+    became = [AUDIO_TOKEN * processor.num_audio_tokens(len(clip)) for clip in clips]
+    assert [(place["type"], place["replacement"]) for place in places] == [("audio", text) for text in became]
+    assert "text_replacement_offsets" not in processor(text=text, audio=clips)
+
+
 def test_placeholders_smuggled_into_text_do_not_pass(pair) -> None:
     _, processor = pair
     messages = _messages(CLIP)

@@ -119,7 +119,7 @@ class ConvStack(nn.Module):
             lengths = (lengths + stride - 1) // stride
             hidden = nn.functional.glu(conv(hidden), dim=1)  # half of the channels gate the other half
             hidden = hidden * valid_mask(lengths, hidden.shape[2])[:, None, :]
-        return hidden.transpose(1, 2), lengths
+        return hidden.transpose(1, 2).contiguous(), lengths  # vLLM's linear layers take nothing else
 
 
 class CachedValue:

@@ -88,19 +88,21 @@ class BlspProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         padding: bool = True,
         add_special_tokens: bool = False,
+        return_text_replacement_offsets: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Text (one or a list) with one `<|audio|>` per clip; clips as 16 kHz arrays, or any rate with `sampling_rate`.
 
-        Batches are padded on the left, as generation needs it.
+        Batches are padded on the left, as generation needs it. return_text_replacement_offsets: also what each
+        `<|audio|>` became, as `text_replacement_offsets`; vLLM asks for it.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         clips = self._clips(audio, sampling_rate)
         count = sum(piece.count(AUDIO_TOKEN) for piece in texts)
         if count != len(clips):
             raise ValueError(f"{count} × {AUDIO_TOKEN} in the text, but {len(clips)} clips: each clip needs its place")
-        counts = iter([self.num_audio_tokens(len(clip)) for clip in clips])
-        expanded = ["".join(self._expand(piece, counts)) for piece in texts]
+        placeholders = [AUDIO_TOKEN * self.num_audio_tokens(len(clip)) for clip in clips]
+        expanded, offsets = self.get_text_with_replacements(texts, audio_replacements=placeholders)
         data = dict(
             self.tokenizer(
                 expanded,
@@ -114,12 +116,10 @@ class BlspProcessor(ProcessorMixin):
         if clips:
             features, mask = mel_features(self.feature_extractor, clips, full_window=self.full_window)
             data |= {"input_features": features, "input_features_mask": mask}
-        return BatchFeature(data, tensor_type=return_tensors)
-
-    def _expand(self, text: str, counts: Any) -> list[str]:
-        """The text in pieces, each `<|audio|>` repeated for every audio token of its clip."""
-        first, *rest = text.split(AUDIO_TOKEN)
-        return [first, *(AUDIO_TOKEN * next(counts) + piece for piece in rest)]
+        batch = BatchFeature(data, tensor_type=return_tensors)
+        if return_text_replacement_offsets:
+            batch["text_replacement_offsets"] = offsets
+        return batch
 
     @staticmethod
     def _clips(audio: Any, sampling_rate: int | None) -> list[np.ndarray]:

@@ -280,7 +280,8 @@ class ExportSettings:
     """Write one self-contained Hugging Face folder: encoder, LLM and the code that runs them.
 
     transformers loads it without this package (trust_remote_code=True), on a machine without the frozen models. It is
-    the form for the hub (docs/hub.md).
+    the form for the hub (docs/hub.md), and for vllm serve: adapters conv and stack, with this package installed beside
+    vLLM (docs/serving.md).
 
     $ blsp export --model runs/x/adapter --out merged/
     """
