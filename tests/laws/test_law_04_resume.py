@@ -18,6 +18,7 @@ from support.training_examples import write_data
 
 from blsp.settings import TrainSettings
 from blsp.training import loop, reporting, run_state
+from blsp.training.tracking import CLOCKED
 
 WORKERS = multiprocessing.get_context("forkserver")  # imports torch once, then every start is a fork
 WORKERS.set_forkserver_preload(["blsp.training.loop", "support.training_examples"])
@@ -69,7 +70,7 @@ def whole(settings: TrainSettings) -> tuple[Results, float]:
 
 def _results(out: Path) -> Results:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    curve = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    curve = [{name: value for name, value in row.items() if name not in CLOCKED} for row in rows]
     return (out / "adapter" / "model.safetensors").read_bytes(), curve
 
 

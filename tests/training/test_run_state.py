@@ -94,7 +94,7 @@ def test_another_machine_is_refused_by_name(tmp_path: Path) -> None:
 def test_the_window_of_a_metrics_line_adds_up_and_empties() -> None:
     progress = Progress(step=7)
     for loss in (1.0, 2.0):
-        progress = add_to_window(progress, loss, positions=10, padding=1)
+        progress = add_to_window(progress, loss, positions=10, padding=1, norm=2.0)
     assert (progress.window_steps, progress.window_loss, progress.window_padding) == (2, 3.0, 2)
     assert empty_window(progress) == replace(Progress(), step=7)
 

@@ -48,11 +48,11 @@ class TrainSettings:
     """
 
     GROUPS: ClassVar[dict[str, str]] = {
-        "data": "data out data_weights cache augment no_speech max_seconds held_out",
+        "data": "data out data_weights val_data cache augment no_speech max_seconds held_out",
         "model": "audio_model llm adapter adapter_options readout init_from pad_to_30s template_arg no_thinking",
         "loss": "loss temperature teacher ctc_weight embed_weight filler negatives",
         "optimisation": "steps epochs batch_size lr weight_decay warmup_steps schedule clip average_last seed",
-        "logging and checkpoint": "log_every probe_every save_every save_minutes keep resume_inexact",
+        "logging and checkpoint": "log_to profile log_every probe_every save_every save_minutes keep resume_inexact",
         "compute and memory": "batch_tokens activation_checkpointing shard_llm collective_minutes device dtype",
     }
 
@@ -70,6 +70,8 @@ class TrainSettings:
     """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (spoken tokens; run `blsp align` first)"""
     data_weights: tuple[float, ...] = ()
     """one weight per data file: 0.5 uses half of it per epoch, 2 all of it twice"""
+    val_data: tuple[str, ...] = ()
+    """NAME=FILE of data that is not learnt from: its divergence is measured with the probes, as NAME_kl and the like"""
     adapter_options: tuple[str, ...] = ()
     """NAME=VALUE of the chosen adapter, see docs/training.md"""
     readout: Literal["data", "full"] = "data"
@@ -123,6 +125,10 @@ class TrainSettings:
     copies of a recording, and all that has the same text"""
     seed: int = 0
     """decides fresh weights, data order and noise: the same seed gives the same curve"""
+    log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """also send the figures of metrics.jsonl there; pip install the tracker, whose own variables name the project"""
+    profile: int = 0
+    """write a trace of this many steps to OUT/trace.json"""
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
     probe_every: int = 200

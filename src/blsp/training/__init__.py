@@ -14,4 +14,6 @@ optimiser.py  AdamW, schedules, averaging
 probes.py     divergence and read-out error during training
 reporting.py  metrics.jsonl and its picture
 card.py       the model card
+tracking.py   trackers, speed, memory, a trace of some steps
+validation.py  clips that are measured while training goes on
 """

@@ -25,8 +25,9 @@ from blsp.training.batches import prefetch
 from blsp.training.card import model_card
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
-from blsp.training.reporting import draw_curves, finish_stages, print_once, progress_bar, report
+from blsp.training.reporting import Reporter, draw_curves, finish_stages, print_once, progress_bar, report
 from blsp.training.run import Run, check_loss, prepare, step_examples
+from blsp.training.tracking import Trackers, tracing
 
 STEPS_AHEAD = 3  # steps whose examples are read before they are needed
 
@@ -67,10 +68,14 @@ def train_stage(settings: TrainSettings, runtime: Runtime, stop: run_state.StopS
         for warning in verdict.warnings(run):
             print(f"{settings.out}: {warning}", file=sys.stderr)
     bar = progress_bar(run, state.progress)
-    with closing(prefetch(step_examples(run, state.progress.step), STEPS_AHEAD)) as steps, bar:
+    trackers = Trackers(settings.log_to, settings.out, run_state.as_flags(settings), runtime)
+    reporter = Reporter(run, state, trackers)
+    examples = closing(prefetch(step_examples(run, state.progress.step), STEPS_AHEAD))
+    with closing(trackers), examples as steps, bar, tracing(settings.profile, settings.out, runtime) as step_traced:
         for number, batches in steps:
             learn(run, state, number, batches)
-            report(run, state, bar)
+            step_traced()
+            report(reporter, bar)
             stop.sync(runtime)
             if state.progress.step == run.steps or stop.requested or time_to_save(run, state):
                 save(run, state)
@@ -109,9 +114,9 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
         share.backward()
         loss, positions, padding = loss + share.item(), positions + sums.positions, padding + sums.padding
 
-    move_adapter(run, state, number, examples)
+    norm = move_adapter(run, state, number, examples)
     loss, total_positions, total_padding = sum_over_ranks(run.runtime, loss, positions, padding)
-    progress = run_state.add_to_window(state.progress, loss, int(total_positions), int(total_padding))
+    progress = run_state.add_to_window(state.progress, loss, int(total_positions), int(total_padding), norm)
     state.progress = replace(
         progress,
         step=number + 1,
@@ -131,8 +136,8 @@ def micro_batches(run: Run, batches: list[list[Example]]) -> Iterable[list[Examp
             yield batch
 
 
-def move_adapter(run: Run, state: State, number: int, examples: list[Example]) -> None:
-    """Sum the gradients over the ranks, clip them, step, and keep the running average of the last steps."""
+def move_adapter(run: Run, state: State, number: int, examples: list[Example]) -> float:
+    """Sum the gradients over the ranks, clip them, step, average the last steps' weights; the gradient's length."""
     reduce_gradients(run.parameters, run.runtime)
     length = torch.nn.utils.clip_grad_norm_(run.parameters, run.settings.clip)
     if not torch.isfinite(length):
@@ -143,6 +148,7 @@ def move_adapter(run: Run, state: State, number: int, examples: list[Example]) -
     state.optimiser.zero_grad()
     if number >= run.steps - run.settings.average_last:
         add_to_average(run, state, number)
+    return length.item()
 
 
 def sum_over_ranks(runtime: Runtime, *numbers: float) -> list[float]:

@@ -2,7 +2,7 @@
 
 In:  the run and its state after a step.
 Out: ``metrics.jsonl``, ``curves.png``, a progress bar on stderr.
-Try: `report(run, state, bar)`
+Try: `report(Reporter(run, state, trackers), bar)`
 Flow: training/loop.py after every step -> **reporting.py** -> the run folder
 """
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from blsp.data.files import naming_full_disk, read_rows, write_atomically, write_text
 from blsp.distributed import Runtime
 from blsp.settings import TrainSettings
-from blsp.training import probes, step
+from blsp.training import probes, step, tracking
 from blsp.training.optimiser import State, learning_rate
 from blsp.training.run import Run
 from blsp.training.run_state import Progress, as_flags, dump_flags, empty_window
@@ -34,8 +34,24 @@ from blsp.training.verdict import Verdict
 CURVES_SECONDS = 60  # at least, between two drawings of curves.png
 
 
-def report(run: Run, state: State, bar: tqdm) -> None:
+class Reporter:
+    """What reports need beside the run: where they go, and the progress at the last line, for the speed since."""
+
+    def __init__(self, run: Run, state: State, trackers: tracking.Trackers) -> None:
+        self.run, self.state, self.trackers = run, state, trackers
+        self.last = state.progress
+        self.weights = tracking.layer_weights(run.model.model.language_model) if run.objective.runs_llm else 0
+        self.device_flops = tracking.product_flops(run.runtime)
+
+    def speed(self, progress: Progress) -> dict[str, float]:
+        """The speed since the last call."""
+        before, self.last = self.last, progress
+        return tracking.speed(self.weights, before, progress, self.device_flops)
+
+
+def report(reporter: Reporter, bar: tqdm) -> None:
     """Write a line of metrics.jsonl every `--log-every` steps; every `--probe-every` steps with the probes."""
+    run, state = reporter.run, reporter.state
     progress, settings = state.progress, run.settings
     bar.update()
     is_last = progress.step == run.steps
@@ -51,6 +67,8 @@ def report(run: Run, state: State, bar: tqdm) -> None:
         "audio_seconds": round(progress.audio_seconds, 3),
         "seconds": round(progress.seconds, 3),
         "padding": round(progress.window_padding / max(1, progress.window_positions), 4),
+        "grad_norm": progress.window_norm / progress.window_steps,
+        **reporter.speed(progress),
     }
     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
     if probing and (run.runtime.rank == 0 or settings.shard_llm):  # all ranks run a sharded LLM, or none
@@ -64,6 +82,7 @@ def report(run: Run, state: State, bar: tqdm) -> None:
     path = settings.out / "metrics.jsonl"
     with naming_full_disk(path), open(path, "a", encoding="utf-8") as out:
         out.write(json.dumps(row) + "\n")
+    reporter.trackers.log(row)
     if probing and time.monotonic() - state.drawn > CURVES_SECONDS:
         state.drawn = time.monotonic()
         draw_curves(run)

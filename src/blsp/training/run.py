@@ -54,9 +54,9 @@ from blsp.training.dataset import (
 from blsp.training.examples import Example, ExampleReader, RowMeasurer, RowTexts, Targets
 from blsp.training.probes import Probe
 from blsp.training.step import LOSSES, Objective
+from blsp.training.validation import open_probes, open_validation, validation_sources
 from blsp.weights.digest import Weights, find_weights
 
-PROBE_ROWS = 24  # of each part: the divergence to about a tenth of its value, in seconds
 NO_SPEECH_CLIPS = 64  # made for --no-speech
 
 
@@ -92,6 +92,8 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     # What is learnt, and from which files
     stored = teacher_of(settings) == "stored"
     sources = data_sources(settings, runtime, stored)
+    validation = validation_sources(settings.val_data)
+    others = list(validation.values())
     objective = objective_of(settings, stored)
     targets = targets_of(settings, objective)
 
@@ -107,7 +109,7 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     # Features and measured rows: both are in the folder when a run goes on
     cache = None
     if settings.cache is not None:
-        to_encode = [] if (settings.out / "table.json").exists() else [source.rows for source in sources]
+        to_encode = [] if (settings.out / "table.json").exists() else [source.rows for source in [*sources, *others]]
         cache = open_features(settings.cache, model, processor, to_encode, runtime)
     times = TokenTimes(cache) if cache is not None and "token_times" in targets else None
     if times is not None:
@@ -138,6 +140,7 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
         seed=settings.seed,
     )
     order, probes = data_order(settings, dataset), open_probes(reader)
+    probes += open_validation(reader, validation, measurer, settings.out, runtime)
     return Run(settings, runtime, model, processor, prefixes, objective, dataset, order, reader, skipped, probes)
 
 
@@ -244,24 +247,6 @@ def data_order(settings: TrainSettings, dataset: Dataset) -> DataOrder:
     if not order.per_epoch:
         raise DataError(f"{', '.join(settings.data)}: every file has weight 0")
     return order
-
-
-def open_probes(reader: ExampleReader) -> tuple[Probe, ...]:
-    """The clips that divergence is measured on while training goes on."""
-    parts = {"held_out": reader.dataset.held_out, "train": reader.dataset.rows}
-    return tuple(Probe(part, draw_examples(reader, rows, PROBE_ROWS)) for part, rows in parts.items())
-
-
-def draw_examples(reader: ExampleReader, rows: NDArray[np.void], count: int) -> list[Example]:
-    """Examples of `count` of the rows: always the same ones, never augmented, none without speech."""
-    plain = replace(reader, augmentation=())
-    examples: list[Example] = []
-    for row in rows[np.random.default_rng(0).permutation(len(rows))[: 2 * count]]:
-        try:
-            examples += [] if row["no_speech"] else [plain.example(row, epoch=0)]
-        except Refused:  # a few more rows are drawn than are needed
-            continue
-    return examples[:count]
 
 
 def step_examples(run: Run, first: int) -> Iterator[tuple[int, list[list[Example]]]]:

@@ -57,9 +57,10 @@ class Progress:
     window_loss: float = 0.0
     window_positions: int = 0  # of the LLM's sequences (encoder frames where it is not run), padding included
     window_padding: int = 0  # those of them that are padding
+    window_norm: float = 0.0  # lengths of the gradient before it is clipped
 
 
-def add_to_window(progress: Progress, loss: float, positions: int, padding: int) -> Progress:
+def add_to_window(progress: Progress, loss: float, positions: int, padding: int, norm: float) -> Progress:
     """One more step in the window of the next metrics line."""
     return replace(
         progress,
@@ -67,12 +68,13 @@ def add_to_window(progress: Progress, loss: float, positions: int, padding: int)
         window_loss=progress.window_loss + loss,
         window_positions=progress.window_positions + positions,
         window_padding=progress.window_padding + padding,
+        window_norm=progress.window_norm + norm,
     )
 
 
 def empty_window(progress: Progress) -> Progress:
     """The window after its line was written."""
-    return replace(progress, window_steps=0, window_loss=0.0, window_positions=0, window_padding=0)
+    return replace(progress, window_steps=0, window_loss=0.0, window_positions=0, window_padding=0, window_norm=0.0)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------
@@ -198,7 +200,7 @@ def cut_metrics(path: Path, step: int) -> None:
 # --- the folder -------------------------------------------------------------------------------------------
 
 MAY_CHANGE = frozenset(
-    {"out", "save_every", "save_minutes", "keep", "resume_inexact", "collective_minutes"}
+    {"out", "save_every", "save_minutes", "keep", "resume_inexact", "collective_minutes", "log_to", "profile"}
 )  # when a run goes on
 NOT_WRITTEN = frozenset({"config", "stages"})
 MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl")

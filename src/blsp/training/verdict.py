@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from blsp.data.files import write_json
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.training import probes, step
-from blsp.training.run import Run, draw_examples
+from blsp.training.run import Run
+from blsp.training.validation import draw_examples
 
 Array = NDArray[np.float64]
 VERDICT_ROWS = 96  # held-out rows that are measured, at most

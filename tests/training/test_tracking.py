@@ -1,0 +1,102 @@
+"""What a long run shows: speed and gradient in metrics.jsonl, validation files, trackers, a trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.training_examples import write_data
+
+from blsp.distributed import find_runtime
+from blsp.settings import SettingsError, TrainSettings
+from blsp.training import loop, reporting
+from blsp.training.run_state import Progress
+from blsp.training.tracking import CLOCKED, Trackers, layer_weights, product_flops, speed
+from blsp.training.validation import validation_sources
+
+
+@pytest.fixture
+def train(tmp_path: Path, tiny_llm, tiny_whisper, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Three steps of a tiny run; the lines of its metrics.jsonl."""
+    monkeypatch.setattr(reporting, "draw", lambda *_: None)
+    data = write_data(tmp_path / "data", rows=8)
+
+    def run(loss: str = "ce", **changes: Any) -> list[dict[str, Any]]:
+        settings = TrainSettings(
+            data=(str(data),),
+            out=tmp_path / "run",
+            audio_model=tiny_whisper,
+            llm=tiny_llm("llama"),
+            adapter="grounded" if loss == "ctc" else "conv",
+            loss=loss,
+            batch_size=4,
+            steps=5,
+            log_every=1,
+            probe_every=3,
+            dtype="float32",
+            **changes,
+        )
+        loop.train(settings)
+        return [json.loads(line) for line in (settings.out / "metrics.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_a_validation_file_has_probes_of_its_own(train, tmp_path: Path) -> None:
+    other = write_data(tmp_path / "other", rows=5)
+    rows = train(val_data=(f"clean={other}", f"again={other}"))
+    probed = [row for row in rows if "clean_kl" in row]
+    assert [row["step"] for row in probed] == [1, 3, 5]
+    assert all(row["clean_kl"] == row["again_kl"] > 0 and "train_kl" in row for row in probed)
+    assert all(set(CLOCKED) <= set(row) and row["grad_norm"] > 0 for row in rows)
+
+
+def test_the_trace_and_the_tracker(train, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    rows = train(profile=2, log_to=("tensorboard",))
+    assert json.loads((tmp_path / "run/trace.json").read_text())["traceEvents"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folders = {path.parent for path in (tmp_path / "run").rglob("events.out.*")}
+    read = [EventAccumulator(str(folder)).Reload() for folder in folders]  # one folder holds the settings
+    (events,) = [found for found in read if "loss" in found.Tags()["scalars"]]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
+
+
+def test_speed_is_counted_work_over_time() -> None:
+    before = Progress(seconds=10.0, audio_seconds=100.0)
+    now = Progress(seconds=12.0, audio_seconds=7300.0, window_positions=1100, window_padding=100)
+    figures = speed(5, before, now, device_flops=40_000.0)
+    assert (figures["positions_per_second"], figures["audio_hours_per_hour"]) == (500.0, 3600.0)
+    assert (figures["flops"], figures["flops_fraction"]) == (4 * 5 * 500, 0.25)
+    assert "flops" not in speed(0, before, now, 1.0)
+    assert product_flops(find_runtime("cpu")) > 1e8
+
+
+def test_only_the_layers_are_counted(pair_of) -> None:
+    llm = pair_of()[0].model.language_model
+    assert layer_weights(llm) == sum(p.numel() for p in llm.layers.parameters())
+    assert layer_weights(torch.nn.Linear(2, 2)) == 0
+
+
+@pytest.mark.parametrize("flag", ["clean", "train=x.jsonl", "a b=x.jsonl", "=x.jsonl"])
+def test_a_wrong_validation_flag_is_named(flag: str) -> None:
+    with pytest.raises(SettingsError, match="NAME=FILE"):
+        validation_sources((flag,))
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import tracking
+
+    class Absent:
+        requires_logging_directory = False
+
+        def __init__(self, name: str) -> None:
+            raise ModuleNotFoundError("No module named 'wandb'")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Absent)
+    with pytest.raises(SettingsError, match="pip install wandb"):
+        Trackers(("wandb",), tmp_path, {}, find_runtime("cpu"))
