@@ -29,11 +29,12 @@ AT_A_TIME = 1024  # rows of a table that are read together, without their audio
 
 def hugging_face(request: ReadRequest) -> Rows:
     """Row N of the split becomes the id SPLIT-N; columns of plain values are kept as further fields."""
+    _check_path(request.root)
     try:
         import datasets
     except ImportError as error:
         raise ImportError('prepare hf needs the datasets library: pip install "blsp[data]"') from error
-    _check_root(datasets, request.root)
+    _check_hub(datasets, request.root)
     for split in request.splits:
         try:
             kind, files, dataset = _load(datasets, request, split)
@@ -50,16 +51,20 @@ def hugging_face(request: ReadRequest) -> Rows:
             yield _row(f"{split}-{number:08d}", row, columns, request)
 
 
-def _check_root(datasets: Any, root: str) -> None:
-    """Refuse at once a file, a path that is not there, and a hub id where the hub does not answer."""
-    if Path(root).is_dir() or is_url(root):
-        return
+def _check_path(root: str) -> None:
+    """Refuse a file, and a path that is not there."""
     if Path(root).is_file():
         raise CorpusError(f"{root}: is a file; --root is a folder or a hub id (tables: `blsp prepare csv|tsv|jsonl`)")
-    if is_missing_path(root):
+    if not is_url(root) and is_missing_path(root):
         raise CorpusError(f"{root}: no such folder; --root is a folder that exists or a hub id (owner/name)")
+
+
+def _check_hub(datasets: Any, root: str) -> None:
+    """Refuse a hub id where the hub does not answer, unless the dataset was loaded here before."""
     loaded_before = Path(datasets.config.HF_DATASETS_CACHE, root.replace("/", "___"))
-    if not loaded_before.is_dir() and (trouble := hub_trouble("datasets", root)):
+    if Path(root).is_dir() or is_url(root) or loaded_before.is_dir():
+        return
+    if trouble := hub_trouble("datasets", root):
         raise CorpusError(f"{root}: no such folder, and the hub cannot be asked for it ({trouble})")
 
 
