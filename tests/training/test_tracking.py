@@ -66,6 +66,19 @@ def test_the_trace_and_the_tracker(train, tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
 
 
+def test_a_dry_run_tells_rows_time_and_memory_and_writes_nothing(
+    tmp_path: Path, tiny_llm, tiny_whisper, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_data(tmp_path / "data", rows=8), tmp_path / "run"
+    parts = {"audio_model": tiny_whisper, "llm": tiny_llm("llama"), "adapter": "conv", "loss": "ce"}
+    loop.train(
+        TrainSettings(data=(str(data),), out=out, batch_size=4, steps=100, dtype="float32", dry_run=True, **parts)
+    )
+    told = capsys.readouterr().out
+    assert "100 steps of" in told and "hours" in told and "GB of memory" in told
+    assert not out.exists() and not list(tmp_path.glob("*dry-run*"))
+
+
 def test_speed_is_counted_work_over_time() -> None:
     before = Progress(seconds=10.0, audio_seconds=100.0)
     now = Progress(seconds=12.0, audio_seconds=7300.0, window_positions=1100, window_padding=100)

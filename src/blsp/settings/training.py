@@ -53,7 +53,7 @@ class TrainSettings:
         "loss": "loss temperature teacher ctc_weight embed_weight filler negatives",
         "optimisation": "steps epochs batch_size lr weight_decay warmup_steps schedule clip average_last seed",
         "logging and checkpoint": "log_to profile log_every probe_every save_every save_minutes keep resume_inexact",
-        "compute and memory": "batch_tokens activation_checkpointing shard_llm collective_minutes device dtype",
+        "compute and memory": "dry_run batch_tokens activation_checkpointing shard_llm collective_minutes device dtype",
     }
 
     data: tuple[str, ...]
@@ -127,6 +127,8 @@ class TrainSettings:
     """decides fresh weights, data order and noise: the same seed gives the same curve"""
     log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
     """also send the figures of metrics.jsonl there; pip install the tracker, whose own variables name the project"""
+    dry_run: bool = False
+    """check only: read the data, load the models, make three steps, write nothing; print memory and time"""
     profile: int = 0
     """write a trace of this many steps to OUT/trace.json"""
     log_every: int = 10

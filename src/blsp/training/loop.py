@@ -9,15 +9,28 @@ A step takes its rows from the order of the data, sums the losses of its micro-b
 the whole step, and moves the adapter. The same command goes on after a kill, to the bit; SIGTERM saves and exits.
 """
 
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 
 import torch
 
-from blsp.distributed import Runtime, barrier, find_runtime, keep_freed_memory, leave, reduce_gradients, sum_across
+from blsp.distributed import (
+    Runtime,
+    barrier,
+    find_runtime,
+    from_first,
+    keep_freed_memory,
+    leave,
+    reduce_gradients,
+    sum_across,
+)
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
 from blsp.training import run_state, step, verdict
@@ -27,8 +40,9 @@ from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
 from blsp.training.reporting import Reporter, draw_curves, finish_stages, print_once, progress_bar, report
 from blsp.training.run import Run, check_loss, prepare, step_examples
-from blsp.training.tracking import Trackers, tracing
+from blsp.training.tracking import Trackers, peak_memory, tracing
 
+DRY_STEPS = 3
 STEPS_AHEAD = 3  # steps whose examples are read before they are needed
 
 
@@ -43,6 +57,10 @@ def train(settings: TrainSettings) -> None:
         keep_freed_memory()
     for stage in settings.stages or (settings,):
         check_loss(stage)
+    if settings.dry_run:
+        dry_run(settings, runtime)
+        leave(runtime)
+        return
     with run_state.deterministic(), run_state.StopSignal() as stop:
         for stage in settings.stages or (settings,):
             if run_state.is_finished(stage):
@@ -57,6 +75,34 @@ def train(settings: TrainSettings) -> None:
                 finish_stages(settings)
     leave(runtime)
     stop.raise_if_interrupted()
+
+
+def dry_run(settings: TrainSettings, runtime: Runtime) -> None:
+    """Prepare each stage in a folder that is removed again, make three steps, and print what the run needs.
+
+    With --cache, clips that it lacks are encoded and kept.
+    """
+    for stage in settings.stages or (settings,):
+        home = stage.out.absolute().parent  # which all nodes see
+        home.mkdir(parents=True, exist_ok=True)
+        folder = from_first(lambda home=home: tempfile.mkdtemp(prefix=".dry-run-", dir=home))  # type: ignore[misc]
+        run = prepare(
+            replace(stage, out=Path(folder, "run"), init_from=stage.init_from if stage is settings else ()), runtime
+        )
+        state, seconds = begin_or_resume(run), []
+        for number, batches in islice(step_examples(run, 0), DRY_STEPS):
+            began = time.monotonic()
+            learn(run, state, number, batches)
+            seconds.append(time.monotonic() - began)
+        hours = min(seconds) * run.steps / 3600  # the first step is slower than the others
+        print_once(
+            runtime,
+            f"{stage.out}: {len(run.dataset.rows)} rows, {run.skipped.count} left out; {run.steps} steps of "
+            f"{min(seconds):.2f} s: {hours:.2f} hours; {peak_memory() / 1e9:.2f} GB of memory in the first process",
+        )
+        barrier(runtime)
+        if runtime.rank == 0:
+            shutil.rmtree(folder)
 
 
 def train_stage(settings: TrainSettings, runtime: Runtime, stop: run_state.StopSignal) -> None:

@@ -200,7 +200,17 @@ def cut_metrics(path: Path, step: int) -> None:
 # --- the folder -------------------------------------------------------------------------------------------
 
 MAY_CHANGE = frozenset(
-    {"out", "save_every", "save_minutes", "keep", "resume_inexact", "collective_minutes", "log_to", "profile"}
+    {
+        "out",
+        "save_every",
+        "save_minutes",
+        "keep",
+        "resume_inexact",
+        "collective_minutes",
+        "log_to",
+        "profile",
+        "dry_run",
+    }
 )  # when a run goes on
 NOT_WRITTEN = frozenset({"config", "stages"})
 MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl")
