@@ -105,7 +105,8 @@ def test_a_processor_is_never_a_bare_tokenizer(tiny_models_folder: Path, tmp_pat
 def test_the_shipped_adapters_have_it_too() -> None:
     for folder in sorted((Path(__file__).parents[2] / "models").glob("blsp-*")):
         assert json.loads((folder / "processor_config.json").read_text())["auto_map"], folder
-        assert "pip install blsp" in (folder / "blsp_classes.py").read_text(), folder
+        stub = (folder / "blsp_classes.py").read_text()
+        assert "pip install blsp" in stub and "import BlspProcessor" in stub, folder
 
 
 def test_the_card_names_the_parts_as_the_hub_knows_them(tiny_models_folder: Path, tmp_path: Path) -> None:
