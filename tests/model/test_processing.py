@@ -67,6 +67,13 @@ def test_audio_by_path_is_the_same(pair, tmp_path: Path) -> None:
     torch.testing.assert_close(from_template["input_features"], by_path["input_features"], rtol=0, atol=1e-5)
 
 
+def test_what_datasets_and_torch_give_is_audio(pair) -> None:
+    _, processor = pair
+    expected = processor(text=AUDIO_TOKEN, audio=CLIP)["input_features"]
+    for audio in ({"array": CLIP, "sampling_rate": 16000, "path": None}, torch.from_numpy(CLIP)):
+        assert torch.equal(processor(text=AUDIO_TOKEN, audio=audio)["input_features"], expected)
+
+
 def test_other_rates_are_resampled(pair) -> None:
     _, processor = pair
     inputs = processor(text=AUDIO_TOKEN, audio=np.repeat(CLIP, 2), sampling_rate=32000)

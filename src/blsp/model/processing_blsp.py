@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, load_audio
@@ -128,11 +129,18 @@ class BlspProcessor(ProcessorMixin):
         flat = audio if isinstance(audio, (list, tuple)) else [audio]
         while flat and isinstance(flat[0], (list, tuple)):
             flat = [clip for clips in flat for clip in clips]
-        return [
-            load_audio(clip, sampling_rate=(sampling_rate or SAMPLE_RATE) if isinstance(clip, np.ndarray) else None)
-            for clip in flat
-        ]
+        return [_samples(clip, sampling_rate) for clip in flat]
 
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
+
+
+def _samples(clip: Any, sampling_rate: int | None) -> np.ndarray:
+    """A clip as 16 kHz samples (N,): also a tensor, or `{"array", "sampling_rate"}` as datasets gives it."""
+    if isinstance(clip, dict):
+        source = clip.get("array") if clip.get("array") is not None else clip.get("bytes") or clip.get("path")
+        return _samples(source, clip.get("sampling_rate", sampling_rate))
+    if isinstance(clip, torch.Tensor):
+        clip = clip.detach().cpu().float().numpy()
+    return load_audio(clip, sampling_rate=(sampling_rate or SAMPLE_RATE) if isinstance(clip, np.ndarray) else None)
