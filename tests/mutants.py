@@ -332,8 +332,8 @@ MUTANTS = (
     Mutant(
         "data: an mp3's length is libsndfile's guess",
         "data/containers.py",
-        '    return "mp3"\n\n\ndef _is_mp3_frame',
-        "    return None\n\n\ndef _is_mp3_frame",
+        'info[7] & 3 != 3:\n        return "mp3"',
+        "info[7] & 3 != 3:\n        return None",
         "tests/data/test_containers.py",
     ),
     Mutant(
