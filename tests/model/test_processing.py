@@ -41,9 +41,14 @@ def _messages(audio: object) -> list[dict]:
     return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
 
 
-def _by_template(processor: BlspProcessor, messages: list[dict]) -> BatchFeature:
+def _by_template(processor: BlspProcessor, messages: list, processor_kwargs: dict | None = None) -> BatchFeature:
     return processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt"
+        messages,
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        processor_kwargs=processor_kwargs,
     )
 
 
@@ -96,6 +101,66 @@ def test_placeholders_smuggled_into_text_do_not_pass(pair) -> None:
     messages[1]["content"][0]["text"] = f"Please {AUDIO_TOKEN} repeat:"
     with pytest.raises(ValueError, match="each clip needs its place"):
         _by_template(processor, messages)
+
+
+def test_arguments_that_it_does_not_know_are_refused_by_name(pair) -> None:
+    _, processor = pair
+    with pytest.raises(TypeError, match=r"`paddingside` is not a valid argument .* it takes text, .*padding_side"):
+        processor(text=AUDIO_TOKEN, audio=CLIP, paddingside="right")
+    with pytest.raises(TypeError, match="`images`"):
+        processor(text=AUDIO_TOKEN, audio=CLIP, images=[CLIP])
+    with pytest.raises(TypeError, match="`text_kwargs`"):
+        _by_template(processor, _messages(CLIP), processor_kwargs={"text_kwargs": {"padding_side": "right"}})
+    assert processor(text=AUDIO_TOKEN, audio=CLIP, images=None, videos=None)["input_ids"].shape[0] == 1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_is_padded_on_the_side_that_is_asked_for(pair, side: str) -> None:
+    model, processor = pair
+    texts, clips = [f"say{AUDIO_TOKEN}", f"please say{AUDIO_TOKEN} now"], [CLIP, speech_like(0.7)]
+    batch = processor(text=texts, audio=clips, padding_side=side)
+    ends = batch["attention_mask"][:, 0 if side == "left" else -1]
+    assert ends.tolist().count(0) == 1
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for row, (text, clip) in enumerate(zip(texts, clips, strict=True)):
+            alone = processor(text=text, audio=clip)
+            real = batch["attention_mask"][row].bool()
+            assert torch.equal(batch["input_ids"][row][real], alone["input_ids"][0])
+            torch.testing.assert_close(logits[row][real], model(**alone).logits[0], rtol=1e-3, atol=1e-3)
+    from_template = _by_template(processor, [_messages(CLIP), _messages(clips[1])], {"padding_side": side})
+    assert from_template["attention_mask"][1, 0 if side == "left" else -1] == 0
+
+
+def test_the_tokenizers_arguments_are_handed_on(pair) -> None:
+    _, processor = pair
+    whole = processor(text=AUDIO_TOKEN, audio=CLIP)["input_ids"].shape[1]
+    assert processor(text=AUDIO_TOKEN, audio=CLIP, pad_to_multiple_of=64)["input_ids"].shape[1] == 64
+    with pytest.raises(ValueError, match="truncation"):  # part of a clip's places would be cut
+        processor(text=AUDIO_TOKEN, audio=CLIP, truncation=True, max_length=whole - 1)
+
+
+def test_a_transcription_request_is_what_the_listener_asks(pair, tmp_path: Path) -> None:
+    model, processor = pair
+    write_wav(tmp_path / "clip.wav", CLIP)
+    clips = [blsp.load_audio(tmp_path / "clip.wav"), speech_like(0.7)]
+    inputs = processor.apply_transcription_request([str(tmp_path / "clip.wav"), clips[1]], language=["en", None])
+    written = model.generate(**inputs, max_new_tokens=12, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    texts = [text.strip() for text in processor.batch_decode(written, skip_special_tokens=True)]
+    listener = Listener(model, processor)
+    assert texts == listener.transcribe_all(clips, method="repeat", max_new_tokens=12)
+    one = processor.apply_transcription_request(np.repeat(clips[1], 2), "de", sampling_rate=32000)
+    assert torch.equal(one["input_ids"][0], inputs["input_ids"][1][inputs["attention_mask"][1].bool()])
+
+
+def test_a_transcription_request_refuses_what_it_cannot_use(pair) -> None:
+    _, processor = pair
+    with pytest.raises(ValueError, match="'xx'"):
+        processor.apply_transcription_request(CLIP, language="xx")
+    with pytest.raises(ValueError, match="2 languages for 1 clips"):
+        processor.apply_transcription_request(CLIP, language=["en", "de"])
+    with pytest.raises(TypeError, match="`model_id`"):
+        processor.apply_transcription_request(CLIP, model_id="x/y")
 
 
 def test_the_processor_survives_its_folder(pair, folder: Path) -> None:

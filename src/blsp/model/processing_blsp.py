@@ -14,10 +14,21 @@ import torch
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin, WhisperFeatureExtractor
 
 from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.llm.instructions import instruction_for, language_name
 from blsp.llm.prompt import fix_template, fix_tokenizer
 from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
+
+# What `processor(…)` takes beside its own arguments, and hands on to the tokenizer
+TOKENIZER_ARGUMENTS = (
+    *("truncation", "max_length", "pad_to_multiple_of", "return_attention_mask", "return_length", "verbose"),
+    *("return_offsets_mapping", "return_special_tokens_mask"),
+)
+OWN_ARGUMENTS = (
+    *("text", "audio", "sampling_rate", "return_tensors", "padding", "padding_side", "add_special_tokens"),
+    "return_text_replacement_offsets",
+)
 
 # Joins the parts of a message into one string, then runs the LLM's own template, unchanged.
 FLATTEN_PARTS = """\
@@ -87,16 +98,24 @@ class BlspProcessor(ProcessorMixin):
         audio: Any = None,
         sampling_rate: int | None = None,
         return_tensors: str | None = "pt",
-        padding: bool = True,
+        padding: bool | str = True,
+        padding_side: str = "left",
         add_special_tokens: bool = False,
         return_text_replacement_offsets: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Text (one or a list) with one `<|audio|>` per clip; clips as 16 kHz arrays, or any rate with `sampling_rate`.
 
-        Batches are padded on the left, as generation needs it. return_text_replacement_offsets: also what each
-        `<|audio|>` became, as `text_replacement_offsets`; vLLM asks for it.
+        Args:
+            padding_side: "left", as generation needs it, or "right".
+            return_text_replacement_offsets: also what each `<|audio|>` became, as `text_replacement_offsets`; vLLM
+                asks for it.
+            kwargs: for the tokenizer (TOKENIZER_ARGUMENTS). Others raise a TypeError, unless they are None.
         """
+        options = {name: value for name, value in kwargs.items() if value is not None}
+        for name in options.keys() - set(TOKENIZER_ARGUMENTS):
+            known = ", ".join(OWN_ARGUMENTS + TOKENIZER_ARGUMENTS)
+            raise TypeError(f"Keyword argument `{name}` is not a valid argument for this processor; it takes {known}")
         texts = [text] if isinstance(text, str) else list(text or [])
         clips = self._clips(audio, sampling_rate)
         count = sum(piece.count(AUDIO_TOKEN) for piece in texts)
@@ -108,11 +127,13 @@ class BlspProcessor(ProcessorMixin):
             self.tokenizer(
                 expanded,
                 padding=padding,
-                padding_side="left",
+                padding_side=padding_side,
                 add_special_tokens=add_special_tokens,
                 return_tensors=return_tensors,
+                **options,
             )
         )
+        self._check_special_mm_tokens(expanded, data, modalities=["audio"])  # truncation may cut a clip's places
         data.pop("token_type_ids", None)
         if clips:
             features, mask = mel_features(self.feature_extractor, clips, full_window=self.full_window)
@@ -121,6 +142,28 @@ class BlspProcessor(ProcessorMixin):
         if return_text_replacement_offsets:
             batch["text_replacement_offsets"] = offsets
         return batch
+
+    def apply_transcription_request(
+        self,
+        audio: Any,
+        language: str | Sequence[str | None] | None = None,
+        sampling_rate: int | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Inputs for `generate` that ask the LLM to repeat the words of each clip (the behaviour `repeat`).
+
+        language: one for all clips or one a clip, as Voxtral's processor takes it. It is checked and changes nothing,
+            since the LLM repeats the words in the language in which they are said. kwargs: those of `processor(…)`.
+        """
+        clips = self._clips(audio, sampling_rate)
+        languages = [language] * len(clips) if language is None or isinstance(language, str) else list(language)
+        if len(languages) != len(clips):
+            raise ValueError(f"{len(languages)} languages for {len(clips)} clips: give one for all, or one for each")
+        for name in filter(None, languages):
+            language_name(name)  # raises for a code that is not known
+        message = {"role": "user", "content": instruction_for("repeat") + AUDIO_TOKEN}
+        prompt = self.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        return self(text=[prompt] * len(clips), audio=clips, **kwargs)
 
     @staticmethod
     def _clips(audio: Any, sampling_rate: int | None) -> list[np.ndarray]:
