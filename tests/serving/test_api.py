@@ -173,6 +173,25 @@ def test_what_is_not_supported_is_refused_by_name(server: Running) -> None:
     ask(server, user("hello"), n=1, frequency_penalty=0, modalities=["text"], response_format={"type": "text"})
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        *((name, True) for name in ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "n")),
+        *((name, False) for name in ("frequency_penalty", "presence_penalty", "top_k", "top_logprobs")),
+        *(("max_tokens", value) for value in ("7", 7.5)),
+        *((name, 1) for name in ("stream", "logprobs")),
+    ],
+)
+def test_a_boolean_is_no_number_and_a_number_no_boolean(server: Running, field: str, value: Any) -> None:
+    body = {"messages": [user("hello")], field: value}
+    answer = server.http().post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+
+
+def test_whole_numbers_are_numbers(server: Running) -> None:
+    ask(server, user("hello"), temperature=0, top_p=1, max_tokens=1, stream_options={"include_usage": False})
+
+
 def test_many_threads_streaming(server: Running) -> None:
     def one(seed: int) -> str:
         chunks = ask(server, user(spoken(seed)), stream=True)

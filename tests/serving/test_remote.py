@@ -195,6 +195,23 @@ def test_what_the_server_can_do_is_passed_on(remote: tuple[Running, list[Double]
         ask(remote[0], user("hello"), tools=[{"type": "function", "function": {"name": "f"}}])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_pass_a_json_schema_on(remote: tuple[Running, list[Double]], stream: bool) -> None:
+    schema = {"type": "object", "properties": {"mayor": {"const": None, "type": "null"}}}
+    form: dict[str, Any] = {"type": "json_schema", "name": "city", "schema": schema, "strict": True}
+    asked: dict[str, Any] = {"model": "tiny", "input": "hello", "text": {"format": form}, "stream": stream}
+    answer = remote[0].client().responses.create(**asked, max_output_tokens=4)
+    response = list(answer)[-1].response if stream else answer
+    sent = remote[1][0].requests[-1]["response_format"]
+    assert sent == {"type": "json_schema", "json_schema": {"name": "city", "schema": schema, "strict": True}}
+    assert response.text.format.type == "json_schema" and response.text.format.name == "city"
+    remote[0].client().responses.create(model="tiny", input="hello", text={"format": {"type": "text"}})
+    assert "response_format" not in remote[1][0].requests[-1]
+    for name, value in (("n", 2), ("frequency_penalty", 0.5), ("response_format", {"type": "json_object"})):
+        with pytest.raises(openai.BadRequestError, match=name):
+            remote[0].client().responses.create(model="tiny", input="hello", extra_body={name: value})
+
+
 def test_silence_does_not_reach_the_server(remote: tuple[Running, list[Double]]) -> None:
     count = len(remote[1][0].requests)
     silent, sentence = user(wav(np.zeros(16_000, np.float32))), remote[0].listener.model.config.no_speech_sentence
@@ -226,6 +243,10 @@ def test_responses_of_a_server_that_dies_or_refuses_say_so(listener: Listener) -
         doubles[0].fails = "refuses"
         with pytest.raises(openai.BadRequestError, match="no such schema"):
             there.client().responses.create(model="tiny", input="hello", stream=True)
+        answer = there.http().post(
+            "/v1/responses", json={"input": "hello", "text": {"format": {"type": "json_object"}}}
+        )
+        assert answer.json()["error"]["param"] == "text.format"
 
 
 @pytest.mark.parametrize("stream", [False, True])

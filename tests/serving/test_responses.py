@@ -8,6 +8,7 @@ import pytest
 from serving.conftest import Running, audio_part, spoken, user
 
 MODEL = "tiny"
+SCHEMA = {"type": "json_schema", "name": "city", "schema": {"type": "object"}, "strict": True}
 OPTIONS: dict[str, Any] = {"model": MODEL, "max_output_tokens": 12}
 
 
@@ -71,7 +72,15 @@ def test_a_stream_is_the_same_answer_in_openais_events(server: Running) -> None:
         ({"input": "Hello", "temperature": 9}, "temperature", "at most 2"),
         ({"input": "Hello", "store": True}, "store", "not supported"),
         ({"input": "Hello", "previous_response_id": "resp_1"}, "previous_response_id", "not supported"),
-        ({"input": "Hello", "text": {"format": {"type": "json_object"}}}, "text", "not supported"),
+        ({"input": "Hello", "max_output_tokens": True}, "max_output_tokens", "must be a whole number"),
+        ({"input": "Hello", "store": 0}, "store", "not supported"),
+        ({"input": "Hello", "text": {"format": {"type": "json_object"}}}, "text.format", "not supported"),
+        ({"input": "Hello", "text": {"format": SCHEMA}}, "text.format", "not supported"),
+        ({"input": "Hello", "text": {"format": {"type": "xml"}}}, "text.format.type", "must be"),
+        ({"input": "Hello", "text": {"format": "json"}}, "text.format", "must be an object"),
+        ({"input": "Hello", "text": "json"}, "text", "must be an object"),
+        ({"input": "Hello", "text": {"verbosity": "low"}}, "text.verbosity", "not supported"),
+        ({"input": "Hello", "response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"input": "Hello", "tools": [{"type": "web_search"}]}, "tools", "not supported"),
         ({"input": "Hello", "top_k": 3}, "top_k", "not supported"),
     ],

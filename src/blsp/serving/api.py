@@ -163,7 +163,7 @@ def _strings(stop: Any) -> Any:
 StopStrings = Annotated[list[Text], BeforeValidator(_strings)]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(BaseModel, strict=True):
     include_usage: bool = False
 
 
@@ -208,10 +208,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and th
 }
 
 
+def asks_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Whether a field that is not supported has one of these values; true is not 1, and false not 0."""
+    return any(value == entry and isinstance(value, bool) == isinstance(entry, bool) for entry in neutral)
+
+
 def without_nulls(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """The value without the fields that are null, down to `depth` objects and lists."""
+    """The value without the fields that are null, down to `depth` objects and lists; a JSON schema stays as it is."""
     if depth and isinstance(value, dict):
-        return {name: without_nulls(field, depth - 1) for name, field in value.items() if field is not None}
+        return {
+            name: without_nulls(field, 0 if name == "schema" else depth - 1)
+            for name, field in value.items()
+            if field is not None
+        }
     return [without_nulls(entry, depth - 1) for entry in value] if depth and isinstance(value, list) else value
 
 
@@ -231,7 +240,9 @@ def _check_counts(messages: Any) -> None:
             raise wrong_field("too_many", f"{count:,} {noun}; at most {most} are taken", "messages")
 
 
-class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that NEUTRAL can be checked
+class ChatRequest(BaseModel, extra="allow", strict=True):
+    """A request. Other fields are kept, so that NEUTRAL can be checked; strict: true is no number, "1" neither."""
+
     model: str | None = None
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1)
@@ -257,7 +268,7 @@ class ChatRequest(BaseModel, extra="allow"):  # other fields are kept, so that N
     def _only_supported_fields(self) -> ChatRequest:
         extra = self.model_extra or {}
         for name, neutral in NEUTRAL.items():
-            if name in extra and extra[name] not in neutral:
+            if name in extra and not asks_nothing(extra[name], neutral):
                 raise wrong_field("unsupported_parameter", "is not supported by this server; leave it out", name)
         if self.messages[-1].role != "user":
             raise wrong_field("invalid_value", "the last one must be the user's", "messages")

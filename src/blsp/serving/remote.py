@@ -61,18 +61,23 @@ Chunk: TypeAlias = dict[str, Any]  # of a streamed answer, or the whole answer
 Chunks: TypeAlias = AsyncGenerator[Chunk, None]
 
 
-class RemoteChatRequest(ChatRequest):
+class FormattedRequest(ChatRequest):
+    """A chat request with a form of the answer, such as a JSON schema, to which an LLM's server keeps."""
+
+    response_format: dict[str, Any] | None = None
+
+
+class RemoteChatRequest(FormattedRequest):
     """A chat request with the fields that an LLM's server takes beyond ours."""
 
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: dict[str, Any] | None = None
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
 
 
-PASSED = (*RemoteChatRequest.__annotations__, "seed", "stop")  # fields that are sent on as they came
+PASSED = (*RemoteChatRequest.__annotations__, "response_format", "seed", "stop")  # fields that are sent on as they came
 
 
 class RemoteChat:

@@ -24,7 +24,7 @@ from blsp.serving import api
 from blsp.serving.api import ChatRequest
 from blsp.serving.exchange import Exchange, joined, while_connected
 from blsp.serving.refusals import ApiError, refusal_of
-from blsp.serving.remote import first_choice
+from blsp.serving.remote import FormattedRequest, first_choice
 
 if TYPE_CHECKING:
     from blsp.serving.app import Service
@@ -37,19 +37,24 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and th
     "background": (False,),
     "include": ([],),
     "store": (False,),
-    "text": ({}, {"format": {"type": "text"}}),
+    "response_format": ({"type": "text"},),  # chat's name of text.format
     "reasoning": ({}, {"effort": "none"}),
     "truncation": ("disabled",),
     "max_tool_calls": (),
 }
-RENAMED = {"max_completion_tokens": "max_output_tokens", "messages": "input"}  # chat's field → ours
+FORMATS = ("text", "json_object", "json_schema")
+RENAMED = {  # chat's field → ours
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "response_format": "text.format",
+}
 
 
-def as_chat(body: dict[str, Any]) -> ChatRequest:
-    """The same question as a chat request; ApiError names the fields of `body`."""
+def as_chat(body: dict[str, Any], formatted: bool = False) -> ChatRequest:
+    """The same question as a chat request; ApiError names the fields of `body`. formatted: take `text.format`."""
     body = api.without_nulls(body)
     for name, neutral in NEUTRAL.items():
-        if name in body and body.pop(name) not in neutral:
+        if name in body and not api.asks_nothing(body.pop(name), neutral):
             raise _refusal(name, "is not supported by this server; leave it out")
     if "input" not in body:
         raise _refusal("input", "is missing", "missing_required_parameter")
@@ -64,11 +69,30 @@ def as_chat(body: dict[str, Any]) -> ChatRequest:
         messages.insert(0, {"role": "system", "content": instructions})
     body["messages"] = messages
     body["max_completion_tokens"] = body.pop("max_output_tokens", None)
+    body["response_format"] = _response_format(body.pop("text", {}))
     try:
-        return ChatRequest.model_validate(body)
+        return (FormattedRequest if formatted else ChatRequest).model_validate(body)
     except ValidationError as error:
         refusal = refusal_of(RequestValidationError(error.errors(), body=body))
         raise _renamed(refusal, shift=instructions is not None) from error
+
+
+def _response_format(text: Any) -> dict[str, Any] | None:
+    """The field `text` as chat's `response_format`; None for plain text.
+
+    {"format": {"type": "json_schema", "name": …, "schema": …}} → {"type": "json_schema", "json_schema": {"name": …, …}}
+    """
+    form = text.get("format", {"type": "text"}) if isinstance(text, dict) else None
+    if not isinstance(form, dict):
+        raise _refusal("text" if form is None else "text.format", "must be an object", "invalid_type")
+    if text.get("verbosity", "medium") != "medium":
+        raise _refusal("text.verbosity", "is not supported by this server; leave it out")
+    kind = form.get("type")
+    if kind not in FORMATS:
+        raise _refusal("text.format.type", f"must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", "invalid_value")
+    if kind == "json_schema":
+        return {"type": kind, kind: {name: value for name, value in form.items() if name != "type"}}
+    return form if kind == "json_object" else None
 
 
 def _message(number: int, item: Any) -> Any:
@@ -111,7 +135,7 @@ class Responses:
     async def respond(self, body: Annotated[dict[str, Any], Body()], request: Request) -> Response:
         """Answer as OpenAI's Responses API does; with `stream`, piece by piece."""
         began = time.monotonic()
-        chat = as_chat(body)
+        chat = as_chat(body, formatted=self.service.remote is not None)
         try:
             exchange, pieces = await self._asked(chat, request)
         except ApiError as error:
@@ -130,7 +154,7 @@ class Responses:
             "previous_response_id": None,
             "store": False,
             "temperature": chat.temperature or 0.0,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.get("text") or {}).get("format") or {"type": "text"}},
             "tool_choice": "none",
             "tools": [],
             "top_p": chat.top_p or 1.0,
