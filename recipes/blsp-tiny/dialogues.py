@@ -23,7 +23,7 @@ from synthesise import audio_path, synthesise
 from tqdm import tqdm
 
 from blsp.data.audio import load_audio
-from blsp.data.files import write_atomically
+from blsp.data.files import read_rows
 from blsp.evaluation.bootstrap import draws, interval, mean_figure
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.evaluation.scoring import plain_words
@@ -83,11 +83,14 @@ def is_right(answer: str, wanted: str) -> bool:
     return not {word.lower() for word in wanted.split("|")}.isdisjoint(plain_words(answer))
 
 
-def asked(listener: Listener, clips: list[list[Path]], max_new_tokens: int) -> Iterator[dict]:
-    """One row a dialogue and route: what was understood, the answers, and whether the last one is right."""
+def asked(listener: Listener, clips: list[list[Path]], max_new_tokens: int, done: int) -> Iterator[dict]:
+    """One row a dialogue and route, after the first `done`: what was understood, the answers, and whether the last one
+    is right.
+    """
     recogniser = Recogniser(recogniser_of(listener.model.config.audio_model_id))
-    for (*said, wanted), spoken in tqdm(list(zip(DIALOGUES, clips, strict=True)), unit="dialogue"):
-        for route in ROUTES:
+    dialogues = list(zip(DIALOGUES, clips, strict=True))
+    for number, ((*said, wanted), spoken) in enumerate(tqdm(dialogues, unit="dialogue")):
+        for route in ROUTES[max(done - len(ROUTES) * number, 0) :]:
             turns = turns_of(listener, recogniser, route, said, spoken)
             answers = talk(listener, turns, max_new_tokens)
             heard = turns if route != "speech" else listener.readout(turns) if listener.reads_out else None
@@ -105,11 +108,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     clips = speak(options.root, options.jobs)
-    rows = list(asked(load(options.model, dtype=options.dtype), clips, options.max_new_tokens))
-    with write_atomically(options.out) as part:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    done = [row for _, row in read_rows(options.out)] if options.out.exists() else []  # of a run that was stopped
+    listener = load(options.model, dtype=options.dtype)
+    with options.out.open("a", encoding="utf-8") as file:
+        for row in asked(listener, clips, options.max_new_tokens, len(done)):
+            done.append(row)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
     for route in ROUTES:
-        right = mean_figure(np.array([float(row["right"]) for row in rows if row["route"] == route]))
+        right = mean_figure(np.array([float(row["right"]) for row in done if row["route"] == route]))
         low, high = interval(right, draws(len(DIALOGUES), 1000, seed=0))
         print(f"{route}: {right.point():.2f} of {len(DIALOGUES)} last answers are right ({low:.2f} to {high:.2f})")
 
