@@ -11,9 +11,11 @@ order), and goes on. Memory does not grow with the corpus.
 
 import os
 import shutil
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import fields
 from itertools import chain, islice
 from pathlib import Path
@@ -71,7 +73,7 @@ def prepare(settings: PrepareSettings) -> None:
         if not parts.paths():
             job.skipped_path.unlink(missing_ok=True)  # of another job that stopped half-way
         with parts.log() as log:
-            rows = _checked(_rows_left(chain(first, rows), log.path), settings.check_audio)
+            rows = _checked(_rows_left(_unique(chain(first, rows)), log.path), settings.check_audio)
             for row in tqdm(rows, desc=settings.corpus, unit=" rows", mininterval=1):
                 if isinstance(row, Dropped):
                     job.skipped.add(row.id, row.audio, row.reason)
@@ -100,6 +102,15 @@ def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Rows:
             left -= 1
             if not left:
                 return
+
+
+def _unique(rows: Rows) -> Rows:
+    """The rows; `Dropped` for one whose id an earlier one has. The ids lie in a temporary database, not in memory."""
+    with closing(sqlite3.connect("")) as seen:
+        seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        for row in rows:
+            fresh = isinstance(row, Dropped) or seen.execute("INSERT OR IGNORE INTO ids VALUES (?)", (row.id,)).rowcount
+            yield row if fresh else Dropped(row.id, row.audio, "repeated id: an earlier row has it")
 
 
 def _rows_left(rows: Rows, part: Path) -> Rows:
@@ -136,8 +147,7 @@ def _check(row: Row) -> Row:
 
 
 def _finish(settings: PrepareSettings, job: Job, part: Path, facts: dict[str, Any]) -> None:
-    """Refuse a manifest without rows or with an id that occurs twice; else give it its name, and say what
-    was done."""
+    """Refuse a manifest without rows; else give it its name, and say what was done."""
     dropped = read_rows(job.skipped_path) if job.skipped_path.exists() else ()
     reasons = Counter(str(row["reason"]).partition(":")[0] for _, row in dropped)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
