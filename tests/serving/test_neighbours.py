@@ -253,6 +253,7 @@ def test_nobody_hears_for_clients_that_have_left(
     monkeypatch.setattr(owner, name, leave_after_two)
     scheduler.hearing.hear([job])
     assert job.heard is None and job.failure is None and len(calls) == 2
+    assert torch.is_grad_enabled(), "what `no_grad` has set, it has set back"
 
 
 def test_a_long_read_out_in_pieces_is_the_same(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:

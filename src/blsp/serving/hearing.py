@@ -131,6 +131,7 @@ class Interruptible(TorchFunctionMode):
         self._jobs = jobs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if all(job.over for job in self._jobs):
+        restores = func is torch._C._set_grad_enabled  # as `no_grad` does at its end: it must not be kept from it
+        if not restores and all(job.over for job in self._jobs):
             raise NobodyWaits
         return func(*args, **(kwargs or {}))
