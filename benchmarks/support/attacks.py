@@ -203,7 +203,10 @@ def ended(connection: socket.socket, seconds: float = 0.2) -> bool:
 
 
 def guess(target: Target) -> dict[str, float]:
-    """The first token after a right guess of another key's prompt, against that after a wrong one."""
+    """The first token after a right guess of another key's prompt, against that after a wrong one.
+
+    The fastest of several each: what else runs on the machine only adds to a time.
+    """
     prompt = "The secret word of our house is number {}. " + "Nobody else knows what I am going to say. " * 30
 
     def asked(name: str, number: int) -> tuple[float, int]:
@@ -214,20 +217,20 @@ def guess(target: Target) -> dict[str, float]:
 
     asked("attacker", 999)  # its own first one; the later ones begin with the same words
     right, wrong, own = [], [], []
-    for number in range(target.times(6, 2)):
+    for number in range(target.times(6, 6)):
         asked("neighbour", number)
         right.append(asked("attacker", number))
         wrong.append(asked("attacker", 500 + number))
         own.append(asked("neighbour", number))
     reused = [[cached for _, cached in each] for each in (right, wrong)]
-    right, wrong = [seconds for seconds, _ in right], [seconds for seconds, _ in wrong]
+    right_s, wrong_s = (min(seconds for seconds, _ in each) for each in (right, wrong))
     return {
         "reused_by_right": max(reused[0]) - max(reused[1]),
         "own_not_reused": sum(not cached for _, cached in own),
-        "right_s": round(statistics.median(right), 3),
-        "wrong_s": round(statistics.median(wrong), 3),
-        "wrong_over_right": round(statistics.median(wrong) / statistics.median(right), 2),
-        "own_again_s": round(statistics.median(seconds for seconds, _ in own), 3),
+        "right_s": round(right_s, 3),
+        "wrong_s": round(wrong_s, 3),
+        "wrong_over_right": round(wrong_s / right_s, 2),
+        "own_again_s": round(min(seconds for seconds, _ in own), 3),
     }
 
 
