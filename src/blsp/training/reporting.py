@@ -41,7 +41,7 @@ class Reporter:
         self.run, self.state, self.trackers = run, state, trackers
         self.last = state.progress
         self.weights = tracking.layer_weights(run.model.model.language_model) if run.objective.runs_llm else 0
-        self.device_flops = tracking.product_flops(run.runtime)
+        self.device_flops = tracking.product_flops(run.runtime) if self.weights else 0.0
 
     def speed(self, progress: Progress) -> dict[str, float]:
         """The speed since the last call."""

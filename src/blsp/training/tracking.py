@@ -6,7 +6,6 @@ Try: `speed(llm_weights, before, now, 1e12)`
 Flow: training/loop.py and reporting.py → **tracking.py** → accelerate's trackers, torch.profiler
 """
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,6 +94,12 @@ def peak_memory() -> int:
     """The most bytes that this process has had: on the GPU where it has one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil  # accelerate needs it, too
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
