@@ -2,7 +2,7 @@
 
 In:  bytes of a client. Out: requests for the application; the connection is closed where they do not come, or where the
      answer is not fetched.
-Try: `uvicorn.Config(app, http=timed(deadline=120.0, refused=print))`
+Try: `uvicorn.Config(app, http=partial(TimedConnection, deadline=120.0, refused=print))`
 Flow: server.py → **connection.py** → middleware.py
 
     first byte ── HEAD_SECONDS ──▶ the head must be whole (408)
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -26,66 +27,66 @@ FETCH_SECONDS = 10.0  # beyond the deadline, to fetch what was written by then
 LATE = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
-def timed(deadline: float, refused: Callable[[str, str, ApiError], None]) -> type[H11Protocol]:
-    """The class of connections of a server whose requests end after `deadline` seconds.
+class TimedConnection(H11Protocol):
+    """A connection whose requests end after `deadline` seconds.
 
-    refused: called with a path (not known here), the client and each refusal.
+    refused: called with a path (not known here), the client and each refusal. options: uvicorn's own.
     """
-    head_seconds = min(HEAD_SECONDS, deadline)
 
-    class TimedConnection(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
-        _head = False  # whether the timer waits for a head, not for the end of an answer
-        _begun = False  # whether anything has come; browsers open connections before they need them
+    def __init__(self, *, deadline: float, refused: Callable[[str, str, ApiError], None], **options: Any) -> None:
+        super().__init__(**options)
+        self._deadline, self._refused = deadline, refused
+        self._head_seconds = min(HEAD_SECONDS, deadline)
+        self._timer: asyncio.TimerHandle | None = None
+        self._head = False  # whether the timer waits for a head, not for the end of an answer
+        self._begun = False  # whether anything has come; browsers open connections before they need them
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        self._begun = True
+        super().data_received(data)
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        self._stop()
+        super().on_response_complete()
+        if self.transport.is_closing():  # once the rest is fetched
+            self._timer = self.loop.call_later(FETCH_SECONDS, self.transport.abort)
+        elif self.conn.their_state is not h11.IDLE:  # the next request has come already
             self._watch()
 
-        def data_received(self, data: bytes) -> None:
-            self._begun = True
-            super().data_received(data)
-            self._watch()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop()
+        super().connection_lost(exc)
 
-        def on_response_complete(self) -> None:
-            self._stop()
-            super().on_response_complete()
-            if self.transport.is_closing():  # once the rest is fetched
-                self._timer = self.loop.call_later(FETCH_SECONDS, self.transport.abort)
-            elif self.conn.their_state is not h11.IDLE:  # the next request has come already
-                self._watch()
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self.loop.call_later(FETCH_SECONDS, self.transport.abort)  # a client that fetches nothing keeps it open
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop()
-            super().connection_lost(exc)
+    def _watch(self) -> None:
+        """One timer at a time: for the head while it is not whole, then for the answer."""
+        head = self.conn.their_state is h11.IDLE
+        if self._timer is not None and self._head == head:
+            return
+        self._stop()
+        self._head = head
+        seconds = self._head_seconds if head else self._deadline + FETCH_SECONDS
+        self._timer = self.loop.call_later(seconds, self._give_up)
 
-        def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            self.loop.call_later(FETCH_SECONDS, self.transport.abort)  # a client that fetches nothing keeps it open
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-        def _watch(self) -> None:
-            """One timer at a time: for the head while it is not whole, then for the answer."""
-            head = self.conn.their_state is h11.IDLE
-            if self._timer is not None and self._head == head:
-                return
-            self._stop()
-            self._head = head
-            seconds = head_seconds if head else deadline + FETCH_SECONDS
-            self._timer = self.loop.call_later(seconds, self._give_up)
-
-        def _stop(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-
-        def _give_up(self) -> None:
-            if self._head and self._begun:
-                text = f"the head of the request did not arrive within {head_seconds:g} s"
-                refused("", self.client[0] if self.client else "unknown", ApiError(408, text, code="request_timeout"))
-                self.transport.write(LATE)
-                self.transport.close()
-                self._timer = self.loop.call_later(FETCH_SECONDS, self.transport.abort)
-            else:
-                self.transport.abort()
-
-    return TimedConnection
+    def _give_up(self) -> None:
+        if self._head and self._begun:
+            text = f"the head of the request did not arrive within {self._head_seconds:g} s"
+            self._refused("", self.client[0] if self.client else "unknown", ApiError(408, text, code="request_timeout"))
+            self.transport.write(LATE)
+            self.transport.close()
+            self._timer = self.loop.call_later(FETCH_SECONDS, self.transport.abort)
+        else:
+            self.transport.abort()

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -21,7 +22,7 @@ from fastapi import FastAPI
 
 from blsp.inference.listener import load, load_options
 from blsp.serving.app import create_app
-from blsp.serving.connection import timed
+from blsp.serving.connection import TimedConnection
 from blsp.serving.middleware import is_local
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def server_config(app: FastAPI, settings: ServeSettings) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
         app,
-        http=timed(settings.deadline, app.state.refused),
+        # uvicorn only calls it, as it would a class
+        http=partial(TimedConnection, deadline=settings.deadline, refused=app.state.refused),  # type: ignore[arg-type]
         log_level="warning",
         access_log=False,
         ws="none",
