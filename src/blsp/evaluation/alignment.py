@@ -20,6 +20,7 @@ Shapes: N answer tokens, D LLM width.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,20 +133,8 @@ def measure(
         route += f" baselines {recognised and sorted(recognised.items())}"
         mark = route_fingerprint(routes.speech_id, task, rows, route, batch_size)
         with RecordLog(folder / f"{task.name}.jsonl", mark, _from_row, _to_row) as log:
-
-            def measured(
-                batch: Sequence[Utterance],
-                task: Task = task,
-                transcripts: dict[str, str] = transcripts,
-                recognised: dict[str, str] | None = recognised,
-                targets: Answers = answers[behaviour],
-            ) -> dict[str, Comparison]:
-                inputs = {"text": text_input(transcripts)(batch), "speech": routes.speech(batch)}
-                inputs |= baseline_inputs(listener, inputs["speech"])
-                if recognised is not None:
-                    inputs["cascade"] = text_input(recognised)(batch)
-                return compare(listener, task, batch, inputs, targets)
-
+            inputs = partial(_inputs, listener, routes.speech, transcripts, recognised)
+            measured = partial(compare, listener, task, inputs, answers[behaviour])
             batches = list(plan_batches(rows, batch_size))
             records = fill(log, batches, lambda row: row.id, measured, progress)
             alignment.speakers = [row.speaker for row in rows]
@@ -157,6 +146,21 @@ def measure(
         alignment.following = judge_following(answers, spoken, list(alignment.comparisons[plan.behaviours[0]]))
     alignment.layers = analyse_layers(listener, tasks, routes.text, routes.speech, answers, plan.layer_samples)
     return alignment
+
+
+def _inputs(
+    listener: Listener,
+    speech: RouteInputFn,
+    transcripts: dict[str, str],
+    recognised: dict[str, str] | None,
+    rows: Sequence[Utterance],
+) -> dict[str, list[RouteInput]]:
+    """By route and baseline, what stands in the place of each clip's vectors."""
+    inputs = {"text": text_input(transcripts)(rows), "speech": speech(rows)}
+    inputs |= baseline_inputs(listener, inputs["speech"])
+    if recognised is not None:
+        inputs["cascade"] = text_input(recognised)(rows)
+    return inputs
 
 
 def baseline_inputs(listener: Listener, speech: Sequence[RouteInput]) -> dict[str, list[RouteInput]]:
@@ -172,10 +176,14 @@ def baseline_inputs(listener: Listener, speech: Sequence[RouteInput]) -> dict[st
 
 
 def compare(
-    listener: Listener, task: Task, rows: Sequence[Utterance], inputs: dict[str, list[RouteInput]], answers: Answers
+    listener: Listener,
+    task: Task,
+    inputs_of: Callable[[Sequence[Utterance]], dict[str, list[RouteInput]]],
+    answers: Answers,
+    rows: Sequence[Utterance],
 ) -> dict[str, Comparison]:
-    """Each clip's divergence along the text route's answer. inputs: of text, speech and each baseline."""
-    comparisons = {}
+    """Each clip's divergence along the text route's answer. inputs_of: of text, speech and each baseline."""
+    inputs, comparisons = inputs_of(rows), {}
     for part in _slices(rows):
         batch, targets = rows[part], [answers[row.id] for row in rows[part]]
         states = {name: _states(listener, task, batch, items[part], targets) for name, items in inputs.items()}
