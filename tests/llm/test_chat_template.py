@@ -81,7 +81,7 @@ def test_a_prompt_that_is_the_same_each_day_is_taken(template: str) -> None:
 @pytest.mark.parametrize("template", [DATED, NAMED_FORMAT, "{{ range(99999) | random }}", "{{ lipsum() }}"])
 def test_a_prompt_that_is_another_one_each_time_is_refused(template: str) -> None:
     """As it would be where a date came from something else than `strftime_now`, which is fixed."""
-    with pytest.raises(TemplateError, match="its chat template writes another prompt each day, or each time"):
+    with pytest.raises(TemplateError, match="its chat template writes a different prompt each day or each time"):
         check_template(with_template(template))
     assert chat_template_utils.datetime is datetime.datetime
 

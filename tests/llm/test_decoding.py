@@ -158,5 +158,5 @@ def test_no_requests_give_no_results(model) -> None:
 def test_what_cannot_be_decoded_is_refused(model) -> None:
     with pytest.raises(ValueError, match="batch_size"):
         decode(model, [], 0)
-    with pytest.raises(ValueError, match="nothing to go on from"):
+    with pytest.raises(ValueError, match="has no embeddings"):
         decode(model, [Request(0, torch.zeros(0, 32, dtype=torch.float64))], 1)

@@ -1,14 +1,14 @@
 """The one decode loop: a batch whose rows join and leave between steps; and the text of its tokens.
 
 In:  requests: embeddings that follow a (shared) prefix, and how to decode.
-Out: events, one a token a row; or finished results, by `decode`; text as tokens arrive, by `TextStream`.
+Out: one event for each token of each row; `decode` gives finished results, `TextStream` text while tokens arrive.
 Try: `decode(llm, [Request("a", embed(llm, ids), prefix, Decoding(stop_ids=stop_ids(llm)))], batch_size=1)`
 Flow: prefix.py, kv_cache.py → **decoding.py** → step 1, generate, transcribe, chat, the judge and the server.
 
     join:  new rows are prefilled together on their prefix's key/values, inserted into free slots, and get a first token
     step:  each row is fed its last token and gets its next one; a finished row leaves its slot at once
 
-Padding lies only before a row's first token (kv_cache.py). A row's answer does not depend on the other rows (law 3).
+Rows are padded only before their first token (kv_cache.py). A row's answer does not depend on other rows (law 3).
 
 Shapes: R rows, L sequence after the prefix, K top-k, D LLM width, V vocabulary.
 """
@@ -82,7 +82,7 @@ class Result:
 
 
 def decode(llm: PreTrainedModel, requests: Iterable[Request], batch_size: int) -> dict[Hashable, Result]:
-    """Write every answer, at most `batch_size` at a time; free slots are filled once a quarter of them is free."""
+    """Write every answer, at most `batch_size` at a time; new rows join once a quarter of the slots is free."""
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: must be 1 or more")
     decoder, waiting = Decoder(llm), iter(requests)
@@ -91,7 +91,7 @@ def decode(llm: PreTrainedModel, requests: Iterable[Request], batch_size: int) -
     exhausted = False
     while True:
         events: list[Event] = []
-        # A prefill makes all running rows wait, so rows join in groups.
+        # All running rows wait during a prefill, so new rows join in groups.
         free = batch_size - len(decoder)
         if not exhausted and (len(decoder) == 0 or 4 * free >= batch_size):
             joining = list(islice(waiting, free))
@@ -121,7 +121,7 @@ def _collect(result: Result, event: Event, tops: dict[Hashable, list[Event]]) ->
 
 @dataclass
 class _Row:
-    """A running request: its slot holds `length` tokens, `token` is fed next, `written` answer tokens exist."""
+    """A running request. length: tokens in its slot; token: the next one to feed; written: answer tokens so far."""
 
     request: Request
     length: int
@@ -131,7 +131,7 @@ class _Row:
 
 
 class Decoder:
-    """A running batch; row i of `rows` lies in slot i."""
+    """A running batch; row i of `rows` uses slot i."""
 
     def __init__(self, llm: PreTrainedModel) -> None:
         self.llm = llm
@@ -151,9 +151,9 @@ class Decoder:
 
     @torch.no_grad()
     def begin(self, request: Request, positions: int) -> Request:
-        """Run the first `positions` embeddings of a long request, fewer than it has; return what is left of it.
+        """Run the first `positions` embeddings of a long request (fewer than all); return a request for the rest.
 
-        The rows that run can go on between two such pieces.
+        Between two such pieces, `step` can be called for the running rows.
         """
         output = run_after_prefix(self.llm, request.prefix, request.embeds[None, :positions], keep_cache=True)
         assert isinstance(output.past_key_values, DynamicCache)
@@ -180,7 +180,7 @@ class Decoder:
         return self._write(self.rows, output.last_hidden_state[:, -1])
 
     def leave(self, key: Hashable) -> None:
-        """Take a row out before it is finished; unknown keys are ignored (the row may just have ended)."""
+        """Remove a row before it is finished; unknown keys are ignored, as the row may just have ended."""
         row = next((row for row in self.rows if row.request.key == key), None)
         if row is not None:
             self._remove(row)
@@ -198,14 +198,14 @@ class Decoder:
         lengths = torch.tensor([len(request.embeds) for request in group], device=self._device)  # (R,)
         if not bool(lengths.all()):
             empty = next(request.key for request in group if not len(request.embeds))
-            raise ValueError(f"request {empty!r}: has nothing to go on from; give one embedding at least")
+            raise ValueError(f"request {empty!r}: has no embeddings; give at least one")
         prefix = group[0].prefix
         embeds = nn.utils.rnn.pad_sequence([request.embeds for request in group], batch_first=True)  # (R, L, D)
         output = run_after_prefix(self.llm, prefix, embeds, keep_cache=True)
         cache = output.past_key_values
         assert isinstance(cache, DynamicCache)
 
-        # Each row's tokens, without the padding on their right, move into its slot.
+        # Copy each row's key/values, without the padding on the right, into its slot.
         before = len(prefix) if prefix else 0
         rows = [_Row(request, before + len(request.embeds)) for request in group]
         for row in rows:
@@ -234,7 +234,7 @@ class Decoder:
             events.append(self._event(row, scores, finish))
             if finish:
                 ended.append(row)
-        for row in ended:  # only now: `rows` may be `self.rows`
+        for row in ended:  # after the loop, because `rows` may be `self.rows`
             self._remove(row)
         return events
 
@@ -263,33 +263,33 @@ class Decoder:
 
 def _sample(scores: Tensor, decoding: Decoding, generator: torch.Generator) -> int:
     """Temperature and nucleus sampling (Holtzman et al. 2020) on the CPU, with the row's own generator."""
-    # The largest score becomes 0: it stays finite when it is divided by a very small temperature.
+    # Subtract the largest score: it becomes 0, and stays finite after division by a very small temperature.
     scores = scores.cpu().double()  # (V,)
     probabilities = ((scores - scores.max()) / decoding.temperature).softmax(dim=-1)
     if decoding.top_p < 1:
         # Keep the likeliest tokens that together reach top_p: drop a token if those before it reach it already.
         ordered, order = probabilities.sort(descending=True)
         outside = ordered.cumsum(dim=-1) - ordered >= decoding.top_p
-        outside[0] = False  # also where top_p is smaller than rounding errors
+        outside[0] = False  # keep one token even if top_p is smaller than rounding errors
         probabilities = probabilities.index_fill(0, order[outside], 0.0)
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 # --- tokens to text ---------------------------------------------------------------------------------------
 class TextStream:
-    """The text of one answer. A character whose bytes are not complete is held back, and so is trailing white space."""
+    """The text of one answer while its tokens arrive. Incomplete characters and trailing white space are held back."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._start()
-        self._space = ""  # white space that is the answer's end, unless more text follows
+        self._space = ""  # white space that is dropped unless more text follows
         self._begun = False
 
     def push(self, token: int) -> str:
-        """The text that this token completes; often none."""
+        """The text that this token completes; "" while a character is incomplete."""
         try:
             text = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
-        except Exception:  # a byte token that no character contains: some tokenizers void the bytes before it too
+        except Exception:  # an invalid byte token; some tokenizers then drop the bytes before it too
             self._start()
             text = self._decoder.step(self._tokenizer.backend_tokenizer, token) or ""
         self._ids.append(token)
@@ -297,7 +297,7 @@ class TextStream:
         return self._trim(text)
 
     def close(self) -> str:
-        """What is left at the answer's end, incomplete characters included."""
+        """The text that is left at the end of the answer, incomplete characters included."""
         return self._trim(answer_text(self._tokenizer, self._ids)[self._decoded :])
 
     def _start(self) -> None:

@@ -1,16 +1,16 @@
-"""Instruction texts of all behaviours, and the sentence for clips without speech.
+"""Instruction texts of all behaviours, and the answer to clips without speech.
 
 In:  a behaviour's name: continue, repeat, answer, keywords, translate:<language>.
 Out: the instruction that the LLM gets beside a transcript (step 1) or beside speech (step 2, inference).
 Try: `instruction_for("translate:de")` -> 'Translate the following text into German. …'
-Flow: **instructions.py** → prompt.py; step 1 asks with these texts, training, the judge and the commands take them too.
+Flow: **instructions.py** → prompt.py; step 1, training, evaluation and inference use the same texts.
 
-The same words stand beside the transcript and beside the speech, so no text says "audio" or "transcript", which
-would be false on one of the two routes. `continue` is the paper's (arXiv 2309.00916), word for word. The others were
-chosen on text alone, `translate` for the LLM of blsp-small, the rest for the smallest one (docs/log.md).
+The same instruction is used with the transcript and with the speech. So no text says "audio" or "transcript": either
+word would be wrong on one of the two routes. `continue` is the paper's text (arXiv 2309.00916), unchanged. The others
+were chosen with text alone: `translate` with the LLM of blsp-small, the rest with the smallest LLM (docs/log.md).
 """
 
-NO_SPEECH_SENTENCE = "I could not hear any speech."  # the answer where a clip holds no speech
+NO_SPEECH_SENTENCE = "I could not hear any speech."  # the answer to a clip without speech
 
 BEHAVIOURS: dict[str, str] = {
     "continue": "Continue the following text in a coherent and engaging style with less than 40 words.",
@@ -47,7 +47,7 @@ def instruction_for(behaviour: str) -> str:
 
 
 def language_name(language: str) -> str:
-    """The English name of an ISO 639-1 code; a name is kept as it is written."""
+    """The English name of an ISO 639-1 code; a longer word is taken as a name, with a capital letter."""
     if len(language) > 2:
         return language[0].upper() + language[1:]
     try:

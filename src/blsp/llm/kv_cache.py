@@ -1,7 +1,7 @@
-"""Key/values of a running batch, whose rows come and go: preallocated slots that all end at one column.
+"""Key/values of a running batch: preallocated slots, one a row, that all end at the same column.
 
 In:  prefilled key/values of new rows; one new column of keys and values at each step.
-Out: a transformers `Cache` over the columns in use, which are not copied at every step.
+Out: a transformers `Cache` over the columns in use. A step reads them as views, without a copy.
 Try: see `decoding.Decoder`, its only user.
 Flow: prefix.py (prefill) → **kv_cache.py** ↔ decoding.py
 
@@ -27,18 +27,18 @@ COLUMNS_AT_A_TIME = 64  # the buffers grow by this many tokens
 
 
 class BatchKVCache:
-    """Key/values of all rows, one layer object each; every row ends before column `end`."""
+    """Key/values of all rows, one `_SlotLayer` for each layer; every row ends before column `end`."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [_SlotLayer(self) for _ in range(layers)]
         self.cache = Cache(layers=self.layers)
         self.start = self.end = 0  # columns [start, end) are in use
-        self.active = 0  # rows that the present step feeds
+        self.active = 0  # rows in the current step
 
     def insert(self, cache: DynamicCache, lengths: list[int], *, occupied: int, widest: int) -> None:
-        """Copy prefilled rows into the slots from `occupied` on, so that each ends where the others end.
+        """Copy prefilled rows into the slots from `occupied` on, so that each ends at column `end`.
 
-        cache: right-padded, row i has `lengths[i]` tokens. widest: length of the longest row that is already there.
+        cache: right-padded, row i has `lengths[i]` tokens. widest: length of the longest row already in a slot.
         """
         width = max(widest, *lengths)
         self._reserve(occupied + len(lengths), width, like=cache)
@@ -50,14 +50,14 @@ class BatchKVCache:
                 layer.buffer_values[occupied + i, :, columns] = filled.values[i, :, :length]
 
     def open_column(self, rows: int, lengths: Tensor) -> Tensor:
-        """Make room for one more token a row; returns the attention mask (R, C + 1), the new column included."""
+        """Make room for one more token in each row; return the attention mask (R, C + 1) with the new column."""
         self._reserve(rows, self.end - self.start, after=1)
         self.active = rows
         columns = torch.arange(self.start, self.end + 1, device=lengths.device)
         return (columns[None, :] >= self.end - lengths[:, None]).long()
 
     def close_column(self) -> None:
-        """The step has written its column."""
+        """Count the column that the step has written as one in use."""
         self.end += 1
 
     def remove(self, slot: int, *, last: int, widest: int) -> None:
@@ -74,16 +74,16 @@ class BatchKVCache:
         return tuple((layer.buffer_keys[row].clone(), layer.buffer_values[row].clone()) for layer in self.layers)
 
     def _reserve(self, rows: int, width: int, *, like: DynamicCache | None = None, after: int = 0) -> None:
-        """Room for `rows` rows of `width` columns before `end`, and `after` columns behind it.
+        """Make room for `rows` rows of `width` columns before `end`, and `after` columns behind it.
 
-        Where the buffers are too small, larger ones take over the columns in use, which then end at column `width`.
-        like: the key/values whose type, heads and head width the first buffers get.
+        If the buffers are too small, the columns in use are copied to larger ones, where they end at column `width`.
+        like: key/values with the type, heads and head width of the first buffers.
         """
         first = self.layers[0].buffer_keys  # all layers have buffers of the same number of rows and columns
         if rows <= first.shape[0] and width <= self.end and self.end + after <= first.shape[2]:
             return
         width = max(width, self.end - self.start)
-        # at least one block of columns stays free: a buffer does not grow again at the next step
+        # one more block of columns, so that the buffers do not grow again at the next step
         columns = (-(-(width + after) // COLUMNS_AT_A_TIME) + 1) * COLUMNS_AT_A_TIME
         for index, layer in enumerate(self.layers):
             keys, values = layer.buffer_keys, layer.buffer_values

@@ -1,12 +1,12 @@
 """The frozen decoder-only LLM: decoder, embeddings, logits and log-probabilities, whatever its family.
 
 In:  any Hugging Face causal LM, or `BlspForConditionalGeneration`, which has the same methods.
-Out: its decoder without the head, its embeddings, its logits; an error that names the family where BLSP cannot use it.
+Out: its decoder without the head, its embeddings, its logits; an error for a family that BLSP cannot use.
 Try: `logits_of(llm, decoder_of(llm)(input_ids).last_hidden_state)`
 Flow: **language_model.py** → prefix.py, decoding.py, teacher_forcing.py; the model and the losses.
 
-The head is run apart from the decoder, so that logits are computed only where they are read. Families that scale or cap
-their logits are handled; those without plain key/value attention are refused, as they cannot share a prefix.
+The head is run apart from the decoder, so that logits are computed only at the positions that need them. Families that
+scale or cap their logits are handled. Those without plain key/value attention cannot share a prefix and are refused.
 
 Shapes: V vocabulary, D LLM width, B batch.
 """
@@ -19,17 +19,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-CHUNK_LOGITS = 2**24  # logits that exist at once: 64 MiB in float32
+CHUNK_LOGITS = 2**24  # the most logits in memory at once: 64 MiB in float32
 
 
 class UnsupportedModelError(ValueError):
-    """A language model or encoder that BLSP cannot drive; the message names it and says why."""
+    """A language model or encoder that BLSP cannot use; the message names it and says why."""
 
 
 def check_supported(config: PretrainedConfig, folder: str = "") -> None:
     """Raise `UnsupportedModelError` unless `config` is a decoder-only LLM with plain key/value attention.
 
-    folder: where it lies, for the message.
+    folder: named in the message.
     """
     name = f"{folder}: {config.model_type}" if folder else config.model_type
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.is_encoder_decoder:
@@ -41,7 +41,7 @@ def check_supported(config: PretrainedConfig, folder: str = "") -> None:
         kinds = ", ".join(sorted(other)) or "state-space"
         raise UnsupportedModelError(f"{name}: has {kinds} layers, whose state cannot be shared as a prefix")
     if getattr(config, "lm_head_multiplier", 1.0) != 1.0 or getattr(config, "mup_width_scale", None) is not None:
-        raise UnsupportedModelError(f"{name}: scales its logits in a way that is not known here")
+        raise UnsupportedModelError(f"{name}: scales its logits in a way that BLSP does not support")
 
 
 def head_has_bias(config: PretrainedConfig) -> bool:
@@ -63,12 +63,12 @@ def embed(llm: PreTrainedModel, ids: Any) -> Tensor:
 
 
 def logits_of(llm: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits (…, V) of the decoder's hidden states (…, D), scaled and capped as the family does."""
+    """Logits (…, V) from the decoder's hidden states (…, D), scaled and capped as the LLM's family does."""
     return scale_logits(llm.config.get_text_config(), llm.get_output_embeddings()(hidden))
 
 
 def scale_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
-    """Cohere multiplies its logits, Granite divides them, Gemma 2 caps them; the others leave them."""
+    """Scale or cap the logits: Cohere multiplies them, Granite divides, Gemma 2 caps; others use them as they are."""
     if (factor := getattr(config, "logit_scale", None)) is not None:
         logits = logits * factor
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
@@ -79,7 +79,7 @@ def scale_logits(config: PretrainedConfig, logits: Tensor) -> Tensor:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Half-precision logits as float32: a softmax over 150,000 logits in bfloat16 is noise."""
+    """Half-precision logits as float32: a softmax over 150,000 logits in bfloat16 is too inexact."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -89,7 +89,7 @@ def log_probabilities(llm: PreTrainedModel, hidden: Tensor, temperature: float =
 
 
 def rows_per_chunk(vocabulary: int) -> int:
-    """How many positions may go through the head at once, so that their logits stay within `CHUNK_LOGITS`."""
+    """How many positions may go through the head at once without more than `CHUNK_LOGITS` logits."""
     return max(1, CHUNK_LOGITS // vocabulary)
 
 
@@ -104,7 +104,7 @@ def stop_ids(llm: PreTrainedModel) -> tuple[int, ...]:
     if ids is None:
         ids = llm.config.get_text_config().eos_token_id
     if ids is None:
-        raise UnsupportedModelError(f"{llm.config.model_type}: names no end-of-sequence token")
+        raise UnsupportedModelError(f"{llm.config.model_type}: its configuration names no end-of-sequence token")
     return tuple(ids) if isinstance(ids, (list, tuple)) else (int(ids),)
 
 

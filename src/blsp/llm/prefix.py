@@ -1,10 +1,10 @@
 """The frozen LLM behind the constant beginning of a prompt (system prompt, instruction before the speech).
 
 In:  an LLM, the ids of a prompt's prefix, and the embeddings (B, L, D) that follow it.
-Out: the decoder's output at those embeddings; the prefix's key/values are computed once and shared by all rows.
+Out: the decoder's output at those embeddings. The prefix's key/values are computed once and shared by all rows.
 Try: `run_after_prefix(llm, PrefixCache(llm).get(template.prefix_ids), embeds).last_hidden_state`
-Flow: prompt.py (ids) → **prefix.py** → training, teacher passes, decoding and scoring. Nothing but the time
-      changes by it (law 8).
+Flow: prompt.py (ids) → **prefix.py** → training, teacher passes, decoding and scoring. It saves time and changes
+      no result (law 8).
 
                  prefix (P tokens, once)      what follows (L tokens a row, right-padded)
     row 0        [s y s t e m  u s e r]       [speech  suffix  answer]
@@ -32,8 +32,8 @@ from blsp.llm.language_model import UnsupportedModelError, decoder_of, embed
 class Prefix:
     """The beginning of a sequence: its ids, and its key/values, one (keys, values) pair a layer, each (1, H, P, d).
 
-    ids: empty where the decode loop hands back a row's key/values (`Event.cache`), as speech has no ids.
-    layers: empty where key/values must not be reused; the ids are then run again in front of every row.
+    ids: empty if the prefix is a row's key/values from the decode loop (`Event.cache`), as speech has no ids.
+    layers: empty if key/values must not be reused; the ids are then run again before every row.
     """
 
     ids: tuple[int, ...]
@@ -73,11 +73,11 @@ def compute_prefix(llm: PreTrainedModel, ids: Sequence[int]) -> Prefix:
 
 
 class PrefixCache:
-    """Prefixes of one LLM by their ids; beyond `size` of them, the one that was not used for longest is dropped.
+    """Prefixes of one LLM by their ids; at most `size` of them, the least recently used is dropped first.
 
-    Data whose every row has an instruction of its own would fill the memory otherwise.
-    reuse: False for an LLM that is sharded over ranks. Every rank must run it equally often, so no rank may
-    compute a prefix for itself; the prefixes then hold their ids alone.
+    Without a limit, data in which every row has its own instruction would fill the memory.
+    reuse: False for an LLM that is sharded over ranks. All ranks must run it equally often, so none may compute
+    a prefix alone; the prefixes then hold only their ids.
     """
 
     def __init__(self, llm: PreTrainedModel, size: int = 64, *, reuse: bool = True) -> None:
@@ -88,7 +88,7 @@ class PrefixCache:
         return len(self._prefixes)
 
     def get(self, ids: Sequence[int]) -> Prefix | None:
-        """The prefix with these ids, the same object as long as it is kept; None where there are no ids."""
+        """The prefix with these ids, the same object while it is in the cache; None if there are no ids."""
         key = tuple(ids)
         if not key:
             return None
@@ -114,9 +114,9 @@ def run_after_prefix(
 ) -> BaseModelOutputWithPast:
     """The decoder's output at `embeds` (B, L, D), right-padded, after `prefix` (None: nothing comes before).
 
-    Without `mask`, attention is causal, so no row looks at the padding on its right; nobody reads the states there.
+    Without `mask`, attention is causal: no row attends to the padding on its right, and the states there are unused.
     mask: additive, (1, 1, L, P + L), for sequences that are not simply causal.
-    offsets: (1 or B, L), each embedding's position after the prefix, where that is not 0, 1, 2, …
+    offsets: (1 or B, L), each embedding's position after the prefix; by default 0, 1, 2, …
     keep_cache: return the key/values of prefix and rows, in `past_key_values`.
     every_layer: return the states of all layers, in `hidden_states`.
     """
@@ -124,13 +124,13 @@ def run_after_prefix(
     checkpointing = _checkpoints_activations(decoder)
     again = len(prefix) if prefix and (checkpointing or not prefix.layers) else 0
 
-    # Under activation checkpointing transformers drops a cache without a word: put the ids before each row instead.
+    # Under activation checkpointing transformers drops a cache silently: put the ids before each row instead.
     if prefix and again:
         assert len(prefix.ids) == again and mask is None and offsets is None, "only plain rows can be run again"
         embeds = torch.cat([embed(llm, prefix.ids).expand(batch, -1, -1), embeds], dim=1)  # (B, P + L, D)
         prefix = None
 
-    # Positions count on from the prefix; its key/values are views that all rows share.
+    # Positions continue those of the prefix; all rows share its key/values as views.
     if offsets is None:
         offsets = torch.arange(embeds.shape[1], device=embeds.device)[None]
     cache = prefix.expand(batch) if prefix else DynamicCache() if keep_cache else None
@@ -144,7 +144,7 @@ def run_after_prefix(
             output_hidden_states=every_layer,
         )
 
-    # The caller asked for the states of `embeds` alone.
+    # Return only the states of `embeds`.
     if again:
         output.last_hidden_state = output.last_hidden_state[:, again:]
         if every_layer:
@@ -153,13 +153,13 @@ def run_after_prefix(
 
 
 def _checkpoints_activations(decoder: nn.Module) -> bool:
-    """Whether a pass that starts now keeps no activations inside the layers, to save memory."""
+    """Whether a pass that starts now checkpoints activations, which saves memory."""
     return torch.is_grad_enabled() and bool(decoder.is_activation_checkpointing)
 
 
 @contextmanager
 def _checkpointed_layers(decoder: nn.Module) -> Iterator[None]:
-    """The layers in training mode, but not the modules inside them: they checkpoint, and no dropout is switched on."""
+    """Set the layers to training mode, but not the modules inside them: they checkpoint, and dropout stays off."""
     layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise UnsupportedModelError(f"{type(decoder).__name__}: has no layers that can be checkpointed")

@@ -11,15 +11,15 @@ Both routes splice into the same ids:
     text route     prefix_ids + transcript_ids(text) + suffix_ids
     speech route   prefix_ids + speech vectors       + suffix_ids
 
-What a user wrote is never parsed for control tokens. It goes into the template as a numbered mark; the rendered
-template is cut at the marks, and the text is tokenised apart, with special tokens taken as plain characters:
+A user's text is never parsed for control tokens. A numbered mark takes its place in the template. The rendered
+template is cut at the marks, and the text is tokenised on its own, with special tokens as plain characters:
 
     parts       ["Repeat:", Speech(0)]
     rendered    "<|im_start|>user\\n" mark 0 mark 1 "<|im_end|>\\n<|im_start|>assistant\\n"
     segments    ids of the start and of "Repeat:", joined; Speech(0); ids of the rest
 
-`fix_template` sets variables at the head of a template, and a fixed date, so that every command renders the same
-prompt. The head is part of the template's text, and so it is in the adapter folder and in each of its routes:
+`fix_template` sets variables and a fixed date at the head of a template, so that every command renders the same
+prompt. The head is part of the template's text, so the adapter folder and both routes have it too:
 
     {% set enable_thinking = False %}
     {% macro strftime_now(format) %}…{% endmacro %}      only where the template asks for today's date
@@ -39,7 +39,7 @@ from transformers import PreTrainedTokenizerBase
 
 Order = Literal["speech-first", "instruction-first"]
 ORDERS: tuple[Order, ...] = ("speech-first", "instruction-first")
-# Private-use characters: no template contains them, and text of users goes in only as marks.
+# Private-use characters: no template contains them, and no user's text is put into a template.
 _MARK = "\ue000{}\ue001"
 _MARK_PATTERN = re.compile("\ue000(\\d+)\ue001")
 
@@ -63,7 +63,7 @@ class Speech:
     index: int
 
 
-Part = str | Speech | tuple[int, ...]  # text of a user, a clip, or ids that stay as they are (an earlier answer)
+Part = str | Speech | tuple[int, ...]  # a user's text, a clip, or ids that are used as they are (an earlier answer)
 Segment = tuple[int, ...] | Speech
 
 
@@ -78,7 +78,7 @@ def prompt_template(tokenizer: PreTrainedTokenizerBase, instruction: str, order:
     parts: list[Part] = [instruction, Speech(0)]
     if order == "speech-first":
         parts = [Speech(0), "\n" + instruction if instruction else ""]
-    # ids may be missing on either side of the speech
+    # the speech may be first or last: add empty ids on both sides
     segments: list[Segment] = [(), *render(tokenizer, [{"role": "user", "content": parts}]), ()]
     speech = segments.index(Speech(0))
     prefix, suffix = segments[:speech][-1], segments[speech + 1]
@@ -92,9 +92,9 @@ def render(
     """A conversation as ids and speech placeholders, in order.
 
     messages: `{"role", "content"}`; content is a string or a list of `Part`s.
-    answer: end with the template's opening of an assistant turn.
+    answer: end with the beginning of an assistant turn.
     """
-    # Every part becomes a mark with its number.
+    # Replace every part by a mark with its number.
     parts: list[Part] = []
     marked = []
     for message in messages:
@@ -103,7 +103,7 @@ def render(
         marked.append({"role": message["role"], "content": marks})
         parts.extend(content)
 
-    # Odd pieces are the numbers of marks, even ones the template's own text between them.
+    # Odd pieces are the numbers of the marks, even pieces the template's own text between them.
     pieces = _MARK_PATTERN.split(_apply_template(tokenizer, marked, answer))
     if sorted(int(number) for number in pieces[1::2]) != list(range(len(parts))):
         raise PromptError(f"{tokenizer.name_or_path}: its chat template leaves out or repeats a message")
@@ -127,26 +127,26 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str,
 
 
 def transcript_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A transcript as the LLM reads it instead of the speech: as given, after one leading space."""
+    """Ids of a transcript in the place of the speech: the text after one leading space."""
     text = text.strip()
     return text_ids(tokenizer, " " + text) if text else []
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of plain text: the names of control tokens in it stay characters.
+    """Ids of plain text, in which the names of control tokens are plain characters.
 
-    `split_special_tokens` does that for the tokens that the tokenizer calls special; Gemma 2's turn marks are not
-    among them. A piece of text that would still become an added token is cut in two and tokenised in halves.
+    `split_special_tokens` does that for the tokens that the tokenizer calls special, but Gemma 2's turn marks are
+    not among them. Text that would still become an added token is cut in the middle of it and tokenised in halves.
     """
     ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     added = tokenizer.added_tokens_decoder
-    # runs of spaces or line breaks, which some tokenizers (Gemma, Phi) add as tokens, are plain text too
+    # some tokenizers (Gemma, Phi) have runs of spaces or line breaks as added tokens; these are plain text
     names = [str(added[token]) for token in ids if token in added]
     control = next((name for name in names if name.strip(" \n\t\r\u2581")), None)
     if control is None or len(control) < 2:
         return ids
     if control not in text:
-        raise PromptError(f"the text would be read as the control token {control!r}; write it otherwise")
+        raise PromptError(f"the text would be read as the control token {control!r}; write it in another way")
     middle = text.index(control) + len(control) // 2
     return [*text_ids(tokenizer, text[:middle]), *text_ids(tokenizer, text[middle:])]
 
@@ -162,27 +162,27 @@ def _merge(segments: Sequence[Segment]) -> list[Segment]:
 
 # --- variables and a date at the head of a chat template ----------------------------------------------------
 
-# The day of every prompt whose template writes a date: the one that Llama 3's template falls back to.
+# The date in every prompt whose template writes one: the default of Llama 3's template.
 PROMPT_DATE = datetime.date(2024, 7, 26)
 RESERVED = ("messages", "add_generation_prompt", "tools", "documents", "strftime_now", "raise_exception")
 _BEGIN = "{# fixed variables #}\n"
 _END = "{# end of fixed variables #}\n"
-_DATE_CODES = "aAbBdHIjmMpSuUVwWxXyY"  # those of the C library that are the same in every place
+_DATE_CODES = "aAbBdHIjmMpSuUVwWxXyY"  # codes of strftime that are the same on every system
 
 
 class TemplateError(ValueError):
-    """A variable that a chat template does not read; the message names it."""
+    """A chat template that cannot be used, or a variable that it does not have; the message names it."""
 
 
 def fix_template(template: str, template_args: Mapping[str, Any] | None = None) -> str:
-    """The template with these variables, and the date, set at its head.
+    """The template with these variables and the date set at its head.
 
-    A head that is there already is replaced; with `template_args` None it stays.
+    An existing head is replaced, or kept if `template_args` is None.
     """
     if template_args is None and _END in template:
         return template
     before, _, own = template.rpartition(_END)
-    # A processor's template has its own part before the head, which begins at its first line
+    # A processor's template has a part of its own before the head: keep it.
     kept = before[: before.index(_BEGIN)] if before else ""
     for name in template_args or ():
         if name in RESERVED or not re.search(rf"\b{re.escape(name)}\b", own):
@@ -197,7 +197,7 @@ def fix_template(template: str, template_args: Mapping[str, Any] | None = None) 
 
 
 def _date_macro() -> str:
-    """`strftime_now` on the fixed day: each code of a format becomes its value, `%-d` the value without its zero.
+    """`strftime_now` with the fixed date: each code of a format becomes its value, `%-d` the value without its zero.
 
     Line breaks after a tag are not rendered: transformers sets `trim_blocks`.
     """
@@ -209,7 +209,7 @@ def _date_macro() -> str:
 
 
 def fix_tokenizer(tokenizer: Any, template_args: Mapping[str, Any] | None = None) -> Any:
-    """The tokenizer, its chat template fixed in place; of several templates, the default one is kept."""
+    """Fix the tokenizer's chat template in place and return it; of several templates, keep the default one."""
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     if isinstance(tokenizer.chat_template, str):
@@ -220,7 +220,7 @@ def fix_tokenizer(tokenizer: Any, template_args: Mapping[str, Any] | None = None
 
 
 def show_args(template_args: Mapping[str, Any] | None) -> str:
-    """`{"enable_thinking": False}` as messages say it: `enable_thinking=false`."""
+    """`{"enable_thinking": False}` as it is written in messages: `enable_thinking=false`."""
     words = [
         f"{name}={str(value).lower() if isinstance(value, bool) else value}"
         for name, value in sorted((template_args or {}).items())

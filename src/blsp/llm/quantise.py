@@ -6,8 +6,8 @@ Out: the same LLM, whose linear layers hold their weights in the format. Embeddi
 Try: `blsp chat --weights int4`
 Flow: model/loading.py → **quantise.py**, once, after the weights are loaded and their digest is checked.
 
-One token reads every weight once, so fewer bits are fewer bytes to read; a long prompt does not gain. The adapter and
-the encoder are not touched. The head stays, since it is often the same tensor as the embeddings.
+Every new token reads all weights once, so fewer bits are faster; a long prompt is not faster. Adapter and encoder do
+not change. The head does not change either, since it is often the same tensor as the embeddings.
 
 Shapes: K input width, N output width of a linear layer.
 """
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class Int8Linear(nn.Module):
     """A linear layer on the CPU with int8 weights (N, K) and a scale for each row (N,).
 
-    torchao's own product makes all weights bfloat16 first, which was 4 times slower for one token (docs/log.md).
+    torchao's own product converts all weights to bfloat16 first, which was 4 times slower for one token (docs/log.md).
     """
 
     int8: Tensor
@@ -50,7 +50,7 @@ class Int8Linear(nn.Module):
 
 
 def set_weights(llm: PreTrainedModel, weights: str) -> None:
-    """Hold the weights of `llm` in the format; raises UnsupportedModelError where the device has no kernel for it."""
+    """Convert the weights of `llm` in place; raises UnsupportedModelError if the device has no kernel for them."""
     decoder = decoder_of(llm)
     for part in (decoder, llm.get_output_embeddings()):
         for parameter in part.parameters():  # not `part.to`: the rotary frequencies stay in float32
@@ -63,7 +63,7 @@ def set_weights(llm: PreTrainedModel, weights: str) -> None:
     for number, (name, layer) in enumerate(fitting.items()):
         try:
             converted = convert(layer)
-            if number == 0:  # a missing kernel is noticed now, not in the first answer
+            if number == 0:  # find a missing kernel now, not in the first answer
                 converted(torch.zeros(1, layer.in_features, dtype=torch.bfloat16, device=llm.device))
         except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
             raise UnsupportedModelError(
@@ -79,7 +79,7 @@ def _fits_int4(layer: nn.Linear) -> bool:
 
 
 def _converter(weights: str, device: str) -> Any:
-    """A function that gives a linear layer with its weights in the format, for this kind of device."""
+    """A function that converts a linear layer to the format `weights`, for this kind of device."""
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
@@ -88,7 +88,7 @@ def _converter(weights: str, device: str) -> Any:
         packed = weights == "int8" and device == "cpu"
         return Int8Linear(layer.weight, layer.bias) if packed else layer
 
-    # set_inductor_config would change how torch compiles and multiplies everywhere in this process
+    # set_inductor_config would change torch's settings for the whole process
     if weights == "int8":
         return partial(convert, Int8WeightOnlyConfig(set_inductor_config=False))
     if device == "cpu":

@@ -1,8 +1,8 @@
-"""Scores and hidden states of given answers: the LLM reads an answer that exists and predicts each of its tokens.
+"""Scores and hidden states of given answers: the LLM reads a finished answer and predicts each of its tokens.
 
 In:  questions as the decode loop takes them (`Request`), and an answer, or several options, to each.
-Out: hidden states (N, D) at the N positions that predict an answer's tokens; the likeliest tokens there; the
-     divergence between two routes there; the mean log-likelihood of each option.
+Out: at the N positions that predict an answer's tokens: hidden states (N, D), the likeliest tokens, the divergence
+     between two routes; and the mean log-likelihood of each option.
 Try: `answer_states(model, [request], [answer])[0].shape`
 Flow: prefix.py, decoding.py → **teacher_forcing.py** → step 1's stored teacher, the evaluation's alignment and scores.
 
@@ -29,7 +29,7 @@ from blsp.llm.prompt import text_ids
 
 
 class GivenAnswer(Protocol):
-    """An answer that exists: its tokens without the end, and how it ended (`stop`: the end is predicted too)."""
+    """A finished answer: its tokens without the end, and how it ended (`stop`: the end is predicted too)."""
 
     @property
     def ids(self) -> Sequence[int]: ...
@@ -39,13 +39,13 @@ class GivenAnswer(Protocol):
 
 
 def answer_tokens(answer: GivenAnswer) -> int:
-    """How many tokens of an answer are predicted; the end counts where the answer came to one."""
+    """How many tokens of an answer are predicted; the end counts too, unless the answer was cut off."""
     return len(answer.ids) + (answer.finish == "stop")
 
 
 @torch.no_grad()
 def answer_states(llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[GivenAnswer]) -> list[Tensor]:
-    """Last hidden states (N, D) of each row at the positions that predict its answer. All share one prefix."""
+    """Last hidden states (N, D) of each row at the positions that predict its answer. All rows share one prefix."""
     hidden = _read(llm, requests, answers).last_hidden_state  # (R, L, D)
     return [states[span] for states, span in zip(hidden, _answer_spans(requests, answers), strict=True)]
 
@@ -54,7 +54,7 @@ def answer_states(llm: PreTrainedModel, requests: Sequence[Request], answers: Se
 def layer_states(
     llm: PreTrainedModel, requests: Sequence[Request], answers: Sequence[GivenAnswer]
 ) -> list[tuple[Tensor, Tensor]]:
-    """For each row: states of every layer at the question's positions (A, L, D) and at the answer's (A, N, D)."""
+    """For each row, the states of all layers at the question's positions (A, L, D) and the answer's (A, N, D)."""
     output = _read(llm, requests, answers, every_layer=True)
     layers = torch.stack(output.hidden_states, dim=1)  # (R, A, L, D)
     spans = _answer_spans(requests, answers)
@@ -71,7 +71,7 @@ def top_k_states(llm: PreTrainedModel, hidden: Tensor, top_k: int, temperature: 
 
 @torch.no_grad()
 def divergence(llm: PreTrainedModel, text: Tensor, speech: Tensor) -> tuple[list[float], list[bool]]:
-    """At each position: KL(text || speech) in nats (whole vocabulary, temperature 1); whether the best tokens agree.
+    """For each position: KL(text || speech) in nats over the whole vocabulary, and whether the best tokens agree.
 
     text, speech: hidden states (N, D) before the head.
     """
@@ -92,9 +92,9 @@ def _read(
     *,
     every_layer: bool = False,
 ) -> BaseModelOutputWithPast:
-    """One pass over questions, and their answers if there are any, right-padded; without answers the cache is kept."""
+    """One right-padded pass over questions with their answers; without answers, the cache is returned too."""
     prefix = requests[0].prefix
-    assert all(request.prefix is prefix for request in requests), "rows of one pass share their prefix"
+    assert all(request.prefix is prefix for request in requests), "the rows of one pass must share their prefix"
     rows = [request.embeds for request in requests]  # (L, D) each
     if answers is not None:
         # the last token predicts nothing, unless the end follows it
@@ -105,7 +105,7 @@ def _read(
 
 
 def _answer_spans(requests: Sequence[Request], answers: Sequence[GivenAnswer]) -> list[slice]:
-    """Where each row's answer is predicted: from the question's last position on."""
+    """The positions that predict each row's answer: from the question's last position on."""
     firsts = [len(request.embeds) - 1 for request in requests]
     return [slice(first, first + answer_tokens(answer)) for first, answer in zip(firsts, answers, strict=True)]
 
@@ -118,9 +118,9 @@ def option_scores(
     options: Sequence[Sequence[str]],
     rows: int,
 ) -> list[list[float]]:
-    """Mean log-likelihood a token of each option, in the order of `requests`.
+    """For each request, the mean log-likelihood per token of each of its options.
 
-    rows: how many options are run at once (all options of one question stay together).
+    rows: how many options are run at once; the options of one question are never separated.
     """
     scores: list[list[float]] = [[] for _ in requests]
     tokens = [[text_ids(tokenizer, option) for option in of_question] for of_question in options]
@@ -132,7 +132,7 @@ def option_scores(
 
 
 def _groups(requests: Sequence[Request], tokens: Sequence[Sequence[list[int]]], rows: int) -> Iterator[list[int]]:
-    """Numbers of questions that share a prefix, in order, as many as `rows` options allow."""
+    """Indices of questions with one prefix, in order; at most `rows` options in a group if it has several questions."""
     by_prefix: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
         by_prefix.setdefault(id(request.prefix), []).append(i)
@@ -149,7 +149,7 @@ def _groups(requests: Sequence[Request], tokens: Sequence[Sequence[list[int]]], 
 def _score_group(
     llm: PreTrainedModel, questions: Sequence[Request], options: Sequence[Sequence[list[int]]]
 ) -> list[list[float]]:
-    """Each question is run once; its options go on from its key/values."""
+    """Run each question once, then its options after its key/values."""
     output = _read(llm, questions, None)
     hidden, cache = output.last_hidden_state, output.past_key_values
     assert isinstance(cache, DynamicCache)
@@ -163,7 +163,7 @@ def _score_group(
     owner = torch.tensor([i for i, of_question in enumerate(options) for _ in of_question], device=device)  # (M,)
     total = first[owner, torch.tensor([ids[0] for ids in flat], device=device)]  # (M,)
 
-    # The other tokens: options of one length together, so that nothing is padded.
+    # The other tokens: options of the same length are run together, without padding.
     counts = torch.tensor([len(ids) for ids in flat], device=device)  # (M,)
     for count in sorted({len(ids) for ids in flat} - {1}):
         some = (counts == count).nonzero()[:, 0]
@@ -177,7 +177,7 @@ def _score_rest(llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owne
     """(M,): log-likelihood of all tokens but the first of options (M, O), which follow the questions `owner` (M,)."""
     columns = cache.layers[0].keys.shape[2]
     steps = torch.arange(ids.shape[1] - 1, device=ids.device)
-    # A row's key/values lie in the last `lengths` of the C columns, then come the option's own.
+    # A row's key/values fill the last `lengths` of the C columns; the option's own follow.
     index = torch.arange(columns + len(steps), device=ids.device)
     mask = (index[None, :] >= (columns - lengths[owner])[:, None]).long()  # (M, C + O - 1)
     hidden = decoder_of(llm)(
@@ -194,7 +194,7 @@ def _score_rest(llm: PreTrainedModel, cache: DynamicCache, lengths: Tensor, owne
 
 
 def _right_aligned(cache: DynamicCache, lengths: Tensor, owner: Tensor) -> DynamicCache:
-    """A copy for every option in which each row ends at the last column.
+    """The key/values of each option's question, moved so that each row ends at the last column.
 
     With C = 4 and a row of length 3, columns `k1 k2 k3 .` are read in the order 0 0 1 2: `(k1) k1 k2 k3`; the
     column in brackets is masked.

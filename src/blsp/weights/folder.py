@@ -5,8 +5,9 @@ Out: nothing, or a `FolderError` that names the file and what is wrong with it.
 Try: `check_folder(Path("models/blsp-tiny"))`
 Flow: digest.py (`find_weights`), model/configuration_blsp.py → **folder.py** → transformers
 
-The libraries say "Expecting value: line 1 column 1" of a torn file, read a link to a device for ever, and build a
-billion layers where a damaged configuration says so. What they still meet is named by `naming_folder`.
+Without these checks a library reports "Expecting value: line 1 column 1" for an incomplete file, reads a link to a
+device without end, or builds a billion layers if a damaged configuration asks for them. Errors that a library still
+raises get the folder's name from `naming_folder`.
 """
 
 import json
@@ -24,12 +25,12 @@ JSON_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 OTHER_FILES = ("chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model")
-LARGEST_TEXT = 1 << 28  # bytes; the largest tokenizer.json in use has some 40 MB
+LARGEST_TEXT = 1 << 28  # bytes; the largest tokenizer.json in use has about 40 MB
 MOST_LAYERS = 10_000
 
 
 class WeightsNotFoundError(FileNotFoundError):
-    """The name leads to no weights; the message says where they were looked for."""
+    """No weights were found under a name; the message says where they were looked for."""
 
 
 class FolderError(ValueError):
@@ -37,7 +38,10 @@ class FolderError(ValueError):
 
 
 def check_folder(folder: Path) -> None:
-    """Raise FolderError for a file of the folder that is no file, is torn or cannot be meant; none has to be there."""
+    """Raise FolderError for an unusable file: not a regular file, incomplete, or with impossible values.
+
+    Missing files are no error here.
+    """
     for name in (*JSON_FILES, *OTHER_FILES):
         path = folder / name
         if os.path.lexists(path):
@@ -68,7 +72,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def open_tensors(path: Path) -> Any:
-    """An opened safetensors file, of which only the header has been read."""
+    """Open a safetensors file; only its header is read."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -77,7 +81,7 @@ def open_tensors(path: Path) -> Any:
 
 @contextmanager
 def naming_folder(folder: Any) -> Iterator[None]:
-    """Raise what a library says about a folder (or hub id) as a FolderError that names it."""
+    """Turn a library's errors about a folder (or hub id) into a FolderError that names it."""
     try:
         yield
     except Exception as error:
@@ -89,7 +93,7 @@ def naming_folder(folder: Any) -> Iterator[None]:
 
 
 def _check_regular(path: Path) -> None:
-    """Raise FolderError for a folder, a device, a link that leads nowhere, or a text of impossible size."""
+    """Raise FolderError for a folder, a device, a broken link, or a text file of impossible size."""
     if not path.is_file():
         what = f"a link to {os.readlink(path)}" if path.is_symlink() else "a folder or device"
         raise FolderError(f"{path}: is {what}, not a file; fetch or write it again")
@@ -108,7 +112,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _check_layers(path: Path, values: dict[str, Any]) -> None:
-    """Raise FolderError for a number of layers that would be built for ever."""
+    """Raise FolderError for an impossible number of layers."""
     for name, value in values.items():
         if isinstance(value, dict) and path.name == "config.json":
             _check_layers(path, value)

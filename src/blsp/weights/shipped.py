@@ -1,9 +1,9 @@
 """Folders of the shipped adapters: `models/NAME` in a checkout, `blsp/_models/NAME` in an installed wheel.
 
-In:   a model's name as a user writes it.
-Out:  the folder of the shipped adapter that it stands for; any other folder or hub id as it is.
+In:   a model's name as the user gave it.
+Out:  the folder of the shipped adapter with this name; any other folder or hub id unchanged.
 Try:  find_model("blsp-tiny")   # -> '/…/models/blsp-tiny'
-Flow: every command that takes --model comes here first.
+Flow: every command with --model calls this module first.
 """
 
 from pathlib import Path
@@ -20,10 +20,9 @@ def is_shipped(name: str) -> bool:
 
 
 def find_model(name: str) -> str:
-    """Resolve the name of a shipped adapter to its folder; a folder or hub id is returned as it is.
+    """Resolve the name of a shipped adapter to its folder; a folder or hub id is returned unchanged.
 
-    Raises FileNotFoundError for a shipped name that this installation does not hold, and for a path that is not
-    there.
+    Raises FileNotFoundError for a shipped adapter that is not installed, and for a path that does not exist.
     """
     if name not in SHIPPED or Path(name, "config.json").is_file():
         refuse_missing_path(name)
