@@ -2,6 +2,6 @@
 
 encode.py  `blsp encode`: audio files to encoder states, in one process or many
 cache.py   the folder of stored states, found by audio content and encoder
-content_hashes.py  hashes of the audio of rows, remembered; the index on disk
+content_hashes.py  hashes of the audio of rows, kept on disk, and the index of them
 align.py   `blsp align`: when each token of a transcript is spoken; the adapter's place of each token
 """

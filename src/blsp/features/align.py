@@ -1,15 +1,15 @@
 """`blsp align`: when each token of a transcript is spoken, from an adapter that reads out.
 
 In:  a manifest with transcripts, the cache of its features, an adapter that reads out (`grounded`).
-Out: `DIR/<encoder>/token_times.sqlite`: one encoder frame for each token; clips without them in
-     `DIR/<manifest>.align.skipped.jsonl`. For training, the place of each token among an adapter's vectors.
+Out: `DIR/<encoder>/token_times.sqlite`: one encoder frame for each token; clips that cannot be aligned in
+     `DIR/<manifest>.align.skipped.jsonl`. For training, the position of each token among an adapter's vectors.
 Try: `blsp align --manifest train.jsonl --cache features/ --model blsp-tiny`
-Flow: speech features → **token times** → `blsp train --loss embed`, which brings a fresh adapter to the embedding of
-      the token that is spoken at each place
+Flow: speech features → **token times** → `blsp train --loss embed`, which trains each vector of a new adapter towards
+      the embedding of the token that is spoken there
 
 The best CTC path that spells the transcript is found (Viterbi); a token is spoken in the middle of its run of frames.
-Tokens that the read-out does not know get times between their neighbours. The transcript is given, so the adapter must
-hear only well enough to tell where in the clip a known word lies.
+Tokens outside the read-out vocabulary get times between their neighbours'. The transcript is given, so the adapter
+only has to find known words in the clip.
 
 Shapes: B clips, T encoder frames, E encoder width, F frames of the read-out, C classes of a batch (blank first),
 U transcript tokens, S places of an adapter, D LLM width.
@@ -42,11 +42,11 @@ Times = NDArray[np.int16]  # (U,) encoder frames, 50/s
 
 
 class AlignError(ValueError):
-    """An alignment that cannot be made; the message says why."""
+    """An alignment that is not possible; the message says why."""
 
 
 def align(settings: AlignSettings) -> None:
-    """The command: the token times of every row that has none yet."""
+    """The command: find the token times of every row that has none yet."""
     with Job(settings.cache / f"{skip_name(settings.manifest)}.align"):
         _align(settings)
 
@@ -84,22 +84,22 @@ def _align(settings: AlignSettings) -> None:
                 aligned += len(fitted)
             for i, reason in reasons.items():
                 skipped.add(batch[i].id, batch[i].audio, reason)
-        told = f"aligned {aligned} clips, {known} were aligned before; {skipped.count} could not be"
+        summary = f"aligned {aligned} clips, {known} were aligned before; {skipped.count} could not be"
         if skipped.count and not aligned + known:
-            raise AlignError(f"{told}: {skipped.path} says why")
-        print(told)
+            raise AlignError(f"{summary}: {skipped.path} says why")
+        print(summary)
     leave(runtime)
 
 
 def align_batch(
     model: BlspForConditionalGeneration, features: Sequence[NDArray[np.float16]], tokens: Sequence[Sequence[int]]
 ) -> list[Times | None]:
-    """The token times of each clip, from its encoder states (T, E) and transcript; None where they do not fit."""
-    runs = token_runs(model, [torch.from_numpy(np.array(each)) for each in features], tokens)
+    """The token times of each clip, from its encoder states (T, E) and transcript; None if they do not fit."""
+    runs = token_runs(model, [torch.from_numpy(np.array(states)) for states in features], tokens)
     frames_per_place, first_centre = place_centres(model.model.multi_modal_projector)
     return [
-        None if each is None else np.rint(first_centre + each.mean(axis=1) * frames_per_place).astype(np.int16)
-        for each in runs
+        None if run is None else np.rint(first_centre + run.mean(axis=1) * frames_per_place).astype(np.int16)
+        for run in runs
     ]
 
 
@@ -107,20 +107,20 @@ def align_batch(
 def token_runs(
     model: BlspForConditionalGeneration, states: Sequence[Tensor], tokens: Sequence[Sequence[int]]
 ) -> list[NDArray[np.float64] | None]:
-    """The first and the last place (U, 2) of each token of each clip; None where they do not fit.
+    """The first and the last read-out frame (U, 2) of each token of each clip; None if the transcript does not fit.
 
-    states: of the encoder, (T, E) each. A token that the read-out does not know lies between its neighbours.
+    states: of the encoder, (T, E) each. A token outside the read-out vocabulary gets a frame between its neighbours'.
     """
     adapter, table = model.model.multi_modal_projector, model.model.readout_table()  # table (K-1, D)
     assert table is not None
     weight = next(adapter.parameters())
 
     # Frames of the read-out
-    lengths = torch.tensor([len(each) for each in states], device=weight.device)
-    padded = torch.nn.utils.rnn.pad_sequence([each.to(weight) for each in states], batch_first=True)  # (B, T, E)
+    lengths = torch.tensor([len(clip) for clip in states], device=weight.device)
+    padded = torch.nn.utils.rnn.pad_sequence([clip.to(weight) for clip in states], batch_first=True)  # (B, T, E)
     hidden, counts = adapter.hidden_states(padded, lengths)  # (B, F, D), (B,)
 
-    # Only the classes of these transcripts are scored: a path's score needs no normaliser over the vocabulary
+    # Score only the tokens of these transcripts: the best path does not depend on a softmax over the vocabulary
     own = set().union(*tokens)
     rows = {token: row for row, token in enumerate(model.model.readout_ids()) if token in own}
     class_of = {token: number for number, token in enumerate(rows, start=1)}
@@ -139,8 +139,7 @@ def token_runs(
 
 
 def best_path(scores: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np.float64] | None:
-    """The first and the last frame (U, 2) of each token on the best CTC path that spells `classes` (U,); None without
-    such a path.
+    """The first and the last frame (U, 2) of each token on the best CTC path that spells `classes` (U,), or None.
 
     scores: (F, C) log-scores, blank is class 0. States are blank, token 1, blank, token 2, …, blank (2U + 1).
     """
@@ -148,7 +147,7 @@ def best_path(scores: NDArray[np.float32], classes: Sequence[int]) -> NDArray[np
     labels = np.full(2 * len(classes) + 1, BLANK)
     labels[1::2] = classes
     emissions = scores[:, labels]  # (F, 2U + 1)
-    # A blank may be jumped over between two different tokens
+    # A path may jump over the blank between two different tokens
     jump = np.zeros(len(labels), dtype=bool)
     jump[3::2] = labels[3::2] != labels[1:-2:2]
 
@@ -180,7 +179,7 @@ class TokenTimes:
     """The store: (features of a clip, transcript ids) → the encoder frame at which each token is spoken."""
 
     def __init__(self, cache: FeatureCache) -> None:
-        # a thread that reads examples ahead uses it too
+        # check_same_thread: the thread that prepares training examples uses this connection too
         self._path = cache.folder / "token_times.sqlite"
         self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
         self._database.execute("create table if not exists times (key blob primary key, frames blob) without rowid")
@@ -189,7 +188,7 @@ class TokenTimes:
         return int(self._database.execute("select count(*) from times").fetchone()[0])
 
     def get(self, feature_key: bytes, tokens: Sequence[int]) -> Times | None:
-        """(U,) encoder frames, or None where this transcript was not aligned with this clip."""
+        """(U,) encoder frames, or None if this transcript has not been aligned with this clip."""
         query = "select frames from times where key = ?"
         found = self._database.execute(query, [_key(feature_key, tokens)]).fetchone()
         return None if found is None else np.frombuffer(found[0], dtype="<i2")
@@ -207,17 +206,18 @@ def _key(feature_key: bytes, tokens: Sequence[int]) -> bytes:
 
 
 def token_places(times: Times, places: int, frames_per_place: int, first_centre: float) -> NDArray[np.int64] | None:
-    """The place (U,) of each token among S = `places`, strictly increasing; None where there are more tokens.
+    """The place (U,) of each token among S = `places`, strictly increasing; None if there are more tokens than places.
 
-    A token goes to the place whose centre is nearest. Where several meet in one, they make room to both sides.
+    A token gets the place whose centre is nearest. Tokens with the same nearest place are spread to both sides of it.
     frames_per_place, first_centre: of the adapter, in encoder frames (`place_centres`).
     """
     if len(times) > places:
         return None
     order = np.arange(len(times))
     nearest = np.rint((times - first_centre) / frames_per_place).astype(np.int64)
-    # Strictly increasing places are a non-decreasing row after `order` is taken off: the mean of the row that is
-    # pushed to the right and the one that is pushed to the left. [3, 3, 3] - [0, 1, 2] -> [3, 3, 3], [1, 1, 1] -> 2
+    # Places increase strictly if places - order never decreases. Take the mean of two such sequences: the running
+    # maximum from the left and the running minimum from the right.
+    # nearest [3, 3, 3] -> slack [3, 2, 1] -> right [3, 3, 3], left [1, 1, 1] -> mean 2 -> places [2, 3, 4]
     slack = nearest - order
     right = np.maximum.accumulate(slack)
     left = np.minimum.accumulate(slack[::-1])[::-1]

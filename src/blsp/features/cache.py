@@ -5,9 +5,9 @@ Out: keys of 16 bytes; encoder states (T, E) float16.
 Try: `cache = FeatureCache("features", identity); cache.get(cache.key(row))`
 Flow: `blsp encode` (encode.py) → **cache.py** → training/examples.py
 
-A key is a hash of the audio's bytes, the cut (start, duration) and the encoder. So a clip that changes gets another
-key, and a clip that two manifests share is encoded once. The hash of the bytes is remembered for the file and for the
-row, so features stay in use when the audio is gone or the manifest has moved. The folder:
+A key is a hash of the audio's bytes, the cut (start, duration) and the encoder. So a changed clip gets another key, and
+a clip in two manifests is encoded once. The hash of the bytes is stored for the file and for the row, so the features
+can still be found after the audio was deleted or the manifest moved. The folder:
 
     files/NAME.log              records for each clip: hash of (path, size, time), hash of its bytes; and
                                 hash of (id, text, cut, name of the file), hash of its bytes
@@ -17,9 +17,9 @@ row, so features stay in use when the audio is gone or the manifest has moved. T
     ENCODER/NAME.ok             size and time of both at the last check, and which records are damaged
     */index-DIGEST.npy          all records of all logs, sorted by key (and index-DIGEST.keys.npy: the keys alone)
 
-Each process appends to files of its own, so no locks are needed. A record is written after its bytes, so a killed
-writer leaves nothing that counts. A shard that changed since its .ok file is checked again; damaged clips are left out
-of the index, and `blsp encode` makes them again. The index is named by a digest of the logs' names and sizes.
+Each process appends to its own files, so no locks are needed. A record is written after its bytes, so a killed writer
+leaves no wrong record. A shard that changed after its .ok file was written is checked again; damaged clips are left out
+of the index, and `blsp encode` makes them again. The index has a digest of the logs' names and sizes in its name.
 
 Shapes: T encoder frames (50/s), E encoder width, n clips.
 """
@@ -46,9 +46,9 @@ from blsp.features.content_hashes import KEY, ContentHashes, cut_bytes, key_of, 
 
 CLIP = np.dtype([("key", KEY), ("offset", "<u8"), ("frames", "<u4"), ("crc", "<u4")])  # in a shard's .idx
 INDEXED_CLIP = np.dtype([*CLIP.descr, ("shard", "<u4")])  # in the index
-SHARD_BYTES = 8 << 30  # a writer begins another shard after this many bytes
+SHARD_BYTES = 8 << 30  # a writer starts another shard after this many bytes
 CHECKERS = 4  # shards that are checked at the same time
-UNINDEXED_KEYS = 1 << 18  # clips that this process added since the index was made; more of them, and it is made again
+UNINDEXED_KEYS = 1 << 18  # the index is made again after this process has added more clips than this
 
 
 class FeaturesError(ValueError):
@@ -71,7 +71,7 @@ class FeatureCache:
         return FeatureCache, (self.root, self.encoder_id)
 
     def refresh(self) -> None:
-        """Include what this process or another has written since the cache was opened."""
+        """Include the clips that any process has written since the cache was opened."""
         self._shards = sorted(path for path in self.folder.glob("*.f16") if path.with_suffix(".idx").exists())
         with ThreadPoolExecutor(CHECKERS) as pool:
             states = list(pool.map(lambda path: checked(path, self.width), self._shards))
@@ -82,7 +82,7 @@ class FeatureCache:
         self._unindexed: set[bytes] = set()
 
     def __len__(self) -> int:
-        """Clips in the index; those added since `refresh` do not count."""
+        """Number of clips in the index, without those added since the last `refresh`."""
         return len(self._index)
 
     def key(self, row: Utterance, *, check: bool = True) -> bytes:
@@ -103,11 +103,11 @@ class FeatureCache:
         return bool(self.held([key])[0])
 
     def held(self, keys: Sequence[bytes]) -> np.ndarray:
-        """(n,) bool: whether each clip is there, also if this process has just added it."""
+        """(n,) bool: whether the cache has each clip; clips that this process has just added count."""
         return (self._index.find(keys) >= 0) | np.array([key in self._unindexed for key in keys], dtype=bool)
 
     def lengths(self, keys: Sequence[bytes]) -> np.ndarray:
-        """(n,) int32: the encoder frames of each clip, 0 for one that is not there."""
+        """(n,) int32: the encoder frames of each clip, 0 for a missing one."""
         if self._unindexed:
             self.refresh()
         rows = self._index.find(keys)
@@ -118,7 +118,7 @@ class FeatureCache:
     def get(self, key: bytes) -> np.ndarray:
         """(T, E) float16: a read-only view of the file; its checksum is compared the first time.
 
-        Raises FeaturesError where there is no such entry or its bytes are damaged.
+        Raises FeaturesError if there is no such entry or its bytes are damaged.
         """
         if key in self._unindexed:
             self.refresh()
@@ -131,7 +131,7 @@ class FeatureCache:
             self._data[shard] = np.memmap(self._shards[shard], dtype=np.uint8, mode="r")
         data = self._data[shard]
         if not self._compared[row] and not is_sound(data, clip, self.width):
-            self._shards[shard].with_suffix(".ok").unlink(missing_ok=True)  # check it when it is opened again
+            self._shards[shard].with_suffix(".ok").unlink(missing_ok=True)  # the next start checks the shard again
             raise FeaturesError(
                 f"{self._shards[shard]}: an entry is damaged; run `blsp encode` again, which makes it anew"
             )
@@ -140,7 +140,7 @@ class FeatureCache:
         return data[begin : begin + frames * self.width * 2].view(np.float16).reshape(frames, self.width)
 
     def writer(self, rank: int = 0, width: int | None = None) -> ShardWriter:
-        """A writer for this process; an encoder's first writer names the `width` (E)."""
+        """A writer for this process. width: E; an encoder's first writer must give it."""
         if width is not None and not self.width:
             write_json(self.folder / "encoder.json", {"encoder_id": self.encoder_id, "width": width})
             self.width = width
@@ -156,7 +156,7 @@ class FeatureCache:
 
 # --- shards -----------------------------------------------------------------------------------------------
 class ShardWriter:
-    """Appends clips to shards of its own until it is closed; an added clip is kept even if the process is killed."""
+    """Appends clips to its own shards; an added clip is kept even if the process is killed."""
 
     def __init__(self, folder: Path, width: int, rank: int, on_add: Callable[[bytes], None]) -> None:
         self.folder, self.width, self.rank = folder, width, rank
@@ -183,7 +183,7 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Close the shard and note that it is whole; the next clip begins another."""
+        """Close the shard and note that it is complete; the next clip starts another."""
         for file in self._files:
             require_there(file)
             file.close()
@@ -201,12 +201,12 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class ShardState:
-    """A shard's files as they were when they were checked."""
+    """Size, time and records of a shard when it was checked."""
 
     bytes: int
     time: int  # nanoseconds
     records: int
-    damaged: tuple[int, ...] = ()  # numbers of the records whose bytes are not what was written
+    damaged: tuple[int, ...] = ()  # numbers of the records with a wrong checksum
 
 
 def _state(path: Path, damaged: Sequence[int] = ()) -> ShardState:
@@ -216,7 +216,7 @@ def _state(path: Path, damaged: Sequence[int] = ()) -> ShardState:
 
 
 def checked(path: Path, width: int) -> ShardState:
-    """The shard's state; checksums are compared unless the .ok file tells of these very files."""
+    """The shard's state; checksums are compared unless the .ok file describes the files as they are now."""
     now, note = _state(path), path.with_suffix(".ok")
     if note.exists():
         known = ShardState(**json.loads(note.read_text()))
@@ -232,7 +232,7 @@ def checked(path: Path, width: int) -> ShardState:
 
 
 def is_sound(data: np.ndarray, clip: np.void, width: int) -> bool:
-    """Whether the clip's bytes are in the shard `data` (bytes,) and are those that were written."""
+    """Whether the shard `data` (bytes,) holds the clip's bytes with the right checksum."""
     begin = int(clip["offset"])
     end = begin + int(clip["frames"]) * width * 2
     return begin < end <= len(data) and zlib.crc32(data[begin:end].data) == clip["crc"]

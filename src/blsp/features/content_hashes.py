@@ -1,13 +1,13 @@
-"""Hashes of the audio of rows, remembered on disk; and the index in which they and cached clips are found.
+"""Hashes of the audio of rows, kept on disk; and the index that finds these hashes and cached clips.
 
 In:  rows with audio.
 Out: 16 bytes for the content of each recording; `open_index`: records sorted by keys of 16 bytes, memory-mapped.
 Try: `ContentHashes(Path("features/files")).of(rows)`
-Flow: features/cache.py makes the keys of clips from these.
+Flow: **content_hashes.py** → cache.py, which makes the keys of clips from these hashes
 
-A hash is kept under two names: the file's (address, size, time), so that a file that has not changed is not read again;
-and the row's (id, text, cut, name of the file without its folder), which counts where the audio is gone, and while
-training reads what was checked at its start. Rows that look alike but have different audio have no second name.
+A hash is stored under two keys. The file's key (address, size, time) saves reading an unchanged file again. The row's
+key (id, text, cut, file name without its folder) is used if the audio is gone, and during training, whose rows are
+checked at its start. Rows with the same row key but different audio are found by the file's key alone.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from blsp.data.manifest import Utterance
 
 KEY = "S16"  # 16 bytes; numpy compares such strings byte by byte
 FILE = np.dtype([("key", KEY), ("content", "V16")])  # in the logs
-RECENT_FILES = 1 << 15  # hashes of this process that are held in memory
-AMBIGUOUS = bytes(16)  # stands for the hash where rows that look alike have different audio
-SETTLED_NS = 2_000_000_000  # a younger file may change again without a change of its time stamp
+RECENT_FILES = 1 << 15  # hashes that this process keeps in memory
+AMBIGUOUS = bytes(16)  # stored instead of a hash if rows with the same row key have different audio
+SETTLED_NS = 2_000_000_000  # a younger file may change again without a new time stamp
 
 
 def key_of(content: bytes) -> bytes:
-    """The 16-byte hash of a few bytes."""
+    """The 16-byte hash of `content`."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
@@ -50,7 +50,7 @@ def key_of(content: bytes) -> bytes:
 class Index:
     """Records sorted by their keys; both arrays are memory-mapped."""
 
-    keys: np.ndarray  # (n,) KEY, apart from the records for the binary search
+    keys: np.ndarray  # (n,) KEY; a separate array makes the binary search faster
     records: np.ndarray  # (n,)
 
     def __len__(self) -> int:
@@ -60,16 +60,16 @@ class Index:
         """(m,) int64: the row of each of m keys, or -1."""
         asked = np.frombuffer(b"".join(keys), dtype=KEY)
         rows = np.searchsorted(self.keys, asked)
-        # a key that is not there gets the row of the next larger one, or the end of the table
+        # for a missing key, searchsorted gives the row of the next larger key, or the table's length
         known = rows < len(self.keys)
         known[known] = self.keys[rows[known]] == asked[known]
         return np.where(known, rows, -1)
 
 
 def open_index(folder: Path, signature: Any, records: Callable[[], np.ndarray]) -> Index:
-    """The index of `records()`, made unless the folder has the one of this `signature`; of equal keys the last stays.
+    """The index of `records()`, made unless the folder has one with this `signature`; the last of equal keys wins.
 
-    Where the folder cannot be written, the index goes to the system's folder for temporary files.
+    If the folder cannot be written, the index is put into the system's folder for temporary files.
     """
     digest = hashlib.blake2b(json.dumps(signature).encode(), digest_size=16).hexdigest()
     path = folder / f"index-{digest}.npy"
@@ -84,7 +84,7 @@ def open_index(folder: Path, signature: Any, records: Callable[[], np.ndarray]) 
                 np.save(partial, array)
         for old in [*folder.glob("index-*"), *folder.glob("*.sorted")]:  # .sorted: of earlier versions
             if path.parent == folder and not old.name.startswith(path.stem):
-                old.unlink(missing_ok=True)  # a process that has it open keeps it
+                old.unlink(missing_ok=True)  # processes that have it open can still read it
     try:
         return Index(_mapped(path.with_suffix(".keys.npy")), _mapped(path))
     except FileNotFoundError:  # another process has just made a newer one
@@ -97,14 +97,14 @@ def _mapped(path: Path) -> np.ndarray:
 
 
 def read_log(path: Path, dtype: np.dtype) -> np.ndarray:
-    """The whole records of a log, memory-mapped; half a record at the end does not count."""
+    """The records of a log, memory-mapped; an incomplete one at the end is ignored."""
     count = path.stat().st_size // dtype.itemsize
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype=dtype)
 
 
 # --- hashes of audio ------------------------------------------------------------------------------------
 class ContentHashes:
-    """Hashes of the audio of rows, remembered so that audio is read once. Threads may share one."""
+    """Hashes of the audio of rows, stored so that audio is read once. Threads may share an object."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -118,10 +118,10 @@ class ContentHashes:
         self._index = open_index(folder, signature, lambda: np.concatenate([np.zeros(0, dtype=FILE), *logs]))
 
     def of(self, rows: Sequence[Utterance], *, check: bool = True, read: bool = True) -> list[bytes | None]:
-        """16 bytes for the audio of each row; None where it is not known and cannot be read.
+        """16 bytes for the audio of each row; None if its hash is not stored and the audio cannot be read.
 
-        check: look whether the files have changed; without it, what is known of the rows counts. read: also read what
-        lies in shards and behind URLs, if it is not known.
+        check: look whether the files have changed; otherwise trust the hashes stored for the rows.
+        read: also read audio in shards and behind URLs, if its hash is not stored.
         """
         remembered = self._known([_row_key(row) for row in rows])
         hashes = [None if content == AMBIGUOUS else content for content in remembered]
@@ -130,7 +130,7 @@ class ContentHashes:
         for i, stamp, content in zip(asked, stamps, self._known([stamp.key for stamp in stamps]), strict=True):
             if rows[i].audio.startswith("data:"):
                 hashes[i] = key_of(rows[i].audio.encode())
-            elif stamp.key != NO_FILE:  # else it is gone: what is known of the row counts
+            elif stamp.key != NO_FILE:  # without a file, the hash stored for the row is used
                 if content is None and (read or not is_address(rows[i].audio)):
                     content = self._read(rows[i])
                 hashes[i] = content
@@ -138,7 +138,7 @@ class ContentHashes:
         return hashes
 
     def read(self, row: Utterance) -> tuple[bytes, bytes | str]:
-        """Read a row's audio, which is not known: its hash; and its bytes, or the path or URL of a longer file."""
+        """Read a row's audio: its hash, and its bytes (or the path or URL, if it is a file of its own)."""
         (stamp,) = _stamps([row.audio])
         source = read_address(row.audio) if is_address(row.audio) else row.audio
         if isinstance(source, bytes):
@@ -184,17 +184,17 @@ class ContentHashes:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Tells that the file of an address is the one that was hashed."""
+    """Identifies one version of the file behind an address."""
 
     key: bytes  # hash of the address and its file's size and time, or NO_FILE
-    changed: int  # the file's time in nanoseconds; 0 where only a server knows
+    changed: int  # the file's time in nanoseconds; 0 behind a URL
 
 
 NO_FILE = bytes(16)
 
 
 def _stamps(addresses: Sequence[str]) -> list[Stamp]:
-    """The stamp of each address; a file with many pieces is looked at once."""
+    """The stamp of each address; a file with many pieces is checked once."""
     versions: dict[str, str] = {}
     stamps = []
     for address in addresses:
@@ -212,7 +212,7 @@ def _stamps(addresses: Sequence[str]) -> list[Stamp]:
 
 
 def _row_key(row: Utterance) -> bytes:
-    """Tells a row from others, wherever its manifest and its audio lie."""
+    """A key of the row that does not depend on the folders of its manifest and its audio."""
     name = row.audio if row.audio.startswith("data:") else re.split(r"[/\\]", parse_address(row.audio).path)[-1]
     piece = row.audio.removeprefix(parse_address(row.audio).path)
     text = "\0".join([row.id, row.text, name, piece])

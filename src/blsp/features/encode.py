@@ -5,14 +5,14 @@ Out: the features in that folder (cache.py); clips that cannot be read in `DIR/<
 Try: `blsp encode --manifest train.jsonl --audio-model embedded:whisper-tiny.en --cache features/`
 Flow: manifest → continuations → **speech features** → alignment training.
 
-Each row passes through four stages: generators that work ahead in threads and keep the order of the rows.
+Each row passes through four stages. They are generators that work ahead in threads and keep the order of the rows.
 
     missing_rows    rows whose features are not in the cache, each clip once; shards are read here, in order
     read_clips      audio files → log-mel features
-    batches         one clip a batch on a CPU, clips of like length together on an accelerator
+    batches         one clip a batch on a CPU; clips of similar length together on an accelerator
     encode_batches  log-mel features → encoder states
 
-It encodes what is missing. Several processes (torchrun) share the rows; each writes shards of its own.
+Only missing clips are encoded. Several processes (torchrun) share the rows; each writes its own shards.
 
 Shapes: B clips, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width.
 """
@@ -57,8 +57,8 @@ MEL_PER_SECOND = 100
 READERS = 4  # threads that read, decode and compute mel features
 AHEAD = 64  # clips that are read before they are needed
 SORTED_SECONDS = 600.0  # on an accelerator, clips are sorted by length within this much speech
-BLOCK_ROWS = 256  # neighbouring rows go to one rank: they often share a file, or are the same clip
-PIECE_MEL_FRAMES = 8 * WINDOW_MEL_FRAMES  # a longer clip is encoded in pieces of eight windows
+BLOCK_ROWS = 256  # neighbouring rows go to one rank, as they often share a file or are the same clip
+PIECE_MEL_FRAMES = 8 * WINDOW_MEL_FRAMES  # a longer clip is encoded in pieces of this length
 
 
 def encoder_id(audio_model_sha256: str, *, full_window: bool = False) -> str:
@@ -74,7 +74,7 @@ def encode(settings: EncodeSettings) -> None:
 
 
 def skip_name(manifest: str) -> str:
-    """The name in the cache's folder of what a manifest leaves out."""
+    """The name that a manifest's lock and skip list have in the cache's folder."""
     return re.sub(r"[^\w.-]", "_", Path(manifest).name.removesuffix(".jsonl"))
 
 
@@ -100,10 +100,10 @@ def _encode(settings: EncodeSettings, runtime: Runtime, job: Job) -> None:
     leave(runtime)
     if left_out and runtime.rank == 0:
         where = f"{skipped.path} and those of the other ranks" if runtime.world > 1 else str(skipped.path)
-        told = f"skipped {left_out:.0f} rows, listed with the reason in {where}"
+        summary = f"skipped {left_out:.0f} rows, listed with the reason in {where}"
         if not encoded + cached:
-            raise JobError(f"no clip could be encoded: {told}")
-        print(told)
+            raise JobError(f"no clip could be encoded: {summary}")
+        print(summary)
 
 
 def open_features(
@@ -113,7 +113,7 @@ def open_features(
     sources: Sequence[Sequence[Utterance]],
     runtime: Runtime,
 ) -> FeatureCache:
-    """The cache for a model's encoder, after encoding the clips of `sources` that it lacks."""
+    """The cache for a model's encoder; clips of `sources` that it does not have are encoded first."""
     full_window = model.config.full_window
     encoder = Encoder(model.model.audio_tower, processor.feature_extractor, runtime, full_window)
     identity = encoder_id(str(model.config.audio_model_sha256), full_window=full_window)
@@ -125,7 +125,7 @@ def open_features(
 
 
 def _open_cache(folder: Path, identity: str, runtime: Runtime) -> FeatureCache:
-    """One rank checks the shards and makes the index; the others open what it made."""
+    """Open the cache: one rank checks the shards and makes the index, then the others open it."""
     barrier(runtime)
     if runtime.rank == 0:
         FeatureCache(folder, identity)
@@ -140,7 +140,7 @@ def _new_skip_list(path: Path, runtime: Runtime) -> SkippedLog:
     return SkippedLog(out)
 
 
-# --- what passes through the stages -----------------------------------------------------------------------
+# --- the objects that the stages share --------------------------------------------------------------------
 @dataclass(frozen=True)
 class Clip:
     """A row with its log-mel features: mel (M, Tm), and mask (Tm,) bool, True where there is speech."""
@@ -161,7 +161,7 @@ class Clip:
 
 @dataclass
 class Progress:
-    """What was done with the rows so far, keys on their way through the stages, the skip list, the bar."""
+    """What was done with the rows so far, the keys inside the stages, the skip list and the progress bar."""
 
     log: SkippedLog
     bar: tqdm
@@ -209,7 +209,7 @@ class Encoder:
     def mel(self, row: Utterance, source: bytes | str | None = None) -> tuple[Tensor, Tensor] | str:
         """Log-mel features (M, Tm) and mask (Tm,) of a row's speech, or why it cannot be read.
 
-        source: the bytes of its audio, where they have been read.
+        source: the bytes of its audio, if they have been read already.
         """
         try:
             audio = load_audio(source or row.audio, start=row.start or 0.0, duration=row.duration, name=row.audio)
@@ -226,7 +226,7 @@ class Encoder:
         width, device = max(clip.width for clip in clips), self.runtime.device
         mels = torch.stack([nn.functional.pad(clip.mel, (0, width - clip.width)) for clip in clips]).to(device)
         masks = torch.stack([nn.functional.pad(clip.mask, (0, width - clip.width)) for clip in clips]).to(device)
-        # a very long clip goes through in pieces: its windows of 30 s do not attend to each other anyway
+        # encode a very long clip in pieces: its windows of 30 s do not attend to each other anyway
         piece = PIECE_MEL_FRAMES if len(clips) == 1 else width
         pieces, lengths = [], torch.zeros(len(clips), dtype=torch.long, device=device)
         for begin in range(0, width, piece):
@@ -247,9 +247,9 @@ def encode_manifest(
     *,
     batch_seconds: float = 120.0,
 ) -> Progress:
-    """Encode the clips of this rank's rows that the cache lacks. Rows without audio need nothing.
+    """Encode the clips of this rank's rows that the cache does not have. Rows without audio need nothing.
 
-    batch_seconds: speech and padding of one batch on an accelerator.
+    batch_seconds: the longest batch on an accelerator, padding included.
     """
     runtime = encoder.runtime
     on_cpu, threads = runtime.device.type == "cpu", torch.get_num_threads()
@@ -291,10 +291,10 @@ Missing = tuple[Utterance, bytes, bytes | str]  # a row that needs encoding, its
 def missing_rows(
     pool: ThreadPoolExecutor, cache: FeatureCache, blocks: Iterable[Sequence[Utterance]], progress: Progress
 ) -> Iterator[Missing]:
-    """The rows that need encoding; of rows with the same clip, the first.
+    """The rows that need encoding; of rows with the same clip, only the first.
 
-    Files are hashed by several threads. What lies in a shard or behind a URL is read here, one row after the other,
-    and passed on, so that nothing is read twice or out of its order.
+    Files are hashed by several threads. Audio in a shard or behind a URL is read here, one row after the other, and
+    passed on, so that nothing is read twice or out of order.
     """
 
     def look_up(block: Sequence[Utterance]) -> tuple[int, list[tuple[Utterance, bytes | None]]]:
@@ -317,7 +317,7 @@ def missing_rows(
                     progress.skip(row, b"", str(error))
                     continue
                 key = cache.key_with(row, content)
-            # blocks are looked up ahead: an earlier row with the same clip may have come through since
+            # blocks are looked up ahead, so an earlier row with the same clip may have been taken in the meantime
             if key in progress.pending or cache.has(key):
                 progress.need_nothing()
             else:
@@ -344,7 +344,7 @@ def read_clips(
 def encode_batches(
     pool: ThreadPoolExecutor, encoder: Encoder, batches: Iterable[list[Clip]], ahead: int
 ) -> Iterator[tuple[Clip, np.ndarray]]:
-    """Each clip with its states (T, E) float16."""
+    """Run the encoder: each clip with its states (T, E) float16."""
 
     def run(batch: list[Clip]) -> list[tuple[Clip, np.ndarray]]:
         return list(zip(batch, encoder.states(batch), strict=True))
@@ -354,16 +354,16 @@ def encode_batches(
 
 
 def _blocks(rows: int, runtime: Runtime) -> list[range]:
-    """This rank's rows, in blocks of neighbours; where rows are few, the blocks are small."""
+    """This rank's rows, in blocks of neighbours; the blocks are smaller if there are few rows."""
     size = max(1, min(BLOCK_ROWS, rows // (4 * runtime.world)))
     starts = [number * size for number in shard_rows(-(-rows // size), runtime)]
     return [range(start, min(start + size, rows)) for start in starts]
 
 
 def batches_of(clips: Iterable[Clip], batch_seconds: float) -> Iterator[list[Clip]]:
-    """Clips of like length together, at most `batch_seconds` with padding; a longer clip goes alone.
+    """Batches of clips of similar length, at most `batch_seconds` with padding; a longer clip is a batch alone.
 
-    Clips are sorted within windows of `SORTED_SECONDS`, so that few of them wait at a time.
+    Clips are sorted within windows of `SORTED_SECONDS`, so that few of them wait in memory.
     """
     window: list[Clip] = []
     for clip in chain(clips, [None]):
