@@ -278,6 +278,6 @@ def test_a_folder_with_other_things_is_not_replaced(saved, tmp_path: Path) -> No
     save_adapter(model, processor, tmp_path / "home")  # empty: taken
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers/thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
         save_adapter(model, processor, tmp_path / "papers")
     assert (tmp_path / "papers/thesis.txt").exists()

@@ -47,9 +47,9 @@ def moved(home: Path) -> Path:
 
 
 def test_parts_that_have_moved_are_named_with_the_flag_that_finds_them(moved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"adapter: whisper: .*--audio-model says where"):
+    with pytest.raises(CheckpointError, match=r"adapter: whisper: .*say with --audio-model where"):
         load_blsp(moved / "runs/x/adapter", F32)
-    with pytest.raises(CheckpointError, match=r"adapter: llama: .*--llm says where"):
+    with pytest.raises(CheckpointError, match=r"adapter: llama: .*say with --llm where"):
         load_blsp(moved / "runs/x/adapter", F32, audio_model=str(moved.parent / "moved-whisper"))
 
 

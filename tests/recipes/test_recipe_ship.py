@@ -55,7 +55,7 @@ def test_adapters_that_read_out_other_tokens_have_no_mean(run: Path, tmp_path: P
     name = "model.multi_modal_projector.vocabulary"
     tensors[name] = tensors[name].flip(0).contiguous()
     save_file(tensors, adapters[1] / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="has no mean with"):
+    with pytest.raises(CheckpointError, match="cannot be averaged with"):
         write_weights(run, tmp_path / "out", adapters)
 
 

@@ -6,13 +6,13 @@ processing_blsp.py      text and speech to the model's inputs
 speech_encoder.py       the Whisper encoder on the true length of the speech
 splicing.py             speech vectors in the place of the placeholders
 adapter.py              the adapters `conv` and `stack`, and ADAPTERS, the dictionary of all of them
-adapter_parts.py        what adapters share: their output, the convolution stack
+adapter_parts.py        parts that adapters share: their output, the convolution stack
 grounded.py             the adapter `grounded`: CTC over the LLM's own token embeddings
 hypotheses.py           possible transcripts of a read-out, scored by the LLM
 loading.py              frozen parts by name; a whole model from an adapter folder
-frozen_weights.py       samples of the frozen weights, by which a change is noticed
+frozen_weights.py       samples of the frozen weights, to find out whether they were changed
 checkpoint.py           new models, adapter folders, merged exports
-portable.py             the code and the card that a folder for the hub holds
+portable.py             the code and the card in a folder for the hub
 move.py                 an adapter that reads out, moved to another LLM without training
 """
 

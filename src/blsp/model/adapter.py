@@ -1,4 +1,4 @@
-"""Modality adapters: the only part that is trained. `ADAPTERS` names them all.
+"""Modality adapters: the only part that is trained. `ADAPTERS` is the dict of all of them.
 
 In:  encoder states (B, T, E) at 50 frames/s and their lengths (B,).
 Out: `AdapterOutput`: vectors in the LLM's embedding space (B, S, D), S a function of T alone.
@@ -13,13 +13,13 @@ A new adapter is one entry in `ADAPTERS`, here or from a plugin (docs/extending.
     __init__(speech_width, text_width, *, embedding_std, …)  options come from `--adapter-options`; an adapter
                                                              that reads out also gets `classes`
     strides        how much shorter the sequence gets, stride by stride (each rounds up)
-    first_centre   the encoder frame in the middle of the first place (without: that of its own frames)
-    start_around(mean)       may be missing: begin at the mean (D,) of the LLM's embeddings
-    fresh_options  may be missing: options of a new adapter that are not the defaults of the class
+    first_centre   optional: the encoder frame in the middle of the first vector (default: of its own frames)
+    start_around(mean)       optional: start at the mean (D,) of the LLM's embeddings
+    fresh_options  optional: options of a new adapter that differ from the defaults of the class
     reads_out      True: it gives one vector for each token that it reads out, knows clips without speech,
                    and also has what grounded.py has: `hidden_states`, `logits`, `spell` and `widen`
     forward(states, lengths, table) -> AdapterOutput         table (K-1, D): embeddings of the read-out
-                                                             vocabulary, None unless it reads out
+                                                             vocabulary; None unless the adapter reads out
 
 Shapes: B clips, T encoder frames, S audio tokens, E encoder width, D LLM width, K read-out classes.
 """
@@ -42,14 +42,15 @@ from blsp.model.grounded import GroundedAdapter, token_strings
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be made; the message names it, the option and what is allowed."""
+    """An adapter that cannot be made; the message names it, the option and the allowed values."""
 
 
 class ConvAdapter(nn.Module):
     """The paper's adapter: 3 × (Conv1d k5 s2 p2 + GLU), bottleneck with residual, LayerNorm; 6.25 vectors/s.
 
-    47,467,520 parameters for E = 768, D = 4096. `embedding_std` sets the LayerNorm's first gain, and `start_around` its
-    first bias, so that the vectors start where the LLM's own embeddings lie; given as an option, the bias starts at 0.
+    47,467,520 parameters for E = 768, D = 4096. `embedding_std` sets the LayerNorm's first gain, and `start_around`
+    its first bias, so that the first vectors are distributed like the LLM's own embeddings. If a user gives the option
+    `embedding_std`, the bias starts at 0.
     """
 
     reads_out: ClassVar[bool] = False
@@ -67,7 +68,7 @@ class ConvAdapter(nn.Module):
         nn.init.constant_(self.norm.weight, embedding_std)
 
     def start_around(self, mean: Tensor) -> None:
-        """Set the first bias: the mean (D,) of the LLM's embeddings, which is most of their length."""
+        """Set the first bias: the mean (D,) of the LLM's embeddings, which makes up most of their length."""
         self.norm.bias.data.copy_(mean)
 
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:
@@ -79,7 +80,7 @@ class ConvAdapter(nn.Module):
 class StackAdapter(nn.Module):
     """`frames` neighbouring encoder frames joined, then RMSNorm and a SwiGLU MLP (8 frames: 6.25 vectors/s).
 
-    norm: the last norm, `layer`, which has a bias, or `rms` (in folders of before December 2026).
+    norm: the last norm: `layer`, which has a bias, or `rms` (in folders from before December 2026).
     """
 
     reads_out: ClassVar[bool] = False
@@ -113,7 +114,7 @@ class StackAdapter(nn.Module):
     def forward(self, states: Tensor, lengths: Tensor, table: Tensor | None = None) -> AdapterOutput:
         (frames,) = self.strides
         states = states * valid_mask(lengths, states.shape[1])[:, :, None]
-        missing = -states.shape[1] % frames  # zeros that fill up the last group of frames
+        missing = -states.shape[1] % frames  # zeros that complete the last group of frames
         stacked = nn.functional.pad(states, (0, 0, 0, missing)).unflatten(1, (-1, frames)).flatten(2)
         gate, up = self.gate_up(self.norm_in(stacked)).chunk(2, dim=-1)  # (B, S, hidden) each
         hidden = self.norm(self.down(nn.functional.silu(gate) * up))  # (B, S, D)
@@ -124,17 +125,17 @@ ADAPTERS: dict[str, Any] = {"conv": ConvAdapter, "stack": StackAdapter, "grounde
 
 
 def adapter_class(name: str) -> Any:
-    """The class of an adapter's name; AdapterError where there is none."""
+    """The class of the adapter `name`; AdapterError if there is none."""
     if name not in ADAPTERS:
         raise AdapterError(
-            f"adapter {name!r}: must be one of {', '.join(ADAPTERS)}; one of your own "
-            "must be added to blsp.model.adapter.ADAPTERS first: BLSP_PLUGINS names the modules that add some"
+            f"adapter {name!r}: must be one of {', '.join(ADAPTERS)}; add your own "
+            "to blsp.model.adapter.ADAPTERS in a module, and name the module in BLSP_PLUGINS"
         )
     return ADAPTERS[name]
 
 
 def check_options(adapter: str, names: Iterable[str]) -> None:
-    """Raise AdapterError for an option that the adapter's class does not have; `classes` is not for users."""
+    """Raise AdapterError for an option that the adapter's class does not have. Users cannot set `classes`."""
     parameters = list(inspect.signature(adapter_class(adapter)).parameters.values())[2:]
     allowed = {item.name: item.default for item in parameters if item.name != "classes"}
     if unknown := [name for name in names if name not in allowed]:
@@ -143,10 +144,10 @@ def check_options(adapter: str, names: Iterable[str]) -> None:
 
 
 def build_adapter(config: BlspConfig) -> Any:
-    """The adapter that a configuration names, freshly initialised.
+    """A newly initialised adapter, as the configuration describes it.
 
-    One that reads out a part of the LLM's vocabulary also holds the token ids of its classes, `vocabulary`
-    (K-1,): they are saved with its weights.
+    If it reads out a part of the LLM's vocabulary, it also has `vocabulary` (K-1,), the token ids of its classes,
+    which are saved with its weights.
     """
     kind = adapter_class(config.adapter)
     options = dict(config.adapter_options or {})
@@ -167,7 +168,7 @@ def build_adapter(config: BlspConfig) -> Any:
 
 
 def set_vocabulary(adapter: Any, config: BlspConfig, ids: Sequence[int]) -> None:
-    """Store the LLM's token id of each row of the read-out table; nothing, where it is the whole vocabulary."""
+    """Store the LLM's token id of each row of the read-out table; nothing is stored for the whole vocabulary."""
     whole = len(ids) == config.text_config.vocab_size
     device = next(adapter.parameters()).device
     vocabulary = None if whole else torch.tensor(list(ids), dtype=torch.int32, device=device)
@@ -176,7 +177,7 @@ def set_vocabulary(adapter: Any, config: BlspConfig, ids: Sequence[int]) -> None
 
 
 def widen_readout(adapter: Any, config: BlspConfig, tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Read out these LLM tokens too."""
+    """Add these LLM tokens to the read-out vocabulary."""
     if config.readout_size is None:
         return
     known = adapter.vocabulary.tolist()
@@ -188,10 +189,10 @@ def widen_readout(adapter: Any, config: BlspConfig, tokens: Iterable[int], token
 
 
 def load_adapter(folder: str | Path, config: BlspConfig) -> Any:
-    """The trained adapter of a folder, in float32; CheckpointError where tensors are missing or do not fit."""
+    """The trained adapter of a folder, in float32; CheckpointError if tensors are missing or do not fit."""
     state = adapter_state(folder, config)
     try:
-        with torch.device("meta"):  # what does not fit is found before anything is allocated
+        with torch.device("meta"):  # compare the shapes before memory is allocated
             build_adapter(config).load_state_dict(state, strict=True, assign=True)
         adapter = build_adapter(config)
         adapter.load_state_dict(state, strict=True)
@@ -213,9 +214,9 @@ def check_adapter(folder: str | Path, adapter: nn.Module, config: BlspConfig) ->
 
 
 def adapter_state(folder: str | Path, config: BlspConfig) -> dict[str, Tensor]:
-    """An adapter folder's tensors under the adapter's own names, weights in float32.
+    """An adapter folder's tensors under the adapter's own names, with weights in float32.
 
-    A folder that stores its read-out vocabulary in config.json (before November 2026) gets the tensor here.
+    Folders from before November 2026 have the read-out vocabulary in config.json; it becomes a tensor here.
     """
     stored = load_file(str(cached_file(str(folder), "model.safetensors")))  # loading has checked the file
     prefix = "model.multi_modal_projector."
@@ -226,14 +227,14 @@ def adapter_state(folder: str | Path, config: BlspConfig) -> dict[str, Tensor]:
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights in `dtype`; whole numbers (token ids, spelling) stay what they are."""
+    """Weights in `dtype`; integers (token ids, spelling) do not change."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def check_loaded(folder: Any, model: Any, missing: Collection[str]) -> None:
     """Raise `CheckpointError` when a merged checkpoint lacks tensors of the model.
 
-    The read-out vocabulary may lie in config.json (before November 2026): it is moved into the adapter.
+    A read-out vocabulary in config.json (before November 2026) is moved into the adapter.
     """
     config = model.config
     if config.readout_vocabulary is not None:

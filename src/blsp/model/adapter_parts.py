@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blsp.llm.language_model import valid_mask
 
 BLANK = 0  # the CTC class "no token here"; class 1 + i is row i of the read-out table
-IMPOSSIBLE = -1e30  # log-probability of a CTC path that cannot be; finite, so that no gradient becomes NaN
+IMPOSSIBLE = -1e30  # log-probability of an impossible CTC path; finite, so that no gradient becomes NaN
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class AudioEmbeds:
-    """One clip as the LLM gets it: the valid vectors (n, D), and the read-out where the adapter has one.
+    """One clip as the LLM gets it: the valid vectors (n, D), and the read-out if the adapter has one.
 
-    hypotheses: possible transcripts, best first, where they were asked for.
-    states: of the encoder, (T, E), where they were asked for.
+    hypotheses: possible transcripts, best first, if requested.
+    states: of the encoder, (T, E), if requested.
     """
 
     vectors: Tensor
@@ -78,16 +78,16 @@ def num_audio_tokens(frames: Any, strides: Sequence[int]) -> Any:
 
 
 def place_centres(adapter: Any) -> tuple[int, float]:
-    """Where an adapter's places (its audio tokens) lie, in encoder frames: from one to the next; the first's centre.
+    """Encoder frames from one audio token to the next, and the encoder frame at the centre of the first.
 
-    A place without `first_centre` is taken to hold its own frames alone: 8 of them are centred on frame 3.5.
+    Without `first_centre`, an audio token is assumed to cover only its own frames: 8 of them have their centre at 3.5.
     """
     frames = math.prod(adapter.strides)
     return frames, getattr(adapter, "first_centre", (frames - 1) / 2)
 
 
 def plain_output(hidden: Tensor, lengths: Tensor) -> AdapterOutput:
-    """The output of an adapter that gives a vector for every audio token and takes every clip for speech.
+    """The output of an adapter that gives a vector for every audio token and cannot tell clips without speech.
 
     hidden (B, S, D), lengths (B,) in audio tokens.
     """
@@ -113,17 +113,17 @@ class ConvStack(nn.Module):
 
     def forward(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, E), (B,) -> (B, S, D'), (B,)."""
-        # what follows a clip in its row must not reach the clip's last frames through the kernel
+        # the kernel must not mix the padding behind a clip into the clip's last frames
         hidden = (states * valid_mask(lengths, states.shape[1])[:, :, None]).transpose(1, 2)  # (B, E, T)
         for conv, stride in zip(self.convs, self.strides, strict=True):
             lengths = (lengths + stride - 1) // stride
             hidden = nn.functional.glu(conv(hidden), dim=1)  # half of the channels gate the other half
             hidden = hidden * valid_mask(lengths, hidden.shape[2])[:, None, :]
-        return hidden.transpose(1, 2).contiguous(), lengths  # vLLM's linear layers take nothing else
+        return hidden.transpose(1, 2).contiguous(), lengths  # vLLM's linear layers need contiguous input
 
 
 class CachedValue:
-    """One value computed from a few tensors, computed again when, and only when, one of them has changed."""
+    """One value computed from a few tensors; it is computed again only if one of them has changed."""
 
     def __init__(self) -> None:
         self._sources: tuple[Tensor, ...] = ()
@@ -131,10 +131,10 @@ class CachedValue:
         self._value: Any = None
 
     def get(self, compute: Callable[..., Any], *sources: Tensor) -> Any:
-        """`compute(*sources)`, or its last result. Where a source is being trained, nothing is stored."""
+        """`compute(*sources)`, or its last result. While a source is being trained, nothing is stored."""
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             return compute(*sources)
-        # a tensor's version counts its changes in place; its address changes when it is moved or converted
+        # a tensor's version counts in-place changes; its address changes if it is moved or converted
         state = [(source.data_ptr(), source._version, source.dtype) for source in sources]
         same = len(sources) == len(self._sources) and all(map(is_, sources, self._sources))
         if self._value is None or not same or state != self._state:

@@ -46,14 +46,14 @@ def new_blsp(
     template_args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    """Two frozen parts and a fresh adapter between them; its vectors start where the LLM's embeddings lie.
+    """Two frozen parts and a new adapter, whose first vectors are distributed like the LLM's embeddings.
 
-    With the option `embedding_std` they start around 0 with that spread (the paper: 1).
+    With the adapter option `embedding_std` they start around 0 with that standard deviation (the paper: 1).
     """
     parts = load_frozen(audio_model, text_model, runtime, template_args)
     embeddings = embed(parts.llm, readout_vocabulary or range(parts.llm.config.vocab_size)).float()  # (V, D)
     kind, mean = adapter_class(adapter), embeddings.mean(dim=0)  # (D,)
-    # an adapter that starts around the mean has the spread around it; another has the size of whole embeddings
+    # the standard deviation around the mean, if the adapter starts there; otherwise that around 0
     spread = embeddings - mean if hasattr(kind, "start_around") else embeddings
     options = {"embedding_std": round(float(spread.std()), 6), **getattr(kind, "fresh_options", {})}
     parts.tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
@@ -92,8 +92,8 @@ def load_blsp(
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
     """Model and processor of an adapter folder (frozen parts loaded, digests checked) or of a merged export.
 
-    The name of a shipped adapter (`blsp-tiny`) stands for its folder. audio_model, llm: where the frozen parts lie
-    now, if not where the adapter's config.json says.
+    folder: also the name of a shipped adapter (`blsp-tiny`). audio_model, llm: where the frozen parts are now, if
+    not where the adapter's config.json says.
     """
     folder = find_model(str(folder))
     if not Path(folder).expanduser().exists():
@@ -116,13 +116,13 @@ def load_blsp(
 
 
 def _load_processor(folder: str, tokenizer_sha256: str | None) -> BlspProcessor:
-    """The processor of a checkpoint; CheckpointError where its tokenizer has another digest."""
+    """The processor of a checkpoint; CheckpointError if its tokenizer has another digest."""
     with naming_folder(folder):
         processor = BlspProcessor.from_pretrained(folder, trust_remote_code=False)
     check_template(processor.tokenizer)
     if tokenizer_sha256 not in (None, tokenizer_digest(processor.tokenizer)):
         raise CheckpointError(
-            f"{folder}: its tokenizer gives other ids than that of the LLM it was trained with; "
+            f"{folder}: its tokenizer differs from that of the LLM it was trained with; "
             "tokenizer.json was changed: fetch or copy it again"
         )
     return processor
@@ -131,10 +131,10 @@ def _load_processor(folder: str, tokenizer_sha256: str | None) -> BlspProcessor:
 def load_mean(
     folders: Sequence[str | Path], runtime: Runtime, audio_model: str | None = None, llm: str | None = None
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    """The first folder's model with the mean of all the folders' adapters, weight by weight.
+    """The first folder's model, with the mean of the weights of all folders' adapters.
 
-    Adapters that went different ways from the same weights can be better together than each alone (model soups,
-    Wortsman et al. 2022).
+    The mean of adapters that were trained differently from the same start can be better than each of them (model
+    soups, Wortsman et al. 2022).
     """
     model, processor = load_blsp(folders[0], runtime, audio_model, llm)
     states = [model.model.multi_modal_projector.state_dict()]
@@ -142,7 +142,9 @@ def load_mean(
         config = open_config(folder)
         state = adapter_state(folder, config)
         if _structure(config) != _structure(model.config) or not _same_whole_numbers(state, states[0]):
-            raise CheckpointError(f"{folder}: has no mean with {folders[0]}: other parts, shape or read-out tokens")
+            raise CheckpointError(
+                f"{folder}: cannot be averaged with {folders[0]}: its frozen parts, shape or read-out tokens differ"
+            )
         states.append(state)
     for name, weight in states[0].items():
         if weight.is_floating_point():
@@ -153,9 +155,9 @@ def load_mean(
 def set_template_args(
     model: BlspForConditionalGeneration, processor: BlspProcessor, args: dict[str, Any] | None, folder: str
 ) -> None:
-    """Give an adapter to start from the variables of the chat template; None keeps its own.
+    """Set the chat template's variables of an adapter that training starts from; None keeps its own.
 
-    One that has some must have the same; one without (after `ctc` on a plain manifest, say) takes them.
+    An adapter with variables must have the same ones; one without (after `ctc` on a plain manifest) gets them.
     """
     start = model.config.template_args
     if start and args is not None and args != start:
@@ -165,13 +167,13 @@ def set_template_args(
 
 
 def _structure(config: BlspConfig) -> tuple[Any, ...]:
-    """What adapters must have in common to have a mean."""
+    """What adapters must have in common to be averaged."""
     adapter = config.adapter, config.adapter_options, config.readout_size
     return *adapter, config.full_window, config.audio_model_sha256, config.text_model_sha256
 
 
 def _same_whole_numbers(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether two adapters read out the same tokens, spelled alike."""
+    """Whether two adapters read out the same tokens with the same spelling."""
     names = [name for name, tensor in state.items() if not tensor.is_floating_point()]
     return all(name in other and torch.equal(state[name], other[name].cpu()) for name in names)
 
@@ -184,7 +186,7 @@ def save_adapter(
     card: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the adapter folder; it appears whole."""
+    """Write the adapter folder; it gets its name when it is complete."""
     state = {name: as_dtype(tensor, dtype).contiguous() for name, tensor in model.adapter_state().items()}
     _write_folder(
         folder, lambda new: PreTrainedModel.save_pretrained(model, new, state_dict=state), processor, card, add_stub
@@ -192,7 +194,7 @@ def save_adapter(
 
 
 def export_merged(model: BlspForConditionalGeneration, processor: BlspProcessor, folder: str | Path) -> None:
-    """Write everything, frozen parts and code included, as one Hugging Face checkpoint with custom code."""
+    """Write one Hugging Face checkpoint with custom code that contains everything, also frozen parts and code."""
     before, model.config.adapter_only = model.config.adapter_only, False
     try:
         card = merged_card(model.config)
@@ -210,7 +212,7 @@ def _write_folder(
 ) -> None:
     folder = Path(folder).absolute()
     if folder.exists() and not (folder / "config.json").is_file() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: is no checkpoint and is not empty; name another folder")
+        raise CheckpointError(f"{folder}: is not empty and not a checkpoint; name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(folder, through=folder.with_name(f".{folder.name}.writing")) as fresh:
         write(fresh)
@@ -221,7 +223,7 @@ def _write_folder(
 
 
 def export(settings: ExportSettings) -> None:
-    """`blsp export`: an adapter folder becomes a merged one."""
+    """`blsp export`: write a merged folder from an adapter folder."""
     folder = find_model(settings.model)
     dtype = _stored_dtype(folder, settings) if settings.dtype == "auto" else settings.dtype
     model, processor = load_blsp(folder, find_runtime(device="cpu", dtype=dtype), settings.audio_model, settings.llm)
@@ -230,7 +232,7 @@ def export(settings: ExportSettings) -> None:
 
 
 def _stored_dtype(folder: str, settings: ExportSettings) -> str:
-    """The type in which the LLM of a checkpoint is stored."""
+    """The number format in which the LLM of a checkpoint is stored."""
     register()
     config = open_config(folder)
     text = config.text_config

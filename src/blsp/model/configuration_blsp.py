@@ -1,7 +1,7 @@
 """Configuration of a BLSP model: its frozen parts and the adapter between them.
 
 In:  the configurations of a Whisper-family encoder and of a decoder-only LLM, and the adapter's name and options.
-Out: `BlspConfig`, which names the frozen parts (and the digests of their tensors) without containing them.
+Out: `BlspConfig`: the names of the frozen parts and the digests of their tensors, not the parts themselves.
 Try: `BlspConfig.from_pretrained("models/blsp-tiny").text_model_id`
 Flow: config.json → **BlspConfig** → modeling_blsp.py, checkpoint.py
 """
@@ -24,7 +24,7 @@ AUDIO_TOKEN = "<|audio|>"
 
 
 class CheckpointError(ValueError):
-    """A folder that is no usable checkpoint; the message names it and the way out."""
+    """A folder that cannot be used as a checkpoint; the message names it and what to do."""
 
 
 class BlspConfig(PretrainedConfig):
@@ -40,13 +40,13 @@ class BlspConfig(PretrainedConfig):
         adapter_options: keyword arguments of that adapter's class.
         readout_size: number of LLM tokens that the adapter reads out; None: the whole vocabulary. Their ids are
             a tensor of the adapter, `vocabulary`.
-        readout_vocabulary: the ids themselves, for a fresh adapter. Folders written before November 2026 store
-            them here; they are never written.
-        template_args: variables of the LLM's chat template that every prompt has, such as enable_thinking.
+        readout_vocabulary: the ids themselves, for a new adapter. It is never written; folders from before
+            November 2026 have it in config.json.
+        template_args: variables of the LLM's chat template, the same in every prompt, such as enable_thinking.
         no_speech_sentence: the answer to a clip without speech.
-        rescore: True lets the LLM choose among the adapter's likeliest read-outs what it is given (`Listener`).
+        rescore: True: the LLM chooses one of the adapter's likeliest read-outs and answers to it (`Listener`).
         full_window: True pads the encoder's input to 30 s as the paper does; False uses true lengths.
-        adapter_only: True when the folder holds the adapter's tensors alone; `blsp export` writes False.
+        adapter_only: True if the folder holds only the adapter's tensors; `blsp export` writes False.
     """
 
     model_type = "blsp"
@@ -83,7 +83,7 @@ class BlspConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to config.json: everything but the read-out vocabulary, which lies with the weights."""
+        """The content of config.json: everything but the read-out vocabulary, which is stored with the weights."""
         return {name: value for name, value in super().to_dict().items() if name != "readout_vocabulary"}
 
 
@@ -97,7 +97,7 @@ def _config(value: Any, default: type) -> PretrainedConfig:
 
 
 def config_file(folder: Any) -> Path:
-    """The config.json of a folder or hub id; CheckpointError where there is none."""
+    """The config.json of a folder or hub id; CheckpointError if there is none."""
     path = cached_file(str(folder), "config.json", _raise_exceptions_for_missing_entries=False)
     if path is None and os.path.lexists(Path(folder) / "config.json"):
         check_folder(Path(folder))
@@ -107,7 +107,7 @@ def config_file(folder: Any) -> Path:
 
 
 def is_adapter_folder(folder: Any) -> bool:
-    """True for a checkpoint that holds the adapter alone."""
+    """Whether a checkpoint holds only the adapter."""
     path = config_file(folder)
     check_folder(path.parent)
     config = json.loads(path.read_text())
@@ -115,6 +115,6 @@ def is_adapter_folder(folder: Any) -> bool:
 
 
 def open_config(folder: Any) -> BlspConfig:
-    """The configuration of an adapter folder; the errors of transformers name the folder."""
+    """The configuration of an adapter folder; errors of transformers become a FolderError with its name."""
     with naming_folder(folder):
         return BlspConfig.from_pretrained(config_file(folder).parent)

@@ -1,11 +1,11 @@
-"""Samples of the frozen weights, by which a change of them is noticed when the model is saved.
+"""Samples of the frozen weights, to find out when the model is saved whether they were changed.
 
 In:  a model made of frozen parts and an adapter, when it is loaded and when it is saved.
-Out: the first frozen tensor that has another value now, as after a LoRA was merged into the LLM; None where all agree.
+Out: the first frozen tensor whose value changed, for example because a LoRA was merged into the LLM; or None.
 Try: `changed_weight(model, sample_weights(model))`
 Flow: loading.py → **frozen_weights.py** → `save_pretrained` in modeling_blsp.py
 
-Of each tensor 256 numbers at equal distances are kept: training and merging change nearly all numbers of a tensor.
+A sample is 256 numbers at equal distances: training and merging change nearly all numbers of a tensor.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ NUMBERS = 256  # of each tensor
 
 
 class UnmergedError(ValueError):
-    """A model with layers of PEFT that its own folder cannot hold."""
+    """A model with layers of PEFT, which cannot be saved in its folder."""
 
 
 def sample_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -27,15 +27,15 @@ def sample_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def changed_weight(model: nn.Module, before: dict[str, Tensor]) -> str | None:
-    """The name of the first frozen tensor whose sample differs from `before`; None where none does.
+    """The name of the first frozen tensor whose sample differs from `before`; None if none does.
 
-    Another number format is no change. Raises UnmergedError where a tensor of `before` has another place now.
+    Another number format is not a change. Raises UnmergedError if a tensor of `before` has another name now.
     """
     now = dict(_frozen(model))
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if gone := sorted(before.keys() - names):
         raise UnmergedError(
-            f"{gone[0]} has another place now: the model has layers of PEFT. Save these with PEFT, or merge them "
+            f"{gone[0]} has another name now: the model has layers of PEFT. Save these with PEFT, or merge them "
             "first (merge_and_unload)"
         )
     for name, sample in before.items():
@@ -45,7 +45,7 @@ def changed_weight(model: nn.Module, before: dict[str, Tensor]) -> str | None:
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that can be read: neither quantised, sharded nor without data."""
+    """The frozen tensors that can be read: not quantised, not sharded, not empty."""
     for name, parameter in model.named_parameters():
         if ADAPTER not in name and type(parameter) is nn.Parameter and not parameter.is_meta:
             yield name, parameter.detach()

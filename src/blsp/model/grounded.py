@@ -1,24 +1,24 @@
-"""The `grounded` adapter: speech read out over the LLM's own tokens, given to the LLM as expected embeddings.
+"""The `grounded` adapter: CTC over the LLM's own tokens; the LLM gets the expected embeddings of what is read out.
 
 In:  encoder states (B, T, E), lengths (B,), and the table (K-1, D): the LLM's embeddings of the read-out tokens.
 Out: `AdapterOutput` with CTC log-probabilities, the best path, and one vector a token instead of one a frame.
 Try: `model.model.listen(states, lengths).readout`
 Flow: encoder states → **CTC over the LLM's embeddings → expected embeddings** → the LLM.
 
-A convolution stack, and some transformer layers if wanted, make a vector for each frame. Its logits are the
-products with the LLM's frozen token embeddings (and with vectors that spell the tokens), plus a learned blank
-(class 0). Then, for each clip:
+A convolution stack, and optional transformer layers, compute a vector for each frame. Its logits are its products
+with the LLM's frozen token embeddings (and with vectors that spell the tokens), plus a learned blank (class 0).
+Then, for each clip:
 
     frame              0      1      2      3      4      5      6
     likeliest class    blank  the    the    blank  cat    cat    blank
     run                       0      0             1      1
     vectors            mean of frames 1, 2; mean of frames 4, 5
 
-Frames of blank are dropped, and a run of the same token becomes one vector: the mean, over the run's frames, of
-posterior · embeddings, which for a one-hot posterior is exactly the token's embedding. Step 2 trains through the
-posteriors inside a run; which frames form one is an argmax, and a CTC term keeps the runs in place.
+Frames of blank are dropped, and a run of the same token becomes one vector: the mean of posterior · embeddings over
+the run's frames. If the posterior is one-hot, this is exactly the token's embedding. Gradients of step 2 go through
+the posteriors inside a run. Which frames form a run is an argmax without gradient; a CTC term keeps the runs right.
 
-CTC posteriors times the LLM's embeddings: LegoSLM (2505.11352), with an output layer of its own; here it is the LLM's.
+LegoSLM (2505.11352) also multiplies CTC posteriors with the LLM's embeddings, but learns a separate output layer.
 
 Shapes: B clips, T encoder frames, S frames after the stack (= audio tokens), E encoder width, H hidden width,
 D LLM width, K classes (blank + read-out tokens), F frames of a batch that are not blank, G letter groups.
@@ -36,10 +36,10 @@ from transformers import PreTrainedTokenizerBase
 from blsp.llm.language_model import valid_mask
 from blsp.model.adapter_parts import BLANK, AdapterOutput, CachedValue, ConvStack
 
-# tokens below this share of a frame's best posterior are left out: together they would move the vector by less
-# than a thousandth of its length
+# tokens below this share of a frame's best posterior are left out: together they change the vector by less than a
+# thousandth of its length
 NEGLIGIBLE = 1e-6
-PIECE = 256  # frames whose log-probabilities are computed at a time where nothing is trained: 20 s of speech
+PIECE = 256  # frames (20 s) whose log-probabilities are computed at a time outside training
 
 
 class GroundedAdapter(nn.Module):
@@ -47,13 +47,13 @@ class GroundedAdapter(nn.Module):
 
     Args:
         classes: K - 1, the size of the read-out vocabulary (each class has a learned bias).
-        strides: of the convolutions, three at most; (2, 2, 1) reads out 12.5 frames/s.
+        strides: of the convolutions, at most three; (2, 2, 1) gives 12.5 frames/s.
         hidden: width H of the convolutions and layers (default: the encoder's).
         layers: number of transformer layers after the convolutions.
-        spelling: width of the vectors that spell a token; 0: logits from the LLM's embeddings alone.
+        spelling: width of the vectors that spell a token; 0: logits from the LLM's embeddings only.
         scale: first value of the learned factor on the logits.
-        embedding_std: first gain of the last LayerNorm: vectors start at the size of the LLM's embeddings.
-        table_width: width of a read-out table of its own, frozen, instead of the LLM's embeddings (`blsp move`).
+        embedding_std: first gain of the last LayerNorm, so that vectors start with the size of the LLM's embeddings.
+        table_width: width of a separate frozen read-out table instead of the LLM's embeddings (`blsp move`).
     """
 
     table: Tensor | None
@@ -108,7 +108,7 @@ class GroundedAdapter(nn.Module):
         width = hidden.shape[1]
         if torch.is_grad_enabled() or width <= PIECE:
             return self.logits(hidden, table).log_softmax(dim=-1), lengths
-        # ten minutes have S = 7,500 frames, and K is tens of thousands: the half dozen steps of it take a piece each
+        # ten minutes have S = 7,500 frames, and K is tens of thousands: compute the temporary tensors piece by piece
         log_probs = (
             self.logits(hidden[:, :1], table).log_softmax(dim=-1).new_empty(len(hidden), width, 1 + self.bias.numel())
         )
@@ -117,7 +117,7 @@ class GroundedAdapter(nn.Module):
         return log_probs, lengths
 
     def hidden_states(self, states: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """A vector for each frame (B, S, D), to be compared with the LLM's embeddings, and lengths (B,)."""
+        """A vector for each frame (B, S, D), to be multiplied with the LLM's embeddings, and lengths (B,)."""
         hidden, lengths = self.stack(states, lengths)  # (B, S, H), or (B, S, D) without layers
         if self.layers:
             mask = valid_mask(lengths, hidden.shape[1])
@@ -127,27 +127,27 @@ class GroundedAdapter(nn.Module):
         return self.norm(hidden + self.up(nn.functional.gelu(self.down(hidden)))), lengths
 
     def logits(self, hidden: Tensor, table: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """(B, S, D) -> (B, S, K), blank first; with `tokens`, of these N rows of the table alone: (B, S, 1 + N)."""
+        """(B, S, D) -> (B, S, K), blank first. With `tokens`, only of these N rows of the table: (B, S, 1 + N)."""
         table = table if self.table is None else self.table
         bias = self.bias if tokens is None else self.bias[tokens]
         rows = table if tokens is None else table[tokens]
         norms = self._norms.get(_norms, rows) if tokens is None else _norms(rows)
-        # a token's logit is the product with its embedding at length 1: a long embedding is not a likely token
+        # embeddings are scaled to length 1: otherwise tokens with long embeddings would be likelier
         logits = (hidden @ rows.to(hidden.dtype).T) * (self.scale / norms).to(hidden.dtype) + bias
         if self.spelling is not None:
             logits = logits + self.spelling(hidden, tokens)
         return torch.cat([self.blank(hidden), logits], dim=-1)
 
     def spell(self, strings: Sequence[str]) -> None:
-        """Store how the read-out tokens are spelled, in the order of the table's rows."""
+        """Store the spelling of the read-out tokens, in the order of the table's rows."""
         if self.spelling is not None:
             self.spelling.groups = letter_groups(strings).to(self.bias.device)
 
     def widen(self, rows: Sequence[int], strings: Sequence[str]) -> None:
-        """Read out more tokens: the i-th token of before becomes row rows[i] of a table of len(strings) tokens.
+        """Read out more tokens: the i-th old token becomes row rows[i] of a table of len(strings) tokens.
 
-        A new token's bias starts at the mean of the others'; in a table of its own a new row is zero, so that the token
-        is read out by its spelling.
+        A new token's bias starts at the mean of the others. In a separate table, a new row is zero: the token is
+        recognised by its spelling only.
         """
         if self.table is not None:
             wider = self.table.new_zeros(len(strings), self.table.shape[1])
@@ -160,10 +160,11 @@ class GroundedAdapter(nn.Module):
 
     @torch.no_grad()
     def move_from(self, old: "GroundedAdapter", rows: Tensor, table: Tensor) -> None:
-        """Become the adapter of another LLM, for the tokens in its rows (K-1,); table (K-1, W): its LLM's embeddings.
+        """Take over the weights of `old`, the adapter of another LLM.
 
-        The logits stay what they were: they are products with this table, which is kept. The vectors become the
-        expected embeddings of this adapter's LLM.
+        rows (K-1,): the old adapter's row of each token that this one reads out; table (K-1, W): the embeddings that
+        the old LLM has for these tokens. The logits do not change, as they are still products with this table. The
+        vectors become expected embeddings of this adapter's LLM.
         """
         own = self.state_dict()
         changed = {"table": table if old.table is None else old.table[rows], "bias": old.bias[rows]}
@@ -212,8 +213,8 @@ class _ContextLayer(nn.Module):
 def _rotate(states: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021, eq. 34): (B, S, heads, d) -> (B, heads, S, d).
 
-    Number i of the first half and number i of the second half are a point in a plane; at position p it is
-    turned by the angle p · 10000^(-i / half).
+    Component i of the first half and component i of the second half are a point in a plane; at position p it is
+    rotated by the angle p · 10000^(-i / half).
     """
     states = states.transpose(1, 2)
     half = states.shape[-1] // 2
@@ -227,8 +228,8 @@ def _rotate(states: Tensor) -> Tensor:
 def read_out(log_probs: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput:
     """Best path of log_probs (B, S, K): drop blanks, merge runs, take the expected embedding of each run.
 
-    A clip in which every frame is blank is the no-speech case: `speech` is False, the read-out empty, and the
-    frame with the least blank gives its only vector, so that every clip has one.
+    If every frame is blank, there is no speech: `speech` is False and the read-out is empty. The frame with the
+    lowest blank probability then gives the only vector, as every clip must have one.
     """
     width = log_probs.shape[1]
     inside = valid_mask(lengths, width)
@@ -237,7 +238,7 @@ def read_out(log_probs: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput
     speech = spoken.any(dim=1)  # (B,)
     spoken = spoken | _least_blank(log_probs, inside) & ~speech[:, None]
 
-    # a run starts where a spoken frame has another class than the frame before it, or follows a blank
+    # a run starts at a spoken frame whose class differs from the frame before it, or that follows a blank
     #     best    0 7 7 0 7 4 4      spoken  . x x . x x x
     #     starts  . x . . x x .      runs    . 0 0 . 1 2 2
     changed = torch.ones_like(spoken)
@@ -247,14 +248,14 @@ def read_out(log_probs: Tensor, lengths: Tensor, table: Tensor) -> AdapterOutput
     vectors = _run_means(log_probs, table, spoken, runs)  # (B, S, D)
     counts = starts.sum(dim=1)  # (B,) runs of each clip
 
-    # class 1 + i is row i of the table; the least blank frame of a clip without speech is not read out
+    # class 1 + i is row i of the table; the vector of a clip without speech is not part of the read-out
     paths = [(row[start] - 1).tolist() for row, start in zip(best, starts & (best != BLANK), strict=True)]
     valid = valid_mask(counts, width)
     return AdapterOutput(vectors, lengths, valid, speech, log_probs=log_probs, readout=paths)
 
 
 def _least_blank(log_probs: Tensor, inside: Tensor) -> Tensor:
-    """(B, S) bool: True at each row's frame with the least blank."""
+    """(B, S) bool: True at the frame of each row with the lowest blank probability."""
     frame = log_probs[..., BLANK].masked_fill(~inside, torch.inf).argmin(dim=1)
     return nn.functional.one_hot(frame, log_probs.shape[1]).bool()
 
@@ -262,7 +263,7 @@ def _least_blank(log_probs: Tensor, inside: Tensor) -> Tensor:
 def _run_means(log_probs: Tensor, table: Tensor, spoken: Tensor, runs: Tensor) -> Tensor:
     """(B, S, D): the mean over each run's frames of (posterior without blank) · table; zero after the last run.
 
-    Tokens that are unlikely in every frame are left out, so a few hundred rows of the table are read, not all.
+    Tokens that are unlikely in every frame are left out, so only a few hundred rows of the table are read.
     """
     batch, width = spoken.shape
     tokens = log_probs[spoken][:, 1:]  # (F, K-1)
@@ -279,10 +280,10 @@ def _run_means(log_probs: Tensor, table: Tensor, spoken: Tensor, runs: Tensor) -
     return (sums / counts.clamp(min=1)[:, None]).unflatten(0, (batch, width))
 
 
-# --- spelling: tokens that share letters share what is learnt about their sound ----------------------------
+# --- spelling: tokens with the same letters share what is learnt about their sound -------------------------
 
 BUCKETS = 8192  # letter groups are numbered by a hash; number 0 is no group
-GROUPS = 24  # of a token, the longest first: all of a word of seven letters
+GROUPS = 24  # letter groups of a token, the longest first: enough for all groups of a word of seven letters
 LONGEST = 3  # letters in a group
 SPACE_MARKS = ("Ġ", "▁", " ")  # how tokenizers write the space before a word
 
@@ -306,24 +307,24 @@ class Spelling(nn.Module):
         return self.query(hidden) @ keys.to(hidden.dtype).T
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the mode; cached keys are dropped: a fused optimiser changes weights but not their version."""
+        """Switch the mode and drop cached keys: a fused optimiser changes weights without a new version number."""
         self._keys = CachedValue()
         return super().train(mode)
 
     def keys(self) -> Tensor:
-        """(K-1, W): the spelling vectors of all tokens; cached where nothing is trained."""
+        """(K-1, W): the spelling vectors of all tokens; cached outside training."""
         return self._keys.get(_spell, self.groups, self.letters.weight)
 
 
 def _spell(groups: Tensor, letters: Tensor) -> Tensor:
-    """(N, G), (BUCKETS, W) -> (N, W): the sum of each token's letter groups, over the root of their number."""
+    """(N, G), (BUCKETS, W) -> (N, W): the sum of each token's letter groups, divided by the root of their number."""
     count = (groups != 0).sum(dim=1, keepdim=True).clamp(min=1)
     total = nn.functional.embedding_bag(groups.long(), letters, mode="sum", padding_idx=0)
     return total / count.sqrt()
 
 
 def letter_groups(tokens: Sequence[str]) -> Tensor:
-    """(K-1, G) int16: the numbers of each token's letter groups, followed by zeros."""
+    """(K-1, G) int16: the numbers of each token's letter groups, filled up with zeros."""
     table = torch.zeros(len(tokens), GROUPS, dtype=torch.int16)
     for row, token in enumerate(tokens):
         numbers = [1 + zlib.crc32(group.encode()) % (BUCKETS - 1) for group in _groups(token)][:GROUPS]
@@ -342,7 +343,7 @@ def _groups(token: str) -> Iterator[str]:
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text of each token, a space before it where it begins a word."""
+    """The text of each token, with a space before it if it begins a word."""
     strings = []
     for raw in tokenizer.convert_ids_to_tokens(list(ids)):
         begins = raw is not None and raw.startswith(SPACE_MARKS)

@@ -5,8 +5,9 @@ Out: hypotheses, best first; the log-likelihood of each under the LLM.
 Try: `n_best(log_probs, beam=8)`
 Flow: grounded.py (log-probabilities) → **hypotheses.py** → inference/listener.py (`transcribe`).
 
-Several CTC paths can stand for one sequence: prefix beam search (Graves et al. 2006, §3.2; Hannun et al. 2014,
-algorithm 1, without a language model) adds up their probabilities and keeps the best few. The LLM chooses among them.
+Several CTC paths can give the same sequence. Prefix beam search (Graves et al. 2006, §3.2; Hannun et al. 2014,
+algorithm 1, without a language model) adds up their probabilities and keeps the best few sequences. The LLM chooses
+one of them.
 
 Shapes: S frames of the stack, K classes (blank first), N hypotheses, I inner nodes of their tree, P prefix length,
 V vocabulary.
@@ -25,12 +26,12 @@ from blsp.llm.language_model import embed, log_probabilities, stop_ids
 from blsp.llm.prefix import Prefix, run_after_prefix
 from blsp.model.adapter_parts import BLANK, AdapterOutput, Hypothesis
 
-# all three chosen on development clips, with two LLMs (docs/log.md)
-LANGUAGE = 0.8  # weight of the LLM's log-likelihood beside that of the read-out
-LENGTH = 2.5  # nats added for each token, since every token lowers both log-likelihoods
+# these three were chosen on development clips, with two LLMs (docs/log.md)
+LANGUAGE = 0.8  # weight of the LLM's log-likelihood; that of the read-out has weight 1
+LENGTH = 2.5  # nats added for each token, since each token lowers both log-likelihoods
 BEAM = 8  # hypotheses that the LLM chooses from
 CLASSES = 8  # the likeliest classes of a frame; the others are left out of the search
-SURE = math.log(0.999)  # a frame with more blank than this changes no hypothesis
+SURE = math.log(0.999)  # a frame with a higher blank probability changes no hypothesis
 
 # token prefix -> log-probability of its paths that end in blank, and of those that end in its last token
 Beams = dict[tuple[int, ...], tuple[float, float]]
@@ -55,10 +56,10 @@ def n_best(log_probs: Tensor, beam: int) -> list[Hypothesis]:
 def _extended(beams: Beams, blank: float, tokens: Sequence[tuple[int, float]], beam: int) -> Beams:
     """The `beam` best prefixes after one more frame, given the log-probabilities of blank and of its tokens.
 
-    A prefix with its last token t can go on in three ways:
+    A prefix with the last token t can continue in these ways:
 
         blank          the same prefix, ending in blank
-        t              the same prefix, ending in t: the run of t goes on
+        t              the same prefix, ending in t: the run of t continues
         t after blank  prefix + t: equal tokens are two only if a blank is between them
         another token  prefix + that token, whatever the prefix ends in
     """
@@ -87,9 +88,9 @@ def _log_add(a: float, b: float) -> float:
 def hypotheses_of(
     output: AdapterOutput, row: int, beam: int, vocabulary: Sequence[int] | None
 ) -> tuple[Hypothesis, ...]:
-    """The `beam` likeliest transcripts of one clip of a batch; none where nothing is read out.
+    """The `beam` likeliest transcripts of one clip of a batch; none if the adapter does not read out.
 
-    vocabulary: the LLM's token ids of the read-out table's rows; None where they are the rows' numbers.
+    vocabulary: the LLM's token ids of the read-out table's rows; None if they are equal to the row numbers.
     """
     if not beam or output.log_probs is None:
         return ()
@@ -100,7 +101,7 @@ def hypotheses_of(
 
 
 def choose(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:
-    """The tokens of the hypothesis that is likeliest for read-out and LLM together."""
+    """The tokens of the hypothesis with the best weighted sum of read-out and LLM log-likelihoods."""
     likelihoods = log_likelihoods(llm, prefix, [hypothesis.tokens for hypothesis in hypotheses])
     scores = [
         hypothesis.log_prob + LANGUAGE * likelihood + LENGTH * len(hypothesis.tokens)
@@ -113,8 +114,8 @@ def choose(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hyp
 def log_likelihoods(llm: PreTrainedModel, prefix: Prefix | None, sequences: Sequence[Sequence[int]]) -> list[float]:
     """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0.
 
-    Hypotheses differ in a word or two, so the LLM runs over the tree of their tokens, in one pass. A beginning that
-    several share is run once; a last token, which predicts nothing, is not run.
+    Hypotheses differ in a word or two, so the LLM runs once over the tree of their tokens. Common beginnings are run
+    once; a sequence's last token predicts nothing and is not run.
 
         sequences  the cat sat, the cat is       tree  (root) → the → cat → sat
         inner nodes, which are run: root, the, cat                        ↘ is
@@ -128,7 +129,7 @@ def log_likelihoods(llm: PreTrainedModel, prefix: Prefix | None, sequences: Sequ
         seen[node] |= seen[parent]
     inner = sorted({0, *parents})
     row_of = {node: row for row, node in enumerate(inner)}
-    # the prefix's last token predicts the first ones: it is the tree's root (an end of text, without a prefix)
+    # the prefix's last token predicts the first tokens, so it is the tree's root (without a prefix: a stop token)
     before = prefix.cut(len(prefix) - 1) if prefix else None
     ids = [prefix.ids[-1] if prefix else stop_ids(llm)[0], *tokens]
     embeds = embed(llm, [ids[node] for node in inner])[None]  # (1, I, D)

@@ -5,8 +5,8 @@ Out: modules in eval mode without gradients, and the mel extractor and tokenizer
 Try: `llm, tokenizer = load_language_model(find_weights("embedded:smollm2-135m-instruct"), find_runtime())`
 Flow: weights/ → **loading.py** → modeling_blsp.py, checkpoint.py; also `blsp encode` and `blsp continue`.
 
-Digests are checked, since an adapter fits the very weights it was trained between; rows in a language that the encoder
-does not know are warned of.
+Digests are checked, since an adapter fits only the weights that it was trained with. A warning is printed for rows in
+a language that the encoder does not know.
 """
 
 import re
@@ -45,13 +45,13 @@ from blsp.weights.embedded import PREFIX
 from blsp.weights.folder import WeightsNotFoundError, naming_folder
 
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # values of transformers' device_map
-LOOKED_AT = 1000  # rows, in a check for their language
+LOOKED_AT = 1000  # rows whose language is checked
 ENCODER_KEYS = {r"^(model\.)?encoder\.": ""}  # the encoder's tensors inside a whole Whisper checkpoint
 
 
 @dataclass(frozen=True)
 class FrozenParts:
-    """The parts that are never trained, with the mel extractor and the tokenizer they need."""
+    """The parts that are never trained, with the mel extractor and the tokenizer that they need."""
 
     tower: WhisperEncoder
     llm: PreTrainedModel
@@ -104,7 +104,7 @@ def load_speech_encoder(weights: Weights, runtime: Runtime) -> tuple[WhisperEnco
 def load_frozen(
     audio_model: Weights, text_model: Weights, runtime: Runtime, template_args: Mapping[str, Any] | None = None
 ) -> FrozenParts:
-    """Both frozen parts and what belongs to them."""
+    """Both frozen parts, with mel extractor and tokenizer."""
     tower, extractor = load_speech_encoder(audio_model, runtime)
     llm, tokenizer = load_language_model(text_model, runtime, template_args)
     return FrozenParts(tower, llm, tokenizer, extractor)
@@ -113,13 +113,13 @@ def load_frozen(
 def load_checked(
     config: BlspConfig, runtime: Runtime, folder: Any, audio_model: str | None = None, llm: str | None = None
 ) -> FrozenParts:
-    """The frozen parts of an adapter folder, from where they lie now; `config` names and describes these afterwards."""
+    """The frozen parts of an adapter folder, digests checked; their names and configurations are put into `config`."""
     audio_weights, text_weights = frozen_weights(config, folder, audio_model, llm)
     parts = load_frozen(audio_weights, text_weights, runtime, config.template_args)
     if config.tokenizer_sha256 not in (None, tokenizer_digest(parts.tokenizer)):
         raise CheckpointError(
             f"{folder}: was trained with another tokenizer than that of {text_weights.name}; "
-            "the tokenizer files of one of the two folders were changed: fetch or copy them again"
+            "the tokenizer files in one of the two folders were changed: fetch or copy them again"
         )
     config.audio_model_id, config.text_model_id = audio_weights.name, text_weights.name
     config.audio_config, config.text_config = parts.tower.config, parts.llm.config
@@ -127,16 +127,16 @@ def load_checked(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the LLM's tokens and their ids; the placeholder of the speech is none of them."""
+    """SHA-256 over the LLM's tokens and their ids, without the placeholder of the speech."""
     return digest_of(sorted((id, token) for token, id in tokenizer.get_vocab().items() if token != AUDIO_TOKEN))
 
 
 def frozen_weights(
     config: BlspConfig, folder: Any, audio_model: str | None = None, llm: str | None = None
 ) -> tuple[Weights, Weights]:
-    """Encoder and LLM of the adapter `folder`: those that its configuration names, or `audio_model` and `llm`.
+    """Encoder and LLM of the adapter `folder`: those named in its configuration, or `audio_model` and `llm`.
 
-    Raises CheckpointError where they are not found or hold other weights than those that the adapter was trained with.
+    Raises CheckpointError if they are not found, or if the adapter was trained with other weights.
     """
     return (
         _checked_weights("--audio-model", config.audio_model_id, config.audio_model_sha256, folder, audio_model),
@@ -145,22 +145,22 @@ def frozen_weights(
 
 
 def _checked_weights(flag: str, name: str | None, sha256: str | None, folder: Any, given: str | None) -> Weights:
-    """One frozen part, which has the digest `sha256`; `flag` says where it lies if not under `name`."""
+    """One frozen part with the digest `sha256`. given: the value of `flag`, which is used instead of `name`."""
     try:
         weights = find_weights(given) if given else _find_beside(name, folder)
         found = weights.sha256
     except WeightsNotFoundError as error:
-        raise CheckpointError(f"{folder}: {error}; {flag} says where the weights that it names lie now") from error
+        raise CheckpointError(f"{folder}: {error}; say with {flag} where these weights are now") from error
     if found != sha256:
         raise CheckpointError(
             f"{folder}: was trained with other weights than {f'{flag} ' if given else ''}{weights.name} holds now "
-            f"(tensor digest {found[:12]}…, config.json says {str(sha256)[:12]}…); {flag} names the right ones"
+            f"(tensor digest {found[:12]}…, config.json says {str(sha256)[:12]}…); name the right ones with {flag}"
         )
     return weights
 
 
 def _find_beside(name: Any, folder: Any) -> Weights:
-    """A name of config.json: as it is, or a path relative to the adapter's folder or to one above it."""
+    """Find a name of config.json as it is, or as a path relative to the adapter's folder or to a folder above it."""
     if not isinstance(name, str) or not name:
         raise WeightsNotFoundError(f"its config.json names {name!r} as a frozen part")
     if not Path(name).exists() and not name.startswith(PREFIX):
@@ -177,9 +177,9 @@ def freeze(module: Any) -> Any:
 
 
 def assemble(model_class: Any, config: BlspConfig, parts: FrozenParts, adapter: Any, runtime: Runtime) -> Any:
-    """A model made of loaded parts; nothing is initialised twice. The adapter stays in float32."""
+    """A model made of loaded parts; no part is initialised again. The adapter stays in float32."""
     for part, name in [(config.audio_config, config.audio_model_id), (config.text_config, config.text_model_id)]:
-        part._name_or_path = name  # the name that was asked for, not a folder of the machine it was made on
+        part._name_or_path = name  # the name that the user gave, not a folder of this machine
     with torch.device("meta"):
         model = model_class(config)
     model.model.audio_tower = parts.tower
@@ -209,9 +209,9 @@ def load_adapter_folder(
 ) -> Any:
     """The model of an adapter folder, on the device or devices of `device_map` (default: CPU), in `dtype` (float32).
 
-    audio_model, llm: where the frozen parts lie now, if not where config.json says.
-    Other arguments of transformers (`config`, `revision`, …) change nothing; those that would change the weights
-    are refused.
+    audio_model, llm: where the frozen parts are now, if not where config.json says.
+    Other arguments of transformers (`config`, `revision`, …) are ignored; those that would change the weights raise
+    NotImplementedError.
     """
     for name in ("quantization_config", "state_dict"):
         if others.get(name) is not None:
@@ -231,7 +231,7 @@ def load_adapter_folder(
 
 
 def one_device(device_map: Any) -> str | None:
-    """The only device of a `device_map` as transformers takes it; None where it spreads a model over several."""
+    """The only device of a transformers `device_map`; None if it spreads the model over several devices."""
     if isinstance(device_map, dict):
         devices = set(device_map.values())
         return one_device(devices.pop()) if len(devices) == 1 and "disk" not in devices else None
@@ -241,7 +241,7 @@ def one_device(device_map: Any) -> str | None:
 
 
 def spread(model: Any, device_map: Any, max_memory: dict[Any, Any] | None, offload_folder: str | None) -> Any:
-    """The model over several devices, the processor's memory and the disk, by accelerate."""
+    """Spread the model over several devices, main memory and disk, with accelerate."""
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
@@ -256,13 +256,13 @@ def spread(model: Any, device_map: Any, max_memory: dict[Any, Any] | None, offlo
 
 
 def warn_of_languages(config: WhisperConfig, name: Any, rows: Sequence[Utterance]) -> None:
-    """Say it once where rows are in a language that the encoder does not know. The first rows are looked at."""
+    """Warn once if rows are in a language that the encoder does not know; only the first rows are checked."""
     languages = [row.language or "en" for row in rows[:LOOKED_AT]]
     others = [language for language in languages if not re.match("en(glish)?([-_]|$)", language, re.IGNORECASE)]
     if others and knows_english_only(config):
         print(
             f"blsp: warning: {name} knows English only, and of the first {len(languages)} rows {len(others)} are in "
-            f"{', '.join(sorted(set(others)))} (their field language): nothing of these will be understood; a "
+            f"{', '.join(sorted(set(others)))} (their field language): it cannot recognise these; a "
             "multilingual encoder is embedded:whisper-base",
             file=sys.stderr,
         )

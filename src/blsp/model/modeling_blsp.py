@@ -5,10 +5,9 @@ Out: the LLM's outputs; `generate` works as for any transformers model.
 Try: `BlspForConditionalGeneration.from_pretrained("models/blsp-tiny")`
 Flow: processor → **audio_tower → multi_modal_projector → language_model** → text.
 
-A checkpoint folder holds the adapter alone; `from_pretrained` loads the frozen parts that its configuration
-names and checks their digests (checkpoint.py). In the LLM's input the placeholders are replaced by the
-adapter's vectors. Where an adapter gives fewer vectors than there are placeholders, the rest is masked, and
-positions count only what is attended:
+A checkpoint folder holds only the adapter; `from_pretrained` loads the frozen parts that its configuration names and
+checks their digests (loading.py). The adapter's vectors replace the placeholders in the LLM's input. If an adapter
+gives fewer vectors than there are placeholders, the rest is masked, and positions count only unmasked columns:
 
     input_ids      say   <|audio|> <|audio|> <|audio|> <|audio|>  again
     embeddings     say   vector    vector    0         0          again
@@ -63,7 +62,7 @@ class BlspAudioOutput(BaseModelOutputWithPooling):
 
 
 class BlspPreTrainedModel(PreTrainedModel):
-    """What both classes tell transformers."""
+    """Settings of both classes for transformers."""
 
     config_class = BlspConfig
     base_model_prefix = "model"
@@ -86,7 +85,7 @@ class BlspPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter folder (with the frozen parts it names, digests checked) or a merged export.
 
-        Raises CheckpointError rather than leave a tensor at its random first value.
+        Raises CheckpointError if a tensor is missing; none is left at a random value.
         """
         with_info = kwargs.pop("output_loading_info", False)
         if is_adapter_folder(pretrained_model_name_or_path):
@@ -117,7 +116,7 @@ class BlspModel(BlspPreTrainedModel):
         self.multi_modal_projector = build_adapter(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self._table, self._ids, self._whole, self._moments = (CachedValue() for _ in range(4))
-        # their parts are called apart, so each stays on one device; the LLM names its own layers
+        # each of these must stay on one device, as its parts are called one by one; the LLM names its own layers
         self._no_split_modules = (WhisperEncoder.__name__, type(self.multi_modal_projector).__name__)
         self.post_init()
 
@@ -129,7 +128,7 @@ class BlspModel(BlspPreTrainedModel):
 
     @property
     def reads_out(self) -> bool:
-        """Whether the adapter has a transcript of its own."""
+        """Whether the adapter gives a transcript (a read-out)."""
         return self.multi_modal_projector.reads_out
 
     @property
@@ -139,11 +138,11 @@ class BlspModel(BlspPreTrainedModel):
         return None if vocabulary is None else self._ids.get(Tensor.tolist, vocabulary)
 
     def readout_ids(self) -> Sequence[int]:
-        """The same, with the whole vocabulary written out."""
+        """The LLM's token ids that are read out; the ids of the whole vocabulary if it is not limited."""
         return self.readout_vocabulary or range(self.config.text_config.vocab_size)
 
     def readout_table(self) -> Tensor | None:
-        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None where nothing is read out."""
+        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None if the adapter does not read out."""
         if not self.reads_out:
             return None
         embedding = self.get_input_embeddings()
@@ -153,7 +152,7 @@ class BlspModel(BlspPreTrainedModel):
         return self.embedding_table()
 
     def embedding_table(self) -> Tensor:
-        """(V, D): what the LLM gets for each token of its vocabulary."""
+        """(V, D): the LLM's input embedding of each token."""
         embedding = self.get_input_embeddings()
         if type(embedding) is nn.Embedding:
             return embedding.weight
@@ -165,7 +164,7 @@ class BlspModel(BlspPreTrainedModel):
         return self._moments.get(_moments, self.embedding_table())
 
     def listen(self, states: Tensor, lengths: Tensor) -> AdapterOutput:
-        """The adapter's output for encoder states (B, T, E) with lengths (B,); its read-out in the LLM's ids."""
+        """The adapter's output for encoder states (B, T, E) with lengths (B,); its read-out as the LLM's token ids."""
         weight = next(self.multi_modal_projector.parameters())
         output = self.multi_modal_projector(states.to(weight), lengths.to(weight.device), self.readout_table())
         vocabulary = self.readout_vocabulary
@@ -213,7 +212,7 @@ class BlspModel(BlspPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """See `BlspForConditionalGeneration.forward`; what is not named here goes to the LLM as it is."""
+        """See `BlspForConditionalGeneration.forward`; other arguments are passed on to the LLM."""
         kwargs["past_key_values"] = past_key_values
         if inputs_embeds is not None:
             kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -255,13 +254,13 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             table = self.get_input_embeddings()
             name = next(name for name, module in self.named_modules() if module is table)
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
-        self.frozen_sample: dict[str, Tensor] = {}  # of an adapter folder's frozen parts, as they were loaded
+        self.frozen_sample: dict[str, Tensor] = {}  # of the frozen parts when they were loaded (frozen_weights.py)
         self.post_init()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Write the adapter's tensors and the configuration; all tensors unless `config.adapter_only`.
 
-        All tensors too where a frozen one has changed since it was loaded, as after a LoRA was merged into the LLM.
+        All tensors are also written if a frozen one was changed after loading, as by a LoRA merged into the LLM.
         """
         adapter_only = self.config.adapter_only
         if adapter_only and not getattr(self, "_hf_peft_config_loaded", False):  # transformers then saves the LoRA
@@ -269,7 +268,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             if changed is None:
                 kwargs["state_dict"] = self.adapter_state()
             else:
-                logger.warning(f"{changed} is not what was loaded: the whole model is written to {save_directory}")
+                logger.warning(f"{changed} was changed after loading: the whole model is written to {save_directory}")
                 self.config.adapter_only = False
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -306,7 +305,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
     def listen(self, features: Sequence[Tensor], beam: int = 0) -> list[AudioEmbeds]:
         """The valid vectors of each clip, from its encoder states (T, E).
 
-        beam: how many possible transcripts to return with them, where the adapter reads out.
+        beam: how many possible transcripts to return with them, if the adapter reads out.
         """
         device = self.get_input_embeddings().weight.device
         lengths = torch.tensor([len(states) for states in features], device=device)
@@ -343,9 +342,9 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
 
         input_ids (B, L): text, with `config.audio_token_id` for each audio token.
         input_features (clips, M, Tm), input_features_mask (clips, Tm): all clips of the batch, in order.
-        labels (B, L): -100 where nothing is learnt; always -100 for audio tokens.
+        labels (B, L): -100 at positions without a loss; always -100 for audio tokens.
         logits_to_keep: 0 for all positions, n for the last n, or an index tensor.
-        num_items_in_batch: what the sum of the loss is divided by; None: the labels of this pass.
+        num_items_in_batch: divisor of the summed loss; None: the number of labels of this pass.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -391,7 +390,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
 
 
 def refuse_drafts(features: Tensor | None, kwargs: dict[str, Any], default: Any) -> None:
-    """Raise ValueError for ways of decoding that take drafts from `input_ids`: speech has only placeholders there."""
+    """Raise ValueError for decoding methods that draft from `input_ids`, where speech has only placeholders."""
     if features is None:
         return
     config = kwargs.get("generation_config") or default

@@ -1,13 +1,13 @@
 """`blsp move`: an adapter that reads out, moved to another LLM without training.
 
 In:  an adapter folder, and the other LLM.
-Out: an adapter folder for that LLM; it listens at once, and training can go on from it (`--init-from`).
+Out: an adapter folder for that LLM. It can be used at once, and training can start from it (`--init-from`).
 Try: `blsp move --model blsp-tiny --llm embedded:qwen2.5-coder-1.5b-instruct --out moved`
 Flow: checkpoint.py, grounded.py (the arithmetic) → **move.py** → checkpoint.py
 
-What the adapter has learnt of sounds does not depend on the LLM. It goes on telling tokens apart by the embeddings of
-the LLM that it was trained with, and takes them along; the new LLM gets its own embeddings of these tokens. Tokens are
-compared by their strings: those that both LLMs have are the new read-out.
+What the adapter has learnt about sounds does not depend on the LLM. It still recognises tokens with the embeddings of
+the LLM that it was trained with, so these are stored in the new folder. The new LLM gets its own embeddings of the same
+tokens. Tokens are compared by their strings: the tokens that both LLMs have are the new read-out vocabulary.
 """
 
 from collections.abc import Sequence
@@ -30,8 +30,8 @@ def move(settings: MoveSettings) -> None:
     old, old_processor = load_blsp(settings.model, runtime, settings.audio_model)
     adapter, config = old.model.multi_modal_projector, old.config
     if not hasattr(adapter, "move_from"):
-        raise CheckpointError(f"{settings.model}: a {config.adapter} adapter reads nothing out: it cannot be moved")
-    vocabulary = getattr(adapter, "vocabulary", None)  # none is stored where it is the LLM's whole one
+        raise CheckpointError(f"{settings.model}: a {config.adapter} adapter does not read out, so it cannot be moved")
+    vocabulary = getattr(adapter, "vocabulary", None)  # None: the LLM's whole vocabulary
     old_ids = range(config.text_config.vocab_size) if vocabulary is None else vocabulary.tolist()
 
     llm = find_weights(settings.llm)
@@ -49,15 +49,15 @@ def move(settings: MoveSettings) -> None:
         full_window=config.full_window,
     )
     new.model.multi_modal_projector.move_from(adapter.float().cpu(), torch.tensor(rows), table)
-    new.config.rescore = True  # no training has taught this LLM to make sense of the greedy path
+    new.config.rescore = True  # this LLM was not trained with the errors of the greedy path
     save_adapter(new, processor, settings.out)
     print(f"{settings.out}: reads out {len(ids):,} tokens, of {len(old_ids):,} before")
 
 
 def common_tokens(old: Sequence[str], new: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Of the tokens that both lists hold: their rows in the old list, and in the new one, in its order.
+    """The tokens in both lists: their rows in the old list and their rows in the new list, in the new order.
 
-    Of several rows with one string the first counts; white space alone is no token to read out.
+    Of several rows with the same string the first counts; tokens of only white space are left out.
     """
     first = {string: row for row, string in reversed(list(enumerate(old))) if string.strip()}
     pairs = {first.pop(string): row for row, string in enumerate(new) if string in first}

@@ -1,12 +1,13 @@
-"""What a folder for the hub holds beside weights: the code that runs it, and its card.
+"""Code and card in a folder for the hub, beside the weights.
 
-In:  the modules of this package that the model needs, followed from its three classes.
-Out: flat copies of them, which import each other relatively, and `auto_map`, by which transformers finds the classes.
+In:  the modules of this package that the model needs, found by following imports from its three classes.
+Out: copies of them in one folder, with relative imports, and `auto_map`, which tells transformers where the classes
+     are.
 Try: `sorted(flat_sources())`
 Flow: checkpoint.py (`export_merged`, `save_adapter`) → **portable.py** → `from_pretrained(…, trust_remote_code=True)`
 
-A merged model works where this package is not installed. An adapter folder needs it, to find the frozen parts: it
-holds one file that imports the classes, so that AutoProcessor asks for it instead of returning a bare tokenizer.
+A merged model works without this package. An adapter folder needs the package to load the frozen parts. It contains one
+file that imports the package, so that AutoProcessor asks for it instead of returning a plain tokenizer.
 """
 
 import json
@@ -51,7 +52,7 @@ def flat_sources() -> dict[str, str]:
 
 
 def add_code(folder: Path) -> None:
-    """Write the code beside a merged model, and name it in its configurations."""
+    """Write the code into the folder of a merged model, and name it in the configuration files."""
     for name, text in flat_sources().items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
     _name_classes(folder / "config.json", CLASSES)
@@ -59,7 +60,7 @@ def add_code(folder: Path) -> None:
 
 
 def add_stub(folder: Path) -> None:
-    """Write the file by which AutoProcessor finds the processor of an adapter folder, or says what to install."""
+    """Write the file that gives AutoProcessor the processor of an adapter folder, or says what to install."""
     (folder / f"{STUB}.py").write_text(STUB_TEXT, encoding="utf-8")
     _name_classes(folder / "processor_config.json", {"AutoProcessor": f"{STUB}.BlspProcessor"})
 
@@ -71,7 +72,7 @@ def _name_classes(path: Path, classes: dict[str, str]) -> None:
 
 # --- the card ---------------------------------------------------------------------------------------------
 def card_head(config: BlspConfig, relation: str, tags: list[str], **more: Any) -> str:
-    """The card's metadata for the hub. relation: what the model is to its parts, "adapter" or "merge"."""
+    """The card's metadata for the hub. relation: between the model and its parts, "adapter" or "merge"."""
     parts = [hub_name(name) for name in (config.text_model_id, config.audio_model_id)]
     head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "audio-text-to-text"}
     if known := [part for part in parts if part is not None]:
@@ -104,5 +105,5 @@ answer = model.generate(**inputs, max_new_tokens=64)[:, inputs["input_ids"].shap
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
 
-The licences of both parts hold for this folder too.
+The licences of both parts also apply to this folder.
 """

@@ -20,7 +20,7 @@ from blsp.model.adapter_parts import num_audio_tokens
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.speech_encoder import encoder_frames, mel_features, mel_frames
 
-# What `processor(…)` takes beside its own arguments, and hands on to the tokenizer
+# Arguments of `processor(…)` that are passed on to the tokenizer
 TOKENIZER_ARGUMENTS = (
     *("truncation", "max_length", "pad_to_multiple_of", "return_attention_mask", "return_length", "verbose"),
     *("return_offsets_mapping", "return_special_tokens_mask"),
@@ -54,7 +54,7 @@ class BlspProcessor(ProcessorMixin):
     Args:
         strides: of the adapter; they tell how many audio tokens a clip has.
         full_window: pad the encoder's input to 30 s (must agree with the model's configuration).
-        template_args: variables of the LLM's chat template that every prompt has (agrees with it as well).
+        template_args: variables of the LLM's chat template in every prompt (must also agree).
     """
 
     def __init__(
@@ -108,8 +108,8 @@ class BlspProcessor(ProcessorMixin):
 
         Args:
             padding_side: "left", as generation needs it, or "right".
-            return_text_replacement_offsets: also what each `<|audio|>` became, as `text_replacement_offsets`; vLLM
-                asks for it.
+            return_text_replacement_offsets: also return what replaced each `<|audio|>`, as
+                `text_replacement_offsets`, for vLLM.
             kwargs: for the tokenizer (TOKENIZER_ARGUMENTS). Others raise a TypeError, unless they are None.
         """
         options = {name: value for name, value in kwargs.items() if value is not None}
@@ -133,7 +133,7 @@ class BlspProcessor(ProcessorMixin):
                 **options,
             )
         )
-        self._check_special_mm_tokens(expanded, data, modalities=["audio"])  # truncation may cut a clip's places
+        self._check_special_mm_tokens(expanded, data, modalities=["audio"])  # truncation may cut placeholders off
         data.pop("token_type_ids", None)
         if clips:
             features, mask = mel_features(self.feature_extractor, clips, full_window=self.full_window)
@@ -152,15 +152,15 @@ class BlspProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Inputs for `generate` that ask the LLM to repeat the words of each clip (the behaviour `repeat`).
 
-        language: one for all clips or one a clip, as Voxtral's processor takes it. It is checked and changes nothing,
-            since the LLM repeats the words in the language in which they are said. kwargs: those of `processor(…)`.
+        language: one for all clips or one for each, as in Voxtral's processor. It is checked but has no effect, since
+            the LLM repeats the words in the language that is spoken. kwargs: those of `processor(…)`.
         """
         clips = self._clips(audio, sampling_rate)
         languages = [language] * len(clips) if language is None or isinstance(language, str) else list(language)
         if len(languages) != len(clips):
             raise ValueError(f"{len(languages)} languages for {len(clips)} clips: give one for all, or one for each")
         for name in filter(None, languages):
-            language_name(name)  # raises for a code that is not known
+            language_name(name)  # raises an error for an unknown code
         message = {"role": "user", "content": instruction_for("repeat") + AUDIO_TOKEN}
         prompt = self.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
         return self(text=[prompt] * len(clips), audio=clips, **kwargs)
@@ -180,7 +180,7 @@ class BlspProcessor(ProcessorMixin):
 
 
 def _samples(clip: Any, sampling_rate: int | None) -> np.ndarray:
-    """A clip as 16 kHz samples (N,): also a tensor, or `{"array", "sampling_rate"}` as datasets gives it."""
+    """A clip as 16 kHz samples (N,), from an array, a tensor or a `{"array", "sampling_rate"}` of datasets."""
     if isinstance(clip, dict):
         source = clip.get("array") if clip.get("array") is not None else clip.get("bytes") or clip.get("path")
         return _samples(source, clip.get("sampling_rate", sampling_rate))

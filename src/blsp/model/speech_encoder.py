@@ -5,9 +5,9 @@ Out: encoder states (B, T, E) at 50 frames/s, and how many frames of each row ar
 Try: `states, lengths = encode_speech(tower, *mel_features(extractor, [audio]))`
 Flow: audio → **mel → encoder states** → adapter.
 
-Whisper was trained on windows of 30 s, and the paper pads every clip to 30 s (`full_window`). Here padding is masked in
-the attention, and set to zero again after the first convolution, whose bias would otherwise reach the last speech frame
-through the second one. Speech beyond 30 s is cut into windows, and their states are joined.
+Whisper was trained on windows of 30 s, and the paper pads every clip to 30 s (`full_window`). By default, padding is
+masked in the attention, and set to zero again after the first convolution: its bias would otherwise reach the last
+speech frame through the second convolution. Speech longer than 30 s is cut into windows, whose states are joined.
 
 Shapes: B batch, M mel bins, Tm mel frames (100/s), T encoder frames (50/s), E encoder width, W windows.
 """
@@ -26,18 +26,18 @@ from blsp.llm.language_model import valid_mask
 FRAMES_PER_SECOND = 50  # of the encoder's states
 HOP_SAMPLES = 160  # one mel frame each 10 ms at 16 kHz
 WINDOW_MEL_FRAMES = 3000  # 30 s: as many positions as Whisper's encoder has, times two
-WINDOWS_AT_A_TIME = 8  # of a long recording: an hour takes no more memory than four minutes
+WINDOWS_AT_A_TIME = 8  # of a long recording: an hour needs no more memory than four minutes
 MULTILINGUAL_TOKENS = 51_865  # of Whisper's multilingual models; the others have one less
 FEATURES_VERSION = "mel-1"  # enters the feature cache's key: raise it when the numbers change
 
 
 def knows_english_only(config: WhisperConfig) -> bool:
-    """Whether the encoder is of one of Whisper's English-only models, by the size of their vocabulary."""
+    """Whether the encoder is from an English-only Whisper model, judged by the size of its vocabulary."""
     return config.vocab_size < MULTILINGUAL_TOKENS
 
 
 def mel_frames(samples: int) -> int:
-    """Mel frames of a clip of `samples` 16 kHz samples: one each started 10 ms, at least two."""
+    """Mel frames of a clip of `samples` 16 kHz samples: one for each started 10 ms, at least two."""
     return max(2, -(-samples // HOP_SAMPLES))
 
 
@@ -47,13 +47,13 @@ def encoder_frames(mel: int) -> int:
 
 
 def batches_by_length(lengths: Sequence[int], budget: float) -> Iterator[list[int]]:
-    """Numbers of clips in groups of like length: in each, clips times the longest one stay within the budget.
+    """Indices of clips in batches of similar length: number of clips times the longest length is at most `budget`.
 
-    A clip that is longer than the budget goes alone.
+    A clip that is longer than the budget is a batch alone.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        # Lengths grow, so the batch would be padded to lengths[i].
+        # Lengths increase, so the batch would be padded to lengths[i].
         if batch and (len(batch) + 1) * lengths[i] > budget:
             yield batch
             batch = []
@@ -67,9 +67,9 @@ def mel_features(
 ) -> tuple[Tensor, Tensor]:
     """Log-mel features of each clip on its true length, right-padded with zeros.
 
-    Each clip is followed by silence while its spectrum is computed, so the frames equal those of Whisper's own
-    30 s input up to the end of the speech. With `full_window` each window is filled up to 30 s, and only the
-    mask has the true length.
+    The spectrum is computed with silence after each clip, so up to the end of the speech the frames equal those of
+    Whisper's own 30 s input. With `full_window` each window is filled up to 30 s, and only the mask has the true
+    length.
 
     Returns: features (B, M, Tm) float32 and mask (B, Tm) bool.
     """
@@ -142,7 +142,7 @@ def _encode_window(
     hidden = nn.functional.gelu(tower.conv2(hidden)).transpose(1, 2)  # (B, T, E)
     hidden = hidden + tower.embed_positions(torch.arange(hidden.shape[1], device=hidden.device))
     valid = valid_mask((attended + 1) // 2, hidden.shape[1])  # (B, T)
-    attention_mask = create_bidirectional_mask(tower.config, hidden, valid)  # in the form that its attention takes
+    attention_mask = create_bidirectional_mask(tower.config, hidden, valid)  # in the form that its attention needs
     for layer in tower.layers:
         hidden = layer(hidden, attention_mask)
     hidden = tower.layer_norm(hidden)[:, : int(lengths.max())]

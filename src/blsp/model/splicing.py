@@ -1,7 +1,7 @@
-"""Speech vectors in the place of the placeholders, and masked columns moved out of the way.
+"""Speech vectors put in the place of the placeholders, and masked columns moved to the front.
 
-In:  `input_ids` (B, L) with placeholders, embeddings (B, L, D), the vectors (N, D) of all clips and which are valid.
-Out: embeddings (B, L, D) and a mask; packed, the masked columns come first.
+In:  embeddings (B, L, D), a mask of the placeholders (B, L), the vectors (N, D) of all clips and which are valid.
+Out: embeddings (B, L, D) and a mask; `pack` moves the masked columns to the front.
 Try: `pack(torch.zeros(1, 3, 8), torch.tensor([[1, 0, 1]]))`
 Flow: adapter → **splicing.py** in modeling_blsp.py → the LLM.
 
@@ -24,7 +24,7 @@ def splice(embeds: Tensor, is_audio: Tensor, vectors: Tensor) -> Tensor:
 
 
 def masked(mask: Tensor | None, is_audio: Tensor, valid: Tensor) -> Tensor:
-    """The mask (B, past + L) without the placeholders that have no vector: valid (N,) says which have one."""
+    """The mask (B, past + L), set to 0 at placeholders without a vector; valid (N,): which ones have a vector."""
     mask = torch.ones_like(is_audio, dtype=torch.long) if mask is None else mask.clone()
     columns = mask[:, -is_audio.shape[1] :]  # the last L columns are the input's
     columns[is_audio] = columns[is_audio] * valid.to(mask)
@@ -34,7 +34,7 @@ def masked(mask: Tensor | None, is_audio: Tensor, valid: Tensor) -> Tensor:
 def pack(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Masked columns moved to the front: embeds (B, L, D), mask (B, past + L), and `order` (B, L).
 
-    A sliding window counts columns, not positions: masked columns amid the sequence would shorten its reach.
+    A sliding window counts columns, not positions: masked columns inside the sequence would make it shorter.
 
         columns   say  vector  0  0  again   →   0  0  say  vector  again
         mask      1    1       0  0  1       →   0  0  1    1       1
@@ -48,7 +48,7 @@ def pack(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unpack(outputs: BaseModelOutputWithPast, order: Tensor) -> BaseModelOutputWithPast:
-    """Hidden states (B, L, D) in the order of the input again; key/values stay packed."""
+    """Put hidden states (B, L, D) back into the order of the input; key/values stay packed."""
     back = order.argsort(dim=1)[:, :, None]
     outputs.last_hidden_state = outputs.last_hidden_state.gather(1, back.expand_as(outputs.last_hidden_state))
     if outputs.hidden_states is not None:
