@@ -23,7 +23,7 @@ from blsp.serving import scheduler as scheduler_module
 from blsp.serving.fair_queue import FairQueue
 from blsp.serving.job import Done, Failed, Job, Report
 from blsp.serving.refusals import ApiError
-from blsp.serving.scheduler import PIECE, Limits, Scheduler
+from blsp.serving.scheduler import LONGEST_PIECE, PIECE_SECONDS, SHORTEST_PIECE, Limits, Scheduler
 from blsp.settings import ServeSettings, SettingsError
 
 MEGABYTE = "hello " * 170_000
@@ -211,7 +211,8 @@ def test_a_long_prompt_comes_in_by_pieces_between_the_steps_of_others(
         return run(llm, prefix, embeds, **options)
 
     def answer(piece: int) -> list[int]:
-        monkeypatch.setattr(scheduler_module, "PIECE", piece)
+        monkeypatch.setattr(Scheduler, "_set_piece", lambda *_: None)
+        monkeypatch.setattr(scheduler_module, "SHORTEST_PIECE", piece)
         widths.clear()
         scheduler = Scheduler(listener, Limits())
         stream, long, short = job_of("a", tokens=64), job_of("b", "hello world " * 100, tokens=8), job_of("c")
@@ -224,14 +225,38 @@ def test_a_long_prompt_comes_in_by_pieces_between_the_steps_of_others(
             before = len(stream.ids)
             scheduler._turn()
             assert len(stream.ids) == before + 1 or ending(stream), "a token at every turn"
-            assert piece > PIECE or short.ids or not long.ids, "the short one passes the long one"
+            assert piece > 96 or short.ids or not long.ids, "the short one passes the long one"
         return long.ids
 
     monkeypatch.setattr(decoding, "run_after_prefix", noting)
     whole = answer(100_000)
-    assert max(widths) > 4 * PIECE
-    assert answer(PIECE) == whole
-    assert max(widths) <= PIECE and len(widths) > 5
+    assert max(widths) > 400
+    assert answer(96) == whole
+    assert max(widths) <= 96 and len(widths) > 5
+
+
+def test_a_piece_is_as_long_as_running_answers_may_wait(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds that a position takes: first 1/128, then 1/512, then 1."""
+    widths, pace, now = [], iter([1 / 128] * 8 + [1 / 512] * 3 + [1.0] * 100), [0.0]
+    begin = decoding.Decoder.begin
+
+    def slow_begin(decoder: Any, request: Any, positions: int) -> Any:
+        widths.append(positions)
+        now[0] += positions * next(pace)
+        return begin(decoder, request, positions)
+
+    monkeypatch.setattr(decoding.Decoder, "begin", slow_begin)
+    monkeypatch.setattr(scheduler_module.time, "monotonic", lambda: now[0])
+    scheduler = Scheduler(listener, Limits())
+    job = job_of("a", "hello world " * 400)
+    scheduler.submit(job)
+    while not ending(job):
+        scheduler._turn()
+    of_slow = int(128 * PIECE_SECONDS)
+    assert widths[0] == SHORTEST_PIECE and widths[1:9] == [of_slow] * 8
+    assert widths[9:12] == [4 * of_slow] * 3 and set(widths[12:]) == {SHORTEST_PIECE}
+    scheduler._set_piece(SHORTEST_PIECE, 0.0)
+    assert scheduler._piece == LONGEST_PIECE
 
 
 @pytest.mark.parametrize(("owner", "name"), [(speech_encoder, "_encode_window"), (grounded.GroundedAdapter, "logits")])

@@ -153,9 +153,11 @@ class Decoder:
     def begin(self, request: Request, positions: int) -> Request:
         """Run the first `positions` embeddings of a long request (fewer than all); return a request for the rest.
 
-        Between two such pieces, `step` can be called for the running rows.
+        Between two such pieces, `step` can be called for the running rows. Returns once they are computed, so that a
+        caller can time it.
         """
         output = run_after_prefix(self.llm, request.prefix, request.embeds[None, :positions], keep_cache=True)
+        output.last_hidden_state[0, -1, 0].item()  # a GPU would work on
         assert isinstance(output.past_key_values, DynamicCache)
         prefix = Prefix((), tuple((layer.keys, layer.values) for layer in output.past_key_values.layers))
         return replace(request, embeds=request.embeds[positions:], prefix=prefix)

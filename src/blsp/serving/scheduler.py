@@ -39,8 +39,8 @@ from blsp.serving.refusals import ApiError, late
 
 log = logging.getLogger("blsp.serving")
 MAX_JOINING = 4  # requests laid out between two steps
-PIECE = 96  # positions prefilled between two steps: about a second of one core's work with the embedded LLM
-PIECE_CONTEXT = 8192  # positions before a piece that double its work: it is then half as long
+PIECE_SECONDS = 0.25  # of prefill between two steps: what the running answers wait for
+SHORTEST_PIECE, LONGEST_PIECE = 16, 4096  # positions of a prompt that are run in one piece
 LATE_SECONDS = 0.25  # between two looks for late jobs while nothing else is to be done
 FREE_MEMORY_EVERY = 64  # answers between two returns of unused memory to the system
 KEPT_POSITIONS = 512  # per kept conversation, on average: a few long ones do not fill the memory
@@ -65,6 +65,7 @@ class Scheduler:
         self._waiting: FairQueue[Job] = FairQueue(limits.queue)
         self._running: dict[Hashable, Job] = {}
         self._joining: deque[Request] = deque()  # of running jobs whose prompts are not prefilled
+        self._piece = SHORTEST_PIECE  # positions that take about PIECE_SECONDS, as the last ones did
         self._changed = threading.Condition()  # its lock is re-entrant
         self.hearing = Hearing(listener, self._waiting, self._changed, self.metrics)
         self._stopping = False
@@ -146,7 +147,10 @@ class Scheduler:
         self._joining.extend(filter(None, map(self._prepare, self._next())))
         if joining := self._prefilled():
             laid = {key: job.laid for key, job in self._running.items()}
-            self._dispatch(self._decoder.join(_sharing_prefixes(joining, laid)))
+            began = time.monotonic()
+            events = self._decoder.join(_sharing_prefixes(joining, laid))
+            self._set_piece(sum(len(request.embeds) for request in joining), time.monotonic() - began)
+            self._dispatch(events)
         if len(self._decoder):
             self.metrics.steps.inc()
             self._dispatch(self._decoder.step())
@@ -185,17 +189,22 @@ class Scheduler:
         is run, and it goes to the end of the line; so short ones pass it, and running answers wait for one piece."""
         if not self._joining:
             return []
-        joining = [self._joining.popleft()]
-        context = len(joining[0].prefix or ())
-        room = PIECE * PIECE_CONTEXT // (PIECE_CONTEXT + context)
+        joining, room = [self._joining.popleft()], self._piece
         if len(joining[0].embeds) > room:
+            began = time.monotonic()
             self._joining.append(self._decoder.begin(joining[0], room))
+            self._set_piece(room, time.monotonic() - began)
             return []
         room -= len(joining[0].embeds)
         while self._joining and len(self._joining[0].embeds) <= room:
             room -= len(self._joining[0].embeds)
             joining.append(self._joining.popleft())
         return joining
+
+    def _set_piece(self, positions: int, seconds: float) -> None:
+        """The next piece, after one of so many positions: shorter on a busy or slow machine and late in a prompt."""
+        fitting = int(positions * PIECE_SECONDS / max(seconds, 1e-6))
+        self._piece = min(max(fitting, SHORTEST_PIECE), LONGEST_PIECE)
 
     def _prepare(self, job: Job) -> Request | None:
         """The job's request for the decoder; None where it ends here (no speech, a read-out, too long, an error)."""
