@@ -38,7 +38,7 @@ def test_divergence_does_not_depend_on_how_the_clips_are_cut_up(pair_of, monkeyp
     with torch.no_grad():
         probe, llm = Probe("train", examples), PrefixCache(model)
         whole = probes.divergence(probe, examples, llm, positions=100_000)
-        monkeypatch.setattr(probes, "transcript_vectors", lambda *_: pytest.fail("the transcript was read again"))
+        monkeypatch.setattr(probes, "transcript_states", lambda *_: pytest.fail("the transcript was read again"))
         single = probes.divergence(probe, examples, llm, positions=1)
     assert whole == pytest.approx(single, abs=1e-9) and whole[0] > 0.01
 

@@ -10,7 +10,7 @@ finished batch is skipped as a whole, so a resumed run gives exactly the numbers
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from blsp.inference.listener import Listener, Question
 from blsp.llm.decoding import Request, Result, decode
 from blsp.llm.teacher_forcing import option_scores
 from blsp.model.adapter_parts import AudioEmbeds
+from blsp.model.lora import has_lora, lora_weights
 from blsp.model.speech_encoder import knows_english_only
 
 RouteInput = str | AudioEmbeds  # what stands in the speech's place in the prompt: words, or vectors
@@ -172,17 +173,24 @@ def _transcript(listener: Listener, route_input: RouteInput) -> str | None:
 def text_fingerprint(listener: Listener) -> str:
     """The LLM alone: text route and cascade do not depend on the adapter, so they are not asked again for a new one."""
     config = listener.model.config
-    return f"{config.text_model_id} {config.text_model_sha256} {listener.model.lm_head.weight.dtype}"
+    lora = f" {_digest(lora_weights(listener.model))}" if has_lora(config, "llm") else ""
+    return f"{config.text_model_id} {config.text_model_sha256} {listener.model.lm_head.weight.dtype}{lora}"
 
 
 def speech_fingerprint(listener: Listener) -> str:
     """The LLM, the speech encoder, and a digest of the adapter's tensors and of how its read-out is used."""
     config = listener.model.config
-    digest = hashlib.sha256(f"{config.audio_model_sha256} {config.full_window} {config.rescore}".encode())
-    for name, tensor in sorted(listener.model.adapter_state().items()):
+    use = f"{config.audio_model_sha256} {config.full_window} {config.rescore}"
+    return f"{text_fingerprint(listener)} {_digest(listener.model.adapter_state(), use)}"
+
+
+def _digest(state: Mapping[str, torch.Tensor], beginning: str = "") -> str:
+    """SHA-256 of a text and of tensors with their names."""
+    digest = hashlib.sha256(beginning.encode())
+    for name, tensor in sorted(state.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return f"{text_fingerprint(listener)} {digest.hexdigest()}"
+    return digest.hexdigest()
 
 
 def route_fingerprint(model: str, task: Task, rows: Sequence[Utterance], route: str, batch_size: int) -> str:

@@ -40,6 +40,7 @@ from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import Runtime, barrier, find_runtime, leave, shard_rows, sum_across
 from blsp.features.cache import FeatureCache
 from blsp.model.loading import load_speech_encoder, warn_of_languages
+from blsp.model.lora import has_lora
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.model.speech_encoder import (
@@ -114,6 +115,10 @@ def open_features(
     runtime: Runtime,
 ) -> FeatureCache:
     """The cache for a model's encoder; clips of `sources` that it does not have are encoded first."""
+    if has_lora(model.config, "encoder"):
+        raise JobError(
+            f"{folder}: holds features of the encoder without the LoRA that this model has: leave out --cache"
+        )
     full_window = model.config.full_window
     encoder = Encoder(model.model.audio_tower, processor.feature_extractor, runtime, full_window)
     identity = encoder_id(str(model.config.audio_model_sha256), full_window=full_window)

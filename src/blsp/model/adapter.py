@@ -38,6 +38,7 @@ from transformers.utils import cached_file
 from blsp.llm.language_model import valid_mask
 from blsp.model.adapter_parts import AdapterOutput, ConvStack, num_audio_tokens, plain_output
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
+from blsp.model.frozen_weights import LORA
 from blsp.model.grounded import GroundedAdapter, token_strings
 
 
@@ -220,7 +221,11 @@ def adapter_state(folder: str | Path, config: BlspConfig) -> dict[str, Tensor]:
     """
     stored = load_file(str(cached_file(str(folder), "model.safetensors")))  # loading has checked the file
     prefix = "model.multi_modal_projector."
-    state = {name.removeprefix(prefix): as_dtype(tensor, torch.float32) for name, tensor in stored.items()}
+    state = {
+        name.removeprefix(prefix): as_dtype(tensor, torch.float32)
+        for name, tensor in stored.items()
+        if not (config.lora and LORA in name)
+    }
     if config.readout_vocabulary is not None:
         state.setdefault("vocabulary", torch.tensor(config.readout_vocabulary, dtype=torch.int32))
     return state

@@ -20,10 +20,19 @@ from blsp.llm.prompt import show_args
 from blsp.llm.quantise import set_weights
 from blsp.llm.template_check import check_template
 from blsp.model import register
-from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter, load_adapter
+from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, is_adapter_folder, open_config
 from blsp.model.grounded import token_strings
-from blsp.model.loading import assemble, freeze, frozen_weights, load_checked, load_frozen, tokenizer_digest
+from blsp.model.loading import (
+    assemble,
+    assemble_folder,
+    freeze,
+    frozen_weights,
+    load_checked,
+    load_frozen,
+    tokenizer_digest,
+)
+from blsp.model.lora import merge_lora
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.portable import add_code, add_stub, merged_card
 from blsp.model.processing_blsp import BlspProcessor
@@ -110,8 +119,7 @@ def load_blsp(
         return model, _load_processor(folder, model.config.tokenizer_sha256)
     config = open_config(folder)
     parts = load_checked(config, runtime, folder, audio_model, llm)
-    adapter = load_adapter(folder, config)
-    model = assemble(BlspForConditionalGeneration, config, parts, adapter, runtime)
+    model = assemble_folder(BlspForConditionalGeneration, folder, config, parts, runtime)
     return model, _load_processor(folder, config.tokenizer_sha256 or tokenizer_digest(parts.tokenizer))
 
 
@@ -138,6 +146,8 @@ def load_mean(
     """
     model, processor = load_blsp(folders[0], runtime, audio_model, llm)
     states = [model.model.multi_modal_projector.state_dict()]
+    if model.config.lora and len(folders) > 1:
+        raise CheckpointError(f"{folders[0]}: has LoRA, whose mean is none of its products; name this folder alone")
     for folder in map(find_model, map(str, folders[1:])):
         config = open_config(folder)
         state = adapter_state(folder, config)
@@ -169,7 +179,7 @@ def set_template_args(
 def _structure(config: BlspConfig) -> tuple[Any, ...]:
     """What adapters must have in common to be averaged."""
     adapter = config.adapter, config.adapter_options, config.readout_size
-    return *adapter, config.full_window, config.audio_model_sha256, config.text_model_sha256
+    return *adapter, config.lora, config.full_window, config.audio_model_sha256, config.text_model_sha256
 
 
 def _same_whole_numbers(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -194,7 +204,11 @@ def save_adapter(
 
 
 def export_merged(model: BlspForConditionalGeneration, processor: BlspProcessor, folder: str | Path) -> None:
-    """Write one Hugging Face checkpoint with custom code that contains everything, also frozen parts and code."""
+    """Write one Hugging Face checkpoint with custom code that contains everything, also frozen parts and code.
+
+    LoRA is merged first, in the model itself.
+    """
+    merge_lora(model)
     before, model.config.adapter_only = model.config.adapter_only, False
     try:
         card = merged_card(model.config)

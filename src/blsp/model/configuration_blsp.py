@@ -45,6 +45,7 @@ class BlspConfig(PretrainedConfig):
         template_args: variables of the LLM's chat template, the same in every prompt, such as enable_thinking.
         no_speech_sentence: the answer to a clip without speech.
         rescore: True: the LLM chooses one of the adapter's likeliest read-outs and answers to it (`Listener`).
+        lora: what `blsp train --lora` adds to the frozen parts: their names, its rank and alpha (lora.py).
         full_window: True pads the encoder's input to 30 s as the paper does; False uses true lengths.
         adapter_only: True if the folder holds only the adapter's tensors; `blsp export` writes False.
     """
@@ -67,6 +68,7 @@ class BlspConfig(PretrainedConfig):
     template_args: dict | None = None
     no_speech_sentence: str = NO_SPEECH_SENTENCE
     rescore: bool = False
+    lora: dict | None = None
     full_window: bool = False
     adapter_only: bool = True
     tie_word_embeddings: bool = False

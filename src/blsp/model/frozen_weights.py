@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 ADAPTER = "multi_modal_projector"
+LORA = ".lora_"  # in the names of LoRA's weights (lora.py)
 NUMBERS = 256  # of each tensor
 
 
@@ -47,7 +48,7 @@ def changed_weight(model: nn.Module, before: dict[str, Tensor]) -> str | None:
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The frozen tensors that can be read: not quantised, not sharded, not empty."""
     for name, parameter in model.named_parameters():
-        if ADAPTER not in name and type(parameter) is nn.Parameter and not parameter.is_meta:
+        if ADAPTER not in name and LORA not in name and type(parameter) is nn.Parameter and not parameter.is_meta:
             yield name, parameter.detach()
 
 

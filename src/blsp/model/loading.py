@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +28,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from blsp.data.files import digest_of
@@ -39,6 +41,7 @@ from blsp.llm.template_check import check_template
 from blsp.model.adapter import load_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, open_config
 from blsp.model.frozen_weights import sample_weights
+from blsp.model.lora import add_lora, has_lora
 from blsp.model.speech_encoder import knows_english_only
 from blsp.weights.digest import Weights, find_weights
 from blsp.weights.embedded import PREFIX
@@ -195,6 +198,19 @@ def assemble(model_class: Any, config: BlspConfig, parts: FrozenParts, adapter: 
     return model.eval()
 
 
+def assemble_folder(model_class: Any, folder: Any, config: BlspConfig, parts: FrozenParts, runtime: Runtime) -> Any:
+    """The model of an adapter folder between loaded parts, with the LoRA that the folder may hold."""
+    if has_lora(config, "llm") and runtime.weights in ("int8", "int4"):
+        raise CheckpointError(
+            f"{folder}: has LoRA on its LLM, which cannot be held in {runtime.weights}: merge it first "
+            f"(blsp export --model {folder} --out DIR), then load DIR"
+        )
+    model = assemble(model_class, config, parts, load_adapter(folder, config), runtime)
+    if config.lora:
+        add_lora(model, config.lora, load_file(str(cached_file(str(folder), "model.safetensors"))))
+    return model
+
+
 def load_adapter_folder(
     model_class: Any,
     folder: Any,
@@ -224,7 +240,7 @@ def load_adapter_folder(
     config = open_config(folder)
     runtime = Runtime(runtime.device, dtype, 0, 1)
     parts = load_checked(config, runtime, folder, audio_model, llm)
-    model = assemble(model_class, config, parts, load_adapter(folder, config), runtime)
+    model = assemble_folder(model_class, folder, config, parts, runtime)
     if attention is not None:
         model.set_attn_implementation(attention)
     return model if device else spread(model, device_map, max_memory, offload_folder)

@@ -40,7 +40,7 @@ from blsp.llm.language_model import (
 from blsp.model.adapter import build_adapter, check_loaded
 from blsp.model.adapter_parts import AdapterOutput, AudioEmbeds, CachedValue
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError, is_adapter_folder
-from blsp.model.frozen_weights import ADAPTER, changed_weight
+from blsp.model.frozen_weights import ADAPTER, LORA, changed_weight
 from blsp.model.hypotheses import hypotheses_of
 from blsp.model.speech_encoder import encode_speech
 from blsp.model.splicing import masked, pack, splice, unpack
@@ -180,8 +180,7 @@ class BlspModel(BlspPreTrainedModel):
             raise ValueError("input_features without input_features_mask: BlspProcessor returns both")
         tower, device = self.audio_tower, self.audio_tower.conv1.weight.device
         input_features, mask = input_features.to(device), input_features_mask.to(device).bool()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
-            states, lengths = encode_speech(tower, input_features, mask, full_window=self.config.full_window)
+        states, lengths = encode_speech(tower, input_features, mask, full_window=self.config.full_window)
         output = self.listen(states, lengths)
         inside = valid_mask(output.num_audio_tokens, output.vectors.shape[1])  # (B, S)
         return BlspAudioOutput(
@@ -276,9 +275,9 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             self.config.adapter_only = adapter_only
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """The adapter's tensors under the names they have in the whole model."""
-        state = self.model.multi_modal_projector.state_dict()
-        return {f"model.multi_modal_projector.{name}": tensor for name, tensor in state.items()}
+        """The adapter's tensors, and those of LoRA, under the names they have in the whole model."""
+        state = self.model.multi_modal_projector.state_dict(prefix="model.multi_modal_projector.")
+        return {**state, **{name: p.detach() for name, p in self.named_parameters() if LORA in name}}
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()

@@ -29,6 +29,10 @@ def move(settings: MoveSettings) -> None:
     runtime = find_runtime(settings.device)
     old, old_processor = load_blsp(settings.model, runtime, settings.audio_model)
     adapter, config = old.model.multi_modal_projector, old.config
+    if config.lora:
+        raise CheckpointError(
+            f"{settings.model}: has LoRA on {' and '.join(config.lora['parts'])}, which stays with it"
+        )
     if not hasattr(adapter, "move_from"):
         raise CheckpointError(f"{settings.model}: a {config.adapter} adapter does not read out, so it cannot be moved")
     vocabulary = getattr(adapter, "vocabulary", None)  # None: the LLM's whole vocabulary

@@ -105,7 +105,8 @@ def encode_speech(
     """Run the encoder on features (B, M, Tm); mask (B, Tm) is True for valid frames, which come first.
 
     With `full_window` the features must be whole windows of `mel_features(…, full_window=True)`: the encoder
-    attends to the silence after the speech, and zeros are not the mel features of silence.
+    attends to the silence after the speech, and zeros are not the mel features of silence. Gradients are kept only
+    where the encoder has trainable weights.
 
     Returns: states (B, T, E), zero where invalid, and lengths (B,) in encoder frames.
     """
@@ -113,13 +114,22 @@ def encode_speech(
     width = input_features.shape[2]
     if full_window and width % WINDOW_MEL_FRAMES:
         raise ValueError(f"full_window needs a multiple of {WINDOW_MEL_FRAMES} mel frames (30 s), not {width}")
-    if width <= WINDOW_MEL_FRAMES:
-        return _encode_window(tower, input_features, mel_lengths, full_window)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
+        if width <= WINDOW_MEL_FRAMES:
+            return _encode_window(tower, input_features, mel_lengths, full_window)
+        return _encode_windows(tower, input_features, mel_lengths, full_window)
+
+
+def _encode_windows(
+    tower: WhisperEncoder, input_features: Tensor, mel_lengths: Tensor, full_window: bool
+) -> tuple[Tensor, Tensor]:
+    """States of more than 30 s: those of its windows, joined."""
+    width = input_features.shape[2]
     # windows of 30 s become rows of a batch; those without speech are left out
     count = -(-width // WINDOW_MEL_FRAMES)
     padded = nn.functional.pad(input_features, (0, count * WINDOW_MEL_FRAMES - width))
     windows = padded.unflatten(2, (count, WINDOW_MEL_FRAMES)).transpose(1, 2).flatten(0, 1)  # (B*W, M, 3000)
-    starts = torch.arange(count, device=mask.device) * WINDOW_MEL_FRAMES
+    starts = torch.arange(count, device=mel_lengths.device) * WINDOW_MEL_FRAMES
     window_lengths = (mel_lengths[:, None] - starts).clamp(0, WINDOW_MEL_FRAMES).flatten()  # (B*W,)
     frames, conv = encoder_frames(WINDOW_MEL_FRAMES), tower.conv1
     joined = windows.new_zeros(len(windows), frames, conv.out_channels, dtype=conv.weight.dtype)

@@ -40,12 +40,14 @@ from blsp.llm.language_model import embed
 from blsp.llm.prompt import PromptError, text_ids
 from blsp.llm.servers import LOST, UNREACHABLE, Server, Servers
 from blsp.model.adapter_parts import AudioEmbeds
+from blsp.model.lora import has_lora
 from blsp.serving import api
 from blsp.serving.api import ChatRequest
 from blsp.serving.exchange import Exchange, joined, while_connected
 from blsp.serving.job import Begun
 from blsp.serving.refusals import ApiError, late
 from blsp.serving.scheduler import as_message
+from blsp.settings import SettingsError
 
 if TYPE_CHECKING:
     from blsp.serving.app import Service
@@ -85,6 +87,11 @@ class RemoteChat:
 
     def __init__(self, service: Service) -> None:
         settings = service.settings
+        if has_lora(service.listener.model.config, "llm"):
+            raise SettingsError(
+                f"--engine-url: {settings.model} has LoRA on its LLM, and the LLM there is the one without it: leave "
+                "out --engine-url, or train without --lora llm"
+            )
         self.service, self.urls = service, settings.engine_url
         self._model = settings.engine_model
         self._names: dict[str, str] = {}  # by URL: what the server calls the LLM

@@ -50,6 +50,7 @@ class TrainSettings:
     GROUPS: ClassVar[dict[str, str]] = {
         "data": "data out data_weights val_data cache augment no_speech max_seconds held_out",
         "model": "audio_model llm adapter adapter_options readout init_from pad_to_30s template_arg no_thinking",
+        "change of frozen parts": "lora lora_rank",
         "loss": "loss temperature teacher ctc_weight embed_weight filler negatives",
         "optimisation": "steps epochs batch_size lr weight_decay warmup_steps schedule clip average_last seed",
         "logging and checkpoint": "log_to profile log_every probe_every save_every save_minutes keep resume_inexact",
@@ -76,6 +77,10 @@ class TrainSettings:
     """NAME=VALUE of the chosen adapter, see docs/training.md"""
     readout: Literal["data", "full"] = "data"
     """what a fresh adapter can read out, if it reads out: tokens of the transcripts, or the LLM's whole vocabulary"""
+    lora: tuple[Literal["llm", "encoder"], ...] = ()
+    """also train LoRA on these parts (PEFT), which then change: text is no longer answered as before"""
+    lora_rank: int = 8
+    """rank of LoRA; its alpha is twice that"""
     init_from: tuple[str, ...] = ()
     """start from the weights of this adapter instead of fresh ones; from the mean of several"""
     template_arg: TemplateArg = ()
@@ -165,13 +170,29 @@ class TrainSettings:
     def __post_init__(self) -> None:
         above_zero(self, "epochs", "batch_size", "batch_tokens", "lr", "clip", "temperature", "max_seconds")
         above_zero(
-            self, "log_every", "probe_every", "save_every", "save_minutes", "keep", "steps", "collective_minutes"
+            self,
+            "log_every",
+            "probe_every",
+            "save_every",
+            "save_minutes",
+            "keep",
+            "steps",
+            "collective_minutes",
+            "lora_rank",
         )
         read_template_args(self.template_arg, self.no_thinking)
         if not self.data:
             raise SettingsError("--data: name at least one file")
         if self.data_weights and len(self.data_weights) != len(self.data):
             raise SettingsError(f"--data-weights: {len(self.data_weights)} weights for {len(self.data)} data files")
+        if self.cache and "encoder" in self.lora:
+            raise SettingsError(
+                "--lora encoder changes the encoder, and cached features are of the one without it: leave out --cache"
+            )
+        if self.shard_llm and "llm" in self.lora:
+            raise SettingsError(
+                "--lora llm: not with --shard-llm, which splits frozen layers only; leave one of them out"
+            )
         if self.cache and set(self.augment) - {"mask"}:
             raise SettingsError(
                 "--augment speed, volume and noise change the speech before the encoder: leave out --cache, or them"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from blsp.model.configuration_blsp import BlspConfig
+from blsp.model.lora import lora_note
 from blsp.model.portable import card_head
 from blsp.settings import TrainSettings
 from blsp.training.run_state import as_flags, dump_flags
@@ -33,7 +34,7 @@ def model_card(config: BlspConfig, settings: TrainSettings, metrics: Path, verdi
     head = card_head(
         config,
         "adapter",
-        [f"adapter-{settings.adapter}"],
+        [f"adapter-{settings.adapter}", *(["lora"] if config.lora else [])],
         datasets=datasets,
         metrics=[METRICS[name] for name in probes],
         **{"model-index": model_index(settings.out.name, datasets, probes)},
@@ -44,7 +45,7 @@ def model_card(config: BlspConfig, settings: TrainSettings, metrics: Path, verdi
 A `{settings.adapter}` adapter that lets the frozen LLM `{settings.llm}` listen through the frozen encoder of
 `{settings.audio_model}`. The folder holds the adapter alone; the frozen parts are loaded by name and checked
 by digest.
-
+{_lora_text(config)}
     import blsp
     print(blsp.load("this/folder").answer("question.wav"))
 
@@ -62,6 +63,16 @@ by digest.
 {verdict}
 
 {_probes(last)}
+"""
+
+
+def _lora_text(config: BlspConfig) -> str:
+    if not config.lora:
+        return ""
+    return f"""
+It also holds LoRA (rank {config.lora["rank"]}) on: {", ".join(config.lora["parts"])}. With it
+{lora_note(config.lora["parts"])}. The digests are those of the
+parts before LoRA. `blsp export` merges it.
 """
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from blsp.model.lora import load_lora, lora_weights
 from blsp.settings import TrainSettings
 from blsp.training import run_state
 from blsp.training.run import Run
@@ -42,10 +43,11 @@ def begin_or_resume(run: Run) -> State:
     stored = run_state.load_checkpoint(newest)
     here = run_state.environment(run.runtime)
     run_state.check_environment(stored.environment, here, newest, run.settings.resume_inexact)
-    adapter = run.model.model.multi_modal_projector
+    adapter, lora = run.model.model.multi_modal_projector, lora_weights(run.model)
     # older checkpoints have no read-out vocabulary; the one of vocabulary.json is in the adapter already
     vocabulary = {name: tensor for name, tensor in adapter.named_buffers() if name == "vocabulary"}
-    adapter.load_state_dict({**vocabulary, **stored.adapter})
+    adapter.load_state_dict({**vocabulary, **{name: t for name, t in stored.adapter.items() if name not in lora}})
+    load_lora(lora, stored.adapter)
     state.optimiser.load_state_dict(stored.optimiser)
     state.average = {name: tensor.to(run.runtime.device) for name, tensor in stored.average.items()}
     state.progress = stored.progress
@@ -75,9 +77,8 @@ def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
 
 
 def add_to_average(run: Run, state: State, number: int) -> None:
-    """Add the adapter's weights to their running mean; after the last step they become that mean."""
-    count = state.progress.averaged + 1
-    weights = dict(run.model.model.multi_modal_projector.named_parameters())
+    """Add the trained weights to their running mean; after the last step they become that mean."""
+    count, weights = state.progress.averaged + 1, run.weights
     for name, weight in weights.items():
         if name not in state.average:
             state.average[name] = weight.detach().clone()
@@ -106,7 +107,7 @@ def save(run: Run, state: State) -> None:
     checkpoint = run_state.Checkpoint(
         state.progress,
         run_state.environment(run.runtime),
-        run.model.model.multi_modal_projector.state_dict(),
+        run.model.model.multi_modal_projector.state_dict() | lora_weights(run.model),
         state.average,
         state.optimiser.state_dict(),
     )

@@ -36,7 +36,7 @@ from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import FRAMES_PER_SECOND
 from blsp.training.batches import cut
 from blsp.training.examples import Example
-from blsp.training.step import response_states, speech_states, speech_vectors, transcript_vectors
+from blsp.training.step import response_states, speech_states, speech_vectors, transcript_states
 
 
 @dataclass
@@ -107,7 +107,7 @@ def token_divergences(
 def _text_states(probe: Probe, numbers: Sequence[int], batch: Sequence[Example], prefixes: PrefixCache) -> Tensor:
     """States (N, D) of the text route at the responses of a micro-batch; kept after the first time."""
     if any(number not in probe.text for number in numbers):
-        states, _ = response_states(prefixes.llm, batch, transcript_vectors(prefixes.llm, batch), prefixes)
+        states = transcript_states(prefixes.llm, batch, prefixes)
         by_example = states.split([len(example.response) for example in batch])  # (n, D) each
         probe.text.update(zip(numbers, by_example, strict=True))
     return torch.cat([probe.text[number] for number in numbers])

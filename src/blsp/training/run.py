@@ -35,6 +35,7 @@ from blsp.model.adapter import ADAPTERS, AdapterError, adapter_class, check_opti
 from blsp.model.adapter_parts import num_audio_tokens, place_centres
 from blsp.model.checkpoint import load_mean, new_blsp, set_template_args
 from blsp.model.loading import load_tokenizer, warn_of_languages
+from blsp.model.lora import add_lora, lora_options, lora_weights
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import SettingsError, TrainSettings
@@ -82,9 +83,14 @@ class Run:
         return self.settings.steps or max(1, round(self.settings.epochs * self.order.steps_per_epoch))
 
     @property
+    def weights(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained: the adapter, and LoRA where there is some."""
+        return dict(self.model.model.multi_modal_projector.named_parameters()) | lora_weights(self.model)
+
+    @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What is trained: the adapter."""
-        return list(self.model.model.multi_modal_projector.parameters())
+        """The same without names."""
+        return list(self.weights.values())
 
 
 def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
@@ -104,7 +110,8 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     check_teacher(sources, model.config.text_model_id, model.config.text_model_sha256)
     if settings.activation_checkpointing:
         model.model.language_model.activation_checkpointing_enable()
-    prefixes = PrefixCache(model, reuse=not settings.shard_llm)
+    # key/values of a prefix are kept without gradients, and as long as the LLM does not change
+    prefixes = PrefixCache(model, reuse=not settings.shard_llm and "llm" not in settings.lora)
 
     # Features and measured rows: both are in the folder when a run goes on
     cache = None
@@ -159,6 +166,8 @@ def check_loss(settings: TrainSettings) -> None:
         raise SettingsError(
             f"--loss {settings.loss}: needs an adapter that reads out ({able}); {settings.adapter!r} does not"
         )
+    if "llm" in settings.lora and not LOSSES[settings.loss].runs_llm:
+        raise SettingsError(f"--lora llm: --loss {settings.loss} does not run the LLM; give it in the stage that does")
     timed = settings.embed_weight or "token_times" in LOSSES[settings.loss].needs
     if timed and (reads_out or settings.cache is None):
         raise SettingsError(
@@ -283,7 +292,7 @@ def _read_examples(run: Run, rows: NDArray[np.void], epoch: int) -> Iterator[Exa
 def open_model(
     settings: TrainSettings, runtime: Runtime, sources: list[Source]
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    """The frozen parts with a fresh adapter, or with the one to start from; only the adapter is trainable."""
+    """The frozen parts with a fresh adapter, or with the one to start from; it is trainable, and LoRA if asked for."""
     if runtime.dtype == torch.float16:
         raise SettingsError("--dtype float16: its gradients overflow; train in bfloat16 or float32")
     target = runtime
@@ -315,13 +324,21 @@ def open_model(
             tokens = _readout_vocabulary(settings, llm, runtime, sources)
             every = range(model.config.text_config.vocab_size)
             widen_readout(model.model.multi_modal_projector, model.config, tokens or every, processor.tokenizer)
+    if settings.lora and model.config.lora is None:
+        add_lora(model, _lora(settings), seed=settings.seed)
     if settings.shard_llm:
         shard_language_model(model.model.language_model, target)
         model.to(target.device)
     projector = model.model.multi_modal_projector
     projector.to(torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     projector.requires_grad_(True).train()
+    for weight in lora_weights(model).values():
+        weight.requires_grad_(True)
     return model, processor
+
+
+def _lora(settings: TrainSettings) -> Any:
+    return lora_options(settings.lora, settings.lora_rank)
 
 
 def _option(flag: str) -> tuple[str, str]:
@@ -341,6 +358,11 @@ def _check_start(settings: TrainSettings, model: BlspForConditionalGeneration, o
         raise SettingsError(f"--init-from {start}: has other {', '.join(differing)}; leave out --adapter-options")
     if config.full_window != settings.pad_to_30s:
         raise SettingsError(f"--init-from {start}: was trained with --pad-to-30s {config.full_window}")
+    if config.lora not in (None, _lora(settings)):
+        raise SettingsError(
+            f"--init-from {start}: was trained with --lora {' '.join(config.lora['parts'])} "
+            f"--lora-rank {config.lora['rank']}; give these"
+        )
 
 
 def _readout_vocabulary(

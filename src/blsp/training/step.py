@@ -31,6 +31,7 @@ from blsp.distributed import Runtime
 from blsp.llm.language_model import embed, rows_per_chunk, valid_mask
 from blsp.llm.prefix import PrefixCache, run_after_prefix
 from blsp.model.adapter_parts import BLANK, AdapterOutput
+from blsp.model.lora import without_lora
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech
 from blsp.training import losses
@@ -177,8 +178,7 @@ def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Exampl
     lengths = torch.tensor([example.mel_frames for example in examples], device=device)
     padded = nn.utils.rnn.pad_sequence(mels, batch_first=True).transpose(1, 2).to(device)  # (B, M, Tm)
     mask = valid_mask(lengths, padded.shape[2])  # (B, Tm)
-    with torch.no_grad():
-        return encode_speech(model.model.audio_tower, padded, mask, full_window=model.config.full_window)
+    return encode_speech(model.model.audio_tower, padded, mask, full_window=model.config.full_window)
 
 
 def speech_vectors(audio: AdapterOutput, rows: Sequence[int]) -> list[Tensor]:
@@ -187,10 +187,16 @@ def speech_vectors(audio: AdapterOutput, rows: Sequence[int]) -> list[Tensor]:
     return [audio.vectors[row, : counts[row]] for row in rows]
 
 
-def transcript_vectors(model: BlspForConditionalGeneration, examples: Sequence[Example]) -> list[Tensor]:
-    """The text route: the embeddings (n, D) of each transcript's tokens, in the place of the speech."""
-    with torch.no_grad():
-        return [embed(model, example.transcript) for example in examples]
+def transcript_states(
+    model: BlspForConditionalGeneration, examples: Sequence[Example], prefixes: PrefixCache
+) -> Tensor:
+    """The text route: last hidden states (N, D), as of `response_states`, with each transcript in the speech's place.
+
+    It is the plain LLM's, also where LoRA is trained: what is spoken shall be answered as it was on reading.
+    """
+    with torch.no_grad(), without_lora(model):
+        vectors = [embed(model, example.transcript) for example in examples]  # (n, D) each
+        return response_states(model, examples, vectors, prefixes)[0]
 
 
 def response_states(
@@ -264,9 +270,7 @@ def _divergence(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) 
         return batch.chunked(
             hidden, lambda logits, part: losses.topk_kl_loss(logits, ids[part], logp[part], temperature)
         )
-    with torch.no_grad():
-        vectors = transcript_vectors(batch.model, examples)
-        text, _ = response_states(batch.model, examples, vectors, batch.prefixes)  # (N, D)
+    text = transcript_states(batch.model, examples, batch.prefixes)  # (N, D)
     return batch.chunked(
         hidden, lambda logits, part: losses.kl_loss(logits, batch.model.compute_logits(text[part]), temperature)
     )

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from blsp.data.files import write_json
 from blsp.data.manifest import Utterance, write_manifest
+from blsp.model.lora import lora_note
 from blsp.training import probes, step
 from blsp.training.run import Run
 from blsp.training.validation import draw_examples
@@ -65,6 +66,8 @@ class Verdict:
 def warnings(run: Run) -> list[str]:
     """What is likely to go wrong with a run of so few steps or so large batches."""
     settings, rows, found = run.settings, run.order.per_epoch, []
+    if settings.lora:
+        found.append(f"--lora {' '.join(settings.lora)}: {lora_note(settings.lora)}")
     if settings.batch_size > rows:
         found.append(
             f"--batch-size {settings.batch_size}: the data have {rows} rows, so each step takes all of them at once; "
