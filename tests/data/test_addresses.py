@@ -362,7 +362,7 @@ def test_the_limits_hold_for_addresses(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_missing_package_is_named() -> None:
     fsspec.register_implementation("gone", "gone_package.Files", clobber=True, errtxt="pip install gone-package")
-    with pytest.raises(AddressError, match=r"package is missing .*gone-package"):
+    with pytest.raises(AddressError, match=r"that opens it is missing .*gone-package"):
         read_address("gone://bucket/a.wav")
 
 

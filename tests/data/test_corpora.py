@@ -187,12 +187,12 @@ def test_a_language_must_be_named_where_there_are_several(tmp_path: Path) -> Non
             "**/84-121123.trans.txt",
             "84-121123-0000 ",
             "",
-            r"trans\.txt:1: .*no utterance of this chapter",
+            r"trans\.txt:1: .*not an utterance of this chapter",
         ),
         ("gigaspeech", "GigaSpeech.json", '"end_time"', '"stop"', r"POD0000000001 is not as published .*'end_time'"),
-        ("gigaspeech", "GigaSpeech.json", '"begin_time": 0.0', '"begin_time": -1', r"-1 is no time"),
+        ("gigaspeech", "GigaSpeech.json", '"begin_time": 0.0', '"begin_time": -1', r"-1 is not a time"),
         ("gigaspeech", "GigaSpeech.json", '"audios"', '"sounds"', r"no array 'audios'"),
-        ("tedlium3", "**/*.stm", " 2.25 4 ", " 2.25 four ", r"stm:3: 'four' is no time"),
+        ("tedlium3", "**/*.stm", " 2.25 4 ", " 2.25 four ", r"stm:3: 'four' is not a time"),
         ("tedlium3", "**/*.stm", " 4 5 <o,f0,female> <unk>", "", r"stm:4: STM lines have"),
         ("common-voice", "**/dev.tsv", "\tsentence\t", "\ttext\t", r"dev\.tsv:1: no column sentence"),
         ("covost2", "**/covost_v2.en_de.tsv", "translation", "german", r"no column translation"),
@@ -202,7 +202,7 @@ def test_a_language_must_be_named_where_there_are_several(tmp_path: Path) -> Non
         ("fluent", "**/test_data.csv", "transcription", "text", r"no column transcription"),
         ("slurp", "**/test.jsonl", '"recordings"', '"files"', r"jsonl:1: no field 'recordings'"),
         ("snips lights", "**/dataset.json", "{", "", r"dataset\.json: is not JSON"),
-        ("kaldi", "**/segments", "0.00 1.50", "zero 1.50", r"'zero' is no time"),
+        ("kaldi", "**/segments", "0.00 1.50", "zero 1.50", r"'zero' is not a time"),
         ("lhotse recordings", "*supervisions_train*", '"start"', '"from"', r"jsonl:1: not a Lhotse supervision"),
     ],
 )
@@ -322,7 +322,7 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(tmp_path: Path
     before = (tmp_path / "m.jsonl").stat()
     prepare(settings)
     assert (tmp_path / "m.jsonl").stat().st_mtime_ns == before.st_mtime_ns
-    with pytest.raises(JobError, match=r"m\.jsonl: was begun with other settings .split was 'dev-clean'"):
+    with pytest.raises(JobError, match=r"m\.jsonl: was started with other settings .split was 'dev-clean'"):
         prepare(settings_of("librispeech", tmp_path, tmp_path / "m.jsonl", {"split": "train-clean-100"}))
 
 
@@ -419,7 +419,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit, match="2"):
         cli.main(["prepare", "librispeech", "--out", str(tmp_path / "n.jsonl")])
     errors = capsys.readouterr().err
-    assert "m.jsonl: was begun with other settings" in errors and "--root" in errors
+    assert "m.jsonl: was started with other settings" in errors and "--root" in errors
 
 
 # --- silence, noise and babble ----------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_two_recordings_of_one_name(tmp_path: Path) -> None:
     recording(tmp_path / "r", "a.flac", None)
     recording(tmp_path / "r", "b.wav")
     rows, left_out = prepared(tmp_path / "r", tmp_path / "out.jsonl")
-    assert [row["id"] for row in rows] == ["a", "b"] and "a.flac is taken" in left_out["a"]
+    assert [row["id"] for row in rows] == ["a", "b"] and "a.flac is used" in left_out["a"]
 
 
 def test_suffixes_in_capitals_and_formats_of_phones(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_records_of_other_settings_are_dropped(tmp_path: Path, capsys: pytest.Ca
         log.write({"c": {"n": 3}})
         assert list(log.records) == ["a", "b", "c"]
     with RecordLog(path, "two") as log:
-        assert log.records == {} and "begun again" in capsys.readouterr().out
+        assert log.records == {} and "started again" in capsys.readouterr().out
     assert path.read_text() == '{"fingerprint": "two"}\n'
 
 
@@ -91,7 +91,7 @@ def test_a_job_goes_on_with_the_same_settings_only(tmp_path: Path) -> None:
         job.begin({})
     job.header_path.unlink()
     out.write_text('{"id": "a"}\n')
-    with Job(out) as job, pytest.raises(JobError, match=r"exists, but .*meta\.json, which would say"):
+    with Job(out) as job, pytest.raises(JobError, match=r"exists, but .*meta\.json, which says"):
         job.begin({"model": "a"})
 
 
@@ -145,7 +145,7 @@ def test_a_job_whose_folder_was_removed_fails(tmp_path: Path, moment: str) -> No
     with Job(tmp_path / "runs" / "out.jsonl") as job:
         job.log.append({"id": "a"})
         shutil.rmtree(tmp_path / "runs")
-        with pytest.raises(FileNotFoundError, match=r"out.jsonl: was removed while the job was at work"):
+        with pytest.raises(FileNotFoundError, match=r"out.jsonl: was removed with its content"):
             job.log.append({"id": "b"}) if moment == "before a row" else job.report(1, 1, "rows answered")
 
 

@@ -151,7 +151,7 @@ def test_a_read_only_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [row.id for row in Manifest(path)] == [row.id for row in rows(50)]
     assert os.listdir(path.parent) == ["train.jsonl"]
     write_manifest(path, [*rows(3), *rows(1)])
-    with pytest.raises(ManifestError, match=r"train.jsonl:4: .* stands at .*train.jsonl:1 already"):
+    with pytest.raises(ManifestError, match=r"train.jsonl:4: .* is in .*train.jsonl:1 already"):
         Manifest(path)
 
 
@@ -215,7 +215,7 @@ def test_a_manifest_outlives_its_replacement(path: Path) -> None:
 
 def test_ids_are_unique_in_a_file(path: Path) -> None:
     write_manifest(path, [*rows(1000), *rows(3, prefix="other"), Utterance(id="row-7", audio="", text="again")])
-    with pytest.raises(ManifestError, match=r"train\.jsonl:1004: \"id\" 'row-7' stands at .*train\.jsonl:8 already"):
+    with pytest.raises(ManifestError, match=r"train\.jsonl:1004: \"id\" 'row-7' is in .*train\.jsonl:8 already"):
         Manifest(path)
     with pytest.raises(ManifestError, match="already"):  # no index was left that would hide it
         Manifest(path)
@@ -225,13 +225,13 @@ def test_ids_are_unique_across_files(tmp_path: Path) -> None:
     write_manifest(tmp_path / "a.jsonl", rows(30))
     write_manifest(tmp_path / "b.jsonl", [*rows(30, prefix="b"), *rows(1)])
     assert len(Manifest(tmp_path / "b.jsonl")) == 31
-    with pytest.raises(ManifestError, match=r"b\.jsonl:31: .*row-0.* stands at .*a\.jsonl:1 already"):
+    with pytest.raises(ManifestError, match=r"b\.jsonl:31: .*row-0.* is in .*a\.jsonl:1 already"):
         Manifest(tmp_path / "*.jsonl")
 
 
 def test_the_same_id_spelled_differently(path: Path) -> None:
     path.write_bytes(b'{"id": "abc", "text": ""}\n{"text": "", "id" : "\\u0061bc"}\n')
-    with pytest.raises(ManifestError, match="'abc' stands at"):
+    with pytest.raises(ManifestError, match="'abc' is in"):
         Manifest(path)
 
 
@@ -242,7 +242,7 @@ def test_the_key_of_a_continuation(path: Path) -> None:
     with pytest.raises(ManifestError, match="must be unique"):
         Manifest(path)
     write_manifest(path, [*behaviours, behaviours[2]])
-    with pytest.raises(ManifestError, match=r"\"id\" 'a', \"behaviour\" 'y', \"order\" '1' stands at .*:3 already"):
+    with pytest.raises(ManifestError, match=r"\"id\" 'a', \"behaviour\" 'y', \"order\" '1' is in .*:3 already"):
         Manifest(path, key=CONTINUATION_KEY)
 
 

@@ -177,7 +177,7 @@ def test_a_cache_that_is_removed_ends_the_job(
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
 
     monkeypatch.setattr(Progress, "stored", remove)
-    with pytest.raises(FileNotFoundError, match=r"\.f16: was removed while the job was at work"):
+    with pytest.raises(FileNotFoundError, match=r"\.f16: was removed with its content"):
         encode(settings(manifest, tiny_whisper, tmp_path / "cache"))
 
 

@@ -1,4 +1,4 @@
-"""Addresses of audio: a file, a piece of a file, and either of them behind a URL.
+"""Addresses of audio: a file or a piece of a file, local or behind a URL.
 
 In:  the `audio` of a row, in one of these forms:
 
@@ -8,13 +8,13 @@ In:  the `audio` of a row, in one of these forms:
          shard-000.tar.gz#member=a/b.flac       a member of a tar file, compressed or not
          part-0.parquet#row=17&column=audio     the bytes in a row of a Parquet or Arrow file, from row 0
 
-     The file before the `#` may be behind a URL too. The column is `audio` unless it is named.
-Out: the bytes of the recording; an `AddressError` where there are none.
+     The file before the `#` may be behind a URL too. The default column is `audio`.
+Out: the bytes of the recording, or an `AddressError`.
 Try: `read_address("shard-000.tar#member=a.flac")`
-Flow: data/audio.py and features/cache.py read what is not a plain file **here**.
+Flow: **addresses.py** → data/audio.py, features/content_hashes.py
 
-A file with pieces stays open, so rows in the order of the file read it forward once, without going back. Credentials
-and options of URLs are those of fsspec's configuration; the user installs the package of a protocol (s3fs, gcsfs).
+A file with pieces stays open, so rows in the order of the file read it once from start to end. Credentials and options
+of URLs come from fsspec's configuration; the user installs the package of a protocol (s3fs, gcsfs).
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ PIECE = re.compile(
     re.DOTALL,
 )
 URL = re.compile(r"(?!data:)[A-Za-z][A-Za-z0-9+.-]*(://|::)")
-MOST_BYTES = 1 << 31  # of one piece, which is held in memory
-MOST_BYTES_AT_ONCE = 1 << 24  # of a file behind a URL that is fetched whole; of a longer one, what is decoded
-MOST_BYTES_PASSED = 1 << 25  # of members of a compressed tar file that were passed and are kept
-BLOCK_BYTES = 1 << 20  # of one request, where a part of a file is fetched
-SHARDS_KEPT = 16  # open files with pieces, in a process
-LOOK_AGAIN = 10.0  # seconds after which a file behind a URL is asked again whether it has changed
+MOST_BYTES = 1 << 31  # of one piece, which is read into memory
+MOST_BYTES_AT_ONCE = 1 << 24  # a file behind a URL up to this size is fetched whole, a longer one in parts
+MOST_BYTES_PASSED = 1 << 25  # of skipped members of a compressed tar file that are kept in memory
+BLOCK_BYTES = 1 << 20  # of one request for a part of a file
+SHARDS_KEPT = 16  # open files with pieces in one process
+LOOK_AGAIN = 10.0  # seconds after which the server is asked again whether a file has changed
 MARKS = {"size", "etag", "lastmodified", "last-modified", "mtime", "created", "md5hash", "blob_id", "versionid"}
 
 
 class AudioError(ValueError):
-    """The source is not usable speech audio; the message names the source, the reason and the way out."""
+    """The source is not usable speech audio; the message names the source, the reason and what to do."""
 
 
 class AddressError(AudioError):
@@ -59,7 +59,7 @@ class AddressError(AudioError):
 
 @dataclass(frozen=True)
 class Address:
-    """Where a recording is: a whole file, or the piece of it that is not None."""
+    """Where a recording is: a whole file, or the piece of it given by the field that is not None."""
 
     path: str  # a local path or a URL
     member: str | None = None
@@ -78,7 +78,7 @@ def is_url(path: str) -> bool:
 
 
 def parse_address(audio: str) -> Address:
-    """The address that `audio` spells; what has no piece of this form is a whole file."""
+    """The address in `audio`; text that names no piece is the path of a whole file."""
     piece = PIECE.fullmatch(audio)
     if piece is None:
         return Address(audio)
@@ -88,7 +88,7 @@ def parse_address(audio: str) -> Address:
 
 
 def is_address(audio: object) -> bool:
-    """Whether `audio` is a text that names a piece of a file or a URL: neither a data-URI nor a plain path."""
+    """Whether `audio` is a text that names a piece of a file or a URL, not a data-URI or a plain path."""
     if not isinstance(audio, str) or audio.startswith("data:"):
         return False
     address = parse_address(audio)
@@ -96,7 +96,7 @@ def is_address(audio: object) -> bool:
 
 
 def read_address(audio: str) -> bytes | str:
-    """The recording's bytes; the URL itself for a long file, of which `open_url` reads the parts that are needed."""
+    """The recording's bytes; for a long file its URL, from which `open_url` reads the parts that are needed."""
     address = parse_address(audio)
     with _as_address_error(audio):
         if not address.is_whole:
@@ -113,7 +113,7 @@ def read_address(audio: str) -> bytes | str:
 
 
 def open_url(url: str) -> BinaryIO:
-    """A file behind a URL, for reading and seeking; parts of it are fetched as they are read."""
+    """A file behind a URL, for reading and seeking; each part is fetched when it is read."""
     with _as_address_error(url):
         system, path = fsspec.url_to_fs(url)
         file: Any = RemoteFile(url, system.open(path, "rb", block_size=BLOCK_BYTES, cache_type="blockcache"))
@@ -121,7 +121,7 @@ def open_url(url: str) -> BinaryIO:
 
 
 class RemoteFile:
-    """A file behind a URL, whose failing reads are AddressErrors."""
+    """A file behind a URL; a read that fails raises AddressError."""
 
     def __init__(self, url: str, file: Any) -> None:
         self._url, self._file = url, file
@@ -148,7 +148,7 @@ class RemoteFile:
 def remote_file(url: str) -> Iterator[BinaryIO]:
     """`open_url` for a decoder in C, which cannot pass on the error of a read.
 
-    A read that fails ends the file for the decoder, and the error is raised here, in the place of the decoder's own.
+    For the decoder the file ends at a read that fails; the error is then raised here instead of the decoder's own.
     """
     file: Any = _QuietFile(open_url(url))
     try:
@@ -159,7 +159,7 @@ def remote_file(url: str) -> Iterator[BinaryIO]:
 
 
 class _QuietFile:
-    """A file whose failing reads end it; `error` is what went wrong."""
+    """A file that ends at the first read that fails; `error` is its error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.error: AddressError | None = None
@@ -174,16 +174,16 @@ class _QuietFile:
 
 
 def version_of(audio: str) -> str:
-    """A text that changes when the file of an address does; "" where there is no file."""
+    """A text that changes when the file of an address does; "" if there is no file."""
     address = parse_address(audio)
     try:
         return _version(address.path)
-    except Exception:  # every file system of fsspec has errors of its own
+    except Exception:  # every file system of fsspec has its own errors
         return ""
 
 
 def audio_size(audio: str) -> int:
-    """Bytes of the file of an address, or of its span of bytes; 0 where there is none."""
+    """Bytes of the file of an address, or of its byte range; 0 if there is no file."""
     address = parse_address(audio)
     version = version_of(audio) if audio else ""
     return 0 if not version else address.span[1] if address.span else int(version.split()[0])
@@ -199,7 +199,7 @@ def _version(path: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _version_of_url(url: str, moment: int, process: int) -> str:
-    """`moment`, `process`: another request is made at another moment, and in another process."""
+    """`moment` and `process` are keys of the cache: a later moment or another process makes a new request."""
     system, path = fsspec.url_to_fs(url)
     info: dict[str, Any] = system.info(path)
     marks = sorted(f"{name}={value}" for name, value in info.items() if name.lower() in MARKS and name != "size")
@@ -208,7 +208,7 @@ def _version_of_url(url: str, moment: int, process: int) -> str:
 
 @contextmanager
 def _as_address_error(audio: str) -> Iterator[None]:
-    """Raise what any file system or archive raises as an AddressError."""
+    """Turn any error of a file system or archive into an AddressError."""
     name = audio if len(audio) <= 300 else f"…{audio[-200:]}"
     try:
         yield
@@ -219,27 +219,27 @@ def _as_address_error(audio: str) -> Iterator[None]:
         silent = ", or no answer from its server" if is_url(audio) else ""
         raise AddressError(f"{name}: no such file{silent}") from error
     except ImportError as error:
-        raise AddressError(f"{name}: a package is missing that opens it ({error})") from error
-    except Exception as error:  # botocore, aiohttp, pyarrow, zlib, ... have errors of their own
+        raise AddressError(f"{name}: the package that opens it is missing ({error})") from error
+    except Exception as error:  # botocore, aiohttp, pyarrow, zlib, ... have their own errors
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise AddressError(f"{name}: cannot be read ({reason})") from error
 
 
 # --- files with pieces ------------------------------------------------------------------------------------
 class Shard:
-    """An open file whose pieces are read. Threads may share one."""
+    """An open file with pieces. Threads may share an object."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._file: BinaryIO = open_url(path) if is_url(path) else open(path, "rb")  # noqa: SIM115 (stays open)
         self._lock = threading.Lock()
         self._tar: tarfile.TarFile | None = None
-        self._members: dict[str, tarfile.TarInfo] = {}  # those that were passed so far
-        self._passed: dict[str, bytes] = {}  # contents of the last ones, where the tar file is compressed
+        self._members: dict[str, tarfile.TarInfo] = {}  # members that were passed so far
+        self._passed: dict[str, bytes] = {}  # contents of the last passed members of a compressed tar file
         self._table: Table | None = None
 
     def read(self, address: Address) -> bytes:
-        """The bytes of one piece; raises AddressError where there is no such piece."""
+        """The bytes of one piece; raises AddressError if there is no such piece."""
         with self._lock:
             if address.span is not None:
                 return self._read_span(*address.span)
@@ -259,10 +259,10 @@ class Shard:
         return data
 
     def _read_member(self, name: str) -> bytes:
-        """Go forward to the member, past others, which are remembered.
+        """Go forward to the member; the members on the way are remembered.
 
-        Threads that share the rows of a shard ask a little out of order. In a compressed tar file, going back means to
-        begin again; so the contents of the last members that were passed are kept until they are asked for.
+        Threads that share the rows of a shard ask slightly out of order. In a compressed tar file, going back means
+        reading again from the start, so the contents of the last passed members are kept until they are asked for.
         """
         if name in self._passed:
             return self._passed.pop(name)
@@ -283,7 +283,7 @@ class Shard:
         return content.read()
 
     def _keep(self, member: tarfile.TarInfo) -> None:
-        """Keep the contents of a member, and forget the oldest ones."""
+        """Keep the contents of a member, and drop the oldest ones."""
         assert self._tar is not None
         if member.isreg() and member.size <= MOST_BYTES_PASSED:
             content = self._tar.extractfile(member)
@@ -293,7 +293,7 @@ class Shard:
 
 
 class Table:
-    """A Parquet or Arrow file; one row group of Parquet is in memory, Arrow is mapped."""
+    """A Parquet or Arrow file: one row group of Parquet is in memory, Arrow is memory-mapped."""
 
     def __init__(self, file: BinaryIO) -> None:
         try:
@@ -317,7 +317,7 @@ class Table:
         self._read: tuple[int, str] | None = None  # row group and column that are in memory
 
     def read(self, row: int, column: str) -> bytes:
-        """The bytes in a row: a column of bytes, or of `{"bytes": ..., "path": ...}` as Hugging Face writes it."""
+        """The bytes in a row. The column holds bytes, or `{"bytes": ..., "path": ...}` as Hugging Face writes it."""
         if row >= self._starts[-1]:
             raise AddressError(f"the table has {self._starts[-1]} rows, so no row {row}")
         group = bisect_right(self._starts, row) - 1
@@ -336,7 +336,7 @@ class Table:
 
 @lru_cache(maxsize=SHARDS_KEPT)
 def _shard(path: str, version: str, process: int) -> Shard:
-    """`version`, `process`: a file that has changed is opened again, and so it is in a process that was forked."""
+    """`version` and `process` are keys of the cache: a changed file, or a forked process, opens the file again."""
     return Shard(path)
 
 

@@ -2,14 +2,15 @@
 
 In:  wav, flac, ogg/vorbis, opus, mp3, m4a, webm, aac, amr or wma at any rate (also aiff, au, caf, w64, rf64, NIST
      sphere), as a file, a piece of a file or behind a URL (addresses.py); or an array.
-Out: samples (N,) float32; an `AudioError` that names the source where it is not usable speech audio.
+Out: samples (N,) float32, or an `AudioError` that names the source if it is not usable speech audio.
 Try: `load_audio("clip.opus", start=1.5, duration=2.0)`, `probe_audio("clip.opus").seconds`
-Flow: data/ — every step that needs samples gets them here.
+Flow: data/ — every step that needs samples calls this file.
 
-Files are decoded in blocks, from `start` on: a piece of a ten-hour recording costs as much as the piece. A
-piece is exact: it equals the same slice of the whole clip. libsndfile decodes what it reads to the true end,
-FFmpeg the rest (containers.py). Where libsndfile plays a file that is cut short, believes a length in a header, or
-seeks in mp3, vorbis and opus without the frames that the next ones depend on, that is corrected here.
+Files are decoded in blocks, from `start` on, so a piece of a ten-hour recording takes no longer than the same piece of
+a short one. A piece is exact: it equals the same slice of the whole clip. libsndfile decodes the files that it reads to
+their true end, FFmpeg the others (containers.py). Three faults of libsndfile are corrected here: it decodes truncated
+files without an error, trusts wrong lengths in headers, and seeks in mp3, vorbis and opus without decoding the frames
+that the next ones depend on.
 
 Shapes: N samples at 16 kHz, n samples of a block at the file's rate, C channels.
 """
@@ -48,15 +49,15 @@ from blsp.data.files import write_atomically
 SAMPLE_RATE = 16_000  # samples per second, everywhere after this file
 LONGEST_SECONDS = 24 * 3600.0  # a longer clip must be cut with start and duration
 FARTHEST_SECONDS = 1e9  # no recording is that long
-END_SLACK = 0.1  # seconds: published segment times pass the file's end by a rounding
+END_SLACK = 0.1  # seconds by which a segment may pass the file's end: published times are rounded
 MARGIN = SAMPLE_RATE // 10  # 16 kHz samples decoded around a piece for the resampler's filter
 LOWEST_RATE, HIGHEST_RATE = 1_000, 768_000  # samples per second that a recording may have
 BLOCK = 1 << 20  # samples decoded at a time, over all channels
-MOST_FRAMES_PER_BYTE = 8192  # FLAC's densest frame: 65,535 samples in some 10 bytes
+MOST_FRAMES_PER_BYTE = 8192  # FLAC's densest frame: 65,535 samples in about 10 bytes
 RUN_UP = 1.0  # seconds decoded before a position in mp3, vorbis and opus
-LAST_OGG_PAGE = 40.0  # seconds that an ogg file's last page may hold; a seek into it is off by its padding
-MIX_SHARE = 0.05  # a mix with less than this share of the loudest channel's energy: the channels cancel out
-MIX_SECONDS = 10.0  # from the file's start, which decide how its channels become one
+LAST_OGG_PAGE = 40.0  # seconds that an ogg file's last page may hold; padding makes a seek into it inexact
+MIX_SHARE = 0.05  # channels cancel out if their mix has less than this share of the loudest channel's energy
+MIX_SECONDS = 10.0  # from the file's start, used to decide how the channels are mixed
 
 FileSource = str | os.PathLike[str] | bytes | bytearray | memoryview
 AudioSource = FileSource | np.ndarray
@@ -87,8 +88,9 @@ def load_audio(
 
     `source`: a path or an address (addresses.py), the bytes of a file, a `data:audio/...;base64,` URI, or an array,
     which needs its `sampling_rate`; an array's shorter axis is its channels, integers are scaled by their type.
-    Digital silence is no error (see `is_silent`); more than `longest` seconds are, and are not decoded.
-    `name`: what messages call the source. `check`: called with each block's samples, over all channels; it may raise.
+    Digital silence is not an error (see `is_silent`). Audio longer than `longest` seconds is an error; it is not
+    decoded. `name`: the source's name in messages. `check`: called with the number of samples of each block, over all
+    channels; it may raise an error.
     """
     name = _describe(name or source)
     if not 0 <= start <= FARTHEST_SECONDS:
@@ -110,7 +112,7 @@ def load_audio(
 
 
 def probe_audio(source: str | os.PathLike[str] | bytes) -> AudioInfo:
-    """What the header says; decodes only a stream whose header does not tell its length."""
+    """Read the header; the stream is decoded only if the header does not give its length."""
     name = _describe(source)
     with _open_file(_fetched(source), name) as stream:
         frames = stream.frames
@@ -122,9 +124,9 @@ def probe_audio(source: str | os.PathLike[str] | bytes) -> AudioInfo:
 
 
 def is_silent(audio: np.ndarray, threshold_db: float = -60.0) -> bool:
-    """Whether no 20 ms stretch of `audio` (N,) is louder than `threshold_db` (RMS, dB below full scale).
+    """Whether all 20 ms stretches of `audio` (N,) are below `threshold_db` (RMS, dB relative to full scale).
 
-    A constant offset is no sound.
+    A constant offset does not count as sound.
     """
     if not len(audio):
         return True
@@ -135,7 +137,7 @@ def is_silent(audio: np.ndarray, threshold_db: float = -60.0) -> bool:
 
 
 def write_wav(path: str | os.PathLike[str], audio: np.ndarray, rate: int = SAMPLE_RATE) -> None:
-    """Write `audio` (N,), float in [-1, 1], as 16-bit PCM, clipped beyond. The file appears whole."""
+    """Write `audio` (N,), floats clipped to [-1, 1], as 16-bit PCM, atomically."""
     samples = np.clip(np.round(np.asarray(audio, dtype=np.float64) * 32768), -32768, 32767).astype(np.int16)
     with write_atomically(path) as partial:
         soundfile.write(partial, samples, rate, subtype="PCM_16", format="WAV")
@@ -152,10 +154,10 @@ class _Cut:
 
 
 def _plan_cut(rate: int, start: float, duration: float | None) -> _Cut:
-    """Frames that begin a margin before the piece, so that the resampler sees what it sees in the whole clip.
+    """The frames of the piece and of a margin around it, so that the resampler gives the same samples as in the clip.
 
-    The first frame falls on a 16 kHz sample: at 44.1 kHz every 441 frames are 160 samples, so it is a
-    multiple of 441.
+    The first frame must coincide with a 16 kHz sample: at 44.1 kHz, 441 frames are 160 samples, so it is a multiple of
+    441.
     """
     begin = round(start * SAMPLE_RATE)
     keep = math.inf if duration is None else round((start + duration) * SAMPLE_RATE) - begin
@@ -201,7 +203,7 @@ def _cut_array(
     cut = _plan_cut(rate, start, duration)
     piece = mono[cut.first : int(min(len(mono), cut.first + cut.frames))]
     audio, _ = _resample([piece], rate, name, longest)
-    return np.array(audio[cut.skip : cut.keep_to], dtype=np.float32)  # never a view of the caller's
+    return np.array(audio[cut.skip : cut.keep_to], dtype=np.float32)  # never a view of the caller's array
 
 
 def _scale_array(array: np.ndarray, name: str) -> np.ndarray:
@@ -212,7 +214,7 @@ def _scale_array(array: np.ndarray, name: str) -> np.ndarray:
     if not frames.size:
         raise AudioError(f"{name}: the recording is empty (no samples)")
     if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what overflows becomes inf, which load_audio refuses
+        with np.errstate(over="ignore"):  # an overflow becomes inf, which load_audio refuses
             return frames.astype(np.float32)
     half = float(2 ** (8 * array.dtype.itemsize - 1))
     centre = half if array.dtype.kind == "u" else 0.0
@@ -220,14 +222,14 @@ def _scale_array(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def _mix_channels(block: np.ndarray, channel: int | None = None) -> np.ndarray:
-    """(n, C) -> (n,), the mean of the channels, or one `channel` alone."""
+    """(n, C) -> (n,): the mean of the channels, or only `channel`."""
     if channel is not None or block.shape[1] == 1:
         return block[:, channel or 0]
     return block.mean(axis=1, dtype=np.float32)
 
 
 def _loudest_alone(block: np.ndarray) -> int | None:
-    """The loudest channel of (n, C) where the channels cancel out (opposite phase); None where they mix."""
+    """The loudest channel of (n, C) if the channels cancel out (opposite phase); None if they can be mixed."""
     if block.shape[1] == 1:
         return None
     with np.errstate(over="ignore", invalid="ignore"):  # infinite samples are refused later, by name
@@ -237,7 +239,7 @@ def _loudest_alone(block: np.ndarray) -> int | None:
 
 
 def _channel_of(source: FileSource, name: str) -> int | None:
-    """The channel to take alone, decided once for a file on its first seconds, whatever piece of it is read."""
+    """The channel to use alone, or None. The file's first seconds decide, so that all its pieces agree."""
     with _open_file(source, name) as stream, _naming(f"{name}: damaged or truncated (REASON); make the file again"):
         frames = min(BLOCK // stream.channels, round(MIX_SECONDS * stream.samplerate))
         return _loudest_alone(stream.read(frames, dtype="float32", always_2d=True))  # of (n, C)
@@ -259,18 +261,18 @@ def _resample(blocks: Iterable[np.ndarray], rate: int, name: str, longest: float
 
 
 def _check_inside(name: str, seconds: float, start: float, duration: float | None, longest: float) -> None:
-    """Refuse a piece that does not lie in a recording of `seconds`, or is too long."""
+    """Raise AudioError for a piece that is not inside a recording of `seconds`, or is too long."""
     if start >= seconds:
         raise AudioError(f"{name}: start {start} s lies past its end at {seconds:.3f} s")
     if duration is not None and start + duration > seconds + END_SLACK:
         raise AudioError(f"{name}: the cut ends at {start + duration:.3f} s, the recording at {seconds:.3f} s")
     length = seconds - start if duration is None else duration
     if length > longest:
-        raise AudioError(f"{name}: {length:.0f} s of audio; at most {longest:.0f} s are taken, so cut it")
+        raise AudioError(f"{name}: {length:.0f} s of audio; at most {longest:.0f} s are allowed, so cut it")
 
 
 def _describe(source: AudioSource) -> str:
-    """How a message names the source."""
+    """The source's name in messages."""
     if isinstance(source, np.ndarray):
         return f"audio array {source.shape} {source.dtype}"
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -283,13 +285,13 @@ def _describe(source: AudioSource) -> str:
 
 
 def _fetched(source: FileSource) -> FileSource:
-    """The bytes at an address, unless it is a URL of a long file; any other source as it is."""
+    """The bytes at an address, unless it is the URL of a long file; any other source unchanged."""
     return read_address(source) if isinstance(source, str) and is_address(source) else source
 
 
 @contextmanager
 def _open_file(source: FileSource, name: str) -> Iterator[AudioStream]:
-    """The decoder of a path, a URL, a file's bytes or a data-URI, after its header was checked against its size."""
+    """The decoder of a path, a URL, a file's bytes or a data-URI, after its header was compared with its size."""
     if isinstance(source, str) and source.startswith("data:"):
         source = _decode_data_uri(source, name)
     remote = isinstance(source, str) and is_url(source)
@@ -327,7 +329,7 @@ def _open_decoder(file: BinaryIO, source: str | BinaryIO, size: int, name: str) 
 def _read_blocks(
     stream: AudioStream, name: str, frames: float = math.inf, channel: int | None = None, check: Any = int
 ) -> Iterator[np.ndarray]:
-    """At most `frames` further frames as mono float32 blocks (n,); stops early where the file does."""
+    """At most the next `frames` frames, as mono float32 blocks (n,); stops at the end of the file."""
     step = max(1, BLOCK // stream.channels)
     while frames > 0:
         with _naming(f"{name}: damaged or truncated (REASON); make the file again"):
@@ -356,7 +358,7 @@ def _go_to(stream: AudioStream, frame: int, name: str) -> None:
 
 @contextmanager
 def _naming(message: str) -> Iterator[None]:
-    """Raise a library's error as an AudioError with `message`; REASON becomes what the library says."""
+    """Turn a library's error into an AudioError with `message`, in which REASON is replaced by the error's text."""
     try:
         yield
     except AudioError:

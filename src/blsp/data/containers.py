@@ -1,17 +1,17 @@
 """Container formats: which decoder reads a recording to its true end, and whether the file ends too early.
 
 In:  an open file and its size in bytes.
-Out: `ffmpeg_container(file, size)`: FFmpeg's name of the container, or None where libsndfile reads it whole;
+Out: `ffmpeg_container(file, size)`: FFmpeg's name of the container, or None if libsndfile reads the whole file;
      `FfmpegStream`: FFmpeg (PyAV) with the reading methods of `soundfile.SoundFile`; `missing_bytes(file, size)`.
 Try: ``FfmpegStream("memo.m4a", "mov").read(16000)``      # (16000, C) float32
-Flow: data/audio.py opens a file -> **containers.py** says how -> blocks of samples
+Flow: data/audio.py opens a file -> **containers.py** chooses the decoder -> blocks of samples
 
-libsndfile does not know m4a, webm, aac, amr and wma, nor some codecs in wav, caf and Ogg files. It believes the length
-that an mp3's Info frame promises, also where the frames are more or fewer, and guesses where there is none (FFmpeg
-writing into a pipe leaves it out, as on Common Voice's server). It stops at the end of the first stream of a chained
-Ogg file (RFC 3533) and of joined mp3s. And it believes the sizes in a wav header that was written before the recording
-was known. FFmpeg decodes all of these to their end. The container is chosen here by the file's first bytes, never by
-FFmpeg's own guessing, so that no playlist or device format is ever opened.
+libsndfile does not know m4a, webm, aac, amr and wma, and some codecs in wav, caf and Ogg files. It trusts the length in
+an mp3's Info frame, even if it is wrong, and guesses the length if there is no such frame (FFmpeg writes none into a
+pipe, as on Common Voice's server). It stops after the first stream of a chained Ogg file (RFC 3533) and of joined mp3s.
+And it trusts the sizes in a wav header that was written before the recording was finished. FFmpeg decodes all of these
+to their end. The container is chosen here by the file's first bytes. FFmpeg never guesses it, so that it cannot open a
+playlist or a device.
 
 Shapes: n samples of a block, C channels.
 """
@@ -27,39 +27,39 @@ import av
 import numpy as np
 import soundfile
 
-UNKNOWN_LENGTH = 1 << 62  # frames, where only decoding tells the length (libsndfile's sign for it)
-STREAMED_WAV = 0x7FFF0000  # data lengths from here on are read to the file's end by libsndfile too
-SCANNED_OGG = 1 << 23  # bytes of an Ogg file whose pages are all looked at; of a larger one, the ends
+UNKNOWN_LENGTH = 1 << 62  # frames: libsndfile's value for a length that is known only after decoding
+STREAMED_WAV = 0x7FFF0000  # libsndfile ignores data lengths from here on and reads to the file's end
+SCANNED_OGG = 1 << 23  # all pages of an Ogg file up to this size are read; of a larger one, only the ends
 OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page (RFC 3533)
-PLACEHOLDER_WAV = 10**9  # data lengths from here on are what other programs write before they know better
+PLACEHOLDER_WAV = 10**9  # data lengths from here on are values that programs write before they know the length
 MP3_SEARCH = 1 << 16  # bytes after the tags in which the first mp3 frame must begin
-MP3_FRAMES = 4  # in a row, that make an mp3 of a file which begins with other bytes
-SCANNED_MP3 = 1 << 20  # bytes of an mp3 whose frames are counted
-MP3_SLACK = 0.1  # share by which the count of a longer one may differ from what its begin lets expect
+MP3_FRAMES = 4  # a file that begins with other bytes is an mp3 if it has this many frames in a row
+SCANNED_MP3 = 1 << 20  # bytes of an mp3 in which frames are counted
+MP3_SLACK = 0.1  # largest relative difference between a longer file's frame count and the estimate from its beginning
 TRAILING_TAGS = 160  # bytes of ID3v1 and padding that may follow the last mp3 frame
 READABLE = {  # containers as libsndfile and FFmpeg name them
     *("WAV", "WAVEX", "RF64", "W64", "FLAC", "OGG", "MP3", "MPEG", "AIFF", "AU", "CAF", "NIST"),
     *("MOV", "MATROSKA", "AMR", "ASF", "AAC"),
 }
-AUDIO_SUFFIXES = {  # of the files that are taken for recordings, in small letters
+AUDIO_SUFFIXES = {  # of files that count as recordings, in lower case
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph", ".caf", ".w64"),
     *(".m4a", ".mp4", ".webm", ".aac", ".amr", ".3gp", ".wma", ".m4b", ".mov", ".mka", ".mkv", ".3g2", ".awb"),
     *(".spx", ".mp2", ".wave", ".rf64", ".aifc", ".snd"),
 }
-UNREAD_SUFFIXES = {  # of recordings that are not read
+UNREAD_SUFFIXES = {  # of recordings in formats that are not supported
     *(".ac3", ".eac3", ".ape", ".avi", ".dsf", ".dts", ".flv", ".gsm", ".mpc", ".ra", ".rm", ".ts", ".tta", ".wv")
 }
-END_SLACK = 0.25  # seconds by which the last packet may end before the header says so
-MOST_BAD_PACKETS = 0.1  # share of packets that may be no sound before a file counts as damaged
+END_SLACK = 0.25  # seconds by which the last packet may end before the length in the header
+MOST_BAD_PACKETS = 0.1  # a file is damaged if a larger share of its packets cannot be decoded
 ASF = bytes.fromhex("3026b2758e66cf11")
-ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the header's part that holds the file's size
-MAGICS = (  # bytes, where they are, and FFmpeg's name of the container
+ASF_FILE = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")  # the part of the header with the file's size
+MAGICS = (  # bytes, their offset, and FFmpeg's name of the container
     *((name, 4, "mov") for name in (b"ftyp", b"moov", b"mdat", b"wide", b"free")),
     *((b"\x1aE\xdf\xa3", 0, "matroska"), (b"#!AMR", 0, "amr"), (ASF, 0, "asf")),
     *((b"\xff\xf1", 0, "aac"), (b"\xff\xf9", 0, "aac")),  # ADTS: the layer bits are zero
 )
 SNDFILE_MAGICS = (b"fLaC", b"FORM", b".snd", b"RF64", b"riff", b"NIST")  # of files that libsndfile reads
-WAV_CODECS = (1, 2, 3, 6, 7, 0x11, 0x31, 0xFFFE)  # that it reads whole: PCM, ADPCM, float, A-law, mu-law, IMA, GSM
+WAV_CODECS = (1, 2, 3, 6, 7, 0x11, 0x31, 0xFFFE)  # that libsndfile reads: PCM, ADPCM, float, A-law, mu-law, IMA, GSM
 CAF_CODECS = (b"lpcm", b"alaw", b"ulaw")
 MP3_KILOBITS = {  # bit rates of layer III: MPEG-1 (ISO 11172-3, 2.4.2.3) and MPEG-2 (ISO 13818-3, 2.4.2.3)
     True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -68,7 +68,7 @@ MP3_KILOBITS = {  # bit rates of layer III: MPEG-1 (ISO 11172-3, 2.4.2.3) and MP
 
 
 def ffmpeg_container(raw: BinaryIO, size: int) -> str | None:
-    """FFmpeg's name of the container of a file of `size` bytes, or None where libsndfile is the better reader."""
+    """FFmpeg's name of the container of a file of `size` bytes, or None if libsndfile is the better decoder."""
     begin = skip_id3(raw)
     raw.seek(begin)
     head = raw.read(36)
@@ -88,7 +88,7 @@ def ffmpeg_container(raw: BinaryIO, size: int) -> str | None:
 
 
 def skip_id3(raw: BinaryIO) -> int:
-    """Number of bytes of the ID3v2 tags at the start of a file (their size has seven bits a byte)."""
+    """Number of bytes of the ID3v2 tags at the start of a file (their size field uses seven bits of each byte)."""
     skipped = 0
     while True:
         raw.seek(skipped)
@@ -102,9 +102,9 @@ def skip_id3(raw: BinaryIO) -> int:
 
 
 def without_id3(raw: BinaryIO, size: int) -> tuple[BinaryIO | None, int]:
-    """A wav file without the tags before it, and its size; None where there are none.
+    """A wav file without the tags before it, and its size; None if there are no tags.
 
-    libsndfile would read its end short by the tags, and FFmpeg not read it.
+    With the tags, libsndfile would stop too early by their length, and FFmpeg would not read the file.
     """
     begin = skip_id3(raw)
     raw.seek(begin)
@@ -115,7 +115,7 @@ def without_id3(raw: BinaryIO, size: int) -> tuple[BinaryIO | None, int]:
 
 
 def _has_placeholder_size(raw: BinaryIO, size: int) -> bool:
-    """Whether a wav's data length was written before the recording was known."""
+    """Whether a wav's data length was written before the length of the recording was known."""
     begin, length = _wav_chunk(raw, size, b"data")
     return length is not None and begin < size and (length == 0 or PLACEHOLDER_WAV <= length < STREAMED_WAV)
 
@@ -128,7 +128,7 @@ def _wav_codec(raw: BinaryIO, size: int) -> int:
 
 
 def _wav_chunk(raw: BinaryIO, size: int, wanted: bytes) -> tuple[int, int | None]:
-    """First byte and length of a wav's chunk, as its header says; without one, the end of its chunks and None."""
+    """First byte and length (from its header) of a wav's chunk; if there is none, the end of all chunks and None."""
     chunk = 12  # after RIFF, length, WAVE
     while chunk + 8 <= size:
         raw.seek(chunk)
@@ -143,7 +143,7 @@ def _is_chained(raw: BinaryIO, size: int) -> bool:
     """Whether an Ogg file holds several streams, one after another (or side by side)."""
     raw.seek(0)
     data = raw.read(min(size, SCANNED_OGG))
-    if size > SCANNED_OGG:  # the last page belongs to another stream: its serial number is another
+    if size > SCANNED_OGG:  # is the serial number of the last page that of another stream?
         raw.seek(size - OGG_PAGE)
         tail = raw.read()
         last = tail.rfind(b"OggS")
@@ -157,7 +157,7 @@ def _is_chained(raw: BinaryIO, size: int) -> bool:
 
 
 def _mp3_without_true_length(raw: BinaryIO, size: int, begin: int) -> str | None:
-    """FFmpeg's name of mp3, where the first frame does not tell the file's true length; None for all other files."""
+    """FFmpeg's name of mp3 if the first frame does not give the true length of the file; None for all other files."""
     raw.seek(begin)
     data = raw.read(SCANNED_MP3)
     starts = begin > 0 or (data[:1] == b"\xff" and data[1:2] >= b"\xe0")
@@ -178,21 +178,21 @@ def _mp3_without_true_length(raw: BinaryIO, size: int, begin: int) -> str | None
         return "mp3"
     first = at + _mp3_frame_bytes(data[at : at + 4])
     counted, end = _mp3_frames(data, first)
-    if begin + len(data) < size:  # a long file: what its begin lets expect
+    if begin + len(data) < size:  # a long file: estimate from its beginning
         is_wrong = abs(counted * (at + length - first) - frames * (end - first)) > MP3_SLACK * frames * (end - first)
     else:
         is_wrong = counted != frames and end >= at + length
-    return "mp3" if is_wrong else None  # None: or a truncated file, which libsndfile's length gives away
+    return "mp3" if is_wrong else None  # None also for a truncated file, which audio.py finds by its length
 
 
 def _is_mp3(data: bytes, at: int, frames: int) -> bool:
-    """Whether so many frames of layer III follow each other from `at` on, or fewer at the end of the file."""
+    """Whether `frames` frames of layer III follow each other from `at` on (fewer are enough at the end of the file)."""
     count, end = _mp3_frames(data, at, frames)
     return count == frames or (count > 0 and end > len(data) - 4)
 
 
 def _mp3_frames(data: bytes, at: int, most: int = 1 << 30) -> tuple[int, int]:
-    """How many frames follow each other from `at` on, `most` of them counted, and where the last one ends."""
+    """How many frames follow each other from `at` on (at most `most`), and where the last one ends."""
     count = 0
     while count < most and (length := _mp3_frame_bytes(data[at : at + 4])):
         count, at = count + 1, at + length
@@ -200,7 +200,7 @@ def _mp3_frames(data: bytes, at: int, most: int = 1 << 30) -> tuple[int, int]:
 
 
 def _mp3_frame_bytes(header: bytes) -> int:
-    """Length of the layer III frame with this header of four bytes; 0 where it is none."""
+    """Length of the layer III frame with this header of four bytes; 0 if it is not a header."""
     if len(header) < 4 or header[0] != 0xFF or header[1] >> 5 != 7 or header[1] >> 1 & 3 != 1:
         return 0  # sync word, layer
     version, bitrate, rate = header[1] >> 3 & 3, header[2] >> 4, header[2] >> 2 & 3
@@ -212,7 +212,7 @@ def _mp3_frame_bytes(header: bytes) -> int:
 
 
 def missing_bytes(file: BinaryIO, size: int) -> int:
-    """Bytes by which a wav, w64, au, aiff, ogg or wma file ends before its container says so; 0 where it is whole."""
+    """Bytes that are missing at the end of a wav, w64, au, aiff, ogg or wma file; 0 if it is complete."""
     file.seek(0)
     head = file.read(36).ljust(36, b"\0")
     if head[:4] == b".snd":
@@ -238,12 +238,12 @@ def missing_bytes(file: BinaryIO, size: int) -> int:
 
 
 def _known(missing: int) -> int:
-    """0 where a length of 64 bits was written before it was known."""
+    """The missing bytes; 0 if the 64-bit length was written before the true length was known."""
     return missing if 0 < missing < UNKNOWN_LENGTH else 0
 
 
 def _missing_ogg_bytes(file: BinaryIO, size: int) -> int:
-    """Bytes by which the last page passes the file's end (RFC 3533: 27 bytes, segment table, segments)."""
+    """Bytes of the last page that are missing (RFC 3533: 27 bytes, segment table, segments)."""
     file.seek(max(0, size - OGG_PAGE))
     tail = file.read()
     page = tail.rfind(b"OggS")
@@ -260,8 +260,8 @@ def _missing_ogg_bytes(file: BinaryIO, size: int) -> int:
 class FfmpegStream:
     """A recording decoded by FFmpeg, read forward like a `soundfile.SoundFile`.
 
-    samplerate, channels: of the first audio stream. frames: always `UNKNOWN_LENGTH`, since only decoding
-    tells. Raises ValueError where the file has no audio or cannot be decoded.
+    samplerate, channels: of the first audio stream. frames: always `UNKNOWN_LENGTH`, since only decoding shows the
+    length. Raises ValueError if the file has no audio or cannot be decoded.
     """
 
     def __init__(self, source: str | BinaryIO, container: str) -> None:
@@ -282,7 +282,7 @@ class FfmpegStream:
         self._rest = np.zeros((0, self.channels), dtype=np.float32)
 
     def _decode(self) -> Iterator[np.ndarray]:
-        """Blocks (n, C) float32 at the rate and with the channels of the first one (chained streams may change)."""
+        """Blocks (n, C) float32, with the rate and channels of the first one even if a chained stream has others."""
         resampler = av.AudioResampler(
             format="fltp", layout=self._container.streams.audio[0].layout, rate=self.samplerate
         )
@@ -295,7 +295,7 @@ class FfmpegStream:
                     last = max(last, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 try:
                     frames = packet.decode()
-                except av.error.InvalidDataError:  # a tag between two joined recordings, for one
+                except av.error.InvalidDataError:  # for example a tag between two joined recordings
                     bad += 1
                     continue
                 for frame in frames:
@@ -310,17 +310,17 @@ class FfmpegStream:
             raise ValueError(f"its header promises {promised:.3f} s but it ends at {last:.3f} s")
 
     def _promised(self) -> float:
-        """Seconds that the header of an mp4 or webm file promises; 0 where it promises none."""
+        """Seconds according to the header of an mp4 or webm file; 0 if it gives no length."""
         if self.format not in ("MOV", "MATROSKA"):
             return 0.0
         audio = self._container.streams.audio[0]
         if audio.duration is not None:
             return float(audio.duration * audio.time_base)
-        is_alone = len(self._container.streams) == 1  # a film may be longer than its sound
+        is_alone = len(self._container.streams) == 1  # a video may be longer than its sound
         return (self._container.duration or 0) / 1e6 if is_alone else 0.0
 
     def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
-        """At most `frames` further frames (n, C); none at the end."""
+        """At most the next `frames` frames (n, C); none at the end."""
         pieces, count = [self._rest], len(self._rest)
         while count < frames and (block := next(self._blocks, None)) is not None:
             pieces.append(block)
@@ -340,8 +340,8 @@ class FfmpegStream:
 
 
 class SndfileStream(soundfile.SoundFile):
-    """A file that is only read forward. soundfile seeks after each read of a "seekable" file, which breaks
-    mp3 and streamed FLAC."""
+    """A file that is only read forward: soundfile seeks after each read of a "seekable" file, which breaks mp3 and
+    streamed FLAC."""
 
     def seekable(self) -> bool:
         return False

@@ -1,10 +1,10 @@
 """Files: JSON Lines, atomic writes, digests.
 
-In:  a path; what it shall hold, or values to be named by their content.
-Out: rows, one JSON object a line, or a `ManifestError` that names file, line and way out; files and folders
-     that appear whole or not at all, or a `DiskFullError`; SHA-256 digests in hexadecimal.
+In:  a path and its new content, or a value to be hashed.
+Out: rows, one JSON object a line, or a `ManifestError` that names file, line and what to do; files and folders that
+     are written completely or not at all, or a `DiskFullError`; SHA-256 digests in hexadecimal.
 Try: `write_json("settings.json", {"seed": 1})`, `for line, row in read_rows("train.jsonl"): ...`
-Flow: data/ — under everything that reads and writes; `jobs.py` and `manifest.py` build on it.
+Flow: data/ — used by everything that reads and writes; `jobs.py` and `manifest.py` build on it.
 """
 
 import errno
@@ -22,31 +22,31 @@ from typing import Any, NoReturn
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 END_BYTES = 65_536
-# The errors of a disk, a quota or a file system (FAT: 4 GB a file) that takes no more; Windows has no quota's
+# errors of a full disk, a used-up quota, or a file system's limit (FAT: 4 GB a file); Windows has no EDQUOT
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 # --- full disks, and files that were removed --------------------------------------------------------------
 class DiskFullError(OSError):
-    """A file for which there is no room; the message names it and says how much is needed."""
+    """The disk has no room for a file; the message names the file and says how much room is needed."""
 
     def __init__(self, path: str | os.PathLike[str], needs: str) -> None:
         self.path = Path(path)
         folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
         super().__init__(
             f"{os.fspath(path)}: no room for it: {needs} needed, {shutil.disk_usage(folder).free:,} bytes are free; "
-            "make room, and the same command goes on from here"
+            "make room, and run the same command to continue"
         )
 
 
 @contextmanager
 def naming_full_disk(path: str | os.PathLike[str], needs: int = 0) -> Iterator[None]:
-    """Raise what a library says of a full disk as DiskFullError. needs: bytes, where the caller knows them."""
+    """Turn a library's error about a full disk into DiskFullError. needs: bytes, if the caller knows the number."""
     try:
         yield
     except DiskFullError:
         raise
-    except Exception as error:  # of safetensors, torch, SQLite: each has a class of its own
+    except Exception as error:  # safetensors, torch and SQLite each have their own class
         told = re.search("no space left|disk is full|failed writing file", str(error), re.IGNORECASE)
         if told or getattr(error, "errno", None) in FULL:
             raise DiskFullError(path, f"{needs:,} bytes are" if needs else "more is") from error
@@ -56,7 +56,7 @@ def naming_full_disk(path: str | os.PathLike[str], needs: int = 0) -> Iterator[N
 def append_bytes(file: io.FileIO, content: bytes | memoryview) -> None:
     """Write all of `content` at the end of an unbuffered file.
 
-    Raises DiskFullError, or FileNotFoundError where the file has been removed, since its bytes would go with it.
+    Raises DiskFullError, or FileNotFoundError if the file has been removed, since the bytes would be lost.
     """
     require_there(file)
     left = memoryview(content)
@@ -66,17 +66,17 @@ def append_bytes(file: io.FileIO, content: bytes | memoryview) -> None:
 
 
 def require_there(file: io.FileIO) -> None:
-    """Raise FileNotFoundError where an open file is no longer found under its name."""
+    """Raise FileNotFoundError if an open file no longer exists under its name."""
     try:
         if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
             return
     except OSError:
         pass
-    raise FileNotFoundError(f"{file.name}: was removed while the job was at work, and what it held; begin again")
+    raise FileNotFoundError(f"{file.name}: was removed with its content while the job was running; start the job again")
 
 
 def take_room(path: Path) -> None:
-    """Let the disk set aside all of a file with holes: writing into a mapped hole of a full disk kills the process."""
+    """Reserve disk space for a whole sparse file: on a full disk, writing into a mapped hole kills the process."""
     if hasattr(os, "posix_fallocate") and (size := path.stat().st_size):
         with naming_full_disk(path, size), open(path, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, size)
@@ -87,11 +87,11 @@ def take_room(path: Path) -> None:
 def write_atomically(
     path: str | os.PathLike[str], *, through: Path | None = None, durable: bool = False, needs: int = 0
 ) -> Iterator[Path]:
-    """A path beside `path`, with the same suffix; what the block writes there gets the name `path` at the end.
+    """A path beside `path` with the same suffix; the file or folder that the block writes there is renamed to `path`.
 
-    The block may make a file or a folder. When it raises, `path` stays as it was. `through`: write at this path;
-    what a killed writer left there is removed. `durable`: wait until the bytes are on the disk. `needs`: bytes, for
-    the message of a full disk.
+    If the block raises an error, `path` does not change. `through`: write at this path; what a killed writer left
+    there is removed. `durable`: wait until the bytes are on the disk. `needs`: bytes, for the message about a full
+    disk.
     """
     target = Path(path)
     partial = through or target.with_name(f".{target.stem}.{secrets.token_hex(4)}.partial{target.suffix}")
@@ -116,7 +116,7 @@ def write_atomically(
 
 
 def _let_read(file: Path) -> None:
-    """Give a file the rights of any new file; safetensors lets nobody but the writer read its own."""
+    """Give a file the usual permissions of a new file; safetensors makes its files readable only to their owner."""
     other = file.with_name(f"{file.name}.rights")
     other.touch()
     file.chmod(other.stat().st_mode & 0o777)
@@ -131,18 +131,18 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str, *, durable: bool = False) -> None:
-    """Write a UTF-8 text file whole."""
+    """Write a UTF-8 text file atomically."""
     with write_atomically(path, durable=durable, needs=len(text.encode())) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any, *, durable: bool = False) -> None:
-    """Write a JSON file whole, indented."""
+    """Write a JSON file atomically, indented."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", durable=durable)
 
 
 def flush_to_disk(path: Path) -> None:
-    """Wait until a file is on the disk, or the names in a folder are (where the system can tell)."""
+    """Wait until a file, or the list of names in a folder, is on the disk (if the system can tell)."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -154,7 +154,7 @@ def flush_to_disk(path: Path) -> None:
 
 # --- digests ----------------------------------------------------------------------------------------------
 def read_ends(path: Path) -> tuple[int, bytes]:
-    """The length of a file in bytes, and its first and last 64 KiB: they tell that a long file has changed."""
+    """The length of a file in bytes, and its first and last 64 KiB, to find out whether a long file has changed."""
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -164,7 +164,7 @@ def read_ends(path: Path) -> tuple[int, bytes]:
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value; the order of names does not matter. What JSON cannot hold counts as its text."""
+    """SHA-256 of a JSON value; the order of names does not matter. Other values are turned into text."""
     return text_digest(json.dumps(value, sort_keys=True, default=str))
 
 
@@ -184,18 +184,18 @@ def file_digest(*paths: Path) -> str:
 
 # --- JSON Lines -------------------------------------------------------------------------------------------
 class ManifestError(ValueError):
-    """A manifest or one of its rows is not usable; the message names the file, the line and the way out."""
+    """A manifest or one of its rows is not usable; the message names the file, the line and what to do."""
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON value")
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make one for each row
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # json.loads would make a decoder for each row
 
 
 def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, JSON object) of every row of one file, one at a time; blank lines are skipped."""
+    """(line number from 1, JSON object) of each row of a file, one at a time; blank lines are skipped."""
     try:
         with open(path, "rb") as lines:
             for number, raw in enumerate(lines, start=1):
@@ -221,9 +221,9 @@ def parse_row(raw: bytes, where: str) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise ManifestError(f"{where}: holds half of a surrogate pair (\\ud800…); write the character whole") from error
     except json.JSONDecodeError as error:
-        torn = "; the file ends in the middle of this row: remove it or write it again"
-        torn = "" if raw.endswith(b"\n") else torn
-        raise ManifestError(f"{where}: is not JSON ({error.msg} at column {error.colno}){torn}") from error
+        cut = "; the file ends in the middle of this row: remove it or write it again"
+        cut = "" if raw.endswith(b"\n") else cut
+        raise ManifestError(f"{where}: is not JSON ({error.msg} at column {error.colno}){cut}") from error
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{where}: is not JSON ({error})") from error
     if not isinstance(row, dict):
@@ -232,7 +232,7 @@ def parse_row(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def show(value: Any) -> str:
-    """A value as messages print it, shortened."""
+    """A value as it is printed in messages, shortened."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -1,10 +1,10 @@
-"""Names that are a folder here or a repository on the Hugging Face hub.
+"""Names of models and datasets: a folder here, or a repository on the Hugging Face hub.
 
 In:  a name as the user gave it: `models/nope`, `my.csv`, `google/fleurs`.
-Out: whether it is a path that is not there; what keeps the hub from being asked for it.
+Out: whether it is a path that does not exist; why the hub cannot be asked for it.
 Try: `is_missing_path("models/nope")`, `hub_trouble("datasets", "google/fleurs")`
-Flow: weights/embedded.py and data/corpora/hub.py ask **here** first; the hub's own packages would try for half a
-      minute and more, also for a name that is only misspelt.
+Flow: **hub_names.py** → weights/embedded.py and data/corpora/hub.py, before they call the hub's packages, which try
+      for more than half a minute, even if a name is just misspelt
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-OUR_FOLDERS = ("models", "runs", "results", "checkpoints", "recipes")  # nobody on the hub has these names
+OUR_FOLDERS = ("models", "runs", "results", "checkpoints", "recipes")  # no hub account has these names
 FILE_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".arrow", ".tar", ".gz", ".zip", ".safetensors", ".bin")
-HUB_SECONDS = 5.0  # for the hub's answer
+HUB_SECONDS = 5.0  # to wait for the hub's answer
 
 
 def is_missing_path(name: str) -> bool:
-    """Whether `name` can only be a path, and nothing is there.
+    """Whether `name` can only be a path, and the path does not exist.
 
-    Hub ids are `name` or `owner/name`. A path has more parts, begins with `/`, `.` or `~`, ends as files do, or lies
-    in a folder that exists or has a name of ours.
+    Hub ids are `name` or `owner/name`. A path has more parts, begins with `/`, `.` or `~`, ends with a file suffix, or
+    is inside a folder that exists or is one of `OUR_FOLDERS`.
     """
     path = Path(name).expanduser()
     is_path = path.is_absolute() or len(path.parts) > 2 or name.startswith((".", "~"))
@@ -32,9 +32,9 @@ def is_missing_path(name: str) -> bool:
 
 
 def hub_trouble(kind: Literal["models", "datasets"], name: str) -> str | None:
-    """Why the hub cannot be asked for the repository `name`; None where it answers, whatever the answer is.
+    """Why the hub cannot be asked for the repository `name`; None if it answers, whatever the answer is.
 
-    It is asked once. Where the user has set HF_HUB_OFFLINE, that is what its package says.
+    It is asked once, without retries. If the user has set HF_HUB_OFFLINE, the hub's package gives that as the reason.
     """
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import validate_repo_id
@@ -42,6 +42,6 @@ def hub_trouble(kind: Literal["models", "datasets"], name: str) -> str | None:
     try:
         validate_repo_id(name)
         get_session().head(f"{constants.ENDPOINT}/api/{kind}/{name}", timeout=HUB_SECONDS)
-    except Exception as error:  # of whichever HTTP library the hub's package uses, or of a name that is no hub id
+    except Exception as error:  # of the HTTP library that the hub's package uses, or about an invalid hub id
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     return None

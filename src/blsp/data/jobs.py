@@ -1,16 +1,16 @@
-"""Unfinished work: locks, logs, headers, part files, and how a killed job goes on.
+"""Unfinished work: locks, logs, headers, part files, and how a killed job continues.
 
-In:  an output file, and the settings that decide what will be in it.
-Out: what is done already, and where to write the rest; a `JobError` where a job cannot go on.
+In:  an output file, and the settings that decide its content.
+Out: which part is done already, and where to write the rest; a `JobError` if a job cannot continue.
 Try: `with Job("out.jsonl") as job: job.begin({"seed": 1}); job.log.append({"id": "a"})`
-Flow: data/ — every command that writes for longer than a moment.
+Flow: data/ — used by every command that may run for long.
 
 - One file or folder: `write_atomically` (files.py).
 - One row for each input, in the inputs' order (generate, transcribe): `Job.begin` writes OUT.meta.json or refuses other
-  settings, `count_done` tells where to go on, `log` appends to OUT and `skipped` to OUT.skipped.jsonl.
-- An output that appears at the end (prepare, continue), from one process or several ranks: `Job.parts` is the folder
-  OUT.parts/ with one log for each rank, and `finish` gives the merged file its name.
-- Rows found by their id, for one question (evaluate, tour): `RecordLog`.
+  settings, `count_done` tells where to continue, `log` appends to OUT and `skipped` to OUT.skipped.jsonl.
+- An output that is complete only at the end (prepare, continue), from one process or several ranks: `Job.parts` is the
+  folder OUT.parts/ with one log for each rank, and `finish` gives the merged file its name.
+- Records found by their id, which belong to one task or job (evaluate, tour): `RecordLog`.
 """
 
 import errno
@@ -37,16 +37,16 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 Record = TypeVar("Record")
 SKIPPED_SUFFIX = ".skipped.jsonl"
-WAIT = 0.5  # seconds between two looks for what another rank writes
+WAIT = 0.5  # seconds between two checks of another rank's files
 
 
 class JobError(ValueError):
-    """A job cannot go on: other settings, or another process is at work; the message names the way out."""
+    """A job cannot continue: its settings differ, or another process is running; the message says what to do."""
 
 
 # --- append-only logs -------------------------------------------------------------------------------------
 class RowLog:
-    """An append-only JSONL file of a job that may be killed: opening it cuts off a torn last line."""
+    """An append-only JSONL file of a job that may be killed; opening it cuts off an incomplete last line."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -54,11 +54,11 @@ class RowLog:
         self._cut_torn_line()
 
     def append(self, *rows: dict[str, Any]) -> None:
-        """Write whole lines, in one call to the system."""
+        """Write whole lines, in one system call."""
         append_bytes(self._file, b"".join(dump_row(row, str(self.path)) for row in rows))
 
     def require_there(self) -> None:
-        """Raise FileNotFoundError where the file has been removed since it was opened."""
+        """Raise FileNotFoundError if the file has been removed since it was opened."""
         require_there(self._file)
 
     def close(self) -> None:
@@ -86,26 +86,26 @@ class RowLog:
 
 
 class SkippedLog:
-    """What a job left out and why: `<out>.skipped.jsonl`, one row an id, made when the first is skipped."""
+    """The rows that a job left out, with reasons: `<out>.skipped.jsonl`, written when the first row is skipped."""
 
     def __init__(self, out_path: str | os.PathLike[str]) -> None:
         self.path = Path(f"{os.fspath(out_path)}{SKIPPED_SUFFIX}")
         self._log: RowLog | None = None
-        self._seen: set[int] = set()  # hashes of ids: a skip list may be long
+        self._seen: set[int] = set()  # hashes of ids, which need less memory than ids
         if self.path.exists():
             self._log = RowLog(self.path)
             self._seen = {hash(str(row.get("id"))) for _, row in read_rows(self.path)}
 
     @property
     def count(self) -> int:
-        """Rows in the list, those of earlier runs included."""
+        """Number of rows in the list, with those of earlier runs."""
         return len(self._seen)
 
     def __contains__(self, id: str) -> bool:
         return hash(id) in self._seen
 
     def add(self, id: str, audio: str, reason: str) -> None:
-        """Note that the row was left out; an id that is in the list already is not added again."""
+        """Add a row to the list, unless its id is in it already."""
         if id in self:
             return
         if self._log is None:
@@ -122,9 +122,9 @@ class SkippedLog:
 
 
 class RecordLog(RowLog, Generic[Record]):
-    """Records by their id, under a first line that names the job by its digest; another job's records are dropped.
+    """Records by their id. The first line holds the job's digest; records of another job are dropped.
 
-    from_row, to_row: a record from its JSON object, and back; without them a record is such an object.
+    from_row, to_row: convert a record from and to its JSON object; by default a record is the object.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class RecordLog(RowLog, Generic[Record]):
             self.records = {row["id"]: from_row(row) for row in earlier[1:]}
             return
         if len(earlier) > 1:
-            print(f"{path}: belongs to another model, task or version; it is begun again")
+            print(f"{path}: belongs to another model, task or version; it is started again")
         self._file.truncate(0)
         self.append({"fingerprint": fingerprint})
 
     def write(self, records: dict[str, Record]) -> None:
-        """Store a finished batch, in one call to the system."""
+        """Store a finished batch, in one system call."""
         self.append(*({"id": name, **self._to_row(record)} for name, record in records.items()))
         self.records.update(records)
 
@@ -156,7 +156,7 @@ class RecordLog(RowLog, Generic[Record]):
 # --- one job ----------------------------------------------------------------------------------------------
 @contextmanager
 def lock_job(output: Path, rank: int = 0) -> Iterator[None]:
-    """Keep other processes away from an output (a file or a folder) while the block runs; each rank has its own lock.
+    """Lock an output (a file or a folder) against other processes while the block runs; each rank has its own lock.
 
     Raises JobError with the process that holds the lock. The system frees the lock of a killed process.
     """
@@ -171,7 +171,7 @@ def lock_job(output: Path, rank: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        yield  # some network file systems have no locks: the user must not start a second process there
+        yield  # some network file systems have no locks; there, the user must not start a second process
         return
     try:
         now, command = time.strftime("%Y-%m-%d %H:%M:%S"), shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -180,35 +180,35 @@ def lock_job(output: Path, rank: int = 0) -> Iterator[None]:
             path.write_text(json.dumps(holder), encoding="utf-8")
         yield
     finally:
-        with suppress(OSError):  # while the lock is held: whoever waits for this very file looks again
+        with suppress(OSError):  # before the release, so that a waiting process finds the file gone and tries again
             path.unlink()
         lock.release()
 
 
 def _holder(lock: Path) -> str:
-    """Who holds a lock, as messages say it."""
+    """A description of the process that holds a lock, for messages."""
     try:
         holder = json.loads(lock.read_text(encoding="utf-8"))
         return (
             f"process {holder['process']} on {holder['host']} ({holder['command']}) has been at work since "
             f"{holder['since']}"
         )
-    except (OSError, ValueError, KeyError, TypeError):  # Windows lets nobody read a locked file
+    except (OSError, ValueError, KeyError, TypeError):  # a locked file cannot be read on Windows
         return "another process is at work"
 
 
 def differences(begun: dict[str, Any], now: dict[str, Any], ignore: Collection[str] = ()) -> str:
-    """How the facts `now` differ from those a job was begun with, as messages say it; "" where they are equal.
+    """How the settings `now` differ from those that a job was started with, for messages; "" if they are equal.
 
-    `now` may name fewer facts than `begun` holds.
+    Only the names in `now` are compared.
     """
     names = [name for name in now if name not in ignore and begun.get(name) != now[name]]
     return "; ".join(f"{name} was {show(begun.get(name))}, is {show(now[name])}" for name in names)
 
 
 class Parts:
-    """Part files of several ranks in one folder. The ranks meet through files alone: a wait of hours is longer
-    than a collective's time-out.
+    """Part files of several ranks in one folder. The ranks wait for each other through files only, since a wait of
+    hours is longer than a collective's time-out.
 
         job.json              digest of the settings
         part-00003.jsonl      rows of rank 3
@@ -216,7 +216,7 @@ class Parts:
     """
 
     def __init__(self, folder: Path, settings: Any, rank: int = 0) -> None:
-        """Open the folder. Rank 0 empties it where it belongs to other settings; other ranks wait for that."""
+        """Open the folder. Rank 0 empties it if it belongs to other settings; the other ranks wait for that."""
         self.folder = folder
         stamp = {"settings": digest_of(settings)}
         note = folder / "job.json"
@@ -237,7 +237,7 @@ class Parts:
         return sorted(self.folder.glob("part-*.jsonl"))
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows in all part files; a torn last line (a rank is writing, or was killed) is passed over."""
+        """All rows in all part files, without an incomplete last line (a rank is writing, or was killed)."""
         for path in self.paths():
             with open(path, "rb") as lines:
                 yield from (json.loads(line) for line in lines if line.endswith(b"\n"))
@@ -256,7 +256,7 @@ class Parts:
 
 
 class Job:
-    """One output and what is unfinished of it. Only rank 0 writes the header."""
+    """One output and the files of its unfinished work. Only rank 0 writes the header."""
 
     def __init__(self, out: str | os.PathLike[str], rank: int = 0) -> None:
         self.out, self.rank = Path(out), rank
@@ -284,7 +284,7 @@ class Job:
         return self._open.enter_context(SkippedLog(self.out))
 
     def header(self) -> dict[str, Any] | None:
-        """What `<out>.meta.json` says; None where there is none."""
+        """The content of `<out>.meta.json`; None if there is none."""
         if not self.header_path.exists():
             return None
         try:
@@ -293,38 +293,37 @@ class Job:
             raise JobError(f"{self.header_path}: is not a JSON object ({error}); remove it") from error
 
     def begin(self, settings: dict[str, Any]) -> None:
-        """Note the settings in the header; where there is one, raise JobError if it names other settings."""
+        """Write the settings into the header; if there is one already, raise JobError if its settings differ."""
         if self.header() is not None or (self.out.exists() and self.out.stat().st_size):
             self.require_same(self.require_header(), settings)
         elif self.rank == 0:
             write_json(self.header_path, settings)
 
     def require_header(self) -> dict[str, Any]:
-        """What `<out>.meta.json` says; raises JobError where there is none."""
+        """The content of `<out>.meta.json`; raises JobError if there is none."""
         header = self.header()
         if header is None:
             raise JobError(
-                f"{self.out}: exists, but {self.header_path}, which would say how it was made, does not; "
+                f"{self.out}: exists, but {self.header_path}, which says how it was made, does not; "
                 "choose another --out"
             )
         return header
 
     def require_same(self, begun: dict[str, Any], settings: dict[str, Any], ignore: Collection[str] = ()) -> None:
-        """Raise JobError where `settings` differ from those that the job was begun with."""
+        """Raise JobError if `settings` differ from those that the job was started with."""
         if changes := differences(begun, settings, ignore):
             raise JobError(
-                f"{self.out}: was begun with other settings ({changes}); give the settings it was begun with, "
+                f"{self.out}: was started with other settings ({changes}); give the settings it was started with, "
                 f"choose another --out, or remove {self.out} and {self.header_path}"
             )
 
     def count_done(self, inputs: Iterable[dict[str, Any]], key: str, *answers: str) -> int:
-        """How many of `inputs`, from the first on, are done: they stand in the log, in this order, or are
-        skipped.
+        """How many of `inputs`, from the first on, are done: they are in the log, in this order, or were skipped.
 
-        An input's field `key` names it; in the log it stands with the fields `answers`. Raises JobError where
-        the log holds other rows.
+        An input's field `key` identifies it. A row of the log has the input's fields and the fields `answers`. Raises
+        JobError if the log holds other rows.
         """
-        if not self.log.path.stat().st_size:  # nothing could be used: it may be mended, so all is tried again
+        if not self.log.path.stat().st_size:  # no input could be used: try all again, as they may have been repaired
             self.skipped_path.unlink(missing_ok=True)
         rows = (row for _, row in read_rows(self.log.path))
         row = next(rows, None)
@@ -351,13 +350,13 @@ class Job:
         return count
 
     def report(self, used: int, total: int, what: str) -> None:
-        """Say that `used` of `total` inputs are done, as in "rows answered"; raise JobError where none of them is."""
+        """Print that `used` of `total` inputs are done; raise JobError if none is. what: such as "rows answered"."""
         self.log.require_there()
-        told = f"{self.out}: {used} of {total} {what}"
-        told += f"; {self.skipped.count} skipped, see {self.skipped_path}" if self.skipped.count else ""
+        summary = f"{self.out}: {used} of {total} {what}"
+        summary += f"; {self.skipped.count} skipped, see {self.skipped_path}" if self.skipped.count else ""
         if total and not used:
-            raise JobError(told)
-        print(told)
+            raise JobError(summary)
+        print(summary)
 
     def parts(self, settings: Any) -> Parts:
         """The folder of unfinished part files of a job with these settings."""
@@ -373,7 +372,7 @@ class Job:
 
 # --- threads ----------------------------------------------------------------------------------------------
 def in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterable[In], ahead: int) -> Iterator[Out]:
-    """`work` of each item, in the items' order; at most `ahead` of them are begun before they are asked for."""
+    """The result of `work` for each item, in order; at most `ahead` items are started before they are needed."""
     futures: deque[Future[Out]] = deque()
     try:
         for item in items:
@@ -383,5 +382,5 @@ def in_order(pool: ThreadPoolExecutor, work: Callable[[In], Out], items: Iterabl
         while futures:
             yield futures.popleft().result()
     finally:
-        for future in futures:  # the consumer has failed: begin nothing more
+        for future in futures:  # the consumer has failed: start no more items
             future.cancel()

@@ -1,13 +1,13 @@
 """Manifests: UTF-8 JSONL files of utterances, of any length, in constant memory.
 
 In:  a file, or a glob such as `parts/*.jsonl`.
-Out: its rows by number, each an `Utterance`, the record that all steps share; a `ManifestError` that names the
-     file, the line and the way out where a row is wrong.
+Out: its rows by number, each an `Utterance`, the record that all steps share; for a wrong row, a `ManifestError` that
+     names the file, the line and what to do.
 Try: `rows = Manifest("train.jsonl"); len(rows), rows[0].text, [row.id for row in rows]`
 Flow: corpora → **manifest** → continuations, speech features, training, evaluation.
 
-Rows are found through an index beside the file (`train.jsonl.idx`, see `row_index.py`). `write_manifest` writes
-a file whole.
+Rows are found through an index beside the file (`train.jsonl.idx`, see `row_index.py`). `write_manifest` writes a file
+atomically.
 """
 
 import glob
@@ -25,8 +25,8 @@ from blsp.data.files import ManifestError, dump_row, parse_row, read_rows, show,
 from blsp.data.jobs import SKIPPED_SUFFIX
 from blsp.data.row_index import INDEX_SUFFIX, open_index, refuse_shared_keys
 
-ROWS_READ = 256  # rows fetched at a time when all are read in order
-CONTINUATION_KEY = ("id", "behaviour", "order")  # what is unique in a continuation file
+ROWS_READ = 256  # rows that are fetched at a time when all are read in order
+CONTINUATION_KEY = ("id", "behaviour", "order")  # the fields that together are unique in a continuation file
 
 __all__ = ["CONTINUATION_KEY", "Manifest", "ManifestError", "Utterance", "read_rows", "write_manifest"]
 
@@ -37,9 +37,9 @@ class Utterance:
 
     id: str
     audio: str
-    """Path or other address (addresses.py); absolute when it comes out of a `Manifest`."""
+    """Path or other address (addresses.py); a `Manifest` makes it absolute."""
     text: str
-    """The transcript as given; "" where nothing is said (`extra["no_speech"]`) or it is not known."""
+    """The transcript as given; "" if nothing is said (`extra["no_speech"]`) or the transcript is not known."""
     start: float | None = None
     """Seconds into the file."""
     duration: float | None = None
@@ -54,15 +54,15 @@ class Utterance:
     instruction: str | None = None
     """Replaces the command's instruction for this row."""
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
-    """Fields that we do not know, kept unchanged."""
+    """All other fields, unchanged."""
 
     @property
     def no_speech(self) -> bool:
-        """Silence, noise or music: answered with a fixed sentence."""
+        """Whether the clip is silence, noise or music, which is answered with a fixed sentence."""
         return bool(self.extra.get("no_speech"))
 
     def to_json(self) -> dict[str, Any]:
-        """The row as a JSON object: fields that are None left out, `extra` merged in."""
+        """The row as a JSON object, without fields that are None, and with the fields of `extra`."""
         row = {name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}
         if self.options is not None:
             row["options"] = list(self.options)
@@ -93,7 +93,7 @@ MOST_SECONDS = 1e9  # thirty years: no recording is longer
 
 
 def _check_fields(row: dict[str, Any], where: str) -> None:
-    """Refuse what cannot be an utterance: `row` holds the known fields that are not null."""
+    """Raise ManifestError for values that cannot be an utterance's. row: the known fields that are not null."""
     for name, value in row.items():
         if name in NUMBERS:
             _check_seconds(name, value, where)
@@ -180,7 +180,7 @@ class Manifest(Sequence[Utterance]):
             try:
                 values = parse_row(raw[start - starts[0] : end - starts[0]], "")
                 utterance = Utterance.from_json(resolve_audio(values, path.parent), "")
-            except ManifestError as error:  # the line's number costs a scan: counted only when it is needed
+            except ManifestError as error:  # the line number needs a scan, so it is counted only for an error
                 raise ManifestError(f"{index.where(row)}{error}") from None
             yield utterance
 
@@ -197,7 +197,7 @@ def _close_all(descriptors: list[int]) -> None:
 
 
 def find_manifests(path: str | os.PathLike[str]) -> list[Path]:
-    """The file with this name, or the files that match a glob, sorted; without indexes and skip lists."""
+    """The file with this name, or the sorted files that match a glob, without indexes and skip lists."""
     plain = Path(path)
     try:
         if plain.is_dir():
@@ -218,7 +218,7 @@ def find_manifests(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def resolve_audio(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`row` with its audio path made absolute; URLs, data-URIs and text-only rows stay as they are."""
+    """`row` with an absolute audio path; URLs, data-URIs and text-only rows do not change."""
     audio = row.get("audio")
     if isinstance(audio, str) and audio and not audio.startswith(("/", "data:")) and not is_url(audio):
         row["audio"] = os.path.join(folder, audio)
@@ -226,7 +226,7 @@ def resolve_audio(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def name_relative(row: dict[str, Any], folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """`row` with its audio path relative to `folder`, where the audio lies below it."""
+    """`row` with its audio path relative to `folder`, if the audio is in that folder."""
     below = os.path.abspath(folder) + os.sep
     audio = str(row.get("audio", ""))
     return row | {"audio": audio.removeprefix(below)} if audio.startswith(below) else row
@@ -238,9 +238,9 @@ def write_manifest(
     rows: Iterable[Utterance | dict[str, Any]],
     relative_to: str | os.PathLike[str] | None = None,
 ) -> int:
-    """Write the rows one by one and return their number; the file appears whole, at the end.
+    """Write the rows one by one and return their number; the file gets its name at the end.
 
-    Audio paths that lie under the folder `relative_to` are written relative to it (give the manifest's own folder).
+    Audio paths inside the folder `relative_to` (usually the manifest's own) are written relative to it.
     """
     count = 0
     with write_atomically(path) as partial, open(partial, "wb") as out:

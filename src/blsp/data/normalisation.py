@@ -1,14 +1,14 @@
 """Whisper's text normaliser, with the vowel signs of every script.
 
 In:  a transcript and its language (ISO 639-1).
-Out: the text without case, punctuation and brackets; for English, with numbers as digits.
+Out: the text in lower case, without punctuation and brackets; for English, with numbers as digits.
 Try: `normaliser("hi")("आज का दिन!")` is "आज का दिन"
 Flow: used where texts are compared (evaluation/scoring.py, training/probes.py) and by `blsp continue --normalise`.
 
-Whisper's normaliser for languages other than English (Radford et al. 2022, appendix C) turns every combining mark
-into a blank. In Hindi, Bengali, Tamil, Thai and many other scripts, vowels are such marks: दिन (day) and दान (gift)
-would be equal. Here marks stay, with three exceptions: invisible ones, those that stand on no letter, and the vowel
-points of Arabic and Hebrew script, which ordinary writing leaves out.
+Whisper's normaliser for languages other than English (Radford et al. 2022, appendix C) replaces every combining mark
+by a blank. In Hindi, Bengali, Tamil, Thai and many other scripts, vowels are such marks: दिन (day) and दान (gift) would
+be equal. Here marks are kept, with three exceptions: invisible marks, marks without a letter, and the vowel points of
+Arabic and Hebrew script, which are usually not written.
 """
 
 import re
@@ -26,14 +26,14 @@ POINTS = re.compile(
 DOTTED = frozenset({"tr", "az"})  # I is the capital of ı, and İ the capital of i
 INVISIBLE = re.compile("[\u180b-\u180d\u180f\ufe00-\ufe0f]")  # variation selectors
 ZERO_WIDTH_SPACE = "\u200b"  # marks the end of a word in Khmer, Thai, Lao and Burmese
-# NFKC takes the Thai and Lao vowel AM apart, on either side of a tone sign; together it is one letter again.
+# NFKC splits the Thai and Lao vowel AM into two characters around a tone sign; they are joined again.
 THAI_AM = re.compile("\u0e4d([\u0e48-\u0e4b]?)\u0e32|([\u0e48-\u0e4b])\u0e4d\u0e32")
 LAO_AM = re.compile("\u0ecd([\u0ec8-\u0ecb]?)\u0eb2|([\u0ec8-\u0ecb])\u0ecd\u0eb2")
 
 
 @cache
 def normaliser(language: str, split_letters: bool = False) -> Callable[[str], str]:
-    """The normaliser of a language. split_letters: a blank between letters where a language has none between words."""
+    """The normaliser of a language. split_letters: put blanks between letters if words have none between them."""
     if language == "en":
         from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -42,11 +42,11 @@ def normaliser(language: str, split_letters: bool = False) -> Callable[[str], st
 
 
 def basic_normaliser(language: str = "", split_letters: bool = False) -> Callable[[str], str]:
-    """The normaliser that knows no words of any language. split_letters: a blank between letters."""
+    """The normaliser without rules for the words of a language. split_letters: put blanks between letters."""
     from whisper_normalizer.basic import BasicTextNormalizer
 
     whisper = BasicTextNormalizer(split_letters=split_letters)
-    whisper.clean = without_symbols  # after it took out brackets, before it splits letters
+    whisper.clean = without_symbols  # it is called after brackets are removed and before letters are split
 
     def normalise(text: str) -> str:
         if language in POINTED:
@@ -59,14 +59,14 @@ def basic_normaliser(language: str = "", split_letters: bool = False) -> Callabl
 
 
 def without_symbols(text: str) -> str:
-    """The text in NFKC, with a blank for each symbol and punctuation mark; combining marks stay on their letters."""
+    """The text in NFKC, with a blank for each symbol and punctuation mark; combining marks are kept."""
     letters: list[str] = []
     for letter in unicodedata.normalize("NFKC", INVISIBLE.sub("", text)):
         category = unicodedata.category(letter)
         if category[0] in "SP" or letter == ZERO_WIDTH_SPACE:
             letters.append(" ")
         elif category[0] == "M":
-            # A mark without a letter is what NFKC makes of the accent in "l´eau".
+            # Drop a mark without a letter, such as NFKC makes of the accent in "l´eau".
             on_letter = category != "Me" and letters and not letters[-1].isspace()
             letters.append(letter if on_letter else "")
         elif category != "Cf":  # joiners and directions are invisible
@@ -76,7 +76,7 @@ def without_symbols(text: str) -> str:
 
 
 def count_words(text: str, language: str) -> int:
-    """The number of words of a text; of letters, where a language has no spaces between words."""
+    """The number of words of a text, or of letters if the language has no spaces between words."""
     if language in UNSPACED:
         return len(normaliser(language, split_letters=True)(text).split())
     return len(split_words(text))

@@ -5,8 +5,8 @@ Out: the manifest; OUT.meta.json (settings and counts); OUT.skipped.jsonl, if an
 Try: `blsp prepare librispeech --root /data/LibriSpeech --split dev-clean --out dev.jsonl`
 Flow: **corpora → manifest** → continuations (`blsp continue`) → speech features (`blsp encode`).
 
-A run that was killed counts the rows of its part file (jobs.py), lets the reader go past them (readers keep their
-order), and goes on. Memory does not grow with the corpus.
+After a kill, the same command counts the rows of its part file (jobs.py), skips as many rows of the reader (readers
+keep their order), and continues. Memory does not grow with the corpus.
 """
 
 import os
@@ -60,18 +60,18 @@ READERS: dict[str, Callable[[ReadRequest], Rows]] = {
 
 
 def prepare(settings: PrepareSettings) -> None:
-    """Write the manifest of a corpus' part; what is done already is not done again."""
+    """Write the manifest of a part of a corpus; rows that are written already are not read again."""
     out, facts = Path(settings.out).absolute(), _facts(settings)
     with Job(out) as job:
         if out.exists():
             job.require_same(job.require_header().get("settings", {}), facts)
-            print(f"{settings.out}: is there already, made with these settings")
+            print(f"{settings.out}: exists already, made with the same settings")
             return
         rows = _read(settings, out, facts)
-        first = list(islice(rows, 1))  # before anything is written: a wrong root is found here
+        first = list(islice(rows, 1))  # finds a wrong root before anything is written
         parts = job.parts(facts)
         if not parts.paths():
-            job.skipped_path.unlink(missing_ok=True)  # of another job that stopped half-way
+            job.skipped_path.unlink(missing_ok=True)  # of another job that was stopped
         with parts.log() as log:
             rows = _checked(_rows_left(_unique(chain(first, rows)), log.path), settings.check_audio)
             for row in tqdm(rows, desc=settings.corpus, unit=" rows", mininterval=1):
@@ -83,7 +83,7 @@ def prepare(settings: PrepareSettings) -> None:
 
 
 def _facts(settings: PrepareSettings) -> dict[str, Any]:
-    """What decides about the manifest's content."""
+    """The settings that decide the manifest's content."""
     named = ["corpus", "split", "language", "target_language", "subset"]
     named += ["audio_column", "text_column", "reference_column"]
     facts = {name: getattr(settings, name) for name in [*named, "check_audio", "limit", "seed"]}
@@ -92,7 +92,7 @@ def _facts(settings: PrepareSettings) -> dict[str, Any]:
 
 
 def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Rows:
-    """The corpus' rows, `limit` utterances at most."""
+    """The corpus' rows, with at most `limit` utterances."""
     made_audio = out.parent / f"{out.stem}_audio" / digest_of(facts)[:8]
     given = {field.name: getattr(settings, field.name) for field in fields(ReadRequest) if field.name != "made_audio"}
     request, left = ReadRequest(**given, made_audio=made_audio), settings.limit
@@ -105,7 +105,7 @@ def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Rows:
 
 
 def _unique(rows: Rows) -> Rows:
-    """The rows; `Dropped` for one whose id an earlier one has. The ids lie in a temporary database, not in memory."""
+    """The rows, with `Dropped` instead of a row whose id was used before. The ids are in a temporary database."""
     with closing(sqlite3.connect("")) as seen:
         seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
         for row in rows:
@@ -114,7 +114,7 @@ def _unique(rows: Rows) -> Rows:
 
 
 def _rows_left(rows: Rows, part: Path) -> Rows:
-    """The rows after the last one that the part file holds."""
+    """The rows after the last one in the part file."""
     count, last = 0, ""
     for _, row in read_rows(part):
         count, last = count + 1, str(row.get("id"))
@@ -126,7 +126,7 @@ def _rows_left(rows: Rows, part: Path) -> Rows:
 
 # --- checking and writing ---------------------------------------------------------------------------------
 def _checked(rows: Rows, check_audio: bool) -> Rows:
-    """The rows in their order; with `check_audio`, `Dropped` for those that cannot be decoded or are silent."""
+    """The rows in order; with `check_audio`, `Dropped` instead of rows that cannot be decoded or are silent."""
     if not check_audio:
         yield from rows
         return
@@ -147,7 +147,7 @@ def _check(row: Row) -> Row:
 
 
 def _finish(settings: PrepareSettings, job: Job, part: Path, facts: dict[str, Any]) -> None:
-    """Refuse a manifest without rows; else give it its name, and say what was done."""
+    """Raise CorpusError for a manifest without rows; otherwise give it its name, and print what was done."""
     dropped = read_rows(job.skipped_path) if job.skipped_path.exists() else ()
     reasons = Counter(str(row["reason"]).partition(":")[0] for _, row in dropped)
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())

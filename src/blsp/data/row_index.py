@@ -1,15 +1,15 @@
-"""Index of a manifest's rows: where each one starts, and that their keys are unique.
+"""Index of a manifest's rows: the first byte of each row, and a check that their keys are unique.
 
 In:  a JSONL file, and the names of the fields that together must be unique.
-Out: `NAME.idx` beside it, an SQLite database that is made once and made again when the file changes.
+Out: `NAME.idx` beside it, an SQLite database that is made once, and again when the file changes.
 Try: `index = open_index(Path("train.jsonl"), ("id",)); len(index), index.starts(0, 3)`
-Flow: data/ — `manifest.py` reads rows through it. Memory does not grow with the file.
+Flow: **row_index.py** → `manifest.py` reads rows with it. Memory does not grow with the file.
 
-    source (stamp, rows, bytes)      one row: of which file, and how long it is
+    source (stamp, rows, bytes)      one row: which version of the file, and its length
     rows (row, start, key)           a row's number, its first byte, a digest of its key
 
-An index appears whole and is never changed, so any number of processes may read it without locks. Where the
-folder cannot be written, the index lives in a temporary file.
+An index is written atomically and never changed, so any number of processes may read it without locks. If the folder
+cannot be written, the index is a temporary file.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from urllib.parse import quote
 from blsp.data.files import BYTE_ORDER_MARK, ManifestError, parse_row, read_ends, show, write_atomically
 
 INDEX_SUFFIX = ".idx"
-FORMAT = 2  # 1 was no database
+FORMAT = 2  # 1 was not a database
 LONGEST_LINE = 64 << 20  # bytes; a file without newlines must not be read into memory
 FIRST_REPEATED = """
     SELECT MIN(row), second FROM rows JOIN (
@@ -50,7 +50,7 @@ class RowIndex:
         return self._rows
 
     def starts(self, first: int, last: int) -> list[int]:
-        """First byte of each row from `first` to `last` (excluded), as far as there are rows."""
+        """First byte of each existing row from `first` to `last` (excluded)."""
         query = "SELECT start FROM rows WHERE row >= ? AND row < ? ORDER BY row"
         return [start for (start,) in self._table.execute(query, (first, last))]
 
@@ -69,19 +69,17 @@ class RowIndex:
         return f"{self.path}:{line}"
 
     def refusal(self, row: int, first: "RowIndex", first_row: int) -> ManifestError:
-        """The error about a row whose key stands at another row already."""
+        """The error about a row whose key another row has already."""
         (start,) = self.starts(row, row + 1)
         with open(self.path, "rb") as file:
             file.seek(start)
             values = key_values(parse_row(file.readline(), ""), self.key)
         shown = ", ".join(f'"{name}" {value!r}' for name, value in zip(self.key, values, strict=True))
-        return ManifestError(
-            f"{self.where(row)}: {shown} stands at {first.where(first_row)} already; it must be unique"
-        )
+        return ManifestError(f"{self.where(row)}: {shown} is in {first.where(first_row)} already; it must be unique")
 
 
 def open_index(path: Path, key: tuple[str, ...]) -> RowIndex:
-    """The index beside `path`, made anew if it is missing or stale; refuses keys that occur twice."""
+    """The index beside `path`, made if it is missing or stale; raises ManifestError for keys that occur twice."""
     beside = index_path(path)
     try:
         stamp = _stamp(path, key)
@@ -99,12 +97,12 @@ def open_index(path: Path, key: tuple[str, ...]) -> RowIndex:
 
 
 def index_path(path: Path) -> Path:
-    """Where the index of a manifest lies. It stays right when both are renamed."""
+    """The path of a manifest's index. The index stays valid if both are renamed."""
     return path.with_name(path.name + INDEX_SUFFIX)
 
 
 def _stamp(path: Path, key: tuple[str, ...]) -> str:
-    """What tells the file as it is now from what it was: size, time, and a checksum of its two ends."""
+    """A text that identifies this version of the file: size, time, and a checksum of its two ends."""
     size, ends = read_ends(path)
     if not size:
         raise ManifestError(f"{path}: is empty; a manifest needs at least one row")
@@ -112,7 +110,7 @@ def _stamp(path: Path, key: tuple[str, ...]) -> str:
 
 
 def _load(database: Path, path: Path, key: tuple[str, ...], stamp: str) -> RowIndex | None:
-    """The index in `database`, or None if there is none that fits the file."""
+    """The index in `database`, or None if it is missing, damaged, or of another version of the file."""
     try:
         uri = f"file:{quote(os.fspath(database.absolute()))}?mode=ro&immutable=1"
         table = sqlite3.connect(uri, uri=True, check_same_thread=False)  # SQLite lets threads take turns
@@ -141,7 +139,7 @@ def _temporary(path: Path, key: tuple[str, ...], stamp: str) -> RowIndex:
 def _build(database: Path, path: Path, key: tuple[str, ...], stamp: str) -> None:
     """Scan the file and write its index; refuse a key that occurs twice."""
     with closing(sqlite3.connect(database, isolation_level=None)) as table:
-        # A half-written index is never read, so there is no journal. What is sorted goes to temporary files.
+        # A half-written index is never read, so it needs no journal. Sorting uses temporary files.
         for setting in ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", "cache_size = -8000"):
             table.execute(f"PRAGMA {setting}")
         table.execute("BEGIN")
@@ -203,7 +201,7 @@ def _key_digest(row: dict[str, Any], key: tuple[str, ...]) -> bytes:
 
 
 def refuse_shared_keys(indexes: Sequence[RowIndex]) -> None:
-    """Raise ManifestError where two files hold the same key: their sorted keys are read side by side."""
+    """Raise ManifestError if two files hold the same key, by merging their sorted keys."""
     before: tuple[bytes, int, int] = (b"", 0, 0)
     for entry in heapq.merge(*(index.keys(number) for number, index in enumerate(indexes))):
         if entry[0] == before[0]:

@@ -1,6 +1,6 @@
 """Readers of published corpora, for `blsp prepare CORPUS --root FOLDER --out FILE`.
 
-    reading.py        what the readers share: the request, files and tables with good errors, rows
+    reading.py        parts that all readers use: the request, files and tables with good errors, rows
     recognition.py    LibriSpeech, GigaSpeech, TED-LIUM 3
     translation.py    Common Voice, CoVoST 2, MuST-C, FLEURS
     understanding.py  Fluent Speech Commands, SLURP, SNIPS
@@ -9,9 +9,9 @@
     tables.py         CSV, TSV, JSON Lines, NeMo's manifests
     shards.py         WebDataset, Lhotse Shar
     hub.py            any Hugging Face dataset
-    no_speech.py      clips of silence, noise and babble, made here
+    no_speech.py      generated clips of silence, noise and babble
 
-A reader is a generator. It takes a `ReadRequest` and yields utterances (and what it leaves out, with the
-reason) in an order that never changes. It holds no more than one recording's rows in memory. To add a corpus,
-write a reader and add it to `READERS` in `data/prepare.py`, or from a file of your own (docs/extending.md).
+A reader is a generator. It takes a `ReadRequest` and yields utterances, and `Dropped` with a reason for rows that it
+leaves out, always in the same order. It keeps no more than one recording's rows in memory. To add a corpus, write a
+reader and add it to `READERS` in `data/prepare.py`, or in a file of your own (docs/extending.md).
 """

@@ -1,9 +1,9 @@
-"""Columns of tables: which of them is the audio, which the text; and the utterance in a row.
+"""Columns of tables: which one is the audio and which the text; and the utterance in a row.
 
 In:  a row's values by column.
-Out: an utterance, or the reason why the row is left out.
+Out: an utterance, or `Dropped` with the reason why the row is left out.
 Try: `table_row("clips-00000002", {"path": "a.wav", "text": "hello"}, ("path", "text"), request, folder)`
-Flow: data/corpora/ — the readers of tables, shards and Hugging Face datasets share this.
+Flow: data/corpora/ — used by the readers of tables, shards and Hugging Face datasets.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Values = dict[str, Any]
 
 
 def find_column(asked: str | None, known: Sequence[str], columns: Sequence[str], flag: str, source: Path | str) -> str:
-    """The column that the flag names, or the first one with a known name, in small or capital letters."""
+    """The column named by the flag, or the first one with a known name (upper or lower case)."""
     spelt = {column.strip().lower(): column for column in reversed(columns)}
     name = asked if asked is not None else next((spelt[name] for name in known if name in spelt), None)
     if name in columns:
@@ -41,11 +41,11 @@ def find_column(asked: str | None, known: Sequence[str], columns: Sequence[str],
 def table_row(
     made_id: str, values: Values, columns: tuple[str, str], request: ReadRequest, folder: Path | None = None
 ) -> Row:
-    """The utterance in a table's row. folder: of paths that are relative."""
+    """The utterance in a table's row. folder: where relative paths start."""
     audio_column, text_column = columns
     id, audio = str(values.get("id") or made_id), values.get(audio_column)
     if not isinstance(audio, str) or not audio.strip():
-        return Dropped(id, "", f"no audio: nothing stands in column {audio_column}")
+        return Dropped(id, "", f"no audio: column {audio_column} is empty")
     if folder is not None and not is_url(audio) and not audio.startswith("data:"):
         audio = os.path.join(folder, audio)
     times: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def table_row(
             try:
                 times[name] = float(given)
             except (TypeError, ValueError):
-                return Dropped(id, audio, f"no time: {name} is {given!r}, which is no number of seconds")
+                return Dropped(id, audio, f"no time: {name} is {given!r}, which is not a number of seconds")
             if not 0 <= times[name] < 1e9:
                 return Dropped(id, audio, f"no time: {name} is {given!r} seconds")
     if (end := times.pop("end", None)) is not None:
@@ -78,6 +78,6 @@ def table_row(
 
 
 def first_text(values: Values, names: Sequence[str]) -> str | None:
-    """The first of these columns that holds a text or a number."""
+    """The value of the first of these columns that holds a text or a number."""
     found = [values[name] for name in names if isinstance(values.get(name), str | int) and values[name] != ""]
     return str(found[0]) if found else None

@@ -5,9 +5,9 @@ Out: utterances, one at a time.
 Try: `next(audio_and_text(ReadRequest(root="my_recordings", ...)))`, with my_recordings/a.wav beside a.txt
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
-A Kaldi directory is read as its documentation describes it (kaldi-asr.org/doc/data_prep.html: wav.scp, text,
-and optionally segments, utt2spk, utt2lang). Lhotse's format is plain JSON (lhotse.readthedocs.io,
-"Representing a corpus" and "Cuts"), so the library is not needed.
+A Kaldi directory has the files that its documentation describes (kaldi-asr.org/doc/data_prep.html: wav.scp, text, and
+optionally segments, utt2spk, utt2lang). Lhotse's format is plain JSON (lhotse.readthedocs.io, "Representing a corpus"
+and "Cuts"), so the library is not needed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import fsspec
 
 from blsp.data.addresses import is_url
 from blsp.data.containers import AUDIO_SUFFIXES, UNREAD_SUFFIXES
@@ -36,23 +33,23 @@ from blsp.data.corpora.reading import (
     iso,
     make_row,
     read_lines,
+    read_objects,
     subfolders,
 )
-from blsp.data.files import ManifestError, parse_row
 
 FOLDER = Corpus("recordings", "your own disk: audio files (wav, mp3, m4a, opus, ...) beside .txt files")
 KALDI = Corpus("a Kaldi data directory", "https://kaldi-asr.org/doc/data_prep.html (its layout)")
 LHOTSE = Corpus("Lhotse manifests", "https://lhotse.readthedocs.io (their format)")
 
 TEXT_SUFFIXES = (".txt", ".lab")
-# commands of wav.scp that only decode a file: flac -c -d -s FILE |, sph2pipe -f wav -p FILE |, cat FILE |
+# commands in wav.scp that only decode a file: flac -c -d -s FILE |, sph2pipe -f wav -p FILE |, cat FILE |
 DECODING = re.compile(r"(?:\S*/)?(?:flac(?: -[cds]+)+|sph2pipe(?: -f \w+| -p)+|cat) (\S+) *\|")
 
 
 def audio_and_text(request: ReadRequest) -> Rows:
-    """Every audio file below the folder (or its subfolder SPLIT) with the .txt or .lab file of its name.
+    """Each audio file in the folder (or its subfolder SPLIT) with the .txt or .lab file of the same name.
 
-    The whole folder is read where it has no `train` and no other split was asked for.
+    If there is no subfolder `train` and no other split is requested, the whole folder is read.
     """
     root = FOLDER.need(request.folder)
     whole = request.splits == ["train"] and not (root / "train").is_dir()
@@ -63,8 +60,8 @@ def audio_and_text(request: ReadRequest) -> Rows:
 
 
 def _pairs(root: Path, folder: Path, language: str | None) -> Rows:
-    """A row for each recording; one that cannot be used is left out with its reason, the others are not touched."""
-    last: dict[str, Path] = {}  # the recording of each id of the folder that is being read
+    """A row for each recording; `Dropped` with the reason for one that cannot be used."""
+    last: dict[str, Path] = {}  # id -> recording
     for path, texts in _recordings(folder):
         id = path.relative_to(root).with_suffix("").as_posix()
         name = os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -75,7 +72,7 @@ def _pairs(root: Path, folder: Path, language: str | None) -> Rows:
         elif path.suffix.lower() in UNREAD_SUFFIXES:
             yield Dropped(id, name, f"format: {path.suffix} files are not read; convert it to wav or flac")
         elif (first := last.setdefault(id, path)) != path:
-            yield Dropped(id, name, f"two recordings of one name: {first.name} is taken")
+            yield Dropped(id, name, f"two recordings of one name: {first.name} is used")
         else:
             try:
                 text = " ".join(line.strip() for _, line in read_lines(texts[0], FOLDER))
@@ -86,10 +83,10 @@ def _pairs(root: Path, folder: Path, language: str | None) -> Rows:
 
 
 def _recordings(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Each recording and the text files of its name, in an order that does not change.
+    """Each recording and the text files with its name, always in the same order.
 
-    Only one folder's names are in memory. Hidden files and folders (macOS writes a `._a.wav` beside `a.wav`) are
-    passed over; suffixes may be in capitals.
+    Only one folder's names are in memory. Hidden files and folders are skipped (macOS writes `._a.wav` beside
+    `a.wav`). Suffixes may be in upper case.
     """
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
@@ -106,8 +103,7 @@ def _recordings(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def kaldi(request: ReadRequest) -> Rows:
-    """A data directory (or its subdirectory SPLIT): text names the utterances, segments or wav.scp the
-    audio."""
+    """A data directory (or its subdirectory SPLIT): `text` lists the utterances, `segments` or `wav.scp` the audio."""
     root = KALDI.need(request.folder)
     for split in request.splits:
         if (root / "wav.scp").exists():
@@ -154,7 +150,7 @@ def _kaldi_times(begin: str, end: str, path: Path, line: int) -> dict[str, float
 
 
 def _audio_of(entry: str, folder: Path) -> Path | str | Dropped:
-    """The file that an entry of wav.scp names: a path, a command that only decodes a file, or a place in an ark."""
+    """The file of an entry of wav.scp: a path, a command that only decodes a file, or a byte position in an ark."""
     entry = entry.strip()
     if decoded := DECODING.fullmatch(entry):
         entry = decoded[1]
@@ -165,13 +161,13 @@ def _audio_of(entry: str, folder: Path) -> Path | str | Dropped:
     path, place = (entry[: ark.start()], int(ark[1])) if (ark := re.search(r":(\d+)$", entry)) else (entry, None)
     if is_url(path):
         return path if place is None else Dropped("", "", f"no audio file: {entry!r} is an ark behind a URL; copy it")
-    # an absolute path stays what it is; Kaldi's own way is from where it is run
+    # relative to the directory if it exists there; otherwise to the working directory, as in Kaldi
     file = folder / path if (folder / path).exists() else Path(path).absolute()
     return file if place is None else _wav_in_ark(file, place)
 
 
 def _wav_in_ark(path: Path, place: int) -> str | Dropped:
-    """The address of a wav that begins at a byte of an archive; its header tells its length."""
+    """The address of a wav that begins at byte `place` of an archive; its length is in its header."""
     try:
         with open(path, "rb") as file:
             file.seek(place)
@@ -187,13 +183,13 @@ def _mapping(path: Path) -> Iterator[tuple[str, str]]:
     for line, content in read_lines(path, KALDI):
         name, value = _split_once(content)
         if name and not value:
-            raise KALDI.broken(path, line, f"{name!r} stands without a value")
+            raise KALDI.broken(path, line, f"{name!r} has no value")
         if name:
             yield name, value
 
 
 def _split_once(content: str) -> tuple[str, str]:
-    """Name and rest of a line; Kaldi parts them with blanks or a tab."""
+    """Name and rest of a line, which Kaldi separates with blanks or a tab."""
     name, *rest = content.split(maxsplit=1) or [""]
     return name, (rest[0].strip() if rest else "")
 
@@ -220,8 +216,7 @@ def lhotse(request: ReadRequest) -> Rows:
 
 
 def _find(root: Path, kind: str, split: str) -> Path | None:
-    """The one file of a kind and part, such as librispeech_recordings_train-clean-5.jsonl.gz or
-    cuts_dev.jsonl."""
+    """The one file of a kind and split, such as librispeech_recordings_train-clean-5.jsonl.gz or cuts_dev.jsonl."""
     word = r"(^|[_.]){}([_.]|$)"
     named = [path for path in sorted(root.glob("*.jsonl*")) if re.search(word.format(kind), path.name)]
     files = [path for path in named if re.search(word.format(re.escape(split)), path.name)]
@@ -230,25 +225,9 @@ def _find(root: Path, kind: str, split: str) -> Path | None:
     return files[0] if files else None
 
 
-def objects_of(path: Path | str) -> Iterator[tuple[str, dict[str, Any] | Dropped]]:
-    """("file:line", object) of a .jsonl or .jsonl.gz file, which may be behind a URL; `Dropped` for a broken line."""
-    try:
-        with fsspec.open(str(path), "rb", compression="infer") as lines:
-            for line, raw in enumerate(lines, start=1):
-                where = f"{path}:{line}"
-                try:
-                    if raw.strip():
-                        yield where, parse_row(raw, where)
-                except ManifestError as error:
-                    name = where.rpartition("/")[2]
-                    yield where, Dropped(name, "", f"broken row: {str(error).removeprefix(where + ': ')}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{error}" if str(path) in str(error) else f"{path}: damaged ({error})") from error
-
-
 def _from_cuts(path: Path) -> Rows:
-    """A cut's supervisions; their times count from the cut's start."""
-    for where, cut in objects_of(path):
+    """The supervisions of each cut; their times are relative to the cut's start."""
+    for line, cut in read_objects(path):
         if isinstance(cut, Dropped):
             yield cut
             continue
@@ -257,16 +236,16 @@ def _from_cuts(path: Path) -> Rows:
             kind = cut.get("type", "no recording")
             yield Dropped(str(cut.get("id")), "", f"no single recording: the cut is a {kind}")
             continue
-        with _as_published(where):
+        with _as_published(path, line):
             for supervision in cut.get("supervisions", []):
                 yield _utterance(supervision, recording, float(cut.get("start", 0.0)), path)
 
 
 def _from_supervisions(recordings: Path, supervisions: Path) -> Rows:
-    whole = (recording for _, recording in objects_of(recordings) if not isinstance(recording, Dropped))
+    whole = (recording for _, recording in read_objects(recordings) if not isinstance(recording, Dropped))
     listed = ((str(recording.get("id")), json.dumps(recording)) for recording in whole)
     with Lookup(listed) as known:
-        for where, supervision in objects_of(supervisions):
+        for line, supervision in read_objects(supervisions):
             if isinstance(supervision, Dropped):
                 yield supervision
                 continue
@@ -275,44 +254,43 @@ def _from_supervisions(recordings: Path, supervisions: Path) -> Rows:
                 reason = f"no recording: {supervision.get('recording_id')} is not in {recordings.name}"
                 yield Dropped(str(supervision.get("id")), "", reason)
             else:
-                with _as_published(where):
+                with _as_published(supervisions, line):
                     yield _utterance(supervision, json.loads(recording), 0.0, recordings)
 
 
 @contextmanager
-def _as_published(where: str) -> Iterator[None]:
-    """A field that is missing or of another kind is an error about that line."""
+def _as_published(path: Path, line: int) -> Iterator[None]:
+    """Turn errors about a missing or wrong field into a CorpusError that names the line."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise CorpusError(f"{where}: not a Lhotse supervision with its recording ({error!r})") from error
+        raise CorpusError(f"{path}:{line}: not a Lhotse supervision with its recording ({error!r})") from error
 
 
 def _utterance(supervision: dict[str, Any], recording: dict[str, Any], offset: float, path: Path) -> Row:
-    id = str(supervision["id"])
-    start, duration = offset + float(supervision["start"]), float(supervision["duration"])
     sources, seconds = recording["sources"], float(recording["duration"])
-    unfit = _why_unfit(recording, sources)
-    if unfit:
-        return Dropped(id, str(recording.get("id")), f"unfit recording: {unfit}")
+    if unfit := _why_unfit(recording, sources):
+        return Dropped(str(supervision["id"]), str(recording.get("id")), f"unfit recording: {unfit}")
     audio = Path(str(sources[0]["source"]))
-    whole = start <= 0 and abs(duration - seconds) < 0.001
     audio = path.parent / audio if (path.parent / audio).exists() else audio.absolute()
+    return supervision_row(supervision, audio, offset, seconds)
+
+
+def supervision_row(supervision: dict[str, Any], audio: Path | str, offset: float, seconds: float) -> Row:
+    """The utterance of a supervision. offset: its cut's start in the audio; seconds: the length of the audio."""
+    start, duration = offset + float(supervision["start"]), float(supervision["duration"])
+    whole = start <= 0 and abs(duration - seconds) < 0.001
     times = {} if whole else {"start": round(max(0.0, start), 6), "duration": round(duration, 6)}
-    fields: dict[str, Any] = {
-        "language": iso(supervision.get("language")),
-        "speaker": supervision.get("speaker"),
-        **times,
-    }
-    return make_row(id, audio, str(supervision.get("text") or ""), **fields)
+    fields: dict[str, Any] = {"language": iso(supervision.get("language")), "speaker": supervision.get("speaker")}
+    return make_row(str(supervision["id"]), audio, str(supervision.get("text") or ""), **fields, **times)
 
 
 def _why_unfit(recording: dict[str, Any], sources: Any) -> str | None:
-    """Why the recording cannot be read as one file with one voice, or None."""
+    """Why the recording cannot be read as one file with one channel, or None."""
     if len(sources) != 1 or sources[0].get("type") != "file":
         return "its audio is not one file"
     if len(sources[0].get("channels", [0])) > 1:
-        return "it has several channels, of which a supervision means one"
+        return "it has several channels, and each supervision belongs to one of them"
     if recording.get("transforms"):
         return "it is transformed on the fly (speed, volume); save it as audio first"
     return None

@@ -1,13 +1,12 @@
 """Reader of any Hugging Face dataset with an audio column (needs `datasets`: pip install "blsp[data]").
 
-In:  a folder (of `save_to_disk`, or of files that `load_dataset` understands), or a hub id, which is fetched
-     because the user named it.
+In:  a folder (of `save_to_disk`, or of files that `load_dataset` understands), or a hub id, whose files are fetched.
 Out: utterances, one at a time.
 Try: `next(hugging_face(ReadRequest(root="google/fleurs", subset="en_us", split="test", ...)))`
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
-Audio is neither decoded nor copied. Where the dataset holds a file's bytes, the row names its place in the Parquet or
-Arrow file (data/addresses.py); where it names a file, the row names that file. The audio column itself is not read.
+Audio is not decoded or copied. If the dataset contains a file's bytes, the row has their address in the Parquet or
+Arrow file (data/addresses.py). If it names a file, the row names the same file. The audio column itself is not read.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Rows
 from blsp.data.corpora.shards import read_webdataset
 from blsp.data.hub_names import hub_trouble, is_missing_path
 
-AT_A_TIME = 1024  # rows of a table that are read together, without their audio
+AT_A_TIME = 1024  # rows of a table that are read at once, without their audio
 
 
 def hugging_face(request: ReadRequest) -> Rows:
-    """Row N of the split becomes the id SPLIT-N; columns of plain values are kept as further fields."""
+    """Row N of a split gets the id SPLIT-N; columns of plain values are kept as further fields."""
     _check_path(request.root)
     try:
         import datasets
@@ -52,7 +51,7 @@ def hugging_face(request: ReadRequest) -> Rows:
 
 
 def _check_path(root: str) -> None:
-    """Refuse a file, and a path that is not there."""
+    """Raise CorpusError for a file, and for a path that does not exist."""
     if Path(root).is_file():
         raise CorpusError(f"{root}: is a file; --root is a folder or a hub id (tables: `blsp prepare csv|tsv|jsonl`)")
     if not is_url(root) and is_missing_path(root):
@@ -60,7 +59,7 @@ def _check_path(root: str) -> None:
 
 
 def _check_hub(datasets: Any, root: str) -> None:
-    """Refuse a hub id where the hub does not answer, unless the dataset was loaded here before."""
+    """Raise CorpusError for a hub id if the hub does not answer, unless the dataset is in the local cache."""
     loaded_before = Path(datasets.config.HF_DATASETS_CACHE, root.replace("/", "___"))
     if Path(root).is_dir() or is_url(root) or loaded_before.is_dir():
         return
@@ -69,7 +68,7 @@ def _check_hub(datasets: Any, root: str) -> None:
 
 
 def _load(datasets: Any, request: ReadRequest, split: str) -> tuple[str, list[str], Any]:
-    """The kind of a split's files, their paths or URLs, and the dataset itself for kinds that we do not read."""
+    """The kind of a split's files and their paths or URLs; for kinds that are not read here, also the dataset."""
     folder = Path(request.root)
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         saved = datasets.load_from_disk(request.root)
@@ -98,7 +97,7 @@ def _columns(datasets: Any, features: dict[str, Any], request: ReadRequest) -> t
 
 
 def _row(id: str, row: Values, columns: tuple[str, str], request: ReadRequest) -> Any:
-    """The utterance of a row; its `duration` may be in milliseconds, so it is kept as `source_duration`."""
+    """The utterance of a row; `duration` may be in milliseconds there, so it becomes `source_duration`."""
     if row[columns[0]] is None:
         return Dropped(id, "", "no audio file: the row holds neither bytes nor a local path")
     kept = {name: value for name, value in row.items() if name in columns or _is_plain(value)}
@@ -117,7 +116,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _stored(datasets: Any, files: list[str]) -> tuple[Any, dict[str, Any]]:
-    """Rows of Parquet or Arrow files, in which the audio column is an address; and the features of their columns."""
+    """Rows of Parquet or Arrow files with an address in the audio column; and the features of their columns."""
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -149,7 +148,7 @@ def _stored(datasets: Any, files: list[str]) -> tuple[Any, dict[str, Any]]:
 
 
 def _parquet_batches(file: Any, audio: str) -> Iterator[tuple[Any, bool | None]]:
-    """Batches of rows, without the bytes of their audio where a row group has them in each row (True then)."""
+    """Batches of rows, and True if each row of the row group holds the audio's bytes, which are then not read."""
     schema = file.schema_arrow
     plain = [name for name in schema.names if name != audio]
     parts = [field.name for field in schema.field(audio).type] if hasattr(schema.field(audio).type, "fields") else []
@@ -178,11 +177,11 @@ def _addressed(batch: Any, stored: bool | None, audio: str, file: str, first: in
 
 
 def _streamed(datasets: Any, dataset: Any) -> tuple[Any, dict[str, Any]]:
-    """Rows of a dataset whose audio are files of their own (audiofolder, tables of paths)."""
+    """Rows of a dataset whose audio is in separate files (audiofolder, tables of paths)."""
     features = dataset.features or dataset._resolve_features().features
 
     def rows(audio: str) -> Iterator[Values]:
-        # the library would not pass on paths without its own decoder
+        # with this cast the library gives paths instead of decoded audio
         yield from dataset.cast_column(audio, datasets.Value("string"))
 
     return rows, features

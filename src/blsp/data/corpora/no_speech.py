@@ -1,7 +1,7 @@
 """Clips without understandable speech: silence, coloured noise, hum, clicks, simple music, babble.
 
 In:  a seed and, for babble, a manifest of speech.
-Out: wav files beside the manifest, and rows with `no_speech`; clip number n depends on the seed and n alone.
+Out: wav files beside the manifest, and rows with `no_speech`; clip number n depends only on the seed and n.
 Try: `make_sound("pink", np.random.default_rng(0), 16_000)`
 Flow: data/corpora/ — `blsp prepare no-speech`; training teaches the no-speech sentence on these clips.
 
@@ -21,7 +21,7 @@ from blsp.data.manifest import Manifest, Utterance
 CLIPS = 300  # without --limit
 SECONDS = (0.3, 8.0)
 LOUDNESS_DB = (-65.0, -15.0)  # RMS below full scale
-TALKERS = (6, 12)  # fewer than six voices can be followed
+TALKERS = (6, 12)  # with fewer than six voices, words can be understood
 SLOPES = {"white": 0.0, "pink": 1.0, "brown": 2.0, "blue": -1.0}  # power falls with frequency to this power
 
 Generator = np.random.Generator
@@ -61,7 +61,7 @@ def _at_loudness(sound: np.ndarray, generator: Generator) -> np.ndarray:
 
 
 def _silence(generator: Generator, samples: int) -> np.ndarray:
-    """Digital silence, or what a quiet converter gives: a bit or two of noise."""
+    """Digital silence, or the noise of one or two bits that a quiet converter gives."""
     level = generator.choice([0.0, 0.0, 1.0, 2.0]) / 32768
     return (level * generator.standard_normal(samples)).astype(np.float32)
 
@@ -75,7 +75,7 @@ def _coloured(slope: float) -> Callable[[Generator, int], np.ndarray]:
 
 
 def _hum(generator: Generator, samples: int) -> np.ndarray:
-    """Mains and fans: a low tone with its harmonics over faint noise."""
+    """Mains and fans: a low tone with harmonics, and faint noise."""
     time = np.arange(samples) / SAMPLE_RATE
     pitch = generator.uniform(45, 180)
     sound = 0.05 * generator.standard_normal(samples)

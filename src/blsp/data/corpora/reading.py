@@ -3,7 +3,7 @@
 In:  a `ReadRequest`; paths of files as a corpus publishes them.
 Out: lines and table rows; `Utterance` or `Dropped`; a `CorpusError` that says where the corpus can be fetched.
 Try: `Corpus("LibriSpeech", "https://www.openslr.org/12").need(Path("/data/LibriSpeech/dev-clean"))`
-Flow: data/corpora/ — under every reader beside this file; `data/prepare.py` calls the readers.
+Flow: data/corpora/ — used by every reader; `data/prepare.py` calls the readers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ import os
 import re
 import sqlite3
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
+from blsp.data.files import BYTE_ORDER_MARK, ManifestError, parse_row
 from blsp.data.manifest import Utterance
 
 # names of languages in some corpora -> ISO 639-1
@@ -31,14 +35,14 @@ class CorpusError(ValueError):
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """What a reader shall read."""
+    """What a reader should read; the fields are flags of `blsp prepare`."""
 
     root: str
     split: str
     language: str | None
     target_language: str | None
     made_audio: Path
-    """Where a reader may write audio that exists as no file of its own."""
+    """The folder for audio that a reader makes."""
     audio_column: str | None = None
     text_column: str | None = None
     reference_column: str | None = None
@@ -57,7 +61,7 @@ class ReadRequest:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A row that was left out; what stands before the first colon of the reason is counted."""
+    """A row that was left out; rows are counted by the part of the reason before its first colon."""
 
     id: str
     audio: str
@@ -70,13 +74,13 @@ Rows = Iterator[Row]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A published corpus: its name, and the page from which it can be fetched."""
+    """A published corpus: its name, and the page where it can be downloaded."""
 
     name: str
     page: str
 
     def root(self, request: ReadRequest, inner: str) -> Path:
-        """The folder `--root`, or its subfolder `inner` (which the archive unpacks into) where there is one."""
+        """The folder `--root`, or its subfolder `inner` (created by unpacking the archive) if it exists."""
         root = self.need(request.folder)
         return root / inner if (root / inner).is_dir() else root
 
@@ -88,7 +92,7 @@ class Corpus:
         raise CorpusError(f"{candidates[0]}: missing; {self._remedy()}")
 
     def need_split(self, path: Path, split: str, known: Iterable[str]) -> Path:
-        """`path`, which belongs to the split; the message lists the splits that there are."""
+        """`path`, which belongs to the split; if it does not exist, a `CorpusError` lists the splits that do."""
         if path.exists():
             return path
         there = ", ".join(known)
@@ -108,7 +112,7 @@ class Corpus:
         except (TypeError, ValueError):
             value = -1.0
         if not 0 <= value < 1e9:
-            raise self.broken(path, line, f"{text!r} is no time in seconds")
+            raise self.broken(path, line, f"{text!r} is not a time in seconds")
         return round(value, 6)
 
     def times(self, begin: object, end: object, path: Path, line: int) -> dict[str, float]:
@@ -118,7 +122,7 @@ class Corpus:
 
 
 def iso(language: str | None) -> str | None:
-    """zh-CN, zh_cn, cmn_hans_cn, Chinese -> zh; codes that have no ISO 639-1 stay as they are."""
+    """zh-CN, zh_cn, cmn_hans_cn, Chinese -> zh; codes without an ISO 639-1 code do not change."""
     if not language:
         return None
     short = re.split(r"[-_]", language.lower())[0]
@@ -126,7 +130,7 @@ def iso(language: str | None) -> str | None:
 
 
 def make_row(id: str, audio: Path | str, text: str, *, tags: Iterable[str] = (), **fields: Any) -> Row:
-    """The utterance, or the reason why it is left out; `tags` are words of the transcript that are no speech."""
+    """The utterance, or `Dropped` with the reason. tags: words of the transcript that are not speech."""
     ignored = set(tags)
     words = [word for word in text.split() if word not in ignored]
     if not any(letter.isalnum() for word in words for letter in word):
@@ -140,7 +144,7 @@ def make_row(id: str, audio: Path | str, text: str, *, tags: Iterable[str] = (),
 
 
 def read_lines(path: Path, corpus: Corpus) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of a text file, without its end; streaming."""
+    """(number from 1, line without its end) of a text file, one at a time."""
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
@@ -154,8 +158,8 @@ def read_table(
 ) -> Iterator[tuple[int, dict[str, str] | Dropped]]:
     """(line number, row) of a tab-separated table without quoting, which must have these `columns`.
 
-    The header gives the names, unless the table has none and `names` does. A row that a line break or a tab in a cell
-    has broken is `Dropped`, once, however many lines it has.
+    names: of all columns, if the table has no header. A row with a line break or a tab in a cell is `Dropped` once,
+    even if it has several lines.
     """
     columns, lines = list(columns), read_lines(path, corpus)
     if names is None:
@@ -169,18 +173,18 @@ def read_table(
         if first < last or len(cells) < least or any(cells[len(names) :]):
             yield first, Dropped(where, "", f"broken row: a line break or a tab in a cell of {path}, line {first}")
         else:
-            cells += [""] * (len(names) - len(cells))  # editors drop empty cells at the end of a line
+            cells += [""] * (len(names) - len(cells))  # editors remove empty cells at the end of a line
             yield first, dict(zip(names, cells, strict=False))
 
 
 def _whole_rows(lines: Iterable[tuple[int, str]], width: int) -> Iterator[tuple[int, int, list[str]]]:
     r"""(first line, last line, cells) of each row; the lines of a row with a line break in a cell are joined.
 
-    In a table of `width` 4, "a\tb\tone" and "sentence\t2" are one row: neither is whole, and together they have
-    3 + 2 - 1 = 4 cells. Lines whose last cells an editor dropped have more than half of the cells, so two of them do
-    not fit into one row.
+    In a table of `width` 4, "a\tb\tone" and "sentence\t2" are one row: both are incomplete, and together they have
+    3 + 2 - 1 = 4 cells. Lines whose last cells an editor removed have more than half of the cells, so two of them are
+    too long for one row.
     """
-    held: tuple[int, int, list[str]] | None = None  # a line with too few cells, and those that were joined to it
+    held: tuple[int, int, list[str]] | None = None  # a line with too few cells, and the lines joined to it
     for number, line in lines:
         if not line:
             continue
@@ -211,6 +215,25 @@ def read_csv(path: Path, corpus: Corpus, columns: Iterable[str]) -> Iterator[tup
             yield from enumerate(reader, start=2)
     except (csv.Error, UnicodeDecodeError) as error:
         raise CorpusError(f"{path}: cannot be read ({error}); fetch {corpus.name} again") from error
+
+
+def read_objects(path: Path | str) -> Iterator[tuple[int, dict[str, Any] | Dropped]]:
+    """(line number, object) of a .jsonl or .jsonl.gz file or URL; `Dropped` instead of a broken line."""
+    name = str(path).rpartition("/")[2]
+    try:
+        with fsspec.open(str(path), "rb", compression="infer") as lines:
+            for line, raw in enumerate(lines, start=1):
+                raw = raw.removeprefix(BYTE_ORDER_MARK) if line == 1 else raw
+                if line == 1 and raw.lstrip().startswith(b"["):
+                    raise CorpusError(f"{path}: is a JSON array; write one object a line: jq -c '.[]' {name}")
+                where = f"{name}:{line}"
+                try:
+                    if raw.strip():
+                        yield line, parse_row(raw, where)
+                except ManifestError as error:
+                    yield line, Dropped(where, "", f"broken row: {str(error).removeprefix(where + ': ')}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(str(error) if str(path) in str(error) else f"{path}: damaged ({error})") from error
 
 
 def subfolders(path: Path) -> list[str]:

@@ -31,8 +31,7 @@ JSON_BLOCK = 1 << 20  # characters of a large JSON file read at a time
 
 
 def librispeech(request: ReadRequest) -> Rows:
-    """SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, a line an utterance: `ID TRANSCRIPT`; ID.flac beside
-    it."""
+    """SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt with lines `ID TRANSCRIPT`, and ID.flac beside it."""
     root = LIBRISPEECH.root(request, "LibriSpeech")
     for split in request.splits:
         folder = LIBRISPEECH.need_split(root / split, split, subfolders(root))
@@ -42,7 +41,7 @@ def librispeech(request: ReadRequest) -> Rows:
                 for line, content in read_lines(LIBRISPEECH.need(path), LIBRISPEECH):
                     id, _, text = content.partition(" ")
                     if not id.startswith(f"{speaker}-{chapter}-"):
-                        raise LIBRISPEECH.broken(path, line, f"{id!r} is no utterance of this chapter")
+                        raise LIBRISPEECH.broken(path, line, f"{id!r} is not an utterance of this chapter")
                     yield make_row(id, path.with_name(f"{id}.flac"), text, language="en", speaker=speaker)
 
 
@@ -52,8 +51,8 @@ def librispeech(request: ReadRequest) -> Rows:
 def gigaspeech(request: ReadRequest) -> Rows:
     """GigaSpeech.json names long Opus files under audio/, each with segments (begin, end, text, subsets).
 
-    A part is a subset: XL, L, M, S, XS, DEV, TEST. Punctuation is spelled in tags and becomes punctuation;
-    a segment that is a tag alone (<SIL>, <MUSIC>, <NOISE>, <OTHER>) is dropped.
+    A split is a subset: XL, L, M, S, XS, DEV, TEST. Punctuation tags become punctuation. A segment that is only a tag
+    (<SIL>, <MUSIC>, <NOISE>, <OTHER>) is dropped.
     """
     path = GIGASPEECH.need(request.folder / "GigaSpeech.json")
     GIGASPEECH.need(path.parent / "audio")
@@ -83,7 +82,7 @@ def _gigaspeech_recording(recording: dict[str, Any], subsets: set[str], path: Pa
 
 
 def read_json_array(path: Path, name: str, corpus: Corpus) -> Iterator[Any]:
-    """The items of the array `name` of a JSON file that is larger than memory, one at a time."""
+    """The items of the array `name` of a JSON file, one at a time; the file may be larger than memory."""
     try:
         with open(path, encoding="utf-8") as file:
             yield from _array_items(file, name, path, corpus)
@@ -93,7 +92,7 @@ def read_json_array(path: Path, name: str, corpus: Corpus) -> Iterator[Any]:
 
 def _array_items(file: IO[str], name: str, path: Path, corpus: Corpus) -> Iterator[Any]:
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    text, at = _find_array(file, name, path, corpus)  # what is read but not parsed yet is text[at:]
+    text, at = _find_array(file, name, path, corpus)  # text[at:] is read but not parsed yet
     while True:
         while at == len(text) and (block := file.read(JSON_BLOCK)):
             text, at = block, 0
@@ -103,7 +102,7 @@ def _array_items(file: IO[str], name: str, path: Path, corpus: Corpus) -> Iterat
         try:
             item, at = decoder.raw_decode(text, at)
         except (json.JSONDecodeError, RecursionError) as error:
-            block = file.read(max(JSON_BLOCK, len(text)))  # doubling: no item is parsed more than a few times
+            block = file.read(max(JSON_BLOCK, len(text)))  # double the text, so that an item is parsed only a few times
             if not block:
                 raise CorpusError(f"{path}: is damaged within {name!r} ({error}); fetch it again") from error
             text, at = text[at:] + block, 0
@@ -128,9 +127,8 @@ def _find_array(file: IO[str], name: str, path: Path, corpus: Corpus) -> tuple[s
 def tedlium3(request: ReadRequest) -> Rows:
     """legacy/{train,dev,test}/stm/TALK.stm and sph/TALK.sph (NIST sphere, 16 kHz).
 
-    A line of STM: `talk channel speaker begin end <labels> words`. As in Kaldi, pronunciation variants
-    `(2)` and the name at the end of a line go, and `it 's` becomes `it's`; lines to be ignored in scoring
-    are left out.
+    A line of STM: `talk channel speaker begin end <labels> words`. As in Kaldi, pronunciation variants `(2)` and the
+    name at the end of a line are removed, and `it 's` becomes `it's`. Lines to be ignored in scoring are left out.
     """
     root = TEDLIUM.root(request, "TEDLIUM_release-3")
     for split in request.splits:

@@ -1,14 +1,14 @@
 """Readers of corpora in tar files: WebDataset, and Lhotse Shar.
 
 In:  a folder, a pattern (`shards/train-{000..099}.tar`, `s3://bucket/shards/*.tar`), or one tar file.
-Out: utterances, one at a time, in the order of the shards; their audio stays where it is.
+Out: utterances, one at a time, in the order of the shards; their audio is not copied.
 Try: `blsp prepare webdataset --root "shards/train-{000..099}.tar" --out train.jsonl`
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
-A row names its audio as a span of bytes of the tar file, or as a member where the tar file is compressed
-(data/addresses.py). WebDataset: members of one name up to the first dot are a sample
-(github.com/webdataset/webdataset). Shar: cuts.000000.jsonl.gz beside recording.000000.tar
-(lhotse.readthedocs.io, "Shar"). A shard that ends too early gives what it holds, and is counted.
+A row names its audio as a byte range of the tar file, or as a member if the tar file is compressed (data/addresses.py).
+WebDataset: members with the same name up to the first dot are one sample (github.com/webdataset/webdataset). Shar:
+cuts.000000.jsonl.gz beside recording.000000.tar (lhotse.readthedocs.io, "Shar"). The samples of an incomplete shard are
+used, and the shard is counted as damaged.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import fsspec
 from blsp.data.addresses import is_url, open_url
 from blsp.data.containers import AUDIO_SUFFIXES
 from blsp.data.corpora.columns import TEXT_COLUMNS, table_row
-from blsp.data.corpora.folders import objects_of
-from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, ReadRequest, Row, Rows, iso, make_row
+from blsp.data.corpora.folders import supervision_row
+from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, ReadRequest, Row, Rows, read_objects
 
 WEBDATASET = Corpus("WebDataset shards", "https://github.com/webdataset/webdataset (their format)")
 SHAR = Corpus("Lhotse Shar", "https://lhotse.readthedocs.io (its format)")
@@ -38,7 +38,7 @@ MOST_TEXT_BYTES = 1 << 20  # of a member that is read for its text
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar file; `content` where it is small and no audio."""
+    """A file in a tar file, with its `content` if it is small and not audio."""
 
     name: str
     address: str
@@ -46,7 +46,7 @@ class Member:
 
     @property
     def key(self) -> str:
-        """The name up to the first dot of its last part, which is that of the sample."""
+        """The sample's name: the path up to the first dot of its last part."""
         folder, slash, name = self.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
@@ -56,7 +56,7 @@ class Member:
 
 
 def tar_members(path: str) -> Iterator[Member | Dropped]:
-    """The files in a tar file, in its order; at last `Dropped`, where it is damaged."""
+    """The files in a tar file, in order; at the end `Dropped` if it is damaged."""
     name = path.rpartition("/")[2]
     try:
         with open_url(path) if is_url(path) else open(path, "rb") as file, tarfile.open(fileobj=file) as tar:
@@ -70,7 +70,7 @@ def tar_members(path: str) -> Iterator[Member | Dropped]:
                 is_text = f".{member.name.rpartition('.')[2].lower()}" not in AUDIO_SUFFIXES
                 content = tar.extractfile(member) if is_text and member.size <= MOST_TEXT_BYTES else None
                 yield Member(member.name, address, content.read() if content else None)
-    except Exception as error:  # tarfile, zlib, lzma and every file system have errors of their own
+    except Exception as error:  # tarfile, zlib, lzma and every file system have their own errors
         yield Dropped(name, path, f"damaged shard: {error or type(error).__name__}")
 
 
@@ -110,7 +110,7 @@ def _sample(id: str, path: str, files: dict[str, Member], request: ReadRequest) 
             values["text"], column = (text.content or b"").decode("utf-8-sig").strip(), "text"
     except ValueError as error:  # of UTF-8 and of JSON
         return Dropped(id, path, f"transcript: {error}")
-    # `start` and `duration` tell where the sample was cut from: it is whole here
+    # here `start` and `duration` say where the sample was cut from the original: it must not be cut again
     given = {
         f"source_{name}" if name in ("start", "duration", "end") else name: value for name, value in values.items()
     }
@@ -121,38 +121,33 @@ def _sample(id: str, path: str, files: dict[str, Member], request: ReadRequest) 
 
 
 def shar(request: ReadRequest) -> Rows:
-    """Each supervision of each cut; a recording in Shar is what the cut has cut out."""
+    """Each supervision of each cut; in Shar, a recording contains only the cut."""
     cuts = find_files(request.root, request.splits, "cuts.*.jsonl*")
     if not cuts:
         raise CorpusError(f"{request.root}: no cuts.000000.jsonl.gz; is it a folder of {SHAR.name}? See {SHAR.page}")
     for path in cuts:
         number = path.rpartition("/")[2].split(".")[1]
         tars = find_files(path.rpartition("/")[0], [], f"recording.{number}.tar*")
-        members = list(tar_members(tars[0])) if tars else []  # those of one shard
+        members = list(tar_members(tars[0])) if tars else []  # of one shard
         yield from (member for member in members if isinstance(member, Dropped))
         audio = {_without_ending(m.name): m for m in members if isinstance(m, Member) and m.content is None}
-        for where, cut in objects_of(path):
+        for line, cut in read_objects(path):
             if isinstance(cut, Dropped):
                 yield cut
                 continue
             try:
                 yield from _cut_rows(cut, audio, path)
             except (KeyError, TypeError, AttributeError, ValueError) as error:
-                yield Dropped(where.rpartition("/")[2], path, f"broken row: not a cut of Shar ({error!r})")
+                yield Dropped(f"{path.rpartition('/')[2]}:{line}", path, f"broken row: not a cut of Shar ({error!r})")
 
 
 def _cut_rows(cut: dict[str, Any], audio: dict[str, Member], path: str) -> Rows:
     recording = audio.get(str(cut["id"]))
     for supervision in cut.get("supervisions", []):
-        id = str(supervision["id"])
         if recording is None:
-            yield Dropped(id, path, f"no audio: {cut['id']} is not in the recording's tar file")
-            continue
-        start, duration = float(supervision["start"]), float(supervision["duration"])
-        whole = start <= 0 and abs(duration - float(cut["duration"])) < 0.001
-        times = {} if whole else {"start": round(max(0.0, start), 6), "duration": round(duration, 6)}
-        fields = {"language": iso(supervision.get("language")), "speaker": supervision.get("speaker"), **times}
-        yield make_row(id, recording.address, str(supervision.get("text") or ""), **fields)
+            yield Dropped(str(supervision["id"]), path, f"no audio: {cut['id']} is not in the recording's tar file")
+        else:
+            yield supervision_row(supervision, recording.address, 0.0, float(cut["duration"]))
 
 
 def _without_ending(name: str) -> str:
@@ -163,7 +158,7 @@ def _without_ending(name: str) -> str:
 
 
 def find_files(root: str, splits: list[str], pattern: str) -> list[str]:
-    """The files of a folder (or its subfolder SPLIT), or those that `root` spells, sorted; paths or URLs."""
+    """The sorted files (paths or URLs) of a folder or its subfolder SPLIT, or those that the pattern `root` matches."""
     if "{" in root or "*" in root or re.search(r"\.tar(\.\w+)?$", root):
         return [path for name in expand_braces(root) for path in (_glob(name) if "*" in name else [name])]
     folders = [f"{root.rstrip('/')}/{split}" for split in splits]
@@ -191,6 +186,6 @@ def _glob(pattern: str) -> list[str]:
             pattern = os.path.abspath(pattern)
         system, path = fsspec.url_to_fs(pattern)
         names = sorted(str(name) for name in system.glob(path))
-    except Exception as error:  # every file system of fsspec has errors of its own
+    except Exception as error:  # every file system of fsspec has its own errors
         raise CorpusError(f"{pattern}: cannot be listed ({error})") from error
     return [system.unstrip_protocol(name) if is_url(pattern) else name for name in names]

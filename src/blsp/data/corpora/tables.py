@@ -1,35 +1,30 @@
-"""Readers of tables of your own: CSV, TSV and JSON Lines with a column of audio, and NeMo's manifests.
+"""Readers of your own tables: CSV, TSV and JSON Lines with a column of audio, and NeMo's manifests.
 
-In:  a file, or a folder in which the file is called by the split (`train.csv`).
+In:  a file, or a folder with a file for each split (`train.csv`).
 Out: utterances, one at a time.
 Try: `blsp prepare csv --root clips.csv --audio-column path --text-column sentence --out clips.jsonl`
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
-Columns that are called as a field of a manifest mean that field (`end` beside `start` gives the duration); others are
-kept. Audio may be any address
-(data/addresses.py), relative to the table's folder. NeMo's layout: docs.nvidia.com/nemo-framework, "Preparing
-Custom ASR Data" and "Tarred Datasets" (`shard_id`, and audio_0.tar beside the manifest).
+A column with the name of a manifest's field is that field (`end` beside `start` gives the duration); other columns are
+kept. Audio may be any address (data/addresses.py), relative to the table's folder. NeMo's layout:
+docs.nvidia.com/nemo-framework, "Preparing Custom ASR Data" and "Tarred Datasets" (`shard_id`, and audio_0.tar beside
+the manifest).
 """
 
 from __future__ import annotations
 
 import csv
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self, TextIO
 
-import fsspec
-
 from blsp.data.corpora.columns import AUDIO_COLUMNS, TEXT_COLUMNS, Values, find_column, table_row
-from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, Lookup, ReadRequest, Rows, read_table
+from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, Lookup, ReadRequest, Rows, read_objects, read_table
 from blsp.data.corpora.shards import tar_members
-from blsp.data.files import ManifestError, parse_row
 
 TABLE = Corpus("a table", "your own disk: a file with a row for each recording, a column of audio and one of text")
 NEMO = Corpus("a NeMo manifest", "https://docs.nvidia.com/nemo-framework (its layout)")
-BOM = b"\xef\xbb\xbf"
 Numbered = Iterator[tuple[int, Values | Dropped]]  # line number, cells by column
 
 
@@ -48,25 +43,25 @@ def tsv_table(request: ReadRequest) -> Rows:
 def jsonl_table(request: ReadRequest) -> Rows:
     """One JSON object a line."""
     for path in _files(request, "jsonl"):
-        yield from _rows(path, _read_jsonl(path), request)
+        yield from _rows(path, read_objects(path), request)
 
 
 def nemo(request: ReadRequest) -> Rows:
     """`audio_filepath`, `text`, `duration`, `offset`; with `shard_id`, `audio_filepath` is a member of that tar."""
     for path in _files(request, "json", "jsonl"):
-        first = next((values for _, values in _read_jsonl(path) if not isinstance(values, Dropped)), {})
+        first = next((values for _, values in read_objects(path) if not isinstance(values, Dropped)), {})
         if "audio_filepath" not in first:
             raise CorpusError(f"{path}: no row has an audio_filepath; this is not {NEMO.name} as in {NEMO.page}")
         if "shard_id" not in first:
-            yield from _rows(path, (_nemo_times(*row) for row in _read_jsonl(path)), request)
+            yield from _rows(path, (_nemo_times(*row) for row in read_objects(path)), request)
             continue
         with Lookup(_nemo_members(path.parent)) as members:
-            rows = (_nemo_times(*row) for row in _read_jsonl(path))
+            rows = (_nemo_times(*row) for row in read_objects(path))
             yield from _rows(path, (_nemo_address(*row, members) for row in rows), request)
 
 
 def _files(request: ReadRequest, *suffixes: str) -> list[Path]:
-    """The file that --root names, or SPLIT.csv in that folder for each split."""
+    """The file named by --root, or SPLIT.csv in that folder for each split."""
     root = TABLE.need(request.folder)
     if root.is_file():
         return [root]
@@ -81,7 +76,7 @@ def _files(request: ReadRequest, *suffixes: str) -> list[Path]:
 
 
 def _read_csv(path: Path) -> Numbered:
-    """A row that is broken, as by a quotation mark that nobody closes, is one line: reading goes on with the next."""
+    """Rows of a CSV file. A broken row (an open quotation mark) counts as one line; reading continues with the next."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = file.readline()
@@ -115,7 +110,7 @@ def _read_csv(path: Path) -> Numbered:
 
 
 class _RowLines:
-    """The lines of a file. `row`: those read since it was cleared; `again`: to be read once more, from the last on."""
+    """The lines of a file. row: lines read since it was cleared; again: lines to read once more, last one first."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.row, self.again = file, list[str](), list[str]()
@@ -129,24 +124,8 @@ class _RowLines:
         return line
 
 
-def _read_jsonl(path: Path) -> Numbered:
-    try:
-        with fsspec.open(str(path), "rb", compression="infer") as lines:
-            for line, raw in enumerate(lines, start=1):
-                where = f"{path.name}:{line}"
-                if line == 1 and raw.removeprefix(BOM).lstrip().startswith(b"["):
-                    raise CorpusError(f"{path}: is a JSON array; write one object a line: jq -c '.[]' {path.name}")
-                try:
-                    if raw.strip():
-                        yield line, parse_row(raw.removeprefix(BOM), where)
-                except ManifestError as error:
-                    yield line, Dropped(where, "", f"broken row: {str(error).removeprefix(where + ': ')}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise CorpusError(f"{path}: damaged ({error})") from error
-
-
 def _rows(path: Path, rows: Numbered, request: ReadRequest) -> Rows:
-    """The utterances of a table; rows without an id get one from the table's name and the line."""
+    """The utterances of a table; rows without an id get one from the table's name and the line number."""
     columns: tuple[str, str] | None = None
     for line, values in rows:
         if isinstance(values, Dropped):
@@ -163,7 +142,7 @@ def _rows(path: Path, rows: Numbered, request: ReadRequest) -> Rows:
 
 
 def _nemo_times(line: int, values: Values | Dropped) -> tuple[int, Values | Dropped]:
-    """A row without `offset` is the whole file; NeMo's `duration` is rounded then."""
+    """Rename `offset` to `start`. A row without it is a whole file, whose rounded `duration` is dropped."""
     if isinstance(values, Dropped):
         return line, values
     times = {"start": values["offset"], "duration": values.get("duration")} if values.get("offset") else {}
@@ -174,7 +153,7 @@ def _nemo_members(folder: Path) -> Iterator[tuple[str, str]]:
     """(shard and name, address) of all members of the numbered tar files."""
     tars = {path: number[1] for path in sorted(folder.glob("*.tar")) if (number := re.search(r"(\d+)$", path.stem))}
     if not tars:
-        raise CorpusError(f"{folder}: no audio_0.tar, audio_1.tar, ... beside the manifest, whose rows have a shard_id")
+        raise CorpusError(f"{folder}: no audio_0.tar, audio_1.tar, ... here, but the manifest's rows have a shard_id")
     for path, shard in tars.items():
         for member in tar_members(str(path)):
             if not isinstance(member, Dropped):
@@ -182,7 +161,7 @@ def _nemo_members(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _nemo_address(line: int, values: Values | Dropped, members: Lookup) -> tuple[int, Values | Dropped]:
-    """The row with the address of its member; several segments of one file are named FILE-sub1, FILE-sub2."""
+    """Replace `audio_filepath` by the member's address; segments of one file have the names FILE-sub1, FILE-sub2."""
     if isinstance(values, Dropped):
         return line, values
     name, shard = str(values.pop("audio_filepath", "")), values.pop("shard_id", None)

@@ -1,7 +1,7 @@
 """Readers of corpora in several languages: Common Voice, CoVoST 2, MuST-C, FLEURS.
 
 In:  a corpus' folder as published.
-Out: utterances, one at a time; the translation, where one is asked for, is `reference`.
+Out: utterances, one at a time; a requested translation is in `reference`.
 Try: `next(must_c(ReadRequest(root="/data/MUSTC_v1.0", split="dev", target_language="de", ...)))`
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
@@ -57,7 +57,7 @@ def common_voice(request: ReadRequest) -> Rows:
 
 
 def _clip(row: dict[str, str], folder: Path, language: str | None, **more: Any) -> Row:
-    """A line of Common Voice; early releases leave `.mp3` out of the path."""
+    """A row of Common Voice; paths of early releases have no `.mp3`."""
     name = row["path"] if Path(row["path"]).suffix else f"{row['path']}.mp3"
     more |= {"language": language, "speaker": row.get("client_id") or None}
     return make_row(Path(name).stem, folder / "clips" / name, row["sentence"], **more)
@@ -83,9 +83,9 @@ def _language_folder(request: ReadRequest, corpus: Corpus, inside: str) -> Path:
 def covost2(request: ReadRequest) -> Rows:
     """Common Voice 4's folder of the source language, with CoVoST's table in it.
 
-    Either covost_v2.SRC_TGT.SPLIT.tsv (path, sentence, translation, client_id), which CoVoST's own script
-    writes, or the published covost_v2.SRC_TGT.tsv (path, translation, split) beside Common Voice's
-    validated.tsv, joined here by the same rule: `train` is train and train_covost.
+    The table is either covost_v2.SRC_TGT.SPLIT.tsv (path, sentence, translation, client_id), written by CoVoST's own
+    script, or the published covost_v2.SRC_TGT.tsv (path, translation, split), which is joined with Common Voice's
+    validated.tsv by the script's rule: `train` is train and train_covost.
     """
     if not request.target_language:
         raise CorpusError("CoVoST 2 is a translation corpus: say --target-language (and --language)")
@@ -105,7 +105,7 @@ def covost2(request: ReadRequest) -> Rows:
 
 
 def _covost_table(path: Path, columns: list[str]) -> Iterator[dict[str, str] | Dropped]:
-    r"""Rows of a table as CoVoST's script writes and reads them: without quoting, `\"` for a quotation mark."""
+    r"""Rows of a table in the form of CoVoST's script: without quoting, `\"` is a quotation mark."""
     for _, row in read_table(path, COVOST, columns):
         if isinstance(row, Dropped):
             yield row
@@ -137,7 +137,7 @@ def _covost_joined(path: Path, split: str, folder: Path, request: ReadRequest) -
 
 
 def _translations(path: Path, chosen: set[str], broken: list[Dropped]) -> Iterator[tuple[str, str]]:
-    """(path, translation) of the rows of the chosen splits; rows that are broken are appended to `broken`."""
+    """(path, translation) of the rows of the chosen splits; broken rows are appended to `broken`."""
     for row in _covost_table(path, ["path", "translation", "split"]):
         if isinstance(row, Dropped):
             broken.append(row)
@@ -157,11 +157,9 @@ def _translated(row: dict[str, str], translation: str, folder: Path, request: Re
 
 
 def must_c(request: ReadRequest) -> Rows:
-    """en-TGT/data/SPLIT/{wav/*.wav, txt/SPLIT.yaml, txt/SPLIT.en, txt/SPLIT.TGT}; splits train, dev,
-    tst-COMMON, tst-HE.
+    """en-TGT/data/SPLIT/{wav/*.wav, txt/SPLIT.yaml, txt/SPLIT.en, txt/SPLIT.TGT}; train, dev, tst-COMMON, tst-HE.
 
-    A line of the YAML file per sentence: `- {duration: 3.5, offset: 16.1, speaker_id: spk.1, wav:
-    ted_1.wav}`.
+    The YAML file has one line for each sentence: `- {duration: 3.5, offset: 16.1, speaker_id: spk.1, wav: ted_1.wav}`.
     """
     if not request.target_language:
         raise CorpusError("MuST-C is a translation corpus: say --target-language")
@@ -201,7 +199,7 @@ def _must_c_part(folder: Path, split: str, target: str) -> Rows:
 
 
 def _segments(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The list in the YAML file, a line at a time: as a whole it would take minutes and gigabytes."""
+    """The list in the YAML file, parsed line by line: the whole file at once would take minutes and gigabytes."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     for line, content in read_lines(path, MUST_C):
         if not content.strip():
@@ -219,11 +217,9 @@ def _segments(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def fleurs(request: ReadRequest) -> Rows:
-    """data/LANGUAGE/{train,dev,test}.tsv (no header) and data/LANGUAGE/audio/SPLIT/*.wav, unpacked from
-    SPLIT.tar.gz.
+    """data/LANGUAGE/{train,dev,test}.tsv (no header) and data/LANGUAGE/audio/SPLIT/*.wav, unpacked from SPLIT.tar.gz.
 
-    With a target language, the same sentence's text in that language (train, dev and test together) is
-    `reference`.
+    With a target language, `reference` is the same sentence in that language, from its train, dev and test tables.
     """
     root = FLEURS.root(request, "data")
     folder = _fleurs_folder(root, request.language)
@@ -262,7 +258,7 @@ def _fleurs_folder(root: Path, language: str | None) -> Path:
 
 
 def _fleurs_sentences(folder: Path) -> dict[str, str]:
-    """Sentence number -> text; FLEURS has some 3,000 sentences."""
+    """Sentence number -> text; FLEURS has about 3,000 sentences."""
     tables = (FLEURS.need(folder / f"{split}.tsv") for split in ("train", "dev", "test"))
     rows = (row for path in tables for _, row in read_table(path, FLEURS, [], FLEURS_COLUMNS))
     return {row["id"]: row["raw_transcription"].strip() for row in rows if not isinstance(row, Dropped)}

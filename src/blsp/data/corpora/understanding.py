@@ -1,8 +1,8 @@
 """Readers of corpora of spoken commands: Fluent Speech Commands, SLURP, SNIPS (three of them).
 
 In:  a corpus' folder as published.
-Out: utterances, one at a time; `reference` is the intent, `options` are all intents of the corpus, slots stand
-     in the row as the corpus gives them.
+Out: utterances, one at a time; `reference` is the intent, `options` are all intents of the corpus, and slots are
+     fields in the corpus' own form.
 Try: `next(slurp(ReadRequest(root="/data/slurp", split="test", ...)))`
 Flow: data/corpora/ — `data/prepare.py` names the readers in `READERS`.
 
@@ -52,8 +52,7 @@ def _sorted_set(intents: Iterable[str]) -> tuple[str, ...]:
 
 
 def fluent_speech_commands(request: ReadRequest) -> Rows:
-    """data/{train,valid,test}_data.csv (path, speakerId, transcription, action, object, location),
-    wavs/speakers/*."""
+    """data/{train,valid,test}_data.csv (path, speakerId, transcription, action, object, location); wavs/speakers/*."""
     root = FLUENT.root(request, "fluent_speech_commands_dataset")
     options = _fluent_intents(FLUENT.need(root / "data"))
     FLUENT.need(root / "wavs")
@@ -74,7 +73,7 @@ def _fluent_intents(folder: Path) -> tuple[str, ...]:
 
 
 def _fluent_intent(row: dict[str, str]) -> str:
-    """`activate lights kitchen`; a slot that is `none` says nothing."""
+    """The slots in one text, `activate lights kitchen`, without those that are `none`."""
     return " ".join(row[name] for name in SLOTS if row[name] != "none")
 
 
@@ -82,8 +81,8 @@ def _fluent_intent(row: dict[str, str]) -> str:
 
 
 def slurp(request: ReadRequest) -> Rows:
-    """dataset/slurp/{train,devel,test,train_synthetic}.jsonl, a sentence a line with its recordings;
-    audio/slurp_real and audio/slurp_synth hold these."""
+    """dataset/slurp/{train,devel,test,train_synthetic}.jsonl, with a sentence and its recordings on each line;
+    the recordings are in audio/slurp_real and audio/slurp_synth."""
     root = SLURP.need(request.folder)
     texts = SLURP.need(root / "dataset" / "slurp")
     options = _slurp_intents(texts)
@@ -125,8 +124,7 @@ def _slurp_intents(folder: Path) -> tuple[str, ...]:
 
 
 def snips(request: ReadRequest) -> Rows:
-    """One of three layouts: smart lights (no parts: --split all), smart speaker (train, test), Audio
-    SNIPS."""
+    """One of three layouts: smart lights (no splits: --split all), smart speaker (train, test), Audio SNIPS."""
     root = SNIPS.need(request.folder)
     try:
         if (root / "all.iob.snips.txt").exists():
@@ -143,7 +141,7 @@ def snips(request: ReadRequest) -> Rows:
 def _smart_lights(root: Path, request: ReadRequest) -> Rows:
     """config.json names the dataset and the speech corpus (metadata.json and audio/)."""
     if request.splits != ["all"]:
-        raise CorpusError(f"{root}: SNIPS smart lights is made for cross-validation and has one part: --split all")
+        raise CorpusError(f"{root}: SNIPS smart lights is for cross-validation and has only one split: --split all")
     config = _load_json(root / "config.json")
     speech = SNIPS.need(root / str(config.get("speech_corpus", "speech_corpus")))
     intents = _intents(root / str(config.get("dataset", "dataset.json")))
@@ -155,8 +153,7 @@ def _smart_lights(root: Path, request: ReadRequest) -> Rows:
 
 
 def _smart_speaker(root: Path, request: ReadRequest) -> Rows:
-    """metadata.json lists text and path_file; training_dataset.json and test_dataset.json say which part a
-    text is in."""
+    """metadata.json lists text and path_file; training_dataset.json and test_dataset.json hold the texts of a split."""
     names = {"train": "training_dataset.json", "test": "test_dataset.json"}
     for split in request.splits:
         dataset = SNIPS.need_split(root / names.get(split, f"{split}_dataset.json"), split, names)
@@ -177,7 +174,7 @@ def _command(id: str, audio: Path, text: str, intents: dict[str, dict[str, Any]]
 
 
 def _intents(path: Path) -> dict[str, dict[str, Any]]:
-    """Sentence -> intent and slots, of a dataset in Snips' NLU format (a few thousand sentences)."""
+    """Sentence -> intent and slots, from a dataset in Snips' NLU format (a few thousand sentences)."""
     sentences: dict[str, dict[str, Any]] = {}
     for intent, content in _load_json(path).get("intents", {}).items():
         for utterance in content["utterances"]:
