@@ -143,7 +143,7 @@ def test_a_finished_job_is_left_alone(written: Path, settings: Settings) -> None
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"max_new_tokens": 11}, {"behaviours": "continue"}, {"batch_size": 5}])
 def test_going_on_in_another_way_is_refused(written: Path, settings: Settings, other: dict) -> None:
-    with pytest.raises(JobError, match="begun with other settings"):
+    with pytest.raises(JobError, match="started with other settings"):
         write_continuations(settings(written, top_k=5, **other))
 
 
@@ -156,7 +156,7 @@ def test_a_changed_manifest_is_refused(written: Path, settings: Settings, manife
 def test_a_foreign_file_is_never_overwritten(tmp_path: Path, settings: Settings) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("mine\n")
-    with pytest.raises(JobError, match="would say how it was made"):
+    with pytest.raises(JobError, match="says how it was made"):
         write_continuations(settings(out))
     assert out.read_text() == "mine\n"
 
@@ -221,7 +221,7 @@ def test_a_removed_folder_ends_the_job(tmp_path: Path, settings: Settings, monke
         yield [Written(prompt.key, "x", (5,), "stop") for prompt in next(batches)]
 
     monkeypatch.setattr(TransformersEngine, "write", write)
-    with pytest.raises(FileNotFoundError, match=r"part-00000.jsonl: was removed while the job was at work"):
+    with pytest.raises(FileNotFoundError, match=r"part-00000.jsonl: was removed with its content"):
         write_continuations(settings(tmp_path / "runs" / "out.jsonl"))
 
 

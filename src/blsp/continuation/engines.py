@@ -1,10 +1,10 @@
 """The LLM in this process as an engine: batches of prompts in, batches of answers out.
 
-In:  an iterable of batches of `Prompt`. A batch is computed at once and never regrouped.
-Out: one list of `Written` for each batch, as the batches are done (behind a URL in any order, here in theirs).
+In:  an iterable of batches of `Prompt`. A batch is computed together and never regrouped.
+Out: one list of `Written` for each batch, as soon as it is done (here in order, behind a URL in any order).
 Try: `TransformersEngine(llm, tokenizer, Decoding()).write([[Prompt(0, "Say:", "instruction-first", "hi")]])`
 Flow: prompt_plan.py (batches) → **engines.py** (`TransformersEngine` writes answers, `ScoringEngine` adds the teacher's
-      top-k to answers that exist) or openai_engine.py → prompt_plan.py (answer logs)
+      top-k to finished answers) or openai_engine.py → prompt_plan.py (answer logs)
 
 Shapes: N answer steps, K top-k, D LLM width.
 """
@@ -28,7 +28,7 @@ from blsp.llm.teacher_forcing import answer_states, top_k_states
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt for the LLM. `answer` and `finish` are set where an answer exists and is to be scored."""
+    """One prompt for the LLM. answer, finish: set if a finished answer is to be scored."""
 
     key: int
     instruction: str
@@ -49,12 +49,12 @@ class Top:
 
 @dataclass(frozen=True)
 class Written:
-    """One answer. ids None: the engine does not say which tokens it wrote. refused: why the answer is of no use."""
+    """One answer. ids None: the engine does not return token ids. refused: why the answer cannot be used."""
 
     key: int
     text: str
     ids: list[int] | None
-    finish: str  # stop | length; "" where no answer came
+    finish: str  # stop | length; "" if there is no answer
     top: Top | None = None
     refused: str | None = None
 
@@ -71,7 +71,7 @@ def requests_of(
     prompts: Sequence[Prompt],
     decoding: Decoding | None = None,
 ) -> list[Request]:
-    """Each prompt as the decode loop takes it. Equal prefixes of a batch are one object, so that rows share them."""
+    """Each prompt as a request of the decode loop. Equal prefixes are one object, so that rows share it."""
     # one template for each instruction and order, one prefix for each template's ids
     names = dict.fromkeys((prompt.instruction, prompt.order) for prompt in prompts)
     templates = {name: prompt_template(tokenizer, *name) for name in names}
@@ -86,7 +86,7 @@ def requests_of(
 
 
 class TransformersEngine:
-    """The LLM in this process: a batch shares its prefix's key/values, and finished answers leave it."""
+    """The LLM in this process: the rows of a batch share their prefix's key/values; finished rows leave the batch."""
 
     def __init__(self, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
         self._llm, self._tokenizer = llm, tokenizer
@@ -114,7 +114,7 @@ class TransformersEngine:
 
 
 class ScoringEngine:
-    """Teacher forcing: the top-k of each step of answers that exist, the step that stopped included."""
+    """Teacher forcing: the top-k of each step of finished answers, with the step that stopped."""
 
     def __init__(
         self, llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, top_k: int, temperature: float = 1.0
@@ -140,7 +140,7 @@ class ScoringEngine:
         ]
 
     def _top_of(self, hidden: Tensor) -> Top:
-        """Top-k of hidden (N, D); an answer that was cut off before its first token has none."""
+        """Top-k of hidden (N, D); N is 0 for an answer that was cut off before its first token."""
         if not len(hidden):
             return Top(np.zeros((0, self._top_k), np.uint32), np.zeros((0, self._top_k), np.float16))
         return _top(*top_k_states(self._llm, hidden, self._top_k, self._temperature))

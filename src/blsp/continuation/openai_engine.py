@@ -1,21 +1,21 @@
 """An LLM behind OpenAI-compatible URLs: vLLM, SGLang, llama.cpp, a vendor.
 
-In:  batches of `Prompt`, sent as chat messages with the words that the local engine puts into its template.
-Out: `Written`, as answers come; up to `in_flight` requests wait at each server at once.
+In:  batches of `Prompt`, sent as chat messages with the same words that the local engine puts into its template.
+Out: `Written`, as soon as answers arrive; each server has up to `in_flight` open requests.
 Try: `OpenAIEngine(("http://localhost:8000/v1",), "my-llm", Decoding()).write([[prompt] for prompt in prompts])`
 Flow: prompt_plan.py (batches) → **openai_engine.py** → llm/servers.py; answers go back there
 
-What went wrong decides what happens then:
+What happens after a failure:
 
-    the server cannot be reached, or is full (429, 502, 503)   sent again until --retry-minutes pass without any answer
+    the server cannot be reached, or is full (429, 502, 503)   sent again until --retry-minutes pass without an answer
     no answer in time, a lost connection, a broken reply,      sent again --retries times; then the prompt is refused:
     another server error                                       it goes to the skip list with the reason
     the request is refused (400, 413, 422, …)                  the prompt is refused at once
     the address or the key is wrong (401, 403, 404, 405)       the job stops
 
 No row is lost when the job stops: finished ones are recorded, and the next run asks for the others.
-`continuation_ids` are what the server says it generated (vLLM does, given `{"return_token_ids": true}` in the body).
-Otherwise rows have none, since the text tokenised again is not the same.
+`continuation_ids` are the token ids that the server returns (vLLM does, with `{"return_token_ids": true}` in the
+body). Otherwise rows have none, since tokenising the text again may give other ids.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from blsp.llm.decoding import Decoding
 from blsp.llm.prompt import Order
 from blsp.llm.servers import LOST, NEVER_SENT, UNREACHABLE, Server, ServerError, Servers, cause_of, pause_before
 
-WRONG_JOB = (401, 403, 404, 405)  # no other prompt would fare better
+WRONG_JOB = (401, 403, 404, 405)  # the error would be the same for every prompt
 SENT_AGAIN = (408, 409, 429)  # and server errors, 500 and above
 FULL = 429
 FINISHES = {"stop": "stop", "length": "length", "max_tokens": "length", "eos": "stop", "eos_token": "stop"}
 
 
 class RefusedError(Exception):
-    """The server does not take this prompt, however often it is sent."""
+    """The server refuses this prompt; sending it again does not help."""
 
 
 class FailedError(Exception):
-    """An attempt without an answer. counts: it may be the prompt's fault. asked: the server's `Retry-After`."""
+    """An attempt without an answer. counts: the prompt may be the cause. asked: the server's `Retry-After`."""
 
     def __init__(self, message: str, *, counts: bool = True, asked: str | None = None) -> None:
         super().__init__(message)
@@ -55,22 +55,22 @@ class FailedError(Exception):
 
 @dataclass(frozen=True)
 class OpenAIEngine:
-    """Chat completions. Each url is the part before `/chat/completions`, mostly ending in `/v1`."""
+    """Chat completions. Each URL is the part before `/chat/completions`; it usually ends in `/v1`."""
 
     urls: tuple[str, ...]
     model: str
     decoding: Decoding
     api_key: str = field(default="", repr=False)
     in_flight: int = 64  # requests at each URL
-    timeout: float = 120.0  # seconds an attempt may take
-    retries: int = 8  # of a prompt that seems to be at fault
+    timeout: float = 120.0  # seconds for one attempt
+    retries: int = 8  # of a prompt that may be the cause of the failure
     retry_minutes: float = 30.0  # without any answer, before the job stops
-    body: dict[str, Any] = field(default_factory=dict)  # merged into each request; null takes a field out
+    body: dict[str, Any] = field(default_factory=dict)  # merged into each request; null removes a field
     stop_ids: tuple[int, ...] = ()  # cut off the end of the ids that the server returns
-    content: Callable[[Prompt], Any] | None = None  # the user's turn, where it is not plain words
+    content: Callable[[Prompt], Any] | None = None  # makes the user's turn, if it is not plain text
 
     def write(self, batches: Iterable[Sequence[Prompt]]) -> Iterator[list[Written]]:
-        """The answers of each batch, in the order in which the batches are done."""
+        """The answers of each batch, in the order in which the batches finish."""
         servers = Servers(self.urls, api_key=self.api_key, connections=self.in_flight)
         results: asyncio.Queue[list[Written] | Exception | None] = asyncio.Queue()
         waiting, working = iter(batches), self.in_flight * len(self.urls)
@@ -92,7 +92,7 @@ class OpenAIEngine:
                 runner.run(servers.close())
 
     async def _work(self, servers: Servers, waiting: Iterator[Sequence[Prompt]], results: asyncio.Queue[Any]) -> None:
-        """Take batches until there are none; the last result is None, or the error that ends the job."""
+        """Answer batches until there are none; the last result is None, or the error that stops the job."""
         try:
             for batch in waiting:
                 results.put_nowait([await self._answer(servers, prompt) for prompt in batch])
@@ -101,7 +101,7 @@ class OpenAIEngine:
             results.put_nowait(error)
 
     async def _answer(self, servers: Servers, prompt: Prompt) -> Written:
-        """Send the prompt until it is answered or refused; the head of this file says when it is sent again."""
+        """Send the prompt until it is answered or refused; the table at the top of this file has the rules."""
         request, attempts, counted = self._request(prompt), 0, 0
         while True:
             try:
@@ -129,7 +129,7 @@ class OpenAIEngine:
         """The first choice of a whole reply; raises RefusedError, FailedError or ServerError."""
         sent_at = time.monotonic()
         try:
-            async with asyncio.timeout(self.timeout):  # for the whole reply, also where it comes byte by byte
+            async with asyncio.timeout(self.timeout):  # for the whole reply, even if it arrives byte by byte
                 reply = await server.client.post("/chat/completions", body=request, cast_to=httpx2.Response)
             return _choice_of(reply.content)
         except APIStatusError as error:
@@ -174,12 +174,12 @@ class OpenAIEngine:
 
 
 async def _all_in(queue: asyncio.Queue[Any]) -> list[Any]:
-    """What is in the queue, at least one entry: entering the event loop for each would cost more than the entry."""
+    """All entries of the queue, at least one: one call of the event loop for each entry would be slow."""
     return [await queue.get(), *(queue.get_nowait() for _ in range(queue.qsize()))]
 
 
 def _choice_of(content: bytes) -> dict[str, Any]:
-    """The first choice of a chat completion; raises FailedError where the reply is not one."""
+    """The first choice of a chat completion; raises FailedError for any other reply."""
     try:
         body = json.loads(content)
     except ValueError:
@@ -192,11 +192,11 @@ def _choice_of(content: bytes) -> dict[str, Any]:
     if not isinstance(text or "", str) or not isinstance(ids or [], list):
         raise FailedError(f"a reply whose content is not text: {str(choice)[:80]!r}")
     if finish is None:
-        raise FailedError("a reply without finish_reason, so that its end is unknown")
+        raise FailedError("a reply without finish_reason")
     return dict(choice)
 
 
 def user_message(instruction: str, order: Order, text: str) -> str:
-    """The user's turn as `llm/prompt.py` splices it, for a server that applies the template itself."""
+    """The user's turn, the same text as in `llm/prompt.py`, for a server that applies the template itself."""
     instruction, text = instruction.strip(), " " + text.strip()
     return f"{text}\n{instruction}" if order == "speech-first" else instruction + text

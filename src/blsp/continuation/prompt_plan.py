@@ -1,19 +1,18 @@
-"""The work of step 1: all prompts, which of them are equal, which batch computes what, and the answers so far.
+"""The work of step 1: all prompts, equal prompts, batches, and the answers so far.
 
 In:  planned prompts in the order of the output rows; an engine; the folder of unfinished work.
-Out: every different prompt answered once, by any number of ranks, in batches that never change.
+Out: each different prompt answered once, by any number of ranks, in batches that never change.
 Try: `plan = write_plan(Path("plan.sqlite"), prompts, batch_size=64); plan.batch(0)`
 Flow: requests.py → **prompt_plan.py** (plan, batches, answer logs) → writer.py, which merges the answers into rows.
 
     plan.sqlite          prompts   number  row  spec  tokens  digest  first     one for each output row
                          queue     position  number                             one for each different prompt
                          specs     number  behaviour  instruction  prompt_order
-    part-00003.jsonl     the answers of rank 3, in whole batches: `left` counts the answers of the batch that follow
+    part-00003.jsonl     the answers of rank 3, in whole batches; `left`: how many answers of the batch follow
 
-`first` is the number of the first equal prompt; it is NULL where a rule answers and not the LLM. The queue is sorted by
-what is asked (a batch shares its prefix), then longest first (a batch holds like lengths, and a batch that does
-not fit into memory shows at once). Batch b is positions b·B + 1 to (b + 1)·B, whatever was computed before. Rows
-are on disk and not in memory.
+`first` is the number of the first equal prompt, or NULL if a fixed sentence is the answer. The queue is sorted by spec,
+so that a batch shares its prefix, and then longest first, so that a batch has similar lengths and a lack of memory
+shows in the first batch. Batch b is always positions b·B + 1 to (b + 1)·B. Rows are on disk, not in memory.
 """
 
 import base64
@@ -64,7 +63,7 @@ class PromptPlan:
     """A finished plan, read from its file. `len(plan)` is the number of output rows."""
 
     def __init__(self, path: Path) -> None:
-        # immutable: many ranks read the file, on any file system, and nobody locks it or writes to it
+        # immutable: many ranks read the file, on any file system, without locks
         self._database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
         self.batch_size, self.sha256 = self._one("SELECT batch_size, sha256 FROM facts")
         self._rows = self._one("SELECT COALESCE(MAX(number) + 1, 0) FROM prompts")[0]
@@ -78,7 +77,7 @@ class PromptPlan:
         return -(-self.prompts // self.batch_size)
 
     def batch(self, number: int) -> list[tuple[int, PlannedPrompt]]:
-        """The prompts of batch `number`, with their own numbers; each one stands for all that equal it."""
+        """The prompts of batch `number`, with their own numbers; each one stands for all prompts equal to it."""
         begin = number * self.batch_size
         records = self._database.execute(
             f"SELECT prompts.number, {PROMPT} FROM queue JOIN prompts ON prompts.number = queue.number {SPEC} "
@@ -88,7 +87,7 @@ class PromptPlan:
         return [(record[0], _planned(record[1:])) for record in records]
 
     def rows(self) -> Iterator[tuple[PlannedPrompt, int | None]]:
-        """For each output row its prompt, and the number of the first equal one (None: not for the LLM)."""
+        """For each output row its prompt, and the number of the first equal prompt (None: not for the LLM)."""
         records = self._database.execute(f"SELECT first, {PROMPT} FROM prompts {SPEC} ORDER BY prompts.number")
         for record in records:
             yield _planned(record[1:]), record[0]
@@ -98,12 +97,12 @@ class PromptPlan:
         return int(self._database.execute("SELECT row FROM prompts WHERE number = ?", (number,)).fetchone()[0])
 
     def firsts(self) -> Iterator[int | None]:
-        """For each output row the number of the first prompt that is equal to its own."""
+        """For each output row the number of the first prompt that is equal to its prompt."""
         for (first,) in self._database.execute("SELECT first FROM prompts ORDER BY number"):
             yield first
 
     def missing_batches(self, done: np.ndarray, mine: range) -> list[int]:
-        """Those of my batches whose answers are not recorded. A batch is recorded whole, so its first tells."""
+        """Those batches of `mine` that are not recorded. Batches are recorded whole, so their first prompt decides."""
         heads = self._database.execute("SELECT number FROM queue WHERE (position - 1) % ? = 0", (self.batch_size,))
         return [batch for batch, (number,) in enumerate(heads) if batch in mine and not done[number]]
 
@@ -121,7 +120,7 @@ def _planned(record: tuple[Any, ...]) -> PlannedPrompt:
 
 
 def write_plan(path: Path, prompts: Iterable[PlannedPrompt], batch_size: int) -> PromptPlan:
-    """Write the plan of these prompts; the file appears whole."""
+    """Write the plan of these prompts, atomically."""
     with write_atomically(path) as partial, closing(sqlite3.connect(partial)) as database:
         database.executescript(TABLES)
         database.executemany("INSERT INTO given VALUES (?, ?, ?, ?, ?)", _records(database, prompts))
@@ -134,7 +133,7 @@ def write_plan(path: Path, prompts: Iterable[PlannedPrompt], batch_size: int) ->
 
 
 def _records(database: sqlite3.Connection, prompts: Iterable[PlannedPrompt]) -> Iterator[tuple[Any, ...]]:
-    @lru_cache(maxsize=1024)  # rows may bring an instruction each: the table holds them, not the memory
+    @lru_cache(maxsize=1024)  # each row may have its own instruction, so all of them must not be in memory
     def number_of(spec: PromptSpec) -> int:
         fields = (spec.behaviour, spec.instruction, spec.order)
         database.execute("INSERT OR IGNORE INTO specs (behaviour, instruction, prompt_order) VALUES (?, ?, ?)", fields)
@@ -146,7 +145,7 @@ def _records(database: sqlite3.Connection, prompts: Iterable[PlannedPrompt]) -> 
 
 
 def _plan_digest(database: sqlite3.Connection) -> str:
-    """SHA-256 over all prompts, the order of the queue and the specs: the header names the plan by it."""
+    """SHA-256 over all prompts, the order of the queue and the specs; it is part of the header."""
     digest = hashlib.sha256()
     for table in ("prompts", "queue", "specs"):
         for record in database.execute(f"SELECT * FROM {table} ORDER BY 1"):
@@ -156,18 +155,18 @@ def _plan_digest(database: sqlite3.Connection) -> str:
 
 def open_parts(folder: Path, facts: dict[str, Any], rank: int) -> Parts:
     """The folder of unfinished work of the job with these facts."""
-    earlier = folder / "plan" / "state.json"  # up to version 0.1 the plan was a folder; the answers were as now
+    earlier = folder / "plan" / "state.json"  # up to version 0.1 the plan was a folder; the answers are the same
     if rank == 0 and earlier.exists():
         if json.loads(earlier.read_text(encoding="utf-8")).get("identity") == digest_of(facts):
             write_json(folder / "job.json", {"settings": digest_of(facts)})
         shutil.rmtree(earlier.parent)
-    if rank == 0 and any(folder.glob("part-*.ids.u32")):  # top-k beside the answers, not in them: of an earlier version
+    if rank == 0 and any(folder.glob("part-*.ids.u32")):  # an earlier version stored the top-k beside the answers
         shutil.rmtree(folder)
     return Parts(folder, facts, rank)
 
 
 def open_plan(parts: Parts, batch_size: int, prompts: Callable[[], Iterable[PlannedPrompt]], rank: int) -> PromptPlan:
-    """The plan of this job: rank 0 writes it if it is not there, the other ranks wait for it."""
+    """The plan of this job: rank 0 writes it if it is missing, the other ranks wait for it."""
     path = parts.folder / "plan.sqlite"
     while not path.exists():
         if rank == 0:
@@ -178,14 +177,14 @@ def open_plan(parts: Parts, batch_size: int, prompts: Callable[[], Iterable[Plan
 
 # --- answers ----------------------------------------------------------------------------------------------
 def open_answers(parts: Parts, rank: int) -> RowLog:
-    """The append-only answers of one rank. A batch that was cut off by a kill is removed."""
+    """The append-only answers of one rank; an incomplete batch of a killed run is removed."""
     log = parts.log(rank)
     os.truncate(log.path, max((end for _, end, _ in read_answers(log.path)), default=0))
     return log
 
 
 def answer_rows(batch: list[Written]) -> Iterator[dict[str, Any]]:
-    """A whole batch as rows of the log, to be appended together. Top-k arrays are base64 of their bytes."""
+    """A batch as rows of the log, which are appended together. Top-k arrays are base64 of their bytes."""
     for left, written in zip(range(len(batch) - 1, -1, -1), batch, strict=True):
         row: dict[str, Any] = {"key": written.key, "left": left}
         if written.refused is not None:
@@ -199,7 +198,7 @@ def answer_rows(batch: list[Written]) -> Iterator[dict[str, Any]]:
 
 
 def read_answers(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(first byte, end, fields) of the answers in whole batches; reading ends at a line that is torn."""
+    """(first byte, end, fields) of the answers in whole batches; reading stops at an incomplete line."""
     batch: list[tuple[int, int, dict[str, Any]]] = []
     begin = 0
     with open(path, "rb") as lines:
@@ -230,18 +229,18 @@ class AnswerReader:
         for number, path in enumerate(parts.paths()):
             for begin, _, fields in read_answers(path):
                 key, refused = fields["key"], "refused" in fields
-                if not (refused and answered[key]):  # an answer outlives a refusal, by whichever rank
+                if not (refused and answered[key]):  # an answer of any rank replaces a refusal
                     self._offsets[key] = (number, begin)
                 answered[key] |= not refused
 
     def fields(self, number: int) -> dict[str, Any]:
-        """`text`, `ids` and `finish` of an answer, or `refused`: why there is none."""
+        """`text`, `ids` and `finish` of an answer, or `refused` with the reason why there is none."""
         file, begin = self._offsets[number]
         self._files[file].seek(begin)
         return json.loads(self._files[file].readline())
 
     def top(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids (N, K) and logp (N, K) of an answer; no steps where it was refused."""
+        """ids (N, K) and logp (N, K) of an answer; N is 0 if it was refused."""
         ids, logp = (base64.b64decode(array) for array in self.fields(number).get("top_k", ("", "")))
         shape = (-1, self._top_k)
         return np.frombuffer(ids, "<u4").reshape(shape), np.frombuffer(logp, "<f2").reshape(shape)
@@ -256,13 +255,13 @@ def compute_answers(
     make_prompt: Callable[[int, PlannedPrompt], Prompt],
     check_refusals: Callable[[list[Written]], None] = lambda refused: None,
 ) -> None:
-    """Answer those of this rank's batches that are not answered; the engine is made only if there are any.
+    """Answer this rank's missing batches; the engine is made only if there are any.
 
-    check_refusals: gets all refused prompts after each new one, and raises where they are too many.
+    check_refusals: called with all refused prompts after each new one; raises an error if there are too many.
     """
     if parts.is_finished(runtime.rank, runtime.world):
         return
-    done = np.zeros(len(plan), bool)  # the answered prompts, by whichever rank; refused ones are asked again
+    done = np.zeros(len(plan), bool)  # prompts that any rank has answered; refused ones are asked again
     for path in parts.paths():
         for _, _, fields in read_answers(path):
             done[fields["key"]] |= "refused" not in fields

@@ -1,8 +1,8 @@
-"""What each row is asked: one planned prompt for each output row.
+"""Prompts of each row of a manifest: one planned prompt for each output row.
 
 In:  a manifest (to be continued) or a continuations file (to be scored), and the LLM's tokenizer.
-Out: one `PlannedPrompt` for each output row, in input order; a row without words, or whose prompt is too long,
-     goes to the skip list with the reason.
+Out: one `PlannedPrompt` for each output row, in input order. Rows without words, and rows with too long prompts, go to
+     the skip list with the reason.
 Try: `list(plan_continuations(Manifest("in.jsonl"), tokenizer, policy, SkippedLog("out.jsonl")))`
 Flow: manifest → **requests.py** → prompt_plan.py (equal prompts, batches) → engines.py
 """
@@ -27,7 +27,7 @@ from blsp.llm.instructions import instruction_for
 from blsp.llm.prompt import Order, prompt_template, transcript_ids
 
 _TAG = re.compile(r"<[^<>]*>|\[[^\[\]]*\]")  # <SIL>, <MUSIC>, [noise]
-TEMPLATE_LENGTHS = 1024  # instructions whose length is remembered; rows may bring one each
+TEMPLATE_LENGTHS = 1024  # instructions whose length is kept; each row may have its own
 
 
 class RowError(ValueError):
@@ -47,8 +47,8 @@ class PromptSpec:
 class PlannedPrompt:
     """The prompt of one output row.
 
-    row: the input row's number. digest: 16 bytes, the same for equal prompts; None for a row without speech,
-    which is answered by rule and not by the LLM.
+    row: the input row's number. digest: 16 bytes, the same for equal prompts; None for a row without speech, whose
+    answer is a fixed sentence.
     """
 
     row: int
@@ -59,7 +59,7 @@ class PlannedPrompt:
 
 @dataclass(frozen=True)
 class PromptPolicy:
-    """Which prompts a row gets. `instruction` replaces the behaviours' texts; a row's own replaces both."""
+    """Which prompts a row gets. instruction: replaces the behaviours' texts; a row's own instruction replaces both."""
 
     behaviours: Mixture
     orders: Mixture
@@ -69,7 +69,7 @@ class PromptPolicy:
     seed: int = 0
 
     def specs_for(self, row: Utterance) -> list[PromptSpec]:
-        """Each behaviour that the row gets, in each order that it gets."""
+        """One spec for each of the row's behaviours in each of its orders."""
         behaviours = self.behaviours.draw(self.seed, row.id, "behaviour")
         orders = self.orders.draw(self.seed, row.id, "order")
         instruction = row.instruction or self.instruction
@@ -83,7 +83,7 @@ class PromptPolicy:
 def plan_continuations(
     rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, policy: PromptPolicy, skipped: SkippedLog
 ) -> Iterator[PlannedPrompt]:
-    """The prompts of step 1; a prompt that is left out is noted in `skipped`."""
+    """The prompts of step 1; prompts that are left out are added to `skipped`."""
     count = prompt_lengths(tokenizer)
     for number, row in enumerate(rows):
         if row.no_speech:
@@ -104,7 +104,7 @@ def plan_continuations(
 
 
 def plan_scoring(rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, path: str) -> Iterator[PlannedPrompt]:
-    """The prompts of `--score-only`. They are equal where prompt, continuation and its end are equal."""
+    """The prompts of `--score-only`. Two are equal if prompt, continuation and its end are equal."""
     count = prompt_lengths(tokenizer)
     for number, row in enumerate(rows):
         spec = spec_of_finished(row, path)
@@ -117,7 +117,7 @@ def plan_scoring(rows: Iterable[Utterance], tokenizer: PreTrainedTokenizerBase, 
 
 
 def spec_of_finished(row: Utterance, path: str) -> PromptSpec:
-    """What a row of a continuations file was asked."""
+    """The spec with which a row of a continuations file was made."""
     missing = [name for name in ("behaviour", "order", "finish", "continuation_ids") if name not in row.extra]
     if missing or row.instruction is None:
         names = ", ".join(missing) or "instruction"
@@ -126,12 +126,12 @@ def spec_of_finished(row: Utterance, path: str) -> PromptSpec:
 
 
 def prompt_digest(*fields: str) -> bytes:
-    """16 bytes that name a prompt: instruction, order, transcript, and whatever else makes it different."""
+    """16 bytes that identify a prompt by instruction, order, transcript, and other fields that matter."""
     return hashlib.blake2b(json.dumps(fields).encode(), digest_size=16).digest()
 
 
 def prompt_lengths(tokenizer: PreTrainedTokenizerBase) -> Callable[[PromptSpec, str], int]:
-    """(spec, transcript) -> tokens of the whole prompt; what is around a transcript is counted once."""
+    """A function (spec, transcript) -> tokens of the whole prompt; the tokens of each template are counted once."""
 
     @lru_cache(TEMPLATE_LENGTHS)
     def around(instruction: str, order: Order) -> int:
@@ -146,20 +146,20 @@ def prompt_lengths(tokenizer: PreTrainedTokenizerBase) -> Callable[[PromptSpec, 
 
 # --- transcripts ------------------------------------------------------------------------------------------
 def read_text(row: Utterance, normalise: str) -> str:
-    """The transcript as the LLM reads it: as given, or through Whisper's normaliser, as in the paper."""
+    """The transcript as the LLM reads it: as given, or normalised with Whisper's normaliser, as in the paper."""
     if normalise == "none":
         return row.text.strip()
     return normaliser(row.language or "en")(row.text).strip()
 
 
 def row_as_read(row: Utterance, normalise: str) -> dict[str, Any]:
-    """The manifest's row; `text` is what the LLM read, `text_as_given` what it was made from."""
+    """The manifest's row, in which `text` is the transcript that the LLM read and `text_as_given` the original."""
     values, text = row.to_json(), read_text(row, normalise)
     return values | {"text": text, "text_as_given": row.text} if normalise != "none" else values
 
 
 def no_words(text: str) -> str | None:
-    """Why a transcript cannot be continued (it is empty, or has tags and punctuation alone); None if it can."""
+    """Why a transcript cannot be continued (it is empty, or only tags and punctuation); None if it can."""
     if not text.strip():
         return "the transcript is empty"
     if not any(character.isalnum() for character in _TAG.sub(" ", text)):
@@ -174,13 +174,13 @@ class MixtureError(ValueError):
 
 @dataclass(frozen=True)
 class Mixture:
-    """Names, and the share of the rows that each one gets. shares None: every row gets every name."""
+    """Names, and each one's share of the rows. shares None: every row gets all names."""
 
     names: tuple[str, ...]
     shares: tuple[float, ...] | None
 
     def draw(self, seed: int, id: str, purpose: str) -> tuple[str, ...]:
-        """The names for the row `id`. `purpose` makes two mixtures over the same rows independent.
+        """The names for the row `id`. purpose: makes the draws of two mixtures independent.
 
         With shares (0.7, 0.1, 0.2), a number below 0.7 draws the first name, below 0.8 the second, else the third.
         """
@@ -192,11 +192,11 @@ class Mixture:
             left -= share
             if left < 0:
                 return (name,)
-        return (self.names[-1],)  # the shares' sum may be a rounding error below 1
+        return (self.names[-1],)  # the sum of the shares may be slightly below 1
 
 
 def parse_mixture(text: str) -> Mixture:
-    """Read `name:weight,name:weight` or `name,name`; a name may hold a colon of its own (`translate:de`)."""
+    """Read `name:weight,name:weight` or `name,name`; a name may contain a colon (`translate:de`)."""
     entries = [_parse_entry(entry.strip()) for entry in text.split(",") if entry.strip()]
     names = tuple(name for name, _ in entries)
     weights = [weight for _, weight in entries if weight is not None]

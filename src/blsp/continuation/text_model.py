@@ -1,6 +1,6 @@
 """The LLM of step 1 by its weights, and the variables of its chat template.
 
-In:  the settings of `blsp continue`. Out: `TextModel`; what a server is sent beside the messages.
+In:  the settings of `blsp continue`. Out: `TextModel`; the fields that a server is sent beside the messages.
 Try: `TextModel(find_weights("embedded:smollm2-135m-instruct"), {}).tokenizer`
 Flow: settings → **text_model.py** → writer.py (the header), engines.py, openai_engine.py
 """
@@ -24,7 +24,7 @@ from blsp.weights.digest import Weights
 
 @dataclass(frozen=True)
 class TextModel:
-    """The LLM by its weights; the tokenizer is read from there when it is needed."""
+    """The LLM by its weights; the tokenizer is loaded when it is needed."""
 
     weights: Weights
     template_args: dict[str, Any]
@@ -42,12 +42,12 @@ class TextModel:
 
 
 def template_args_of(settings: ContinueSettings) -> dict[str, Any]:
-    """Variables of the chat template: of the flags, or of a server's body; for --score-only those of the header."""
+    """Variables of the chat template: from the flags, a server's body, or (for --score-only) the header."""
     args = read_template_args(settings.template_arg, settings.no_thinking)
     if settings.engine_url:
         body = engine_body(settings).get("chat_template_kwargs") or {}
         if differing := [name for name in body if args.get(name, body[name]) != body[name]]:
-            raise SettingsError(f"--engine-body: sets {differing[0]} otherwise than --template-arg; leave one out")
+            raise SettingsError(f"--engine-body: sets {differing[0]} differently than --template-arg; leave one out")
         args |= body
     if settings.score_only and not args:
         args = (Job(settings.out).header() or {}).get("template_args") or {}
@@ -55,7 +55,7 @@ def template_args_of(settings: ContinueSettings) -> dict[str, Any]:
 
 
 def server_body(settings: ContinueSettings, llm: TextModel) -> dict[str, Any]:
-    """What is added to each request: a server renders the template itself, and needs its variables and its date."""
+    """Fields added to each request: a server renders the template itself, so it needs the variables and the date."""
     template = str(llm.tokenizer.chat_template)
     dated = "strftime_now" in template and "date_string" in template
     variables = {"date_string": PROMPT_DATE.strftime("%d %b %Y")} if dated else {}

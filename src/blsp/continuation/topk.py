@@ -1,17 +1,17 @@
-"""Stored top-k of the teacher: the K most probable tokens at every step of every continuation, on disk.
+"""Stored top-k of the teacher: the K most probable tokens at each step of each continuation, on disk.
 
 In:  the folder beside a continuations file: `out.jsonl` -> `out.jsonl.topk/`.
 Out: for a row number, the K most probable tokens of each step and their log-probabilities.
 Try: `ids, logp = TopKStore(topk_folder("out.jsonl")).get(0)`
-Flow: writer.py (`--top-k`, `--score-only`) → **topk.py** → training: with it the `kl` loss runs no teacher.
+Flow: writer.py (`--top-k`, `--score-only`) → **topk.py** → training, whose `kl` loss then needs no teacher pass
 
     ids.u32     (steps, K) token ids, most probable first
     logp.f16    (steps, K) natural logarithms, at meta.json's temperature; the tail has 1 - sum(exp(logp))
     index.npy   (rows, 2) int64: first step and number of steps of each row of the continuations file
     meta.json   k, temperature, rows, steps, the LLM's digest; whether steps were generated or teacher-forced
 
-Steps are the continuation's tokens and, where it stopped by itself, the end-of-sequence step. Rows with equal
-prompts share their steps. A no-speech row has none: a rule gives its sentence, not the LLM.
+Steps are the continuation's tokens and, if it stopped by itself, the end-of-sequence step. Rows with equal prompts
+share their steps. A row without speech has none, as its answer is a fixed sentence.
 
 Shapes: N steps of one row, K top-k.
 """
@@ -28,7 +28,7 @@ from blsp.data.files import take_room, write_atomically, write_json
 
 
 class TopKError(ValueError):
-    """A top-k folder that cannot be used; the message names it and the way out."""
+    """A top-k folder that cannot be used; the message names it and says what to do."""
 
 
 def topk_folder(out: str | os.PathLike[str]) -> Path:
@@ -37,7 +37,7 @@ def topk_folder(out: str | os.PathLike[str]) -> Path:
 
 
 class TopKStore:
-    """The steps of any row; the files are mapped, and read where a row is asked for."""
+    """The steps of any row; the files are memory-mapped."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -82,8 +82,8 @@ def write_top_k(
 ) -> None:
     """Write the folder at the path `through`, then rename it to `target`.
 
-    firsts: for each row the number of the first row with an equal prompt, or None where it has no steps.
-    read_steps: ids (N, K) and logp (N, K) of such a first row. meta: `k`, and what else meta.json holds.
+    firsts: for each row the number of the first row with an equal prompt, or None if the row has no steps.
+    read_steps: ids (N, K) and logp (N, K) of such a first row. meta: `k` and other fields of meta.json.
     """
     with write_atomically(target, through=through) as folder:
         folder.mkdir()

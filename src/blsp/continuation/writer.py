@@ -1,14 +1,14 @@
-"""`blsp continue`: the LLM continues every transcript, and its answers become the targets of step 2.
+"""`blsp continue`: the LLM continues each transcript; its answers are the targets of step 2.
 
 In:  a manifest, and an LLM in this process or behind a URL. With --score-only: a finished continuations file.
-Out: `out.jsonl`, the manifest's rows with `continuation` and what it was made from; `out.jsonl.meta.json`, the header;
+Out: `out.jsonl`, the manifest's rows with `continuation` and how it was made; `out.jsonl.meta.json`, the header;
      `out.jsonl.topk/`, if the teacher's distribution is stored; `out.jsonl.skipped.jsonl`, the rows left out.
 Try: `blsp continue --manifest in.jsonl --out out.jsonl --llm embedded:smollm2-135m-instruct`
 Flow: manifest → requests.py (prompts) → prompt_plan.py (plan, answers) → **writer.py** (rows, top-k) → training
 
-A killed run computes the missing batches when it is started again, and the output is the same to the byte.
---score-only runs the LLM once over prompt and continuation. Rows without `continuation_ids`, from servers that do not
-return them, get the ids of their text first; the header says so.
+After a kill, the same command computes the missing batches, and the output is the same to the byte. --score-only runs
+the LLM once over prompt and continuation. Rows without `continuation_ids` (from a server that does not return them) get
+the ids of their text first, which is noted in the header.
 """
 
 import os
@@ -51,7 +51,7 @@ from blsp.llm.prompt import ORDERS, show_args, text_ids
 from blsp.settings import ContinueSettings, SettingsError
 from blsp.weights.digest import find_weights
 
-DECODING = ("max_new_tokens", "temperature", "top_p", "seed")  # the settings that the header repeats
+DECODING = ("max_new_tokens", "temperature", "top_p", "seed")  # settings that are copied into the header
 PACKAGES = ("blsp", "torch", "transformers", "tokenizers", "numpy")
 FEW_FAILURES = 10  # prompts that may fail in a job of any size
 TOKENISED = "tokenised from the text where the server returned none"
@@ -68,7 +68,7 @@ def write_continuations(settings: ContinueSettings) -> None:
         score_continuations(run) if settings.score_only else continue_manifest(run)
 
 
-# --- the settings, and what they name ---------------------------------------------------------------------
+# --- settings ---------------------------------------------------------------------------------------------
 def check_settings(settings: ContinueSettings) -> None:
     """Raise SettingsError for settings that cannot be used, before anything is loaded."""
     behaviours, orders = parse_mixture(settings.behaviours).names, parse_mixture(settings.orders).names
@@ -82,8 +82,8 @@ def check_settings(settings: ContinueSettings) -> None:
 
 
 def check_top_k(settings: ContinueSettings, llm: TextModel) -> None:
-    """Raise SettingsError where more log-probabilities are asked for than the LLM has tokens."""
-    if not settings.top_k:  # a server may write then, and this machine may have no more than a tokenizer
+    """Raise SettingsError if --top-k is larger than the LLM's vocabulary."""
+    if not settings.top_k:  # with a server, this machine may have only the tokenizer
         return
     tokens = AutoConfig.from_pretrained(llm.weights.folder, trust_remote_code=False).get_text_config().vocab_size
     if settings.top_k > tokens:
@@ -96,7 +96,7 @@ def top_k_facts(settings: ContinueSettings) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Step1:
-    """One run of step 1: its settings, and what is made from them."""
+    """One run of step 1: its settings, and the objects made from them."""
 
     settings: ContinueSettings
     llm: TextModel
@@ -109,11 +109,11 @@ class Step1:
 
     @property
     def batch_size(self) -> int:
-        """Behind a URL every prompt is a batch of its own: the server forms its own batches."""
+        """Prompts in a batch; with a server 1, as the server forms its own batches."""
         return 1 if self.settings.engine_url else self.settings.batch_size
 
     def facts(self) -> dict[str, Any]:
-        """What decides the output: the part of the header that must not change until the job is done."""
+        """The facts that decide the output: the part of the header that must not change until the job is done."""
         settings, paths = self.settings, self.manifest.paths
         url, behaviours = settings.engine_url, parse_mixture(settings.behaviours).names
         engine = {"name": "openai", "model": settings.engine_model or settings.llm}
@@ -143,7 +143,7 @@ class Step1:
         }
 
     def environment(self) -> dict[str, Any]:
-        """What may move the last bits of a sum. The header holds it; a change is a warning and not an error."""
+        """Versions and hardware, which may change rounding. They are in the header; a change is only a warning."""
         numerics = {
             "device": self.runtime.device.type,
             "dtype": str(self.runtime.dtype),
@@ -156,7 +156,7 @@ class Step1:
 
 # --- step 1 -----------------------------------------------------------------------------------------------
 def continue_manifest(run: Step1) -> None:
-    """Write the continuations of a manifest, or what is missing of them."""
+    """Write the continuations of a manifest, or those that are missing."""
     job, facts, rank = run.job, run.facts(), run.runtime.rank
     if job.out.exists():
         _check_finished(job, facts)
@@ -192,7 +192,7 @@ def continue_manifest(run: Step1) -> None:
 
 
 def _check_finished(job: Job, facts: dict[str, Any]) -> None:
-    """A finished file must be of this job; `--score-only` may have added to it since."""
+    """Raise JobError unless the finished file has this job's settings; `--score-only` may have added a top-k."""
     header = job.require_header()
     if facts["top_k"] and (header.get("top_k") is None or not topk_folder(job.out).is_dir()):
         raise JobError(f"{job.out}: is written, but has no top-k; add it: the same command with --score-only")
@@ -203,8 +203,8 @@ def _warn_of_changes(run: Step1, header: dict[str, Any]) -> None:
     changes = [differences(header.get(name, {}), group) for name, group in run.environment().items()]
     if run.runtime.rank == 0 and any(changes):
         print(
-            f"{run.job.out}: was begun in another environment ({'; '.join(filter(None, changes))}); where two "
-            "tokens are almost equally likely, the rows to come may differ from those of an uninterrupted run",
+            f"{run.job.out}: was started in another environment ({'; '.join(filter(None, changes))}); if two "
+            "tokens are almost equally likely, the next rows may differ from those of an uninterrupted run",
             file=sys.stderr,
         )
 
@@ -247,7 +247,7 @@ def _make_engine(run: Step1) -> Engine:
 
 
 def _check_refusals(run: Step1, plan: PromptPlan, refused: list[Written]) -> None:
-    """Raise JobError where a server has refused more prompts than --max-failures allows."""
+    """Raise JobError if a server has refused more prompts than --max-failures allows."""
     if len(refused) <= max(FEW_FAILURES, run.settings.max_failures * plan.prompts / run.runtime.world):
         return
     row = run.manifest[plan.row(refused[-1].key)]
@@ -259,7 +259,7 @@ def _check_refusals(run: Step1, plan: PromptPlan, refused: list[Written]) -> Non
 
 
 def _merge(run: Step1, parts: Parts, plan: PromptPlan, facts: dict[str, Any]) -> int:
-    """Write the output from the answers; returns its number of rows. Killed here, it is simply done again."""
+    """Write the output from the answers and return its number of rows; after a kill it is done again."""
     merged, answers = parts.folder / "merged.jsonl", AnswerReader(parts, len(plan), run.settings.top_k)
     out, rows = run.job.out, _output_rows(run, plan, answers)
     count = write_manifest(merged, rows, relative_to=out.absolute().parent)
@@ -298,7 +298,7 @@ def _report(job: Job, what: str) -> None:
     print(f"{job.out}: {what}{left_out}")
 
 
-# --- the top-k of rows that exist -------------------------------------------------------------------------
+# --- the top-k of finished rows ---------------------------------------------------------------------------
 def score_continuations(run: Step1) -> None:
     """Add the top-k to the finished rows of `--out`; the manifest is not read again."""
     job, folder, top_k = run.job, topk_folder(run.job.out), top_k_facts(run.settings)
@@ -321,7 +321,7 @@ def _scoring_folder(job: Job) -> Path:
 
 
 def _check_teacher(run: Step1, header: dict[str, Any]) -> None:
-    """The teacher must be the LLM that wrote; of a server's LLM only the template can be compared."""
+    """Raise JobError unless the teacher is the LLM that wrote; for a server only the template can be compared."""
     written, template, llm = header["llm_sha256"], header["chat_template_sha256"], run.llm
     args = header.get("template_args") or {}
     if args != llm.template_args:
@@ -337,7 +337,7 @@ def _check_teacher(run: Step1, header: dict[str, Any]) -> None:
 
 
 def _ensure_ids(run: Step1, header: dict[str, Any]) -> None:
-    """Give every row its `continuation_ids`. Killed here, it is simply done again."""
+    """Give each row its `continuation_ids`; after a kill it is done again."""
     if header["continuation_ids"] in ("generated", TOKENISED):
         return
     job = run.job
