@@ -85,7 +85,7 @@ def test_the_rows_are_kept_and_other_data_is_refused(tmp_path: Path) -> None:
     assert again.templates == ((INSTRUCTION, "instruction-first"), (INSTRUCTION, "speech-first"))
     assert _reader(again).example(again.rows[0], 0).response
     _rewrite(path, lambda number, row: row | {"text": "changed"})
-    with pytest.raises(DataError, match="begun with other data"):
+    with pytest.raises(DataError, match="started with other data"):
         _dataset(path, tmp_path)
 
 

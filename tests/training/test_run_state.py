@@ -102,4 +102,4 @@ def test_the_window_of_a_metrics_line_adds_up_and_empties() -> None:
 def test_another_number_of_processes_goes_on_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = environment(HERE)
     check_environment(here | {"processes": 8}, here, tmp_path, inexact=False)
-    assert "goes on with 1 processes after 8" in capsys.readouterr().err
+    assert "continues with 1 processes after 8" in capsys.readouterr().err

@@ -8,12 +8,12 @@ examples.py   rows to examples
 augmentation.py  speed, volume, noise, hidden spans
 batches.py    the order of the data
 run.py        everything before the first step
-verdict.py    whether it listens, at the end of a run; warnings at its beginning
+verdict.py    whether the adapter listens, at the end of a run; warnings at its start
 run_state.py  run folder, settings, checkpoints, stop signal
 optimiser.py  AdamW, schedules, averaging
 probes.py     divergence and read-out error during training
 reporting.py  metrics.jsonl and its picture
 card.py       the model card
 tracking.py   trackers, speed, memory, a trace of some steps
-validation.py  clips that are measured while training goes on
+validation.py  clips that are measured during training
 """

@@ -1,8 +1,8 @@
 """Augmentation of a clip: its speed, volume and noise; or short spans of its cached features set to zero.
 
-In:  16 kHz mono samples (N,) where speech is encoded on the fly, cached encoder states (T, E) where it is not;
-     and a key that decides all that is random.
-Out: the same, changed; a key gives the same numbers in every process and in every order.
+In:  16 kHz mono samples (N,) if speech is encoded during training, otherwise cached encoder states (T, E); and a key,
+     from which all random numbers are drawn.
+Out: the changed samples or states; the same key always gives the same numbers.
 Try: ``augment(audio, ("speed", "noise"), key=(0, epoch, row))``
 Flow: training/examples.py loads a clip -> **augmentation.py** -> the encoder, or the adapter.
 
@@ -43,7 +43,7 @@ def augment(audio: Audio, kinds: Sequence[Kind], key: tuple[int, ...]) -> Audio:
 
 
 def add_noise(audio: Audio, generator: np.random.Generator) -> Audio:
-    """`audio` (N,) with noise some dB below it; the noise's power falls with frequency (white to brown)."""
+    """`audio` (N,) with noise a few dB below it; the noise's power falls with frequency (white to brown)."""
     # White noise, each frequency divided by itself to the power of a random slope
     spectrum = np.fft.rfft(generator.standard_normal(len(audio)))
     slope = generator.uniform(0, 1)

@@ -9,12 +9,12 @@ Flow: training/examples.py -> **batches.py** -> training/loop.py
 An epoch is a pure function of (seed, epoch) and the lengths, so any step can be the first:
 
     rows of the epoch   [block][block][block] ...   blocks of 32 neighbours, in random order
-    window of 128 steps [.........................] its rows shuffled, sorted by length, cut into steps
+    window of 128 steps [.........................] its rows are shuffled, sorted by length, cut into steps
     steps of the window in random order
 
-So clips of like length meet in a step (docs/training.md says what that costs), a large cache is read almost in
-sequence, and memory does not grow with the number of rows. What a step learns from depends on `batch_size` alone; the
-budget of positions and the number of processes change nothing but rounding (law 5).
+So clips of similar length are in one step (docs/training.md says what that costs), a large cache is read almost in
+sequence, and memory does not grow with the number of rows. The rows of a step depend only on `batch_size`; the budget
+of positions and the number of processes change only rounding (law 5).
 """
 
 from collections import deque
@@ -26,8 +26,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 32  # neighbouring rows that come into a window together: one sequential read
-WINDOW_STEPS = 128  # steps in a window: the more, the better the sorting and the wider the reads
+BLOCK = 32  # neighbouring rows that stay together in a window, for sequential reading
+WINDOW_STEPS = 128  # steps in a window; more steps mean better sorting, but less sequential reading
 
 Rows = NDArray[np.int64]
 LengthsOf = Callable[[Rows], NDArray[np.integer]]
@@ -36,9 +36,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class DataFile:
-    """Rows `start` to `start + count` of the dataset come from one file; an epoch takes `weight` times as many.
+    """One file: rows `start` to `start + count` of the dataset; an epoch takes `weight` times as many rows.
 
-    0.5: half of them in one epoch and the other half in the next; 2: all of them twice.
+    weight 0.5: half of them in one epoch, the other half in the next; 2: each of them twice.
     """
 
     start: int
@@ -71,7 +71,7 @@ class DataOrder:
         return step // self.steps_per_epoch
 
     def steps(self, first: int, lengths_of: LengthsOf) -> Iterator[Rows]:
-        """The dataset's rows of step `first` (from 0) and of all steps after it, without end; shortest row first."""
+        """The dataset's rows of step `first` (from 0) and of all later steps, without end; shortest row first."""
         epoch, step = divmod(first, self.steps_per_epoch)
         window, begun = divmod(step, WINDOW_STEPS)
         while True:
@@ -82,27 +82,27 @@ class DataOrder:
 
 
 def _window_steps(order: DataOrder, epoch: int, window: int, lengths_of: LengthsOf) -> list[Rows]:
-    """All steps of one window: like lengths in a step, steps in random order."""
+    """All steps of one window: similar lengths in a step, steps in random order."""
     generator = np.random.default_rng((order.seed, epoch, window))
     rows = _window_rows(order, epoch, window)
-    rows = rows[generator.permutation(len(rows))]  # so that rows of equal length meet at random
+    rows = rows[generator.permutation(len(rows))]  # so that rows of equal length are in random order
     rows = rows[np.argsort(lengths_of(rows), kind="stable")]
     steps = np.array_split(rows, -(-len(rows) // order.batch_size))
     return [steps[i] for i in generator.permutation(len(steps))]
 
 
 def _window_rows(order: DataOrder, epoch: int, window: int) -> Rows:
-    """The dataset's rows of one window of an epoch: a stretch of the shuffled blocks, laid end to end.
+    """The dataset's rows of one window of an epoch: a range of the concatenated shuffled blocks.
 
     Example: 80 rows are blocks 0 (rows 0-31), 1 (32-63) and 2 (64-79). In the order 2, 0, 1 they end at 16, 48 and
-    80; the stretch 40-60 is then the end of block 0 (rows 24-31) and the begin of block 1 (rows 32-43).
+    80; the range 40-60 is then the end of block 0 (rows 24-31) and the beginning of block 1 (rows 32-43).
     """
     blocks = -(-order.per_epoch // BLOCK)
     shuffled = np.random.default_rng((order.seed, epoch)).permutation(blocks)
     last_size = order.per_epoch - (blocks - 1) * BLOCK
     ends = np.cumsum(np.where(shuffled == blocks - 1, last_size, BLOCK))
 
-    # The blocks that the stretch touches, whole; then the rows before its begin are cut off
+    # Take all blocks that overlap the range, then cut off the rows before its beginning
     size = order.batch_size * WINDOW_STEPS
     begin, end = window * size, min((window + 1) * size, order.per_epoch)
     first, last = np.searchsorted(ends, [begin, end - 1], side="right")
@@ -112,7 +112,7 @@ def _window_rows(order: DataOrder, epoch: int, window: int) -> Rows:
 
 
 def _dataset_rows(order: DataOrder, epoch: int, numbers: Rows) -> Rows:
-    """Numbers within an epoch -> rows of the dataset: each file goes round and round at its own pace."""
+    """Numbers within an epoch -> rows of the dataset; each file is repeated from its start when it ends."""
     rows = np.empty_like(numbers)
     begin = 0
     for file in order.files:
@@ -124,16 +124,16 @@ def _dataset_rows(order: DataOrder, epoch: int, numbers: Rows) -> Rows:
 
 
 def cut(rows: Rows, lengths: NDArray[np.integer], groups: NDArray[np.integer], budget: int) -> list[Rows]:
-    """Micro-batches: rows of one group (they share a prefix), at most `budget` positions with their padding.
+    """Micro-batches: rows of one group (they share a prefix), at most `budget` positions with padding.
 
-    A row that is longer than the budget gets a micro-batch of its own. Groups come in the order of their first rows,
-    whatever their numbers are, because the order of micro-batches decides roundings and dropout.
+    A row that is longer than the budget is a micro-batch alone. Groups are in the order of their first rows, not of
+    their numbers, because rounding and dropout depend on the order of micro-batches.
     """
     batches = []
     _, first = np.unique(groups, return_index=True)
     for group in groups[np.sort(first)]:
         members = np.flatnonzero(groups == group)
-        members = members[np.argsort(-lengths[members], kind="stable")]  # the longest first: it sets the width
+        members = members[np.argsort(-lengths[members], kind="stable")]  # longest first: it decides the width
         while len(members):
             fitting = max(1, int(budget // max(1, lengths[members[0]])))
             batches.append(rows[members[:fitting]])
@@ -145,7 +145,7 @@ END = object()
 
 
 def prefetch(items: Iterable[Item], ahead: int) -> Generator[Item]:
-    """`items` in their order, made by one thread up to `ahead` in advance; its exception is raised here."""
+    """`items` in order, made by one thread up to `ahead` in advance; the thread's exception is raised here."""
     source = iter(items)
     pool = ThreadPoolExecutor(1, thread_name_prefix="blsp-prefetch")
     try:

@@ -77,7 +77,7 @@ parts before LoRA. `blsp export` merges it.
 
 
 def model_index(name: str, datasets: list[str], probes: dict[str, float]) -> list[dict[str, Any]]:
-    """The measures on held-out clips as the hub shows them; none where no probes were taken."""
+    """The measures on held-out clips in the hub's form; empty if there were no probes."""
     metrics = [
         {"type": METRICS[probe], "name": PROBE_MEANINGS[probe], "value": round(value, 4)}
         for probe, value in probes.items()

@@ -1,12 +1,13 @@
-"""Data sources, and the measured rows of a run on disk: what is learnt from, and what is held out.
+"""Data sources, and the measured rows of a run on disk: rows to learn from, and held-out rows.
 
 In:  data files (continuations or manifests), and a `RowMeasurer` (examples.py) that gives each row's lengths.
-Out: `Dataset`: memory-mapped rows to learn from, rows that are held out, and the prompts that they use.
+Out: `Dataset`: memory-mapped rows to learn from, held-out rows, and the prompts that they use.
 Try: ``dataset = open_dataset(sources, measurer, folder, skipped, hold_out=64, runtime=runtime)``
 Flow: continuations -> **dataset.py** -> training/batches.py (order of the rows), training/examples.py (whole rows)
 
-Rows are measured once a run, so that a resumed run has the very same numbers. Rows are held out by group (law 13): rows
-of one recording or of one text are in one group. Otherwise a probe would measure what a copy of its clip has taught.
+Rows are measured once in a run, so that a resumed run has exactly the same numbers. Rows are held out by group (law
+13): rows of the same recording or text are in one group. Otherwise a probe would measure clips of which the adapter has
+learnt a copy.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Teacher = Literal["auto", "online", "stored"]
 
 
 class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file and the way out."""
+    """Data that cannot be used for training; the message names the file and says what to do."""
 
 
 # --- sources ----------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ class Source:
 def open_sources(
     data: Sequence[str], weights: Sequence[float] = (), *, teacher: Teacher = "online", temperature: float = 1.0
 ) -> list[Source]:
-    """All files, globs expanded. `teacher` "stored" opens and checks the top-k of every continuations file."""
+    """All files, globs expanded. teacher "stored": open and check the top-k of each continuations file."""
     if weights and len(weights) != len(data):
         raise DataError(f"{len(weights)} weights for {len(data)} data files: give one weight a file, or none")
     sources = []
@@ -90,7 +91,7 @@ def _holds_continuations(path: Path) -> bool:
 
 
 def choose_teacher(data: Sequence[str], teacher: Teacher) -> Teacher:
-    """What "auto" means for these files: stored where every continuations file has its top-k, else online."""
+    """Resolve "auto" for these files: stored if each continuations file has its top-k, otherwise online."""
     if teacher != "auto":
         return teacher
     files = [path for name in data for path in find_manifests(name) if _holds_continuations(path)]
@@ -105,9 +106,9 @@ def choose_teacher(data: Sequence[str], teacher: Teacher) -> Teacher:
 
 
 def check_teacher(sources: Sequence[Source], llm: str | None, llm_sha256: str | None) -> None:
-    """The continuations, and their stored teacher, must come from the LLM that is trained against.
+    """Raise DataError unless the continuations, and their stored teacher, come from the LLM of this run.
 
-    Files without that fact (written by a server, or by other means) are not checked.
+    Files that do not name their LLM (written by a server or another program) are not checked.
     """
     for source in sources:
         digest = (Job(source.path).header() or {}).get("llm_sha256")
@@ -122,9 +123,9 @@ def check_teacher(sources: Sequence[Source], llm: str | None, llm_sha256: str | 
 
 
 def shared_template_args(sources: Sequence[Source], given: dict[str, Any]) -> dict[str, Any] | None:
-    """The variables of the chat template that the continuations were written with; `given` ones must be the same.
+    """The chat template's variables with which the continuations were written; `given` ones must be the same.
 
-    None where neither says any: a plain manifest has no prompt.
+    None if there are neither: a plain manifest has no prompt.
     """
     args, origin = (given, "--template-arg") if given else (None, "")
     for source in sources:
@@ -143,7 +144,7 @@ def shared_template_args(sources: Sequence[Source], given: dict[str, Any]) -> di
 
 # --- measured rows ----------------------------------------------------------------------------------------
 
-ROWS_AT_A_TIME = 4096  # rows measured, and looked up in the feature cache, at a time
+ROWS_AT_A_TIME = 4096  # rows that are measured, and looked up in the feature cache, together
 
 ROW = np.dtype(
     [
@@ -157,7 +158,7 @@ ROW = np.dtype(
         ("no_speech", "?"),
     ]
 )
-# While rows are measured, two keys are kept with each: rows that share a key belong to one group.
+# A measured row with two keys: rows that share a key belong to one group.
 MEASURED = np.dtype([("values", ROW), ("recording", "<u8"), ("text", "<u8")])
 
 
@@ -172,7 +173,7 @@ class Measures(NamedTuple):
 
 
 class Refused(Exception):
-    """A row that cannot be learnt from; the message is the reason in the skip list."""
+    """A row that cannot be used for training; the message is the reason in the skip list."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ class Dataset:
 def open_dataset(
     sources: Sequence[Source], measurer: RowMeasurer, folder: Path, skipped: SkippedLog, hold_out: int, runtime: Runtime
 ) -> Dataset:
-    """The run's rows: measured by the first process unless the folder has them, then mapped by every process."""
+    """The run's rows: measured by the first process unless the folder has them, then mapped by all processes."""
     head = folder / "table.json"
     facts = {"sources": [_source_facts(source) for source in sources], "hold_out": hold_out}
     names = ", ".join(str(source.path) for source in sources)
@@ -205,13 +206,13 @@ def open_dataset(
         folder.mkdir(parents=True, exist_ok=True)
         _measure_sources(sources, measurer, folder, skipped, hold_out)
         counts = np.bincount(_load_rows(folder / "rows.npy")["source"], minlength=len(sources)).tolist()
-        # Last: the other files count only when this one exists
+        # Written last: the other files are complete only if this one exists
         write_json(head, {"facts": facts, "templates": measurer.templates, "per_source": counts})
     barrier(runtime)
     stored = json.loads(head.read_text(encoding="utf-8"))
     if stored["facts"] != facts:
         raise DataError(
-            f"{folder}: was begun with other data ({names} changed); restore the files, or begin a new run "
+            f"{folder}: was started with other data ({names} changed); restore the files, or start a new run "
             "with another --out"
         )
     rows, held_out = _load_rows(folder / "rows.npy"), _load_rows(folder / "held_out.npy")
@@ -228,7 +229,7 @@ def _load_rows(path: Path) -> NDArray[np.void]:
 
 
 def _source_facts(source: Source) -> dict[str, object]:
-    """What tells that a data file has changed: its length and its two ends."""
+    """Facts that change when a data file changes: its length and a digest of its two ends."""
     size, ends = read_ends(source.path)
     return {"bytes": size, "ends": hashlib.sha256(ends).hexdigest(), "weight": source.weight}
 
@@ -255,7 +256,7 @@ def _measure_sources(
 def _measure_block(
     number: int, source: Source, first: int, measurer: RowMeasurer, skipped: SkippedLog
 ) -> NDArray[np.void]:
-    """`MEASURED` entries of a block of rows; those that cannot be learnt from go to the skip list."""
+    """`MEASURED` entries of a block of rows; those that cannot be used go to the skip list."""
     utterances = source.rows[first : first + ROWS_AT_A_TIME]
     entries = []
     for row, (utterance, measures) in enumerate(
@@ -269,7 +270,7 @@ def _measure_block(
 
 
 def _write_rows(path: Path, measured: NDArray[np.void], chosen: NDArray[np.bool_]) -> None:
-    """The chosen rows as .npy, block by block: memory does not grow with their number."""
+    """Write the chosen rows as .npy, block by block, so that memory does not grow with their number."""
     count = int(chosen.sum())
     with write_atomically(path) as partial:
         if not count:  # an empty file cannot be mapped
@@ -286,15 +287,15 @@ def _write_rows(path: Path, measured: NDArray[np.void], chosen: NDArray[np.bool_
         out.flush()
 
 
-# --- groups and what is held out --------------------------------------------------------------------------
+# --- groups and held-out rows -----------------------------------------------------------------------------
 def text_hash(text: str) -> int:
-    """64 bits of a text that are the same in every process."""
+    """A 64-bit hash of a text, the same in every process."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 def group_keys(utterance: Utterance) -> tuple[int, int]:
-    """Hashes of an utterance's recording and of its normalised text; both of its field `group` where it has one.
+    """Hashes of an utterance's recording and of its normalised text; of its field `group` instead, if it has one.
 
     Copies of a recording have its id with a suffix: "clip-7/augmented-2" is a copy of "clip-7".
     """
@@ -328,8 +329,8 @@ def group_rows(recordings: NDArray[np.uint64], texts: NDArray[np.uint64]) -> NDA
 def choose_held_out(groups: NDArray[np.uint64], no_speech: NDArray[np.bool_], hold_out: int) -> NDArray[np.bool_]:
     """True at the rows of the first `hold_out` groups, at most a tenth of all groups and of all rows.
 
-    Clips without speech are never held out. A group that is too large for what is left of the tenth, such as a
-    text that thousands of clips share, is passed over.
+    Clips without speech are never held out. A group that is too large for the rest of the tenth, such as a text that
+    thousands of clips share, is skipped.
     """
     names, sizes = np.unique(groups[~no_speech], return_counts=True)  # in the order of the hashes
     groups_left, rows_left, chosen = min(hold_out, len(names) // 10), int(sizes.sum()) // 10, []
@@ -341,7 +342,7 @@ def choose_held_out(groups: NDArray[np.uint64], no_speech: NDArray[np.bool_], ho
 
 
 def learnt_from(utterances: Sequence[Utterance], hold_out: int) -> list[Utterance]:
-    """Those of a manifest's rows that a run over it alone learns from."""
+    """The rows of a manifest that a run on only this manifest learns from."""
     keys = np.array([group_keys(utterance) for utterance in utterances], dtype=np.uint64).reshape(-1, 2)
     no_speech = np.array([utterance.no_speech for utterance in utterances], dtype=bool)
     held_out = choose_held_out(group_rows(keys[:, 0], keys[:, 1]), no_speech, hold_out)

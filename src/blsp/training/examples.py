@@ -1,11 +1,11 @@
-"""Rows of the data as examples: speech, prompt, transcript, response, teacher; and their lengths beforehand.
+"""Rows of the data as examples (speech, prompt, transcript, response, teacher), and their lengths.
 
 In:  rows of a manifest, the feature cache or the audio itself, the tokenizer.
-Out: `RowMeasurer`: the numbers of each row that the order of the data needs. `ExampleReader`: a row as an
-     `Example`. A row that cannot be learnt from is `Refused`, with the reason.
+Out: `RowMeasurer`: each row's lengths, which the order of the data needs. `ExampleReader`: a row as an `Example`. A
+     row that cannot be used for training is `Refused`, with the reason.
 Try: ``reader.example(dataset.rows[0], epoch=0)``
 Flow: training/dataset.py -> **examples.py** -> training/step.py
-      Examples are numpy arrays and lists, which a thread reads ahead.
+      Examples are numpy arrays and lists; a thread reads them ahead.
 
 Shapes: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response tokens, K stored top-k.
 """
@@ -31,18 +31,18 @@ from blsp.training.losses import can_align
 
 Need = Literal["continuation", "teacher", "readout", "token_times"]
 
-ANY_TEMPLATE = np.iinfo(np.uint32).max  # a row without an instruction of its own: it takes another row's prompt
+ANY_TEMPLATE = np.iinfo(np.uint32).max  # a row without its own instruction: it gets another row's prompt
 
 
 @dataclass(frozen=True)
 class Example:
-    """One clip and what is learnt from it.
+    """One clip and its training targets.
 
     features (T, E) from the cache; or mel (M, Tm) of `mel_frames` true frames, to be encoded in the step.
-    response: token ids, with the end where the answer stopped; empty where the LLM is not run.
+    response: token ids, with the end token if the answer stopped by itself; empty if the LLM is not run.
     teacher: ids and log-probabilities (n, K) of the text route at the response's positions.
-    readout: the transcript as CTC classes; [] for no speech, None where there is no CTC term.
-    places (U,): the adapter's place of each transcript token; none for no speech, None where there is no embed term.
+    readout: the transcript as CTC classes; [] for no speech, None without a CTC term.
+    places (U,): the adapter's place of each transcript token; empty for no speech, None without an embed term.
     """
 
     id: str
@@ -64,17 +64,17 @@ class Example:
         return encoder_frames(self.mel_frames) if self.features is None else len(self.features)
 
     def with_speech_of(self, other: Self) -> Self:
-        """This example with another one's speech: a control for an adapter that does not listen."""
+        """This example with another one's speech, to find out whether an adapter listens."""
         return replace(self, features=other.features, mel=other.mel, mel_frames=other.mel_frames)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What a run learns from a row.
+    """The targets that a run needs in a row.
 
-    needs: of the loss; a row that lacks one is refused. extras: of further terms; a row may lack them.
-    runs_llm: whether the loss runs the LLM along a response. reads_out: whether the adapter reads out tokens; it
-    then finds out by itself that a clip holds no speech, and the LLM is not asked.
+    needs: of the loss; a row without one of them is refused. extras: of further terms; a row may be without them.
+    runs_llm: whether the loss runs the LLM over a response. reads_out: whether the adapter reads out tokens; then the
+    adapter recognises clips without speech, and the LLM gets no such clip.
     """
 
     needs: frozenset[Need]
@@ -109,7 +109,7 @@ class RowTexts:
         return self._templates[key]
 
     def response(self, row: Utterance) -> list[int]:
-        """What the LLM wrote, with the end where it stopped by itself: an answer that was cut teaches no end."""
+        """The LLM's answer, with the end token if it stopped by itself; an answer that was cut off teaches no end."""
         if "continuation" not in row.extra:
             raise Refused("has no continuation: write one with blsp continue")
         ids = row.extra.get("continuation_ids")
@@ -128,7 +128,7 @@ def _prompt_of(row: Utterance) -> tuple[str, str]:
 # --- measuring rows ---------------------------------------------------------------------------------------
 @dataclass
 class RowMeasurer:
-    """Gives the lengths of rows without reading their speech; collects the prompts that they use.
+    """Gives the lengths of rows without reading their speech, and collects the prompts that they use.
 
     templates: (instruction, order) pairs in the order in which rows first use them.
     """
@@ -141,7 +141,7 @@ class RowMeasurer:
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def measure(self, rows: Sequence[Utterance]) -> list[Measures | Refused]:
-        """The numbers of each row, or why it cannot be learnt from."""
+        """The lengths of each row, or why it cannot be used for training."""
         measured: list[Measures | Refused] = []
         for row, frames in zip(rows, self.encoder_frames(rows), strict=True):
             lengths = _or_refused(self.text_lengths, row)
@@ -154,7 +154,7 @@ class RowMeasurer:
         return measured
 
     def encoder_frames(self, rows: Sequence[Utterance]) -> list[int | Refused]:
-        """Encoder frames of each clip: from the cache, else from the manifest or the file's header."""
+        """Encoder frames of each clip: from the cache, or otherwise from the manifest or the file's header."""
         if self.cache is None:
             return [_or_refused(lambda row: self._checked(_frames_of_audio(row)), row) for row in rows]
         lengths = self.cache.lengths(self.cache.keys(rows, check=False)).tolist()
@@ -177,13 +177,13 @@ class RowMeasurer:
         if not row.text.strip() and any(need in self.targets for need in ("teacher", "readout", "token_times")):
             raise Refused("no transcript")
         if not self.targets.runs_llm:
-            return max(1, len(row.text) // 4), 0  # an estimate: only the speech's length counts then
+            return max(1, len(row.text) // 4), 0  # an estimate, as only the length of the speech matters here
         response = self.texts.response(row)
         template = self.texts.template(*_prompt_of(row))
         prompt_tokens = row.extra.get("prompt_tokens")
         if prompt_tokens is None:
             transcript = len(self.texts.transcript(row))
-        else:  # of the whole prompt, as `blsp continue` counted
+        else:  # `blsp continue` counted the whole prompt
             transcript = int(prompt_tokens) - len(template.prefix_ids) - len(template.suffix_ids)
         return max(1, transcript), len(template.suffix_ids) + len(response) - 1
 
@@ -224,7 +224,7 @@ class ExampleReader:
 
     classes: LLM token -> CTC class, for targets with a read-out. num_audio_tokens: encoder frames -> placeholders,
     of one clip or of an array. augmentation: `mask` for cached features, the other kinds for audio.
-    times, centres: for targets with token times; where the adapter's places lie (`place_centres`).
+    times, centres: for targets with token times; centres: of the adapter's places (`place_centres`).
     """
 
     targets: Targets
@@ -241,7 +241,7 @@ class ExampleReader:
     seed: int = 0
 
     def lengths(self, rows: NDArray[np.void]) -> NDArray[np.int64]:
-        """What each row costs in a pass: positions of the LLM's sequence, or encoder frames where it is not run."""
+        """Each row's length in a pass: positions of the LLM's sequence, or encoder frames if it is not run."""
         assert rows.dtype == ROW
         frames = rows["encoder_frames"].astype(np.int64)
         if not self.targets.runs_llm:
@@ -253,7 +253,7 @@ class ExampleReader:
         return speech + rows["tokens_after_audio"]
 
     def template(self, row: np.void) -> PromptTemplate:
-        """The prompt around a row's speech; a row without one takes that of another row, chosen by its id."""
+        """The prompt around a row's speech; a row without one gets that of another row, chosen by its id."""
         templates = self.dataset.templates
         if not templates:
             return PromptTemplate((), ())
@@ -268,7 +268,7 @@ class ExampleReader:
         response: list[int] = []
         if self.targets.runs_llm and not utterance.no_speech:
             response = self.texts.response(utterance)
-        elif self.targets.runs_llm and not self.targets.reads_out:  # one that reads out answers silence by a rule
+        elif self.targets.runs_llm and not self.targets.reads_out:  # otherwise silence has a fixed answer
             response = self.texts.no_speech
         example = Example(
             id=utterance.id,
@@ -289,7 +289,7 @@ class ExampleReader:
         return self._with_extra(example, "token_times", lambda each: self._placed(each, utterance))
 
     def _speech(self, row: Utterance, key: tuple[int, ...]) -> dict[str, Any]:
-        """The row's speech, as fields of its example. key: decides the augmentation."""
+        """The row's speech, as fields of its example. key: of the augmentation."""
         if self.cache is not None:
             features = np.array(self.cache.get(self.cache.key(row, check=False)))  # (T, E), read from disk here
             if "mask" in self.augmentation:
@@ -305,7 +305,7 @@ class ExampleReader:
         return {"mel": mel[0].numpy(), "mel_frames": mel_frames(len(audio)), "seconds": len(audio) / SAMPLE_RATE}
 
     def _with_extra(self, example: Example, need: Need, add: Callable[[Example], Example]) -> Example:
-        """The example with a target that the loss needs, or that a further term can use."""
+        """The example with a further target, if the run needs it."""
         if need not in self.targets:
             return example
         try:

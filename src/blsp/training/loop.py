@@ -1,12 +1,13 @@
-"""Step 2, the training loop: train the adapter until the LLM, given speech, behaves as it does given the text.
+"""Step 2, the training loop: train the adapter until the LLM answers speech as it answers the text.
 
 In:  `TrainSettings`: data, a speech encoder, an LLM, an adapter, a loss.
 Out: the run folder: settings.yaml, metrics.jsonl, checkpoints/step-N/, adapter/, curves.png.
 Try: ``blsp train --data continued.jsonl --out runs/x --audio-model A --llm L --adapter conv --loss ce``
 Flow: continuations -> features -> **loop.py** -> checkpoint -> inference
 
-A step takes its rows from the order of the data, sums the losses of its micro-batches, each divided by the counts of
-the whole step, and moves the adapter. The same command goes on after a kill, to the bit; SIGTERM saves and exits.
+A step takes its rows from the order of the data, adds up the losses of its micro-batches, each divided by the counts of
+the whole step, and updates the adapter. After a kill, the same command continues, with the same bits; SIGTERM saves and
+exits.
 """
 
 import shutil
@@ -47,7 +48,7 @@ STEPS_AHEAD = 3  # steps whose examples are read before they are needed
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message names the step, the rows and the way out."""
+    """A run that cannot continue; the message names the step, the rows and what to do."""
 
 
 def train(settings: TrainSettings) -> None:
@@ -78,12 +79,12 @@ def train(settings: TrainSettings) -> None:
 
 
 def dry_run(settings: TrainSettings, runtime: Runtime) -> None:
-    """Prepare each stage in a folder that is removed again, make three steps, and print what the run needs.
+    """Prepare each stage in a temporary folder, run three steps, and print the time and memory that a run needs.
 
-    With --cache, clips that it lacks are encoded and kept.
+    With --cache, missing clips are encoded and kept.
     """
     for stage in settings.stages or (settings,):
-        home = stage.out.absolute().parent  # which all nodes see
+        home = stage.out.absolute().parent  # all nodes can read it
         home.mkdir(parents=True, exist_ok=True)
         folder = from_first(lambda home=home: tempfile.mkdtemp(prefix=".dry-run-", dir=home))  # type: ignore[misc]
         run = prepare(
@@ -132,18 +133,18 @@ def train_stage(settings: TrainSettings, runtime: Runtime, stop: run_state.StopS
     else:
         draw_curves(run)
         print_once(
-            runtime, f"{settings.out}: saved at step {state.progress.step} of {run.steps}; the same command goes on"
+            runtime, f"{settings.out}: saved at step {state.progress.step} of {run.steps}; the same command continues"
         )
 
 
 # --- one step ---------------------------------------------------------------------------------------------
 def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> None:
-    """Step `number` (from 0): forward and backward over this rank's micro-batches, then one move of the adapter."""
+    """Step `number` (from 0): forward and backward over this rank's micro-batches, then one update of the adapter."""
     examples = [example for batch in batches for example in batch]
-    # Dropout, if the adapter has it, depends on the seed and the step alone, so that a resumed run draws the same
+    # Dropout, if the adapter has it, depends only on seed and step, so that a resumed run drops the same units
     torch.manual_seed(hash((run.settings.seed, number, run.runtime.rank)) & 0x7FFFFFFF)
 
-    # Each loss is a mean over the whole step: its divisor is summed over all micro-batches and ranks beforehand
+    # Each loss is a mean over the whole step, so its divisor is summed over all micro-batches and ranks first
     counts = step.counts_of(examples, run.objective)
     spoken = sum(example.seconds for example in examples)
     *totals, samples, seconds = sum_over_ranks(run.runtime, *counts.values(), len(examples), spoken)
@@ -173,7 +174,7 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
 
 
 def micro_batches(run: Run, batches: list[list[Example]]) -> Iterable[list[Example]]:
-    """This rank's micro-batches. All ranks run a sharded LLM together, so one with less to do joins in empty."""
+    """This rank's micro-batches. All ranks run a sharded LLM together, so one with fewer of them adds dummy passes."""
     together = run.settings.shard_llm and run.runtime.world > 1 and run.objective.runs_llm
     for batch in step.pad_micro_batches(batches, run.runtime) if together else batches:
         if together and not any(example.response for example in batch):
@@ -183,7 +184,7 @@ def micro_batches(run: Run, batches: list[list[Example]]) -> Iterable[list[Examp
 
 
 def move_adapter(run: Run, state: State, number: int, examples: list[Example]) -> float:
-    """Sum the gradients over the ranks, clip them, step, average the last steps' weights; the gradient's length."""
+    """Sum the gradients over the ranks, clip them, step, average the weights of the last steps; return the norm."""
     reduce_gradients(run.parameters, run.runtime)
     length = torch.nn.utils.clip_grad_norm_(run.parameters, run.settings.clip)
     if not torch.isfinite(length):
@@ -215,7 +216,7 @@ def bad_loss(run: Run, number: int, value: float, examples: Iterable[Example]) -
 
 # --- the end ----------------------------------------------------------------------------------------------
 def finish(run: Run, state: State) -> None:
-    """Write the verdict, the curves, the adapter and its card; say which rows of any rank were skipped."""
+    """Write the verdict, the curves, the adapter and its card; print how many rows all ranks skipped."""
     barrier(run.runtime)  # every rank has written its skip list
     out = run.settings.out
     if run.runtime.rank == 0 or run.settings.shard_llm:  # all ranks run a sharded LLM, or none

@@ -1,4 +1,4 @@
-"""The losses, as pure functions; and how to compute them without all logits at once.
+"""The losses, as pure functions; and their computation in parts, without all logits at once.
 
 In:  logits at response positions, flat over the batch, and their targets; or the adapter's own output.
 Out: the sum in nats, differentiable. The caller divides it by a count of the whole step, over all micro-batches
@@ -6,10 +6,10 @@ Out: the sum in nats, differentiable. The caller divides it by a count of the wh
 Try: ``ce_loss(torch.zeros(1, 4), torch.tensor([2]))``  ->  ``tensor(1.3863)``
 Flow: training/step.py -> **losses.py** -> training/loop.py
 
-- ``ce``: cross-entropy of the LLM's own continuation (BLSP, 2309.00916; AZeroS, 2601.06086, reaches the top with it).
-- ``kl``: divergence between the text route and the speech route (BLSP-KD, 2405.19041), with the teacher run beside
-  the student, or with stored top-k log-probabilities of the teacher. On held-out speech it tells task scores beforehand
-  (SALAD, 2510.13632); DiVA (2410.02678) takes the distance of the states before the head in its place.
+- ``ce``: cross-entropy of the LLM's own continuation (BLSP, 2309.00916; AZeroS, 2601.06086, has top results with it).
+- ``kl``: divergence between the text route and the speech route (BLSP-KD, 2405.19041). The teacher is run beside the
+  student, or its top-k log-probabilities were stored. On held-out speech it predicts task scores (SALAD, 2510.13632).
+  DiVA (2410.02678) uses the distance of the states before the head instead.
 - ``embed``: distance of the adapter's vectors from the embeddings of the tokens that are spoken there (SpeechMapper,
   2601.20417, also trains a projector without the LLM).
 - ``ctc``: the transcript under the adapter's posteriors over the LLM's tokens (Graves et al. 2006).
@@ -40,7 +40,7 @@ def ce_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) over the whole vocabulary, (N, V) both, in nats at ``temperature`` (Hinton et al. 2015).
 
-    With the teacher's temperature alone going to 0 it becomes ``ce_loss`` on the teacher's best token.
+    If only the teacher's temperature goes to 0, it becomes ``ce_loss`` on the teacher's best token.
     """
     teacher, student = (at_least_float32(logits) / temperature for logits in (teacher_logits, student_logits))
     return kl_divergence(teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)).sum()
@@ -49,8 +49,8 @@ def kl_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float =
 def topk_kl_loss(student_logits: Tensor, top_ids: Tensor, top_logp: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) from the teacher's K best log-probabilities (N, K), taken at ``temperature``.
 
-    The rest of the vocabulary is one bucket on both sides, so this is a lower bound of `kl_loss` (the log-sum
-    inequality) that reaches it as K grows.
+    The rest of the vocabulary is one bucket on both sides, so this is a lower bound of `kl_loss` (by the log-sum
+    inequality), equal to it if K is the vocabulary.
     """
     logits = at_least_float32(student_logits) / temperature  # (N, V)
     teacher, teacher_rest = _teacher_with_rest(top_logp.to(logits.dtype))  # (N, K), (N,)
@@ -58,7 +58,7 @@ def topk_kl_loss(student_logits: Tensor, top_ids: Tensor, top_logp: Tensor, temp
     if top_ids.shape[-1] == logits.shape[-1]:  # no rest
         return kl_divergence(teacher, torch.log_softmax(top, dim=-1)).sum()
 
-    # The student's K tokens and its rest, both in the logarithm, before normalisation
+    # Logarithms of the student's K tokens and of its rest, before normalisation
     rest = torch.logsumexp(logits.scatter(-1, top_ids.long(), -torch.inf), dim=-1)  # (N,)
     norm = torch.logaddexp(torch.logsumexp(top, dim=-1), rest)  # (N,)
 
@@ -70,9 +70,9 @@ def topk_kl_loss(student_logits: Tensor, top_ids: Tensor, top_logp: Tensor, temp
 
 
 def _teacher_with_rest(top_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, K) and the probability left over (N,).
+    """Log-probabilities (N, K) and the probability of all other tokens (N,).
 
-    They are stored in float16: where rounding makes their sum pass 1 they are normalised.
+    They are stored in float16: if rounding makes their sum larger than 1, they are normalised.
     """
     total = torch.logsumexp(top_logp, dim=-1, keepdim=True)  # (N, 1)
     top_logp = top_logp - total.clamp_min(0)
@@ -85,10 +85,10 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
 
     Every row must be possible (`can_align`).
 
-    Why not ``torch.nn.functional.ctc_loss``: here only the U + 1 classes of a row take part in the recursion, so
-    neither it nor its gradient walks over all C classes. With 14,000 classes, 32 clips of 50 places and 12 tokens,
-    value and gradient take 0.32 s here and 1.38 s there (torch 2.13, one busy CPU core). And torch's gradient is not
-    deterministic on CUDA, so a resumed run would not be the same to the bit (law 4).
+    Why not ``torch.nn.functional.ctc_loss``: this function uses only the U + 1 classes of a row, and not all C classes,
+    for value and gradient. With 14,000 classes, 32 clips of 50 places and 12 tokens they take 0.32 s, with torch's
+    function 1.38 s (torch 2.13, one busy CPU core). And torch's gradient is not deterministic on CUDA, so a resumed run
+    would not have the same bits (law 4).
     """
     # Classes of each row's states: blank, token 1, blank, token 2, …, blank
     blanks = torch.full((len(targets), 1), blank, dtype=torch.long, device=targets.device)
@@ -101,7 +101,7 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
     emissions = at_least_float32(log_probs.gather(-1, index))[:, :, label_of_state].transpose(0, 1)  # (S, B, X)
     final = _forward_variables(emissions, lengths, labels[:, label_of_state])  # (B, X)
 
-    # A path ends in the last token or in the blank after it; an empty target has that blank alone
+    # A path ends in the last token or in the blank after it; for an empty target only in the blank
     ends = torch.stack([2 * target_lengths, (2 * target_lengths - 1).clamp_min(0)], dim=1)  # (B, 2)
     no_token = (target_lengths == 0)[:, None] & torch.tensor([False, True], device=final.device)
     return -torch.logsumexp(final.gather(1, ends).masked_fill(no_token, IMPOSSIBLE), dim=1).sum()
@@ -115,39 +115,39 @@ def _forward_variables(emissions: Tensor, lengths: Tensor, labels: Tensor) -> Te
     reachable = torch.arange(states, device=emissions.device) < 2  # a path begins with a blank or with token 1
     alpha = torch.where(reachable, emissions[0], IMPOSSIBLE)  # (B, X)
 
-    # From a token straight to the next one, unless they are equal: then the blank between them is needed
+    # A path may go from a token directly to the next one, unless they are equal: then it needs the blank between them
     skip = torch.zeros(batch, states, dtype=torch.bool, device=emissions.device)
     skip[:, 3::2] = labels[:, 3::2] != labels[:, 1:-2:2]
 
-    # Each state is reached from itself, from the state before, or over a blank
+    # Each state is reached from itself, from the state before it, or by skipping a blank
     for place in range(1, places):
         one_back = F.pad(alpha[:, :-1], (1, 0), value=IMPOSSIBLE)
         two_back = F.pad(alpha[:, :-2], (2, 0), value=IMPOSSIBLE).masked_fill(~skip, IMPOSSIBLE)[:, :states]
         moved = torch.logsumexp(torch.stack([alpha, one_back, two_back]), dim=0) + emissions[place]
-        alpha = torch.where((place < lengths)[:, None], moved, alpha)  # shorter rows stay as they ended
+        alpha = torch.where((place < lengths)[:, None], moved, alpha)  # rows that have ended do not change
     return alpha
 
 
-COSINE_SCALE = 15.0  # logits of the embed loss: so many times the cosine of centred vectors
-FILLER_WEIGHT = 0.3  # of a place where no token is spoken, against one where one is
+COSINE_SCALE = 15.0  # logits of the embed loss are the cosine of centred vectors times this
+FILLER_WEIGHT = 0.3  # of a place without a spoken token; a place with one has weight 1
 
 
 def embed_loss(
     vectors: Tensor, classes: Tensor, candidates: Tensor, weight: Tensor, mean: Tensor, variance: float
 ) -> Tensor:
-    """Weighted sum of how far ``vectors`` (N, D) are from the embeddings of their ``classes`` (N,).
+    """Weighted sum of the distances of ``vectors`` (N, D) from the embeddings of their ``classes`` (N,).
 
-    candidates: (C, D) embeddings to tell apart, the targets among them. weight: (N,) of each place. mean (D,),
-    variance: of the LLM's whole table. It is the cross-entropy over the candidates (nats) plus the squared error in
-    units of the variance.
+    candidates: (C, D) embeddings, among them the targets. weight: (N,) of each place. mean (D,), variance: of the LLM's
+    whole table. A distance is the cross-entropy over the candidates (nats) plus the squared error divided by the
+    variance.
     """
     vectors, candidates = at_least_float32(vectors) - mean, at_least_float32(candidates) - mean
 
-    # Which token: cosines without the mean that all embeddings share (uncentred, two random tokens have 0.46)
+    # Which token: cosines after the mean was subtracted (before, two random tokens have 0.46)
     cosines = F.normalize(vectors, dim=-1) @ F.normalize(candidates, dim=-1).T  # (N, C)
     wrong_token = F.cross_entropy(COSINE_SCALE * at_least_float32(cosines), classes, reduction="none")  # (N,)
 
-    # How near: the LLM reads the vector itself, so its length counts too
+    # Distance: the LLM gets the vector itself, so its length matters too
     distance = (vectors - candidates[classes]).square().mean(dim=-1) / variance  # (N,)
     return (weight * (wrong_token + distance)).sum()
 
@@ -155,7 +155,7 @@ def embed_loss(
 def draw_others(own: Tensor, vocabulary: int, negatives: int) -> Tensor:
     """(n,) tokens below `vocabulary` that are not among `own`: `negatives` of them, or all for 0.
 
-    Unlike those of `shortlist` they stand for themselves alone: rivals of the right token, not a normaliser.
+    Unlike in `shortlist`, they are only wrong choices beside the right token; they do not represent other tokens.
     """
     others = torch.ones(vocabulary, dtype=torch.bool)
     others[own.cpu()] = False
@@ -164,7 +164,7 @@ def draw_others(own: Tensor, vocabulary: int, negatives: int) -> Tensor:
 
 
 def can_align(places: int, target: list[int]) -> bool:
-    """Whether CTC can spell ``target`` in so many places: one a token, and one between two equal tokens."""
+    """Whether CTC can spell ``target``: it needs one place for each token, and one between two equal tokens."""
     return places >= max(1, len(target) + sum(a == b for a, b in pairwise(target)))
 
 
@@ -173,18 +173,18 @@ def shortlist(
 ) -> tuple[Tensor, list[list[int]]]:
     """Log-probabilities (B, S, C) over the batch's own tokens and a sample of the others; targets among those C.
 
-    hidden (B, S, D), table (classes - 1, D), targets in read-out classes (blank is 0). Each drawn token stands for
-    others / negatives tokens, so the normaliser is right on average.
+    hidden (B, S, D), table (classes - 1, D), targets in read-out classes (blank is 0). Each drawn token represents
+    others / negatives tokens, so that the normaliser is right on average.
     Example: targets [[3, 7], [40, 3]] become [[1, 2], [3, 1]]; class 0 stays blank, classes from 4 on are drawn.
     """
-    # The batch's own tokens, and `negatives` others that are a function of the batch
+    # The batch's own tokens, and `negatives` others, which depend only on the batch
     own = sorted(set().union(*targets))
     tokens = torch.tensor([token - 1 for token in own], dtype=torch.long)
     others = torch.ones(len(table), dtype=torch.bool)
     others[tokens] = False
     drawn = _draw(others.nonzero().flatten(), negatives, seed=sum(map(sum, targets)))
 
-    # Drawn tokens weigh more: log(others / negatives) is added to their logits
+    # Drawn tokens get more weight: log(others / negatives) is added to their logits
     logits = adapter.logits(hidden, table, torch.cat([tokens, drawn]).to(hidden.device))  # (B, S, C)
     weight = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
     weight[1 + len(own) :] = math.log(max(1, int(others.sum())) / negatives)
@@ -197,13 +197,12 @@ def _draw(tokens: Tensor, count: int, seed: int) -> Tensor:
     return tokens[order[:count]]
 
 
-# --- a part of the positions at a time --------------------------------------------------------------------
+# --- computation in parts ---------------------------------------------------------------------------------
 def chunked(hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor], rows: int) -> Tensor:
     """Sum of ``loss_of(hidden[part], part)`` over parts of ``rows`` positions of ``hidden`` (N, D).
 
-    ``loss_of`` goes through the frozen vocabulary head; its (rows, V) logits are freed after each part. Nothing but
-    ``hidden`` needs a gradient, so its gradient (N, D) is taken in the forward pass, and no logits are kept or
-    computed twice.
+    ``loss_of`` runs the frozen vocabulary head; its (rows, V) logits are freed after each part. Only ``hidden`` needs a
+    gradient (N, D), which is computed in the forward pass, so no logits are kept or computed twice.
     """
     if not hidden.shape[0]:
         return hidden.sum()

@@ -1,7 +1,7 @@
-"""AdamW, learning-rate schedules, the running average of the weights; and the state that they are saved in.
+"""AdamW, learning-rate schedules, the running average of the weights; and the state in which they are saved.
 
 In:  a prepared run, and its newest complete checkpoint if there is one.
-Out: `State`: what changes from step to step, saved as often as the settings say.
+Out: `State`, which changes in each step and is saved as often as the settings say.
 Try: `state = begin_or_resume(run)`
 Flow: training/run.py -> **optimiser.py** (run_state.py) -> training/loop.py
 """
@@ -21,7 +21,7 @@ from blsp.training.run import Run
 
 @dataclass
 class State:
-    """What changes from step to step."""
+    """The part of a run that changes in each step."""
 
     progress: run_state.Progress
     optimiser: torch.optim.Optimizer
@@ -44,7 +44,7 @@ def begin_or_resume(run: Run) -> State:
     here = run_state.environment(run.runtime)
     run_state.check_environment(stored.environment, here, newest, run.settings.resume_inexact)
     adapter, lora = run.model.model.multi_modal_projector, lora_weights(run.model)
-    # older checkpoints have no read-out vocabulary; the one of vocabulary.json is in the adapter already
+    # older checkpoints have no read-out vocabulary; it was already read from vocabulary.json
     vocabulary = {name: tensor for name, tensor in adapter.named_buffers() if name == "vocabulary"}
     adapter.load_state_dict({**vocabulary, **{name: t for name, t in stored.adapter.items() if name not in lora}})
     load_lora(lora, stored.adapter)
@@ -64,7 +64,7 @@ def new_optimiser(run: Run) -> torch.optim.Optimizer:
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
-    """The rate of step `step` (from 1): a linear warm-up, then to zero along a cosine or a line, or constant."""
+    """The rate of step `step` (from 1): a linear warm-up, then a cosine or a line down to zero, or constant."""
     warmup = min(settings.warmup_steps, steps // 10)
     if step <= warmup:
         return settings.lr * step / warmup
@@ -85,15 +85,16 @@ def add_to_average(run: Run, state: State, number: int) -> None:
         else:
             state.average[name] += (weight.detach() - state.average[name]) / count
     state.progress = replace(state.progress, averaged=count)
-    if number == run.steps - 1:  # what is measured and saved after this is the mean
+    if number == run.steps - 1:  # the mean is then measured and saved
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(state.average[name])
 
 
 def time_to_save(run: Run, state: State) -> bool:
-    """Every `--save-every` steps, and when `--save-minutes` have passed. Only the first rank saves, so only its
-    clock counts; the moment of a checkpoint changes nothing in it.
+    """Whether to save now: every `--save-every` steps, and after `--save-minutes`.
+
+    Only the first rank saves, so only its clock counts; the time of a checkpoint does not change its content.
     """
     waited = time.monotonic() - state.saved > 60 * run.settings.save_minutes
     return state.progress.step % run.settings.save_every == 0 or (waited and run.runtime.rank == 0)

@@ -1,6 +1,6 @@
-"""Probes: divergence between the text route and the speech route on a few clips, while training goes on.
+"""Probes: divergence between the text route and the speech route on a few clips, during training.
 
-In:  examples that are learnt from and examples that are held out, the model.
+In:  examples of the training data and held-out examples, the model.
 Out: ``{"held_out_kl": …, "held_out_kl_shuffled": …, "held_out_top1": …, "held_out_wer": …, "train_kl": …}``.
 Try: ``measure(Probe("held_out", examples), prefixes, tokenizer, positions=4096)``
 Flow: training/loop.py every so many steps -> **probes.py** -> metrics.jsonl, curves.png
@@ -12,7 +12,7 @@ Flow: training/loop.py every so many steps -> **probes.py** -> metrics.jsonl, cu
 - `top1`: share of response tokens for which both routes have the same likeliest token.
 - `wer`: word error rate of the read-out, for adapters that read out.
 - `tokens`: share of the spoken tokens whose embedding is the nearest of all to the vector at their place (by the cosine
-  of vectors without the table's mean), where the times of the tokens are known.
+  of vectors without the table's mean), if the times of the tokens are known.
 
 Shapes: S adapter places, U transcript tokens, V vocabulary, N response positions of a micro-batch, n of an example,
 D LLM width.
@@ -41,7 +41,7 @@ from blsp.training.step import response_states, speech_states, speech_vectors, t
 
 @dataclass
 class Probe:
-    """The clips of one part of the data, and the states of their text route, computed once.
+    """The clips of one part of the data, and the states of their text route, which are computed once.
 
     text: last hidden states (n, D) at the response of each answered example.
     """
@@ -59,7 +59,7 @@ class Probe:
 def measure(
     probe: Probe, prefixes: PrefixCache, tokenizer: PreTrainedTokenizerBase, positions: int
 ) -> dict[str, float]:
-    """The probes of one part of the data ("train" or "held_out"); those that it has examples for."""
+    """The probes of one part of the data ("train" or "held_out") for which it has examples."""
     adapter = prefixes.llm.model.multi_modal_projector
     was_training = adapter.training
     adapter.eval()
@@ -91,7 +91,7 @@ def divergence(probe: Probe, examples: Sequence[Example], prefixes: PrefixCache,
 def token_divergences(
     probe: Probe, examples: Sequence[Example], prefixes: PrefixCache, positions: int
 ) -> list[list[tuple[float, bool]]]:
-    """Of each example, at each position: KL(text || speech) in nats, and whether the likeliest tokens agree."""
+    """For each example and position: KL(text || speech) in nats, and whether the likeliest tokens agree."""
     model, found = prefixes.llm, dict[int, list[tuple[float, bool]]]()
     for numbers in micro_batches(examples, positions):
         batch = [examples[number] for number in numbers]
@@ -105,7 +105,7 @@ def token_divergences(
 
 
 def _text_states(probe: Probe, numbers: Sequence[int], batch: Sequence[Example], prefixes: PrefixCache) -> Tensor:
-    """States (N, D) of the text route at the responses of a micro-batch; kept after the first time."""
+    """States (N, D) of the text route at the responses of a micro-batch, computed the first time and then kept."""
     if any(number not in probe.text for number in numbers):
         states = transcript_states(prefixes.llm, batch, prefixes)
         by_example = states.split([len(example.response) for example in batch])  # (n, D) each
@@ -145,11 +145,11 @@ def tokens_found(examples: Sequence[Example], llm: BlspForConditionalGeneration)
 
 
 def exchange_speech(examples: Sequence[Example]) -> list[Example]:
-    """Every example with the speech of another text; nothing where some example has no such partner."""
+    """Each example with the speech of another text; empty if an example has no such partner."""
     exchanged = []
     for number, example in enumerate(examples):
         others = [other for other in (*examples[number + 1 :], *examples[:number]) if other.id != example.id]
-        text = example.transcript  # where it is not known, any other clip will do
+        text = example.transcript  # if it is not known, any other clip is used
         partner = next((other for other in others if not text or other.transcript != text), None)
         if partner is None:
             return []
@@ -158,7 +158,7 @@ def exchange_speech(examples: Sequence[Example]) -> list[Example]:
 
 
 def micro_batches(examples: Sequence[Example], positions: int) -> Iterator[list[int]]:
-    """Numbers of examples that share a prefix, under the budget; one position of speech for eight encoder frames."""
+    """Indices of examples that share a prefix, within the budget; eight encoder frames count as one position."""
     prefixes = sorted({example.template.prefix_ids for example in examples})
     groups = np.array([prefixes.index(example.template.prefix_ids) for example in examples])
     lengths = [

@@ -31,11 +31,11 @@ from blsp.training.run import Run
 from blsp.training.run_state import Progress, as_flags, dump_flags, empty_window
 from blsp.training.verdict import Verdict
 
-CURVES_SECONDS = 60  # at least, between two drawings of curves.png
+CURVES_SECONDS = 60  # at least this long between two drawings of curves.png
 
 
 class Reporter:
-    """What reports need beside the run: where they go, and the progress at the last line, for the speed since."""
+    """The run, the trackers, and the progress at the last line of metrics.jsonl, from which the speed is computed."""
 
     def __init__(self, run: Run, state: State, trackers: tracking.Trackers) -> None:
         self.run, self.state, self.trackers = run, state, trackers
@@ -109,13 +109,13 @@ def draw_curves(run: Run) -> None:
 
 
 def print_once(runtime: Runtime, text: str) -> None:
-    """Print in the first rank alone."""
+    """Print in the first rank only."""
     if runtime.rank == 0:
         print(text)
 
 
 def finish_stages(settings: TrainSettings) -> None:
-    """The last stage's adapter, all stages' metrics and one picture, in the folder of the whole recipe."""
+    """Write the last stage's adapter, all stages' metrics and one picture into the folder of the whole recipe."""
     with write_atomically(settings.out / "adapter") as partial:
         shutil.copytree(settings.stages[-1].out / "adapter", partial)
     lines, steps_before = [], 0
@@ -126,7 +126,7 @@ def finish_stages(settings: TrainSettings) -> None:
         steps_before += rows[-1]["step"]
     write_text(settings.out / "metrics.jsonl", "".join(lines), durable=True)
     found = Verdict.read(settings.stages[-1].out)
-    if found is not None:  # none where an older version finished the last stage
+    if found is not None:  # an older version wrote none
         found.write(settings.out)
     draw(settings.out / "metrics.jsonl", settings.out / "curves.png", str(found or ""))
     stages = []
@@ -155,9 +155,9 @@ Row = dict[str, Any]  # a line of metrics.jsonl
 
 
 def draw(metrics: Path, picture: Path, verdict: str = "") -> None:
-    """The loss and each probe, two panels in a row: held-out and training clips, with their own and exchanged speech.
+    """Draw the loss and each probe, two panels in a row: held-out and training clips, with own and exchanged speech.
 
-    verdict: is written above them.
+    verdict: the title.
     """
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not rows:
@@ -180,12 +180,12 @@ def draw(metrics: Path, picture: Path, verdict: str = "") -> None:
 
 
 def by_stage(rows: list[Row]) -> list[list[Row]]:
-    """The rows of each stage; of a run without stages, all of them."""
+    """The rows of each stage; a run without stages is one group."""
     return [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.get("stage"))]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Running means whose weights add up to 1 from the first value on, so that the start is not pulled to any level."""
+    """Running means; their weights add up to 1 from the first value on, so that the start is not biased."""
     means, level, weight = [], 0.0, 0.0
     for value in values:
         level = SMOOTHING * level + (1 - SMOOTHING) * value
@@ -229,7 +229,7 @@ def _probe(axis: Axes, rows: list[Row], name: str) -> None:
 
 
 def _stages(axis: Axes, rows: list[Row]) -> None:
-    """A line where each stage but the first begins, and the names of the stages along the top."""
+    """A vertical line at the start of each stage but the first, and the names of the stages at the top."""
     stages = by_stage(rows)
     if len(stages) < 2:
         return
@@ -251,7 +251,7 @@ def _stages(axis: Axes, rows: list[Row]) -> None:
 
 
 def _finish(axis: Axes) -> None:
-    """Everything drawn stays inside; a linear axis begins at 0 where nothing is negative."""
+    """Labels, grid and limits; a linear axis starts at 0 unless a value is negative."""
     axis.set_xlabel("step")
     axis.tick_params(labelbottom=True)
     axis.grid(alpha=0.25)

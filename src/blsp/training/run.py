@@ -1,7 +1,7 @@
 """Everything before the first step: model, objective, data, order of the data, probes.
 
 In:  the resolved settings of one run (or of one stage), and the `Runtime`.
-Out: `Run`; its parts never change. `step_examples`: the micro-batches of each step.
+Out: `Run`, which does not change during training. `step_examples`: the micro-batches of each step.
 Try: ``prepare(settings, find_runtime("cpu"))``
 Flow: settings -> **run.py** (dataset.py, examples.py, batches.py, probes.py) -> training/loop.py
 """
@@ -58,12 +58,12 @@ from blsp.training.step import LOSSES, Objective
 from blsp.training.validation import open_probes, open_validation, validation_sources
 from blsp.weights.digest import Weights, find_weights
 
-NO_SPEECH_CLIPS = 64  # made for --no-speech
+NO_SPEECH_CLIPS = 64  # clips that --no-speech makes
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, ready for its first step, or for the step after its newest checkpoint."""
+    """One run, prepared for its first step, or for the step after its newest checkpoint."""
 
     settings: TrainSettings
     runtime: Runtime
@@ -79,23 +79,23 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps from beginning to end."""
+        """Optimiser steps of the whole run."""
         return self.settings.steps or max(1, round(self.settings.epochs * self.order.steps_per_epoch))
 
     @property
     def weights(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained: the adapter, and LoRA where there is some."""
+        """The trained parameters by name: of the adapter, and of LoRA if it is used."""
         return dict(self.model.model.multi_modal_projector.named_parameters()) | lora_weights(self.model)
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The same without names."""
+        """The trained parameters, without names."""
         return list(self.weights.values())
 
 
 def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
-    """Open the data and the model; the first process writes what all of them read."""
-    # What is learnt, and from which files
+    """Open the data and the model; the first process writes the files that all processes read."""
+    # The loss and the data files
     stored = teacher_of(settings) == "stored"
     sources = data_sources(settings, runtime, stored)
     validation = validation_sources(settings.val_data)
@@ -113,7 +113,7 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     # key/values of a prefix are kept without gradients, and as long as the LLM does not change
     prefixes = PrefixCache(model, reuse=not settings.shard_llm and "llm" not in settings.lora)
 
-    # Features and measured rows: both are in the folder when a run goes on
+    # Features and measured rows; a resumed run has both
     cache = None
     if settings.cache is not None:
         to_encode = [] if (settings.out / "table.json").exists() else [source.rows for source in [*sources, *others]]
@@ -151,9 +151,9 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     return Run(settings, runtime, model, processor, prefixes, objective, dataset, order, reader, skipped, probes)
 
 
-# --- what is learnt ---------------------------------------------------------------------------------------
+# --- the loss ---------------------------------------------------------------------------------------------
 def check_loss(settings: TrainSettings) -> None:
-    """Raise SettingsError where the adapter or the loss is not known, or where they do not fit each other."""
+    """Raise SettingsError if the adapter or the loss is not known, or if they do not fit each other."""
     try:
         reads_out = adapter_class(settings.adapter).reads_out
         check_options(settings.adapter, [_option(flag)[0] for flag in settings.adapter_options])
@@ -189,7 +189,7 @@ def teacher_of(settings: TrainSettings) -> str:
 
 
 def objective_of(settings: TrainSettings, stored: bool) -> Objective:
-    """The loss with weight 1; beside a loss of the LLM also ctc (adapters that read out) or embed (others)."""
+    """The loss with weight 1; a loss of the LLM gets a second term: ctc (adapters that read out) or embed (others)."""
     terms: dict[str, float] = {settings.loss: 1.0}
     reads_out = adapter_class(settings.adapter).reads_out
     further, weight = ("ctc", settings.ctc_weight) if reads_out else ("embed", settings.embed_weight)
@@ -207,7 +207,7 @@ def filler_token(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def targets_of(settings: TrainSettings, objective: Objective) -> Targets:
-    """What examples must hold for the loss, and may hold for its further terms."""
+    """The targets that examples need for the loss, and may have for its further terms."""
     needs = LOSSES[settings.loss].needs
     extras = frozenset().union(*(LOSSES[name].needs for name in objective.terms)) - needs
     return Targets(needs, extras, objective.runs_llm, adapter_class(settings.adapter).reads_out)
@@ -215,7 +215,7 @@ def targets_of(settings: TrainSettings, objective: Objective) -> Targets:
 
 # --- data -------------------------------------------------------------------------------------------------
 def data_sources(settings: TrainSettings, runtime: Runtime, stored_teacher: bool) -> list[Source]:
-    """The files of --data, and made clips of silence and noise for --no-speech."""
+    """The files of --data, and for --no-speech generated clips of silence and noise."""
     sources = open_sources(
         settings.data,
         settings.data_weights,
@@ -233,7 +233,7 @@ def data_sources(settings: TrainSettings, runtime: Runtime, stored_teacher: bool
 
 
 def write_no_speech(manifest: Path, seed: int) -> None:
-    """Make clips of silence and noise and their manifest, unless it is there."""
+    """Generate clips of silence and noise with their manifest, unless it exists."""
     if manifest.exists():
         return
     folder = manifest.parent.resolve()
@@ -259,7 +259,7 @@ def data_order(settings: TrainSettings, dataset: Dataset) -> DataOrder:
 
 
 def step_examples(run: Run, first: int) -> Iterator[tuple[int, list[list[Example]]]]:
-    """(step, this rank's micro-batches) from step `first` to the end; the prefetch thread runs it."""
+    """(step, this rank's micro-batches) from step `first` to the end; it runs in the prefetch thread."""
     prefix_numbers: dict[tuple[int, ...], int] = {}
     rows_of, reader = run.dataset.rows, run.reader
 
@@ -279,7 +279,7 @@ def step_examples(run: Run, first: int) -> Iterator[tuple[int, list[list[Example
 
 
 def _read_examples(run: Run, rows: NDArray[np.void], epoch: int) -> Iterator[Example]:
-    """The rows' examples; those that turn out to be unusable go to the skip list."""
+    """The rows' examples; rows that cannot be used go to the skip list."""
     for row in rows:
         try:
             yield run.reader.example(row, epoch)
@@ -292,11 +292,11 @@ def _read_examples(run: Run, rows: NDArray[np.void], epoch: int) -> Iterator[Exa
 def open_model(
     settings: TrainSettings, runtime: Runtime, sources: list[Source]
 ) -> tuple[BlspForConditionalGeneration, BlspProcessor]:
-    """The frozen parts with a fresh adapter, or with the one to start from; it is trainable, and LoRA if asked for."""
+    """The frozen parts with a new adapter, or with the one to start from; it is trainable, and so is LoRA if used."""
     if runtime.dtype == torch.float16:
         raise SettingsError("--dtype float16: its gradients overflow; train in bfloat16 or float32")
     target = runtime
-    if settings.shard_llm:  # too large for this device until it is sharded
+    if settings.shard_llm:  # the LLM may be too large for one device, so it is loaded on the CPU first
         runtime = replace(runtime, device=torch.device("cpu"))
     audio_model, llm = find_weights(settings.audio_model), find_weights(settings.llm)
     args = shared_template_args(sources, read_template_args(settings.template_arg, settings.no_thinking))
@@ -349,7 +349,7 @@ def _option(flag: str) -> tuple[str, str]:
 
 
 def _check_start(settings: TrainSettings, model: BlspForConditionalGeneration, options: dict[str, Any]) -> None:
-    """The adapter to start from must be what the other flags say."""
+    """Raise SettingsError unless the adapter to start from agrees with the other flags."""
     start, config = " ".join(settings.init_from), model.config
     if config.adapter != settings.adapter:
         raise SettingsError(f"--init-from {start}: is a {config.adapter} adapter, not {settings.adapter}")
@@ -368,7 +368,7 @@ def _check_start(settings: TrainSettings, model: BlspForConditionalGeneration, o
 def _readout_vocabulary(
     settings: TrainSettings, llm: Weights, runtime: Runtime, sources: list[Source]
 ) -> list[int] | None:
-    """The LLM's tokens that occur in the transcripts, or all of them; kept in the run folder."""
+    """The LLM's tokens that occur in the transcripts (kept in the run folder); None for the whole vocabulary."""
     if settings.readout == "full":
         return None
     path = settings.out / "vocabulary.json"
@@ -386,6 +386,6 @@ def _readout_vocabulary(
 
 
 def end_token(model: BlspForConditionalGeneration, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer: the tokenizer's end of sequence where the LLM stops at it."""
+    """The token that ends an answer: the tokenizer's end of sequence, if the LLM stops at it."""
     ends = stop_ids(model)
     return tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]

@@ -3,11 +3,11 @@
 In:  the adapter, the optimiser, the running average and the progress of a run.
 Out: ``checkpoints/step-N/``, complete only when its ``state.json`` exists; the newest complete one read back.
 Try: ``newest_complete(Path("runs/x/checkpoints"))``
-Flow: training/loop.py saves here every so many steps, and starts from here.
+Flow: training/loop.py saves with this file every few steps, and resumes from it.
 
-All that is drawn at random in a step is a function of (seed, step), so no generator's state is kept. A run is equal to
-the bit only with equal versions, device, threads and processes: they are stored, and others are refused unless told
-that close is good enough. Another number of processes is not refused: the batches stay the same (law 5).
+All random numbers of a step are a function of (seed, step), so no generator's state is stored. A resumed run has the
+same bits only with the same versions, device, threads and processes. They are stored, and a difference is an error
+unless --resume-inexact is given. Another number of processes is allowed: the batches are the same (law 5).
 
     OUT/settings.yaml   the resolved settings         OUT/checkpoints/step-N/adapter.safetensors
     OUT/table.json      facts of the measured rows                           average.safetensors
@@ -55,13 +55,13 @@ class Progress:
     averaged: int = 0  # steps whose weights are in the running average
     window_steps: int = 0
     window_loss: float = 0.0
-    window_positions: int = 0  # of the LLM's sequences (encoder frames where it is not run), padding included
-    window_padding: int = 0  # those of them that are padding
-    window_norm: float = 0.0  # lengths of the gradient before it is clipped
+    window_positions: int = 0  # of the LLM's sequences (or encoder frames if it is not run), with padding
+    window_padding: int = 0  # the padding among them
+    window_norm: float = 0.0  # norms of the gradient before clipping
 
 
 def add_to_window(progress: Progress, loss: float, positions: int, padding: int, norm: float) -> Progress:
-    """One more step in the window of the next metrics line."""
+    """Add a step to the window of the next metrics line."""
     return replace(
         progress,
         window_steps=progress.window_steps + 1,
@@ -79,7 +79,7 @@ def empty_window(progress: Progress) -> Progress:
 
 # --- checkpoints ------------------------------------------------------------------------------------------
 def environment(runtime: Runtime) -> dict[str, Any]:
-    """What must be equal for two runs to be equal to the bit."""
+    """The facts that must be equal for two runs to have the same bits."""
     return {
         "blsp": version("blsp"),
         "torch": torch.__version__,
@@ -94,27 +94,27 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 
 
 def check_environment(stored: dict[str, Any], here: dict[str, Any], folder: Path, inexact: bool) -> None:
-    """Raise JobError where `here` differs from what the checkpoint was made with, unless `inexact`.
+    """Raise JobError if `here` differs from the environment of the checkpoint, unless `inexact`.
 
-    Another number of processes changes nothing but rounding, which is said; a launcher may change it by itself.
+    Another number of processes, which a launcher may choose, changes only rounding, and only a message is printed.
     """
     if stored.get("processes") != here["processes"]:
         print(
-            f"{folder}: goes on with {here['processes']} processes after {stored.get('processes')}: the same batches, "
-            "summed in another order, so close but not equal to the bit",
+            f"{folder}: continues with {here['processes']} processes after {stored.get('processes')}: the same "
+            "batches, summed in another order, so the results are close but not equal to the bit",
             file=sys.stderr,
         )
     changed = differences(stored, here, ignore=("processes",))
     if changed and not inexact:
         raise JobError(
-            f"{folder}: cannot go on to the bit ({changed}). Restore that (OMP_NUM_THREADS sets the threads), or "
-            "pass --resume-inexact to go on with results that are close but not equal"
+            f"{folder}: cannot continue with the same bits ({changed}). Restore that (OMP_NUM_THREADS sets the "
+            "threads), or pass --resume-inexact to continue with results that are close but not equal"
         )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is saved. average: empty where no running average is kept."""
+    """The content of a checkpoint. average: empty if there is no running average."""
 
     progress: Progress
     environment: dict[str, Any]
@@ -131,10 +131,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         with naming_full_disk(target, needs):
             _write_checkpoint(target, checkpoint)
     except DiskFullError:
-        shutil.rmtree(target, ignore_errors=True)  # the part of it that is of no use; there may be none
+        shutil.rmtree(target, ignore_errors=True)  # an incomplete checkpoint cannot be used
         raise
     for old in complete_checkpoints(folder)[:-keep]:
-        (old / STATE).unlink()  # first: a half-removed checkpoint must not count
+        (old / STATE).unlink()  # first, so that a half-removed checkpoint does not count as complete
         shutil.rmtree(old)
     return target
 
@@ -182,13 +182,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint to go on from, if any."""
+    """The checkpoint to continue from, if there is one."""
     checkpoints = complete_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
 
 
 def cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines of ``metrics.jsonl`` after `step`, and a torn last line: those steps are computed again."""
+    """Drop the lines of ``metrics.jsonl`` after `step`, which are computed again, and an incomplete last line."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -211,13 +211,13 @@ MAY_CHANGE = frozenset(
         "profile",
         "dry_run",
     }
-)  # when a run goes on
+)  # settings that may differ when a run is resumed
 NOT_WRITTEN = frozenset({"config", "stages"})
 MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl")
 
 
 def as_flags(settings: TrainSettings) -> dict[str, Any]:
-    """The settings as a YAML mapping of flags; what is left out at the command line is left out here."""
+    """The settings as a YAML mapping of flags, without those that are None or empty."""
     return _given({field.name: getattr(settings, field.name) for field in fields(settings)})
 
 
@@ -233,12 +233,12 @@ def _plain(value: Any) -> Any:
 
 
 def begin_folder(settings: TrainSettings, runtime: Runtime) -> None:
-    """Write ``settings.yaml``; in a folder that was begun with other settings raise JobError."""
+    """Write ``settings.yaml``; raise JobError if the folder's run was started with other settings."""
     if runtime.rank == 0:
         settings.out.mkdir(parents=True, exist_ok=True)
         if newest_complete(settings.out / "checkpoints") is not None:
             _refuse_other_settings(settings)
-        elif (settings.out / "settings.yaml").exists():  # killed before its first checkpoint: begin again
+        elif (settings.out / "settings.yaml").exists():  # killed before its first checkpoint: start again
             for name in MADE_AT_START:
                 (settings.out / name).unlink(missing_ok=True)
             shutil.rmtree(settings.out / "checkpoints", ignore_errors=True)
@@ -248,7 +248,7 @@ def begin_folder(settings: TrainSettings, runtime: Runtime) -> None:
 
 @contextmanager
 def claim_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
-    """Keep other runs out of the folder while this one lasts."""
+    """Lock the folder against other runs while the block runs."""
     folder.mkdir(parents=True, exist_ok=True)
     with lock_job(folder, runtime.rank):
         yield
@@ -258,14 +258,14 @@ def _refuse_other_settings(settings: TrainSettings) -> None:
     path = settings.out / "settings.yaml"
     if not path.exists():
         return
-    # a folder of an older version does not name the flags added since: they had their defaults
+    # a folder of an older version does not have newer flags: assume their defaults
     defaults = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
     begun, now = _given(defaults) | yaml.safe_load(path.read_text(encoding="utf-8")), as_flags(settings)
     changed = differences(begun, dict.fromkeys(begun) | now, MAY_CHANGE)
     if changed:
         raise JobError(
-            f"{settings.out}: was begun with other settings ({changed}). Give the ones it was begun with, or "
-            f"begin a new run with another --out (--init-from {settings.out}/adapter builds on this one)"
+            f"{settings.out}: was started with other settings ({changed}). Give the ones it was started with, or "
+            f"start a new run with another --out (--init-from {settings.out}/adapter starts from this adapter)"
         )
 
 
@@ -275,7 +275,7 @@ def dump_flags(flags: dict[str, Any]) -> str:
 
 
 def is_finished(settings: TrainSettings) -> bool:
-    """Whether the run has written its adapter; raises JobError where it was made with other settings."""
+    """Whether the run has written its adapter; raises JobError if it was made with other settings."""
     if not (settings.out / "adapter" / "config.json").exists():
         return False
     _refuse_other_settings(settings)
@@ -290,10 +290,10 @@ def merge_skipped(skipped: SkippedLog, out: Path) -> None:
         path.unlink()
 
 
-# --- while a run lasts ------------------------------------------------------------------------------------
+# --- during a run -----------------------------------------------------------------------------------------
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Use only algorithms that give the same bits each time, while the block runs."""
+    """Use only deterministic algorithms while the block runs."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's first matrix product
     switches: Any = torch.utils.deterministic
     before, filling = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
@@ -307,7 +307,7 @@ def deterministic() -> Iterator[None]:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C while a run lasts: the current step is finished and saved, then the run stops.
+    """SIGTERM and Ctrl-C during a run: the current step is finished and saved, then the run stops.
 
     A second Ctrl-C stops at once.
     """
@@ -315,7 +315,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self._interrupted = False
-        self._handlers: dict[int, Any] = {}  # those that were set before
+        self._handlers: dict[int, Any] = {}  # the handlers that were set before
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # other threads cannot have handlers
@@ -335,11 +335,11 @@ class StopSignal:
         self.requested = True
 
     def sync(self, runtime: Runtime) -> None:
-        """All ranks stop when one of them is asked to."""
+        """Make all ranks stop if one of them got a signal."""
         if runtime.world > 1:
             self.requested = bool(sum_across(torch.tensor(float(self.requested)), runtime).item())
 
     def raise_if_interrupted(self) -> None:
-        """After saving: SIGTERM exits with 0, Ctrl-C as an interruption."""
+        """Raise KeyboardInterrupt after Ctrl-C, but not after SIGTERM; called after saving."""
         if self._interrupted:
             raise KeyboardInterrupt

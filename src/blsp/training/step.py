@@ -9,8 +9,8 @@ Flow: training/examples.py -> training/batches.py -> **step.py** (adapter -> LLM
     [s y s t e m]  | [v v v v  s s s s  r1 r2 r3]     the states at the last s, r1, r2, r3 predict
                                     ^^^^^^^^^^^^       r1, r2, r3, end
 
-Adapter places without a vector are left out, and the vocabulary head runs at response positions alone; no number
-changes by it (law 8). A loss is one entry in `LOSSES` and one function in losses.py, or a plugin's (docs/extending.md).
+Adapter places without a vector are left out, and the vocabulary head runs only at response positions; this changes no
+result (law 8). A loss is an entry in `LOSSES` and a function in losses.py, or both in a plugin (docs/extending.md).
 
 Shapes: B batch, T encoder frames, E encoder width, M mel bins, Tm mel frames, S adapter places, n valid vectors of a
 clip, L sequence after the prefix, N response positions, D LLM width, V vocabulary, K stored top-k, C read-out classes.
@@ -40,13 +40,13 @@ from blsp.training.examples import Example, Need
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss: its sum over a micro-batch, what the sum is divided by, and what it needs.
+    """A loss: its sum over a micro-batch, the divisor of the sum, and the targets it needs.
 
-    total: the differentiable sum over a micro-batch, a scalar. count: how many things an example adds to that sum;
+    total: the differentiable sum over a micro-batch, a scalar. count: how many terms an example adds to that sum;
     the step's mean is the sum over all micro-batches and ranks, divided by the count over all of them.
-    runs_llm: whether the LLM runs along a response; if not, a plain manifest is enough. needs: what an example must
-    hold: "continuation" (`response`), "teacher" (the text route, run here or stored), "readout" (CTC classes),
-    "token_times" (`places`). A row without it is skipped, with the reason.
+    runs_llm: whether the LLM is run over a response; if not, a plain manifest is enough. needs: what an example must
+    have: "continuation" (`response`), "teacher" (the text route, run here or stored), "readout" (CTC classes),
+    "token_times" (`places`). A row without one of them is skipped, with the reason.
     """
 
     total: Callable[[MicroBatch], Tensor]
@@ -59,8 +59,8 @@ class Loss:
 class Objective:
     """What is minimised: the sum of weight x mean loss over `terms` (names in `LOSSES`).
 
-    temperature, stored_teacher: for kl. negatives: how many other tokens stand for all that a micro-batch does not
-    hold (ctc without the LLM, embed); 0 takes all of them. filler: for embed, the token at places where none is spoken.
+    temperature, stored_teacher: for kl. negatives: for ctc without the LLM and for embed, how many tokens are drawn
+    from those that are not in the micro-batch; 0: all of them. filler: for embed, the token at places without speech.
     """
 
     terms: Mapping[str, float]
@@ -76,8 +76,8 @@ class Objective:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of a micro-batch: the sum of each term (a scalar), and the positions of its passes through the LLM (encoder
-    frames where the LLM is not run), those of padding included.
+    """Results of a micro-batch: the sum of each term (a scalar), and the positions of its passes through the LLM
+    (encoder frames if the LLM is not run), with padding.
     """
 
     terms: dict[str, Tensor]
@@ -86,7 +86,7 @@ class Sums:
 
 
 def counts_of(examples: Sequence[Example], objective: Objective) -> dict[str, int]:
-    """What each term's sum is divided by; known before anything is computed."""
+    """The divisor of each term's sum."""
     return {name: sum(map(LOSSES[name].count, examples)) for name in objective.terms}
 
 
@@ -106,14 +106,14 @@ def objective_value(sums: Sums, counts: Mapping[str, int], objective: Objective)
 
 
 def autocast(runtime: Runtime) -> torch.autocast:
-    """The adapter's float32 weights compute in bfloat16 where the frozen parts do."""
+    """Compute the adapter's float32 weights in bfloat16 if the frozen parts are in bfloat16."""
     return torch.autocast(runtime.device.type, torch.bfloat16, enabled=runtime.dtype == torch.bfloat16)
 
 
-# --- what a micro-batch computes --------------------------------------------------------------------------
+# --- the tensors of a micro-batch -------------------------------------------------------------------------
 @dataclass
 class MicroBatch:
-    """The tensors of a micro-batch; each is computed when a loss first asks for it, and shared by all losses."""
+    """The tensors of a micro-batch; each is computed when a loss first needs it, and shared by all losses."""
 
     model: BlspForConditionalGeneration
     examples: Sequence[Example]
@@ -132,7 +132,7 @@ class MicroBatch:
 
     @property
     def zero(self) -> Tensor:
-        """A loss of 0 that still has a gradient, for a micro-batch that a term has nothing to learn from."""
+        """A loss of 0 with a gradient, for a micro-batch without targets of a term."""
         return self.audio.vectors.sum() * 0
 
     @cached_property
@@ -142,7 +142,7 @@ class MicroBatch:
 
     @cached_property
     def response(self) -> tuple[Tensor, int, int]:
-        """States (N, D) that predict the responses of `answered`; positions of the pass, and its padding."""
+        """States (N, D) that predict the responses of `answered`; positions of the pass; padding among them."""
         rows = [row for row, example in enumerate(self.examples) if example.response]
         vectors = speech_vectors(self.audio, rows)
         hidden, padding = response_states(self.model, self.answered, vectors, self.prefixes)
@@ -202,7 +202,7 @@ def transcript_states(
 def response_states(
     model: BlspForConditionalGeneration, examples: Sequence[Example], vectors: Sequence[Tensor], prefixes: PrefixCache
 ) -> tuple[Tensor, int]:
-    """Last hidden states (N, D) at the positions that predict the responses, row by row; and the padded positions."""
+    """Last hidden states (N, D) at the positions that predict the responses, row by row; and the padding."""
     # One row an example: vectors, suffix, response without its last token (which predicts nothing)
     with torch.no_grad():
         ends = [embed(model, [*e.template.suffix_ids, *e.response[:-1]]) for e in examples]
@@ -242,7 +242,7 @@ def _cross_entropy(batch: MicroBatch, examples: Sequence[Example], hidden: Tenso
 def _kl(batch: MicroBatch) -> Tensor:
     """Sum of T^2 x KL(text || speech) over all response tokens.
 
-    The set answer to a clip without speech has no text route: it takes the cross-entropy, at temperature 1.
+    The fixed answer to a clip without speech has no text route: its loss is the cross-entropy, at temperature 1.
     """
     if not batch.answered:
         return batch.zero
@@ -254,14 +254,14 @@ def _kl(batch: MicroBatch) -> Tensor:
     if silent:
         total = total + _cross_entropy(batch, silent, hidden[set_answer])
     if spoken:
-        # T^2 keeps the size of the gradient when the temperature changes (Hinton et al. 2015)
+        # with T^2 the size of the gradient does not depend on the temperature (Hinton et al. 2015)
         scale = batch.objective.temperature**2
         total = total + scale * _divergence(batch, spoken, hidden[~set_answer])
     return total
 
 
 def _divergence(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) -> Tensor:
-    """Sum of KL(text || speech) over `hidden` (N, D): the teacher from its stored top-k, or run here."""
+    """Sum of KL(text || speech) over `hidden` (N, D); the teacher's top-k was stored, or the teacher is run here."""
     temperature = batch.objective.temperature
     if batch.objective.stored_teacher:
         top = [example.teacher for example in examples if example.teacher is not None]
@@ -326,7 +326,7 @@ def _spoken_tokens(example: Example) -> int:
 def _embed(batch: MicroBatch) -> Tensor:
     """Sum over all places of the examples whose token times are known."""
     filler, audio = batch.objective.filler, batch.audio
-    # The token at each place: those of the transcript where they are spoken, the filler elsewhere
+    # The token at each place: the transcript's token where it is spoken, the filler elsewhere
     tokens = torch.full(audio.valid.shape, filler, device=audio.vectors.device)  # (B, S)
     known = audio.valid.clone()  # (B, S)
     for row, example in enumerate(batch.examples):
@@ -339,7 +339,7 @@ def _embed(batch: MicroBatch) -> Tensor:
     if not len(targets):
         return batch.zero
 
-    # Candidates: the tokens of the micro-batch, and a sample of the others that depends on those alone
+    # Candidates: the tokens of the micro-batch, and a sample of other tokens, which depends only on the former
     table = batch.model.model.embedding_table()  # (V, D)
     own, classes = targets.unique(return_inverse=True)
     candidates = table[torch.cat([own, losses.draw_others(own, len(table), batch.objective.negatives)])]  # (C, D)
@@ -359,7 +359,7 @@ LOSSES: dict[str, Loss] = {
 
 # --- an LLM that is sharded over ranks --------------------------------------------------------------------
 def pad_micro_batches(batches: list[list[Example]], runtime: Runtime) -> Iterator[list[Example]]:
-    """`batches`, then empty ones, as many as the rank with the most has: a sharded LLM is run by all ranks at once."""
+    """`batches`, then empty ones up to the largest number of any rank, as all ranks run a sharded LLM together."""
     most = torch.tensor(len(batches), device=runtime.device)
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     yield from batches
@@ -367,7 +367,7 @@ def pad_micro_batches(batches: list[list[Example]], runtime: Runtime) -> Iterato
 
 
 def dummy_pass(prefixes: PrefixCache) -> None:
-    """Forward and backward over one position, whose result is not used: this rank's part in the others' pass."""
+    """Forward and backward over one position, without using the result: this rank's part in the others' pass."""
     weight = prefixes.llm.get_input_embeddings().weight
     embeds = torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
     run_after_prefix(prefixes.llm, None, embeds).last_hidden_state.sum().backward()

@@ -1,4 +1,4 @@
-"""What a long run shows: trackers, speed, memory, and a trace of some steps.
+"""Trackers, speed, memory, and a trace of some steps of a run.
 
 In:  lines of metrics.jsonl; the model; `--log-to`, `--profile`.
 Out: the same figures in TensorBoard, trackio or Weights & Biases; OUT/trace.json, to be opened in a trace viewer.
@@ -21,14 +21,14 @@ from blsp.settings import SettingsError
 from blsp.training.run_state import Progress
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that measure the device
-# what differs between two runs of the same command
+# figures that differ between two runs of the same command
 CLOCKED = ("seconds", "positions_per_second", "audio_hours_per_hour", "memory_gb", "flops", "flops_fraction")
 SKIPPED_STEPS = 2  # before the traced ones: the first steps are slower than the others
 
 
 # --- trackers ---------------------------------------------------------------------------------------------
 class Trackers:
-    """The places of --log-to, in the first process alone."""
+    """The trackers of --log-to, in the first process only."""
 
     def __init__(self, names: Sequence[str], out: Path, settings: Mapping[str, Any], runtime: Runtime) -> None:
         self._trackers = [_open_tracker(name, out) for name in names] if runtime.rank == 0 else []
@@ -48,7 +48,7 @@ class Trackers:
 def _open_tracker(name: str, out: Path) -> Any:
     from accelerate import PartialState, tracking
 
-    PartialState(cpu=not torch.cuda.is_available())  # what the trackers ask for their rank
+    PartialState(cpu=not torch.cuda.is_available())  # the trackers read their rank from it
     try:
         kind = tracking.LOGGER_TYPE_TO_CLASS[name]
         tracker = kind(out.name, logging_dir=out) if kind.requires_logging_directory else kind(out.name)
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 
 # --- speed and memory -------------------------------------------------------------------------------------
 def layer_weights(llm: torch.nn.Module) -> int:
-    """How many weights the decoder's layers have: each costs four operations a position in a step."""
+    """Number of weights in the decoder's layers: each costs four operations for each position in a step."""
     layers = getattr(llm, "layers", None)
     return 0 if layers is None else sum(parameter.numel() for parameter in layers.parameters())
 
@@ -74,8 +74,8 @@ def layer_weights(llm: torch.nn.Module) -> int:
 def speed(weights: int, before: Progress, now: Progress, device_flops: float) -> dict[str, float]:
     """Speed since the last line of metrics.jsonl, over all processes.
 
-    flops: of the LLM's layers on positions that are not padding, 2 a weight forward and 2 backward; the encoder, the
-    adapter, the head and a teacher beside the student are not counted. weights: 0 where the LLM is not run.
+    flops: of the LLM's layers on positions that are not padding, 2 for each weight forward and 2 backward. Encoder,
+    adapter, head and a teacher beside the student are not counted. weights: 0 if the LLM is not run.
     """
     seconds = max(1e-9, now.seconds - before.seconds)
     positions = now.window_positions - now.window_padding
@@ -91,7 +91,7 @@ def speed(weights: int, before: Progress, now: Progress, device_flops: float) ->
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had: on the GPU where it has one."""
+    """The peak memory of this process in bytes; on the GPU if it has one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -105,7 +105,7 @@ def peak_memory() -> int:
 
 
 def product_flops(runtime: Runtime) -> float:
-    """Operations a second that the device reaches in a matrix product, in the type of the frozen weights; best of 3."""
+    """Operations per second of a matrix product on the device, in the frozen weights' number format; best of 3."""
     size = PRODUCT_SIZE.get(runtime.device.type, 1024)
     matrix = torch.ones(size, size, dtype=runtime.dtype, device=runtime.device)
     best = 0.0
@@ -126,7 +126,7 @@ def _wait(runtime: Runtime) -> None:
 # --- a trace ----------------------------------------------------------------------------------------------
 @contextmanager
 def tracing(steps: int, out: Path, runtime: Runtime) -> Iterator[Callable[[], None]]:
-    """A function to call after each step; `steps` of them are written to OUT/trace.json. 0: none."""
+    """A function to call after each step; `steps` steps are written to OUT/trace.json. 0: no trace."""
     if not steps or runtime.rank != 0:
         yield lambda: None
         return

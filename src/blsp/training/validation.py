@@ -1,4 +1,4 @@
-"""Clips that are measured while training goes on: of the run's own data, and of files given for that.
+"""Clips that are measured during training: from the run's own data, and from the files of --val-data.
 
 In:  the reader of examples; `--val-data NAME=FILE`.
 Out: one `Probe` for each part: `held_out`, `train`, and each NAME.
@@ -20,7 +20,7 @@ from blsp.training.dataset import Refused, Source, open_dataset, open_sources
 from blsp.training.examples import Example, ExampleReader, RowMeasurer
 from blsp.training.probes import Probe
 
-PROBE_ROWS = 24  # of each part: the divergence to about a tenth of its value, in seconds
+PROBE_ROWS = 24  # of each part; they give the divergence within about a tenth of its value, in seconds
 OWN_PARTS = ("held_out", "train")
 
 
@@ -50,19 +50,19 @@ def open_validation(
         folder = out / "validation" / name
         folder.mkdir(parents=True, exist_ok=True)
         skipped = SkippedLog(folder / f"rows.rank{runtime.rank}")
-        own = replace(measurer, templates=[], _numbers={})  # the prompts of this file alone
+        own = replace(measurer, templates=[], _numbers={})  # only the prompts of this file
         dataset = open_dataset([source], own, folder, skipped, 0, runtime)
         probes.append(Probe(name, draw_examples(replace(reader, dataset=dataset), dataset.rows, PROBE_ROWS)))
     return tuple(probes)
 
 
 def draw_examples(reader: ExampleReader, rows: NDArray[np.void], count: int) -> list[Example]:
-    """Examples of `count` of the rows: always the same ones, never augmented, none without speech."""
+    """Examples of `count` of the rows: always the same ones, not augmented, all with speech."""
     plain = replace(reader, augmentation=())
     examples: list[Example] = []
     for row in rows[np.random.default_rng(0).permutation(len(rows))[: 2 * count]]:
         try:
             examples += [] if row["no_speech"] else [plain.example(row, epoch=0)]
-        except Refused:  # a few more rows are drawn than are needed
+        except Refused:  # more rows are drawn than needed
             continue
     return examples[:count]

@@ -1,13 +1,13 @@
-"""The verdict at the end of a run: does the LLM, through this adapter, take notice of what is said?
+"""The verdict at the end of a run: do the LLM's answers depend on what is said?
 
-In:  a trained run, and the rows that it held out.
+In:  a trained run, and its held-out rows.
 Out: `Verdict`, verdict.json; heldout.jsonl, the utterances that the run did not learn from. Before the first step:
      warnings about a run that is too short.
 Try: ``blsp train ...``, whose last lines are the verdict
 Flow: training/loop.py at the end -> **verdict.py** (probes.py) -> the screen, curves.png, the adapter's card
 
-The divergence from the text route is taken twice over the same held-out responses: with each clip's own speech, and
-with the speech of another clip. An adapter whose vectors say nothing has the same figure twice, however low it is.
+The divergence from the text route is measured twice over the same held-out responses: with each clip's own speech, and
+with the speech of another clip. If the adapter's vectors carry no information, both figures are equal, even if low.
 """
 
 import json
@@ -30,16 +30,16 @@ from blsp.training.validation import draw_examples
 Array = NDArray[np.float64]
 VERDICT_ROWS = 96  # held-out rows that are measured, at most
 LISTENS_BELOW = 0.6  # own over exchanged divergence
-FEW_STEPS = 200  # adapters that began fresh have not been seen to listen earlier
+FEW_STEPS = 200  # no new adapter in our runs listened after fewer steps
 STEP_1_FIELDS = ("behaviour", "order", "continuation", "continuation_ids", "finish", "prompt_tokens")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found, and a sentence that says it with the way out.
+    """The finding, and a sentence with the figures and what to do.
 
     own, exchanged: mean divergence in nats a token with the clips' own and with exchanged speech. difference: the 95 %
-    interval of own minus exchanged, over clips. All None, and `clips` 0, where nothing could be measured.
+    interval of own minus exchanged, over clips. All None, and `clips` 0, if nothing could be measured.
     """
 
     finding: str
@@ -51,7 +51,7 @@ class Verdict:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The verdict of a run folder, if its run has come to one."""
+        """The verdict of a run folder, if there is one."""
         path = folder / "verdict.json"
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
@@ -64,7 +64,7 @@ class Verdict:
 
 # --- before the first step --------------------------------------------------------------------------------
 def warnings(run: Run) -> list[str]:
-    """What is likely to go wrong with a run of so few steps or so large batches."""
+    """Warnings about too few steps or too large batches."""
     settings, rows, found = run.settings, run.order.per_epoch, []
     if settings.lora:
         found.append(f"--lora {' '.join(settings.lora)}: {lora_note(settings.lora)}")
@@ -86,7 +86,7 @@ def warnings(run: Run) -> list[str]:
 
 # --- after the last step ----------------------------------------------------------------------------------
 def write_held_out(run: Run) -> None:
-    """Write heldout.jsonl: each held-out utterance once, without what step 1 asked and got."""
+    """Write heldout.jsonl: each held-out utterance once, without the fields of step 1."""
     rows: dict[str, Utterance] = {}
     for row in run.dataset.held_out:
         utterance = run.dataset.utterance(row)
@@ -97,7 +97,7 @@ def write_held_out(run: Run) -> None:
 
 @torch.no_grad()
 def judge(run: Run) -> Verdict:
-    """Measure the held-out rows with their own and with exchanged speech, and compare."""
+    """Measure the held-out rows with their own and with exchanged speech, and compare the two."""
     settings = run.settings
     if not run.objective.runs_llm:
         return Verdict(
@@ -126,7 +126,7 @@ def compare(sums: Array, way_out: str) -> Verdict:
     """The verdict on (clips, 3): divergence summed over a clip's tokens; the same with clips exchanged; tokens."""
     mine, other = (sums[:, :2].sum(axis=0) / sums[:, 2].sum()).tolist()
 
-    # Clips are drawn with replacement; a clip's own and exchanged sums stay together, so the interval is a paired one
+    # Clips are drawn with replacement; a clip's own and exchanged sums stay together, so the interval is paired
     drawn = sums[np.random.default_rng(0).integers(0, len(sums), (1000, len(sums)))].sum(axis=1)  # (1000, 3)
     low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / drawn[:, 2], [0.025, 0.975]).tolist()
     figures = (
