@@ -92,7 +92,7 @@ def blsp(*arguments: str) -> None:
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """The columns of one judged run; an adapter that reads nothing out has fewer."""
+    """The columns of one judged run; an adapter that does not read out has fewer."""
     results = json.loads((folder / "judged" / "results.json").read_text(encoding="utf-8"))
     at = {column: reduce(lambda node, key: node.get(key, {}), keys, results) for column, keys in COLUMNS.items()}
     found = {column: value for column, value in at.items() if value != {}}

@@ -85,7 +85,7 @@ def test_prefixes_are_kept_within_bounds(listener_of) -> None:
 def test_read_out_needs_an_adapter_that_reads_out(listener_of) -> None:
     listener = listener_of("conv")
     assert not listener.reads_out
-    with pytest.raises(ValueError, match="reads nothing out"):
+    with pytest.raises(ValueError, match="does not read out"):
         listener.transcribe(np.ones(16000, dtype=np.float32) * 0.1, method="readout")
 
 

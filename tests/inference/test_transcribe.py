@@ -76,7 +76,7 @@ def test_the_llm_repeats_for_other_adapters_and_on_request(run, adapter: str, li
 
 
 def test_read_out_of_an_adapter_that_has_none_is_refused(run) -> None:
-    with pytest.raises(ValueError, match="'conv' reads nothing out"):
+    with pytest.raises(ValueError, match="'conv' does not read out"):
         run("conv", readout=True)
 
 

@@ -76,5 +76,5 @@ def test_the_command_moves_the_shipped_adapter(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_a_readout_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="conv adapter reads nothing out"):
+    with pytest.raises(CheckpointError, match="conv adapter does not read out"):
         move(MoveSettings(model="blsp-conv", llm="embedded:smollm2-135m-instruct", out=tmp_path / "moved"))

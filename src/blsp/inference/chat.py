@@ -5,7 +5,7 @@ Out: read-outs of the recordings, and answers, streamed as they are written.
 Try: `blsp chat`, then `What is said here? examples/speech/questions/capital-of-canada.opus`
 Flow: inference/ — lines → **parts of a turn → Conversation** → answers.
 
-A word that ends like an audio file is taken for one; a path with spaces is quoted, or its spaces are escaped.
+A word that ends in the suffix of an audio file is the path of one; a path with spaces needs quotes or escapes.
 """
 
 import re
@@ -41,7 +41,7 @@ def chat(settings: ChatSettings) -> None:
 
 
 def typed_lines() -> Iterator[str]:
-    """The typed lines, with the terminal's own editing where there is one."""
+    """The typed lines, with the terminal's line editing if there is one."""
     with suppress(ImportError):
         import readline  # noqa: F401  (its import gives input() a history)
     while True:
@@ -58,7 +58,7 @@ def show(text: str) -> None:
 
 
 def converse(conversation: Conversation, lines: Iterable[str], write: Callable[[str], None]) -> None:
-    """Answer line after line; an error is shown, and the next line is taken."""
+    """Answer line after line; after an error its message is shown, and the chat continues."""
     for line in lines:
         command = line.strip().lower()
         if command in ("/quit", "/exit", "/q"):
@@ -75,7 +75,7 @@ def converse(conversation: Conversation, lines: Iterable[str], write: Callable[[
 
 
 def answer_line(conversation: Conversation, line: str, write: Callable[[str], None]) -> None:
-    """One turn: hear its recordings, show the adapter's own read-out of them, stream the answer."""
+    """One turn: encode its recordings, show the adapter's read-out of them, stream the answer."""
     try:
         parts = [_embed_file(conversation, part, write) if isinstance(part, Path) else part for part in parse(line)]
         for piece in conversation.ask(*parts):
@@ -88,7 +88,7 @@ def answer_line(conversation: Conversation, line: str, write: Callable[[str], No
 
 
 def _embed_file(conversation: Conversation, path: Path, write: Callable[[str], None]) -> AudioEmbeds:
-    """The vectors of a recording; the adapter's read-out is shown where there is one."""
+    """The vectors of a recording; the adapter's read-out is shown if there is one."""
     listener = conversation.listener
     clip = listener.embed_audio([load_audio(path)])[0]
     if listener.reads_out and clip.speech:
@@ -97,7 +97,7 @@ def _embed_file(conversation: Conversation, path: Path, write: Callable[[str], N
 
 
 def parse(line: str) -> list[str | Path]:
-    """The text and the recordings of a line, in their order."""
+    """The text and the recordings of a line, in order."""
     parts: list[str | Path] = []
     end = 0
     for word in WORD.finditer(line):
@@ -109,7 +109,7 @@ def parse(line: str) -> list[str | Path]:
 
 
 def _audio_path(word: re.Match[str]) -> Path | None:
-    """The path that a word holds, if it ends like an audio file; else None."""
+    """The path in a word, if it has the suffix of an audio file; otherwise None."""
     double, single, bare = word.groups()
     name = double or single or re.sub(r"\\(.)", r"\1", bare)
     if name.startswith("file://"):

@@ -3,10 +3,10 @@
 In:  a `Listener`, and turns: text, clips (`AudioEmbeds`), or both, in any order.
 Out: answers, piece by piece.
 Try: `talk = Conversation(listener); print("".join(talk.ask("What did I say?", *listener.embed_audio(["a.wav"]))))`
-Flow: inference/ — `blsp chat` and the server both lay conversations out here.
+Flow: inference/ — used by `blsp chat` and the server.
 
-A conversation is a row of positions. Each has an embedding and a name: a token id, or a clip's digest with a number.
-The names find what was computed before: the key/values of the longest common beginning are reused.
+A conversation is a sequence of positions. Each has an embedding and a name: a token id, or a clip's digest with a
+number. With the names, the key/values of the longest common beginning are found and reused.
 
     turn 1   <user> What is this ? (clip,0) (clip,1) <end> <assistant>     and the answer:  A dog . <end>
     turn 2   <user> What is this ? (clip,0) (clip,1) <end> <assistant> A dog .   <end> <user> Sure ? <end> <assistant>
@@ -41,14 +41,14 @@ class ContextError(ValueError):
 
 @dataclass(frozen=True)
 class LaidOut:
-    """A conversation as the LLM gets it: a name and an embedding (L, D) for each position."""
+    """A conversation as input of the LLM: a name and an embedding (L, D) for each position."""
 
     names: tuple[Hashable, ...]
     embeds: Tensor
 
 
 def user_turn(parts: Sequence[str | AudioEmbeds]) -> dict[str, Any]:
-    """A user's message; text after speech begins a new line, as in a speech-first prompt."""
+    """A user's message; text after speech starts on a new line, as in a speech-first prompt."""
     content: list[Content] = []
     for part in parts:
         if isinstance(part, str):
@@ -59,9 +59,9 @@ def user_turn(parts: Sequence[str | AudioEmbeds]) -> dict[str, Any]:
 
 
 def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
-    """Messages (`{"role", "content"}`, content a string or a list of `Content`), ready to be answered.
+    """Messages (`{"role", "content"}`, content a string or a list of `Content`) as input of the LLM.
 
-    Raises ContextError where the conversation alone is longer than the LLM can read.
+    Raises ContextError if the conversation is longer than the LLM can read.
     """
     clips: list[AudioEmbeds] = []
     marked = []
@@ -75,7 +75,7 @@ def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
         marked.append({"role": message["role"], "content": parts})
     segments = render(listener.tokenizer, marked)
     length = sum(len(clips[part.index].vectors) if isinstance(part, Speech) else len(part) for part in segments)
-    _check_length(listener, length)  # before the embeddings, which take a thousand times the memory of the ids
+    _check_length(listener, length)  # before the embeddings, which need a thousand times more memory than ids
     names: list[Hashable] = []
     embeds: list[Tensor] = []
     for segment in segments:
@@ -91,17 +91,17 @@ def lay_out(listener: Listener, messages: Sequence[dict[str, Any]]) -> LaidOut:
 
 
 class Memory:
-    """Key/values of the sequences used last, found by the names of their positions.
+    """Key/values of the most recently used sequences, found by the names of their positions.
 
-    sequences: how many are stored at most. positions: how many positions all of them may have together; the latest
-    sequence is stored whatever its length.
-    owner: whose sequence it is. One owner's sequences are not found for another: the time to the first token would tell
-    who guesses a prompt whether somebody else has sent it.
+    sequences: the largest number of stored sequences. positions: the largest number of positions of all of them; the
+    latest sequence is always stored.
+    owner: of a sequence. Sequences of one owner are not used for another: otherwise the time to the first token would
+    show whether somebody else has sent the same prompt.
     """
 
     def __init__(self, sequences: int = 1, positions: int | None = None) -> None:
         self._sequences, self._positions = sequences, positions
-        # by owner and names, the latest last
+        # by owner and names; the latest is last
         self._stored: OrderedDict[tuple[Hashable, tuple[Hashable, ...]], Prefix] = OrderedDict()
 
     def store(self, names: tuple[Hashable, ...], states: Prefix, owner: Hashable = None) -> None:
@@ -115,9 +115,9 @@ class Memory:
             self._stored.popitem(last=False)
 
     def longest(self, names: tuple[Hashable, ...], owner: Hashable = None) -> Prefix | None:
-        """The states of the longest stored beginning of `names`, the latest of several.
+        """The states of the longest stored beginning of `names`; of several, the latest.
 
-        At least one position is left over, since the LLM must run to give the next token.
+        At least one position is left out, since the LLM must run to give the next token.
         """
         best = max(reversed(self._of(owner)), key=lambda stored: _common(stored, names), default=())
         length = min(_common(best, names), len(names) - 1)
@@ -132,7 +132,7 @@ class Memory:
         return sum(len(names) for _, names in self._stored)
 
     def _of(self, owner: Hashable) -> list[tuple[Hashable, ...]]:
-        """The names of an owner's sequences, the latest last."""
+        """The names of an owner's sequences; the latest is last."""
         return [names for stored, names in self._stored if stored == owner]
 
 
@@ -143,21 +143,21 @@ def _common(first: tuple[Hashable, ...], second: tuple[Hashable, ...]) -> int:
 
 
 def _check_length(listener: Listener, length: int, answer: int = 1) -> None:
-    """Raise ContextError where `length` tokens and an answer of as many as `answer` are more than the LLM can read."""
+    """Raise ContextError if `length` tokens and an answer of `answer` tokens are more than the LLM can read."""
     limit = getattr(listener.model.config.text_config, "max_position_embeddings", None)
     if limit is not None and length + answer > limit:
         raise ContextError(
             f"the conversation has {length} tokens and the answer may have {answer}, but the LLM reads {limit}: "
-            "start anew or ask for less"
+            "start a new conversation, or ask for a shorter answer"
         )
 
 
 def request_for(
     listener: Listener, key: Hashable, laid_out: LaidOut, decoding: Decoding, memory: Memory, owner: Hashable = None
 ) -> Request:
-    """The conversation for the decoder: what `memory` holds of its owner is not computed again.
+    """The conversation as a request of the decoder, after the longest beginning in the owner's `memory`.
 
-    Raises ContextError where conversation and answer would be longer than the LLM can read.
+    Raises ContextError if conversation and answer would be longer than the LLM can read.
     """
     _check_length(listener, len(laid_out.names), decoding.max_new_tokens)
     prefix = memory.longest(laid_out.names, owner)
@@ -172,7 +172,7 @@ def remember(memory: Memory, laid_out: LaidOut, ids: Sequence[int], last: Event,
 
 
 class Conversation:
-    """Turns with one listener. messages: the conversation so far, the system message first."""
+    """Several turns with one listener. messages: the conversation so far, beginning with the system message."""
 
     def __init__(
         self,
@@ -196,8 +196,8 @@ class Conversation:
     def ask(self, *parts: str | AudioEmbeds) -> Iterator[str]:
         """The answer to a turn of text and clips, piece by piece.
 
-        An interrupted answer stays in the conversation as far as it came. A turn whose clips hold no speech gets the
-        model's fixed sentence and is not added to the conversation.
+        The written part of an interrupted answer stays in the conversation. If the clips hold no speech, the answer is
+        the model's fixed sentence, and the turn is not added to the conversation.
         """
         if not any(isinstance(part, AudioEmbeds) or part.strip() for part in parts):
             raise ValueError("nothing was asked: give text, a clip, or both")
@@ -215,12 +215,12 @@ class Conversation:
         except Exception:
             failed = True
             raise
-        finally:  # also where the caller stops reading, or interrupts
+        finally:  # also if the caller stops reading or interrupts
             if not failed:
                 self.messages += [turn, {"role": "assistant", "content": [tuple(ids)]}]
 
     def _answer(self, laid_out: LaidOut, request: Request, ids: list[int]) -> Iterator[str]:
-        """Stream the text of `request`, gathering its ids."""
+        """Stream the text of `request`; its ids are added to `ids`."""
         text = TextStream(self.listener.tokenizer)
         for event in decode_alone(Decoder(self.listener.model), request):
             if event.finish:

@@ -1,13 +1,13 @@
 """`blsp generate`: an answer to every row of a manifest, spoken or written.
 
-In:  a manifest; a model; an instruction for rows that have none of their own.
-Out: the rows, in their order, plus `response`; clips that cannot be read in `<out>.skipped.jsonl`.
+In:  a manifest; a model; an instruction for rows without one.
+Out: the rows, in order, with `response`; clips that cannot be read in `<out>.skipped.jsonl`.
 Try: `blsp generate --manifest questions.jsonl --out answers.jsonl`
 Flow: inference/ — manifest → **Listener.generate, a chunk of rows at a time** → rows with answers.
 
-A chunk is a fixed range of the manifest, decoded sorted by length and written in order; processes of one launch take
-chunks in turn and write what one would. A killed job computes the chunk
-in which it stopped once more, with the same rows side by side, and writes what was missing.
+A chunk is a fixed range of the manifest. Its rows are decoded sorted by length and written in order. Processes of one
+launch share the chunks, and the output is the same as with one process. After a kill, the chunk in which the job
+stopped is computed again with the same rows, and only the missing ones are written.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ from blsp.model.loading import warn_of_languages
 from blsp.settings import GenerateSettings
 from blsp.weights.shipped import model_digest
 
-BATCHES_PER_CHUNK = 4  # more of them: lengths fit together better, and more clips are in memory
+BATCHES_PER_CHUNK = 4  # with more, the lengths in a batch are more similar, but more clips are in memory
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How rows are answered. instruction: of rows that have none. decoding: with the seed of the first row."""
+    """How rows are answered. instruction: for rows without one. decoding: with the seed of the first row."""
 
     instruction: str
     order: Order
@@ -56,12 +56,12 @@ Answer = str | Unreadable
 
 
 def generate(settings: GenerateSettings) -> None:
-    """Answer the rows of `settings.manifest` that `settings.out` does not hold yet."""
+    """Answer the rows of `settings.manifest` that are not in `settings.out` yet."""
     rows = Manifest(settings.manifest)
     total = len(rows) if settings.limit is None else min(settings.limit, len(rows))
     names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed", "weights")
     header = {name: getattr(settings, name) for name in names}
-    header["rescore"] = None if settings.rescore == "auto" else settings.rescore  # as in headers of before the flag
+    header["rescore"] = None if settings.rescore == "auto" else settings.rescore  # older headers have None
     runtime = find_runtime(settings.device, settings.dtype)
     with Job(settings.out, runtime.rank) as job:
         inputs = (name_relative(row.to_json(), settings.out.parent) for row in islice(rows, total))
@@ -86,9 +86,9 @@ def generate(settings: GenerateSettings) -> None:
 def answer_rows(
     listener: Listener, rows: Sequence[Utterance], numbers: range, options: GenerateOptions, job: Job
 ) -> None:
-    """Write the rows with these numbers, each with its response, to the job's log, in their order.
+    """Write the rows with these numbers, each with its response, to the job's log, in order.
 
-    Ranks share the chunks; the first one writes.
+    Ranks share the chunks; the first rank writes.
     """
     size, end = options.chunk, numbers.stop
     first = numbers.start - numbers.start % size
@@ -98,7 +98,7 @@ def answer_rows(
         seeded = replace(options.decoding, seed=options.decoding.seed + chunk.start)
         return answer_chunk(listener, [rows[i] for i in chunk], replace(options, decoding=seeded))
 
-    hidden = None if job.rank == 0 else True  # None: shown on a terminal alone
+    hidden = None if job.rank == 0 else True  # None: tqdm shows the bar only on a terminal
     with tqdm(total=end, initial=numbers.start, desc="answering", unit="row", disable=hidden) as bar:
         for chunk, responses in zip(chunks, shared(chunks, answers), strict=True):
             for number, response in zip(chunk, responses, strict=True):
@@ -119,7 +119,7 @@ def answer_chunk(listener: Listener, rows: Sequence[Utterance], options: Generat
     questions = [_question(row, options) for row in rows]
     if not any(isinstance(question, Question) for question in questions):
         return [question for question in questions if isinstance(question, Unreadable)]
-    # An empty question stands in for a row that is left out, so that the others keep their seeds.
+    # An empty question replaces a row that is left out, so that the other rows keep their seeds.
     filled = [question if isinstance(question, Question) else Question(text="") for question in questions]
     answers = listener.generate(filled, decoding=options.decoding, batch_size=options.batch_size)
     pairs = zip(questions, answers, strict=True)
@@ -127,12 +127,12 @@ def answer_chunk(listener: Listener, rows: Sequence[Utterance], options: Generat
 
 
 def _question(row: Utterance, options: GenerateOptions) -> Question | Unreadable:
-    """The question of a row, as text where it has no audio; or why the row is left out."""
+    """The question of a row, as text if it has no audio; or why the row is left out."""
     instruction = options.instruction if row.instruction is None else row.instruction
     if not row.audio:
         if row.text.strip() or instruction.strip():
             return Question(text=row.text, instruction=instruction, order=options.order)
-        return Unreadable("neither audio nor text nor an instruction: nothing is asked")
+        return Unreadable("no audio, no text and no instruction")
     try:
         clip = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
     except AudioError as error:

@@ -1,12 +1,12 @@
-"""The `Listener`: a loaded model that takes speech and writes text. `blsp.load()` returns one.
+"""The `Listener`: a loaded model that answers speech with text. `blsp.load()` returns one.
 
-In:  clips (path, bytes, data-URI or 16 kHz array), and an instruction or none (a spoken question needs none).
+In:  clips (path, bytes, data-URI or 16 kHz array), and an optional instruction (a spoken question needs none).
 Out: answers, streams of text, transcripts.
 Try: `blsp.load().answer("question.wav")`
 Flow: inference/ — `blsp generate`, `transcribe`, `chat`, the evaluation and the server all use a `Listener`.
 
-A clip's vectors stand between the prompt's prefix, whose key/values are cached, and its suffix. Where no speech is
-found, the model's fixed sentence is the answer, and the LLM does not run.
+A clip's vectors are put between the prompt's prefix, whose key/values are cached, and its suffix. If no speech is
+found, the answer is the model's fixed sentence, and the LLM does not run.
 
 Shapes: N samples, T encoder frames, E encoder width, n vectors of a clip, L prompt after its prefix, D LLM width.
 """
@@ -38,12 +38,12 @@ from blsp.settings import DEFAULT_MODEL
 
 PREFIXES_KEPT = 32
 ZERO_SHOT_TOKENS = 128  # the paper's setting for answers without training on the task
-SECONDS_PER_BATCH = 60  # speech that is encoded in one pass, with its padding
+SECONDS_PER_BATCH = 60  # speech that is encoded in one pass, with padding
 
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to answer: a clip, or (for the text route) its transcript, under an instruction."""
+    """A clip, or (for the text route) its transcript, with an instruction."""
 
     audio: Any = None
     text: str | None = None
@@ -68,7 +68,7 @@ class Listener:
         return self.generate([Question(audio=audio, instruction=instruction)], decoding=decoding)[0]
 
     def stream(self, audio: Any, instruction: str = "", *, max_new_tokens: int = ZERO_SHOT_TOKENS) -> Iterator[str]:
-        """The same answer, piece by piece as it is written."""
+        """The same answer, piece by piece while it is generated."""
         clip = self.embed_audio([audio])[0]
         if not clip.speech:
             yield self.model.config.no_speech_sentence
@@ -111,26 +111,26 @@ class Listener:
     # --- transcripts ----------------------------------------------------------------------------------------
 
     def transcribe(self, audio: Any, **options: Any) -> str:
-        """The transcript of one clip; "" where no speech is found. options: of `transcripts`."""
+        """The transcript of one clip; "" if no speech is found. options: of `transcripts`."""
         return self.transcribe_all([audio], **options)[0]
 
     def transcribe_all(self, audios: Sequence[Any], **options: Any) -> list[str]:
-        """The transcript of each clip; `transcripts` (transcript.py) explains the options, and gives times, too."""
+        """The transcript of each clip; `transcripts` (transcript.py) explains the options, and also gives times."""
         return [transcript.text for transcript in transcripts(self, audios, **options)]
 
     @property
     def reads_out(self) -> bool:
-        """Whether the adapter has a transcript of its own."""
+        """Whether the adapter gives a transcript (a read-out)."""
         return self.model.model.reads_out
 
     def readout(self, clips: Sequence[AudioEmbeds]) -> list[str]:
-        """What the adapter has read out of each clip; "" where there was no speech."""
+        """The adapter's read-out of each clip; "" without speech."""
         if not self.reads_out:
-            raise ValueError(f"adapter {self.model.config.adapter!r} reads nothing out")
+            raise ValueError(f"adapter {self.model.config.adapter!r} does not read out")
         return [self.tokenizer.decode(clip.token_ids or []).strip() if clip.speech else "" for clip in clips]
 
     def repeat(self, clips: Sequence[AudioEmbeds], max_new_tokens: int, batch_size: int) -> list[str]:
-        """The LLM's answers to the instruction to repeat the speech; "" where there is none."""
+        """The LLM's answers to the instruction to repeat the speech; "" without speech."""
         question = Question(instruction=instruction_for("repeat"))
         decoding = replace(self.decoding, max_new_tokens=max_new_tokens)
         spoken = {i: clip for i, clip in enumerate(clips) if clip.speech}
@@ -138,15 +138,15 @@ class Listener:
         answers = self._answers(requests, batch_size)
         return [answers.get(i, "") for i in range(len(clips))]
 
-    # --- the way of a clip into the prompt ------------------------------------------------------------------
+    # --- from a clip to the prompt --------------------------------------------------------------------------
     @torch.no_grad()
     def embed_audio(
         self, audios: Sequence[Any], *, rescore: bool | None = None, keep_states: bool = False
     ) -> list[AudioEmbeds]:
-        """Each clip's vectors, computed in batches of like length. A clip of digital silence holds no speech.
+        """Each clip's vectors, computed in batches of similar length. A clip of digital silence has no speech.
 
-        rescore: let the LLM choose among the adapter's likeliest read-outs; the vectors are then its embeddings of the
-            chosen tokens. None: as the adapter's configuration says. keep_states: return the encoder's states, too.
+        rescore: let the LLM choose one of the adapter's likeliest read-outs; the vectors are then its embeddings of the
+            chosen tokens. None: as in the adapter's configuration. keep_states: also return the encoder's states.
         """
         samples = [samples_of(audio) for audio in audios]
         rescore = self.reads_out and (self.model.config.rescore if rescore is None else rescore)
@@ -160,7 +160,7 @@ class Listener:
         return [clips[i] for i in range(len(samples))]
 
     def _rescored(self, clip: AudioEmbeds) -> AudioEmbeds:
-        """The clip as the hypothesis that is likeliest for read-out and LLM together."""
+        """The clip with the hypothesis that has the best score of read-out and LLM together."""
         prefix = self.prefixes.get(prompt_template(self.tokenizer, "", "speech-first").prefix_ids)
         tokens = choose(self.model, prefix, clip.hypotheses)
         vectors = embed(self.model, tokens) if tokens else clip.vectors
@@ -168,7 +168,7 @@ class Listener:
 
     @torch.no_grad()
     def encode(self, clips: Sequence[np.ndarray]) -> list[Tensor]:
-        """The frozen encoder's states (T, E) of 16 kHz clips (N,), each of its own length."""
+        """The frozen encoder's states (T, E) of each 16 kHz clip (N,)."""
         weight = self.model.lm_head.weight
         full_window = self.model.config.full_window
         features, mask = mel_features(self.processor.feature_extractor, clips, full_window=full_window)
@@ -177,7 +177,7 @@ class Listener:
         return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
 
     def request(self, key: Any, question: Question, audio_embeds: AudioEmbeds | None, decoding: Decoding) -> Request:
-        """The question for the decoder, with a clip or (without one) the question's text between the same ids."""
+        """The question as a request of the decoder, with a clip or the question's text between the same ids."""
         template = prompt_template(self.tokenizer, question.instruction, question.order)
         if audio_embeds is not None:
             content = audio_embeds.vectors.to(self.model.lm_head.weight.dtype)  # (n, D)
@@ -199,9 +199,9 @@ def load(
 ) -> Listener:
     """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default).
 
-    audio_model, llm: where the adapter's encoder and LLM lie now, if not where its config.json says. weights: the
-    format of the LLM's weights (bfloat16, int8 or int4) if not `dtype`. rescore: `always` or `never` give the LLM its
-    own choice among the likeliest read-outs; otherwise the config.json decides.
+    audio_model, llm: where the adapter's encoder and LLM are now, if not where its config.json says. weights: the
+    format of the LLM's weights (bfloat16, int8 or int4) if not `dtype`. rescore: whether the LLM chooses one of the
+    likeliest read-outs: `always`, `never`, or as in config.json.
     """
     loaded, processor = load_blsp(model, find_runtime(device, dtype, weights), audio_model, llm)
     if rescore in ("always", "never"):
@@ -210,19 +210,19 @@ def load(
 
 
 def load_options(settings: Any) -> dict[str, Any]:
-    """The arguments of `load` that a command's flags give, beside the model."""
+    """The arguments of `load`, without the model, from a command's flags."""
     names = ("audio_model", "llm", "device", "dtype", "weights", "rescore")
     return {name: getattr(settings, name, None) for name in names}
 
 
 def decoding_of(settings: Any, listener: Listener) -> Decoding:
-    """How answers are decoded, from a command's flags."""
+    """The decoding settings from a command's flags."""
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     return replace(listener.decoding, **{name: getattr(settings, name) for name in names})
 
 
 def decode_alone(decoder: Decoder, request: Request) -> Iterator[Event]:
-    """The events of one request that is the decoder's only one."""
+    """The events of a request, run alone in the decoder."""
     events = decoder.join([request])
     while events:
         yield events[0]

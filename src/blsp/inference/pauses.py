@@ -1,12 +1,12 @@
-"""Where speech is in a recording: pieces that the model hears well, quiet stretches, regions with speech.
+"""Speech and silence in a recording: pieces of a good length for the model, quiet spans, regions with speech.
 
 In:  16 kHz samples (N,).
-Out: pieces with their place in the recording; quiet spans in seconds.
+Out: pieces with their start in the recording; quiet spans in seconds.
 Try: `pieces_of(load_audio("meeting.wav"))`
 Flow: inference/ — a recording → **pieces** → listener.embed_audio; **quiet spans** → word_times.py
 
-A long recording is searched for speech first, by Silero's voice activity detector, which `blsp[cascade]` installs with
-faster-whisper; what holds none is not heard at all. What is left is cut at its quietest points.
+In a long recording, Silero's voice activity detector (which `blsp[cascade]` installs with faster-whisper) first looks
+for speech; parts without speech are not used. The rest is cut at its quietest points.
 
 Shapes: N samples, F frames of 10 ms, P quiet spans.
 """
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from blsp.data.audio import SAMPLE_RATE
 from blsp.settings.shared import VoiceActivity
 
-LONGEST_SECONDS = 10.0  # adapters are trained on single utterances and are worse on longer ones (docs/log.md)
-SEARCHED = 0.5  # share of a piece, at its end, in which the quietest point is searched
+LONGEST_SECONDS = 10.0  # adapters are trained on single utterances and are worse on longer clips (docs/log.md)
+SEARCHED = 0.5  # the quietest point is searched in this share of a piece, at its end
 STEP = SAMPLE_RATE // 50  # samples: 20 ms
 PAUSE_STEPS = 10  # a pause is measured over 0.2 s
 
@@ -44,8 +44,8 @@ class Piece:
 def pieces_of(audio: np.ndarray, vad: VoiceActivity = "auto") -> list[Piece]:
     """The parts of `audio` (N,) that may hold speech, each of at most `LONGEST_SECONDS`.
 
-    vad: `silero` searches for speech first; `auto` does so in recordings of more than `SEARCH_FROM` seconds where the
-    detector is installed; `none` never. Raises ValueError where `silero` is not installed.
+    vad: `silero` searches for speech first; `auto` does so in recordings of more than `SEARCH_FROM` seconds if the
+    detector is installed; `none` never. Raises ValueError if `silero` is not installed.
     """
     regions = speech_regions(audio) if _searches(audio, vad) else [(0, len(audio))]
     pieces = []
@@ -68,7 +68,7 @@ def cut_at_pauses(audio: np.ndarray, longest: float = LONGEST_SECONDS) -> list[n
 
 
 def _quietest(audio: np.ndarray, begin: int) -> int:
-    """The sample in the middle of the quietest 0.2 s after `begin`; the last one where several are equal."""
+    """The sample in the middle of the quietest 0.2 s after `begin`; the last one if several are equal."""
     # Energy of each 20 ms, then of each 0.2 s: energies[i] is that of audio[begin + i * STEP : … + STEP].
     energies = np.add.reduceat(np.square(audio[begin:], dtype=np.float64), np.arange(0, len(audio) - begin, STEP))
     windows = np.convolve(energies, np.ones(PAUSE_STEPS), mode="valid")
@@ -79,12 +79,12 @@ def _quietest(audio: np.ndarray, begin: int) -> int:
 # --- quiet spans ------------------------------------------------------------------------------------------------
 
 FRAME = SAMPLE_RATE // 100  # samples: 10 ms
-QUIET = 0.25  # of the way in dB from the noise (10th percentile of the frames) to the speech (95th)
-DEEPEST = 60.0  # dB below the speech; noise is not taken to be deeper
+QUIET = 0.25  # the threshold's position in dB between noise (10th percentile of the frames) and speech (95th)
+DEEPEST = 60.0  # dB; noise counts as at most this far below the speech
 
 
 def quiet_spans(audio: np.ndarray) -> NDArray[np.float64]:
-    """Beginnings and ends (P, 2), in seconds, of the stretches of `audio` (N,) that are nearer to its noise."""
+    """Beginnings and ends (P, 2), in seconds, of the parts of `audio` (N,) that are not louder than its noise."""
     count = len(audio) // FRAME
     if not count:
         return np.zeros((0, 2))
@@ -102,7 +102,7 @@ def quiet_spans(audio: np.ndarray) -> NDArray[np.float64]:
 
 SEARCH_FROM = 30.0  # seconds
 BLOCK_SECONDS = 600  # searched at once; the detector copies its input several times
-SPEECH_THRESHOLD = 0.3  # probability of speech; 0.5 is the detector's default, and loses quiet beginnings
+SPEECH_THRESHOLD = 0.3  # probability of speech; the detector's default, 0.5, loses quiet beginnings
 MARGIN_SECONDS = 0.3  # kept before and after speech
 SHORTEST_SILENCE = 1.0  # seconds without speech that are left out
 
@@ -115,7 +115,7 @@ def _searches(audio: np.ndarray, vad: VoiceActivity) -> bool:
 
 
 def speech_regions(audio: np.ndarray) -> list[tuple[int, int]]:
-    """The samples from and to which there is speech in `audio` (N,), by Silero's detector, with a margin."""
+    """First and last samples of the regions with speech in `audio` (N,), by Silero's detector, with a margin."""
     regions: list[tuple[int, int]] = []
     for begin, end in _detected(audio):
         if regions and begin <= regions[-1][1]:
@@ -125,7 +125,7 @@ def speech_regions(audio: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _detected(audio: np.ndarray) -> Iterator[tuple[int, int]]:
-    """The detector's regions, block by block; a region across a border is two."""
+    """The detector's regions, block by block; a region across the border of two blocks is given as two."""
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
     options = VadOptions(

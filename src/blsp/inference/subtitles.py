@@ -1,13 +1,12 @@
-"""Subtitles: words with times → cues that can be read, as SRT (SubRip) and WebVTT.
+"""Subtitles: words with times → readable cues, as SRT (SubRip) and WebVTT.
 
 In:  `Word`s. Out: segments of at most two lines; the text of an .srt or .vtt file.
 Try: `as_srt(segments_of(words))`
 Flow: inference/ — word_times.py → **subtitles.py** → `blsp transcribe --format srt`, the server
 
-The cues are cut by dynamic programming: of all ways to cut the words, the one with the least cost is taken. A cue ends
-well at the end of a sentence or before a pause, badly in the middle of a phrase; it should not hold a pause or be shown
-for less than a second. The limits on characters, lines and seconds (Netflix' and the BBC's guidelines, rounded) hold
-always, but for a single word that is longer.
+Dynamic programming finds the cuts with the lowest cost. A cut at the end of a sentence or before a pause costs little,
+a cut in the middle of a phrase much. A cue should not contain a pause or be shown for less than a second. The limits on
+characters, lines and seconds (Netflix' and the BBC's guidelines, rounded) are never exceeded, except by a single word.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ LINE = 42  # characters
 LINES = 2
 LONGEST = 7.0  # seconds
 SHORTEST = 1.0
-PAUSE = 0.3  # seconds between two words that a listener notices
+PAUSE = 0.3  # seconds between two words that count as a pause
 # Costs of a cut, in the unit of one cue
 PER_CUE = 1.0
-MID_PHRASE = 2.0  # the cue ends where there is neither a sign nor a pause
+MID_PHRASE = 2.0  # the cue ends without punctuation or a pause
 AT_COMMA = 0.5
-AT_PAUSE = 0.3  # without a sign
+AT_PAUSE = 0.3  # without punctuation
 PAUSE_INSIDE = 2.0  # per second of pause inside a cue
-SENTENCE_INSIDE = 1.5  # a sentence ends inside a cue: more than PER_CUE, so that it begins one of its own
+SENTENCE_INSIDE = 1.5  # a sentence ends inside a cue; it costs more than another cue (PER_CUE)
 TOO_SHORT = 8.0  # per second below SHORTEST
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a transcript; seconds from the recording's start. words: none where their times are not known."""
+    """A part of a transcript; seconds from the recording's start. words: empty if their times are not known."""
 
     start: float
     end: float
@@ -100,7 +99,7 @@ def _ends_sentence(word: Word) -> bool:
 
 
 def lines_of(text: str) -> list[str]:
-    """The text in lines of at most `LINE` characters; two lines are of like length."""
+    """The text in lines of at most `LINE` characters; two lines have similar lengths."""
     lines = textwrap.wrap(text, LINE)
     if len(lines) == 2:
         cuts = [i for i, letter in enumerate(text) if letter == " " and i <= LINE and len(text) - i - 1 <= LINE]
@@ -111,7 +110,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def cue_times(segments: Sequence[Segment]) -> list[tuple[float, float]]:
-    """When each cue is shown: `SHORTEST` seconds at least, if the next one leaves the time, `LONGEST` at most."""
+    """When each cue is shown: at least `SHORTEST` seconds, unless the next one begins earlier; at most `LONGEST`."""
     times = []
     for i, segment in enumerate(segments):
         following = segments[i + 1].start if i + 1 < len(segments) else float("inf")
@@ -121,7 +120,7 @@ def cue_times(segments: Sequence[Segment]) -> list[tuple[float, float]]:
 
 
 def as_srt(segments: Sequence[Segment]) -> str:
-    """SubRip: a number, the times with a comma, the lines."""
+    """SubRip: for each cue a number, the times with a comma, the lines."""
     cues = []
     for number, ((start, end), segment) in enumerate(zip(cue_times(segments), segments, strict=True), start=1):
         times = f"{_clock(start)} --> {_clock(end)}".replace(".", ",")
@@ -130,7 +129,7 @@ def as_srt(segments: Sequence[Segment]) -> str:
 
 
 def as_vtt(segments: Sequence[Segment]) -> str:
-    """WebVTT (W3C): a head, the times with a point, the lines with & and < escaped."""
+    """WebVTT (W3C): a header, the times with a point, the lines with & and < escaped."""
     cues = ["WEBVTT\n"]
     for (start, end), segment in zip(cue_times(segments), segments, strict=True):
         lines = [
@@ -141,7 +140,7 @@ def as_vtt(segments: Sequence[Segment]) -> str:
 
 
 def as_txt(segments: Sequence[Segment]) -> str:
-    """A line a segment, the time at which it begins before it."""
+    """One line for each segment, after the time at which it begins."""
     return "".join(f"[{_clock(segment.start)}] {segment.text}\n" for segment in segments)
 
 

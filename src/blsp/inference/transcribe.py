@@ -1,14 +1,14 @@
 """`blsp transcribe`: the transcript of each recording, in the order given.
 
 In:  audio files; a model.
-Out: a line of JSON a file, `{"audio", "text"}`, with times `{"seconds", "times", "segments"}`; or a txt, json, srt or
-     vtt file for each. To a file, to a folder (both resumable), or to the screen.
+Out: one line of JSON for each recording, `{"audio", "text"}`, with times also `{"seconds", "times", "segments"}`; or a
+     txt, json, srt or vtt file for each. The output is a file or a folder (both resumable), or the screen.
 Try: `blsp transcribe question.wav`, `blsp transcribe meeting.wav --out meeting.srt`
 Flow: inference/ — recordings → **transcript.py** → files
 
-A folder holds `transcripts.jsonl`, the lines of all recordings; the other files are written from it, so asking for
-another format transcribes nothing again. A file that cannot be read is named with the reason, on the screen and in
-`<out>.skipped.jsonl`, and the job goes on. Where no speech is found, the text is "".
+A folder holds `transcripts.jsonl`, the lines of all recordings. Its other files are written from these lines, so
+another format needs no new transcription. A recording that cannot be read is reported with the reason, on the screen
+and in `<out>.skipped.jsonl`, and the job continues. If no speech is found, the text is "".
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MOST_SECONDS = 1800.0  # of recordings in memory at once, unless one is longer
 
 
 def transcribe(settings: TranscribeSettings) -> None:
-    """Transcribe `settings.files`; those that `settings.out` holds are not transcribed again."""
+    """Transcribe `settings.files`, except those that are in `settings.out` already."""
     kind, out, folder = settings.written_as, settings.out, settings.folder
 
     def text_of(row: dict[str, Any]) -> str:
@@ -67,7 +67,7 @@ def _name(row: dict[str, Any], kind: TranscriptFormat) -> str:
 
 
 def _resumable(settings: TranscribeSettings, out: Path, write: Write) -> None:
-    """Add the missing rows to `out`, each to be written elsewhere by `write`, too."""
+    """Add the missing rows to `out`; `write` gets each row of `out`."""
     files = settings.files
     readout = {"readout": True, "repeat": False}.get(_method(settings) or "")  # the header's older form
     header = {"model": settings.model, "readout": readout, "max_new_tokens": settings.max_new_tokens}
@@ -94,19 +94,19 @@ def _method(settings: TranscribeSettings) -> TranscribeMethod | None:
 
 
 def _timed(settings: TranscribeSettings) -> bool:
-    """Whether times are asked for."""
+    """Whether times are needed."""
     return settings.timestamps or settings.folder is not None or settings.written_as in ("json", "srt", "vtt")
 
 
 def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Skip) -> None:
     """Transcribe all files from number `done` on.
 
-    The chunk in which a killed job stopped is computed again as a whole, since the last digits of a clip depend on the
-    clips beside it; only what is missing is written.
+    The chunk in which a killed job stopped is computed again with all its files, since rounding depends on the clips in
+    a batch; only missing rows are written.
     """
     listener = load(settings.model, **load_options(settings))
     if settings.readout and not listener.reads_out:
-        listener.readout([])  # raises the error that says why not, before any file is read
+        listener.readout([])  # raises the error now, before any file is read
     aligner = None
     if settings.aligner and not listener.reads_out:
         aligner = load(settings.aligner, device=settings.device, dtype=settings.dtype)
@@ -139,7 +139,7 @@ def _transcribe(settings: TranscribeSettings, done: int, write: Write, skip: Ski
 
 
 def _seconds(name: str) -> float:
-    """The length of a recording; 0 where it cannot be read, which is said when its turn comes."""
+    """The length of a recording; 0 if it cannot be read, which is reported later."""
     with suppress(AudioError):
         return probe_audio(name).seconds
     return 0.0
@@ -158,7 +158,7 @@ def _chunks(lengths: Sequence[float], size: int) -> Iterator[tuple[int, int]]:
 
 
 def transcribe_files(listener: Listener, files: Sequence[str], skip: Skip, **options: Any) -> list[Transcript | None]:
-    """The transcript of each file; None where it cannot be read, after `skip(file, reason)`."""
+    """The transcript of each file; None, after `skip(file, reason)`, if it cannot be read."""
     clips: dict[int, np.ndarray] = {}
     for i, name in enumerate(files):
         try:
@@ -171,7 +171,7 @@ def transcribe_files(listener: Listener, files: Sequence[str], skip: Skip, **opt
 
 
 def document(row: dict[str, Any], kind: TranscriptFormat, timestamps: bool = False) -> str:
-    """The text of a row in another format, with a newline at its end. timestamps: in txt, too."""
+    """The text of a row in another format, with a newline at its end. timestamps: also in txt."""
     if kind == "jsonl":
         return json.dumps(row, ensure_ascii=False) + "\n"
     if kind == "json":

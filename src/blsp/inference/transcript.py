@@ -1,11 +1,11 @@
-"""Transcripts of recordings of any length, with the times of their words where they are asked for.
+"""Transcripts of recordings of any length, with the times of their words if requested.
 
-In:  recordings; a listener; another one whose adapter reads out, where the listener's own does not.
+In:  recordings; a listener; another listener whose adapter reads out, if the first one's does not.
 Out: a `Transcript` for each: text, segments with times, and where the times come from.
 Try: `print(transcripts(blsp.load(), ["meeting.wav"], timestamps=True)[0].srt())`
 Flow: inference/ — pieces (pauses.py) → listener.embed_audio → **transcripts** → word_times.py, subtitles.py
 
-A recording is heard in pieces, some minutes at a time, so that memory does not grow with its length.
+A recording is processed in pieces, a few minutes at a time, so that memory does not grow with its length.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 TranscribeMethod = Literal["readout", "rescored", "repeat"]
 TimesFrom = Literal["readout", "alignment", "pieces"]
-WINDOW_SECONDS = 160.0  # of speech heard before it is transcribed: 16 of the longest pieces
+WINDOW_SECONDS = 160.0  # of speech that is encoded together: 16 of the longest pieces
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in a recording of so many seconds.
+    """The transcript of a recording of `seconds`.
 
-    times: where the segments' times come from; None where they were not asked for.
+    times: where the segments' times come from; None if they were not requested.
         readout: the frames in which the adapter reads each token out.
-        alignment: the written text, aligned with an adapter's read-out.
-        pieces: a segment is what was heard at once, between two pauses; its words have no times.
+        alignment: the LLM's text, aligned with an adapter's read-out.
+        pieces: a segment is a piece between two pauses; its words have no times.
     """
 
     text: str
@@ -51,27 +51,27 @@ class Transcript:
         if self.times is None:
             return {"text": self.text}
         segments = [
-            {"start": each.start, "end": each.end, "text": each.text, "words": [word.row() for word in each.words]}
-            for each in self.segments
+            {"start": s.start, "end": s.end, "text": s.text, "words": [word.row() for word in s.words]}
+            for s in self.segments
         ]
         return {"text": self.text, "seconds": self.seconds, "times": self.times, "segments": segments}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Transcript:
-        """The transcript of such a line."""
+        """The transcript from the fields of a line of JSON."""
         segments = tuple(
             Segment(
-                each["start"],
-                each["end"],
-                each["text"],
-                tuple(Word(word["word"], word["start"], word["end"]) for word in each["words"]),
+                segment["start"],
+                segment["end"],
+                segment["text"],
+                tuple(Word(word["word"], word["start"], word["end"]) for word in segment["words"]),
             )
-            for each in row.get("segments", ())
+            for segment in row.get("segments", ())
         )
         return cls(row["text"], row.get("seconds", 0.0), row.get("times"), segments)
 
     def txt(self) -> str:
-        """A line a segment, with the time at which it begins."""
+        """One line for each segment, with the time at which it begins."""
         return as_txt(self.cues())
 
     def srt(self) -> str:
@@ -83,7 +83,7 @@ class Transcript:
         return as_vtt(self.cues())
 
     def cues(self) -> list[Segment]:
-        """The segments cut for the screen; words without times are spread over their segment."""
+        """The segments cut into subtitles; words without times are spread over their segment."""
         if self.times != "pieces":
             return list(self.segments)
         return [cue for long in self.segments for cue in segments_of(spread(long.text, long.start, long.end))]
@@ -103,9 +103,9 @@ def transcripts(
 ) -> list[Transcript]:
     """The transcript of each clip. A recording of more than 10 s is cut at pauses and transcribed in pieces.
 
-    method: readout: the adapter's own tokens, without the LLM. rescored: of the adapter's likeliest read-outs, the one
-        that the LLM finds likely, too. repeat: what the LLM writes when it is asked to repeat the speech. None:
-        rescored where the adapter reads out, else repeat.
+    method: readout: the adapter's own tokens, without the LLM. rescored: the LLM chooses one of the adapter's likeliest
+        read-outs. repeat: the LLM's answer to the instruction to repeat the speech. None: rescored if the adapter reads
+        out, otherwise repeat.
     timestamps: find the times of the words, by the adapter's own read-out or that of `aligner`.
     vad: whether to search for speech first, see `pieces_of`.
     progress: called with the seconds of speech that have been transcribed.
@@ -170,7 +170,7 @@ def _texts(
 def times_of_words(
     reader: Listener, pieces: Sequence[Piece], clips: Sequence[AudioEmbeds], texts: Sequence[str]
 ) -> list[list[Word]]:
-    """The words of each piece, by the read-out of `reader`, whose encoder's states the clips may hold."""
+    """The words of each piece, by the read-out of `reader`; the clips may hold the states of its encoder already."""
     if any(clip.states is None for clip in clips):
         clips = reader.embed_audio([piece.audio for piece in pieces], keep_states=True)
     states = [clip.states for clip in clips if clip.states is not None]
@@ -178,5 +178,5 @@ def times_of_words(
 
 
 def samples_of(audio: Any) -> np.ndarray:
-    """16 kHz samples (N,) of a path, bytes or data-URI; an array is taken as such samples."""
+    """16 kHz samples (N,) of a path, bytes or data-URI; an array must hold such samples."""
     return audio if isinstance(audio, np.ndarray) else load_audio(audio)

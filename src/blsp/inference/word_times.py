@@ -1,13 +1,13 @@
-"""When each word of a transcript is spoken.
+"""Times of the words of a transcript.
 
 In:  a piece of a recording, its transcript, the encoder's states, a model whose adapter reads out.
 Out: `Word`s with their beginnings and ends in seconds of the recording.
 Try: `word_times(listener, pieces, states, texts)`
 Flow: inference/ — transcripts → **words with times** → subtitles.py
 
-The best CTC path that spells the transcript (features/align.py) says at which place of the read-out each word begins.
-A read-out emits a token near the token's beginning and hardly tells where it ends. So a word lasts until the next one
-begins, or until it gets quiet:
+The best CTC path that spells the transcript (features/align.py) gives the read-out frame at which each word begins. A
+read-out gives a token near its beginning and says little about its end. So a word ends when the next one begins, or
+when the recording becomes quiet:
 
     tokens       the . . cat . . . . . sat . .        . is blank
     quiet        _               _ _ _         _
@@ -35,8 +35,8 @@ from blsp.model.adapter_parts import place_centres
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 
 FRAME_SECONDS = 0.02  # of the encoder
-SHORTEST_PAUSE = 0.15  # seconds of quiet inside a piece; shorter ones are closed lips
-REACH = 0.25  # seconds between the place of a word's first token and the end of a pause that it may follow
+SHORTEST_PAUSE = 0.15  # seconds of quiet inside a piece; shorter quiet is the closure of a consonant
+REACH = 0.25  # the most seconds between a word's first token and the end of the pause before it
 EDGE_REACH = 0.5  # the same at the beginning of a piece
 LONGEST_END = 0.8  # seconds from a word's last token to its end
 SHORTEST_WORD = 0.02
@@ -44,7 +44,7 @@ SHORTEST_WORD = 0.02
 
 @dataclass(frozen=True)
 class Word:
-    """A word as it is written, with its punctuation; seconds from the recording's start."""
+    """A word with its punctuation; seconds from the recording's start."""
 
     text: str
     start: float
@@ -64,7 +64,7 @@ def word_times(
 ) -> list[list[Word]]:
     """The words of each piece. states: of this model's encoder, (T, E) for each piece. texts: their transcripts.
 
-    Words that do not fit into the piece's frames are spread over it by their length.
+    If a transcript does not fit into the piece's frames, its words are spread over the piece by their length.
     """
     tokens = [transcript_ids(tokenizer, text) for text in texts]
     spoken = [i for i, ids in enumerate(tokens) if ids]
@@ -91,7 +91,7 @@ def _word_runs(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], runs: NDArray[np.float64], count: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The first and the last place of each of `count` words, from those of the tokens (U, 2)."""
-    # a token belongs to the last word that is there when it has been written
+    # a token belongs to the last word of the text up to this token
     written = [len(tokenizer.decode(ids[: number + 1]).split()) for number in range(len(ids))]
     owners = np.clip(np.array(written) - 1, 0, count - 1)
     numbers = np.arange(count)
@@ -114,7 +114,7 @@ def _borders(
         elif begin == 0 and abs(starts[0] - end) < EDGE_REACH:
             starts[0] = end
         elif begin > 0 and end - begin >= SHORTEST_PAUSE:
-            # the pause stands before the word that begins nearest to its end
+            # the word that begins nearest to the end of the pause follows it
             word = int(np.abs(starts - end).argmin())
             if abs(starts[word] - end) < REACH:
                 starts[word] = end
@@ -127,7 +127,7 @@ def _borders(
 
 
 def sounding(piece: Piece) -> tuple[float, float]:
-    """When a piece begins and ends, without the quiet at its edges, in seconds of the recording."""
+    """Beginning and end of a piece in seconds of the recording, without the quiet at its edges."""
     quiet = quiet_spans(piece.audio)
     start, end = piece.start, piece.end
     if len(quiet) and quiet[0][0] == 0:
@@ -138,7 +138,7 @@ def sounding(piece: Piece) -> tuple[float, float]:
 
 
 def spread(text: str, start: float, end: float) -> list[Word]:
-    """The words of a text whose words' times are not known: each lasts as long as its share of the characters."""
+    """The words of a text without known times; the duration of each is its share of the characters."""
     words = text.split()
     shares = np.cumsum([0] + [len(word) + 1 for word in words]) / max(1, len(text) + 1)
     edges = np.round(start + (end - start) * np.minimum(shares, 1.0), 3).tolist()
