@@ -196,7 +196,7 @@ def test_endpoints_and_marks() -> None:
 
 @pytest.mark.parametrize("names", [["a@http://x/v1", "b/a@http://y/v1"], ["speech@http://x/v1"]])
 def test_each_peer_needs_a_column_of_its_own(names: list[str]) -> None:
-    with pytest.raises(PeerError, match="its column would be called"):
+    with pytest.raises(PeerError, match="its column would have the name"):
         parse_peers(names)
 
 

@@ -6,7 +6,7 @@ tasks.py       tasks and suites, read from YAML
 judge.py       `blsp evaluate`: calls the files below in the order of this list
 routes.py      one question by three routes: transcript, recogniser's transcript, speech vectors
 recogniser.py  the speech recogniser of the cascade
-endpoints.py   other models behind a URL: as a further column, or as a judge of open answers
+endpoints.py   other models behind a URL: in a further column, or as a judge of open answers
 answers.py     the logs of answers, with which a killed run continues
 scoring.py     metrics and faults of the answers
 bootstrap.py   confidence intervals

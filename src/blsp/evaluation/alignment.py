@@ -1,18 +1,18 @@
 """The alignment analysis: how far the LLM's behaviour on speech is from its behaviour on text.
 
 In:  a loaded model, an `AlignmentPlan` (speech with transcripts, and instructions) and the two routes.
-Out: `Alignment`: the figures of results.json, and what the pictures are drawn from.
+Out: `Alignment`: the figures of results.json, and the values for the pictures.
 Try: `blsp evaluate --suite tiny --out results/tiny`, then results.json, "alignment"
 Flow: evaluation/ — routes.py → **alignment** (layers.py looks inside the LLM) → pictures.py, report.py.
 
-`kl` is the mean over the tokens of the text route's greedy answer, its end included, of KL(text || speech), at
-temperature 1, over the whole vocabulary, in nats. Both routes splice into the same prefix and suffix ids. 0 is what the
-transcript's own embeddings give. Baselines are measured on the same clips and answers, with another input in the place
-of the speech vectors:
+`kl` is KL(text || speech) in nats, over the whole vocabulary, at temperature 1. It is the mean over the tokens of the
+text route's greedy answer, with its end. Both routes use the same prefix and suffix ids. The transcript's own
+embeddings would give 0. Baselines are measured on the same clips and answers, with another input in the place of the
+speech vectors:
 
-    kl_shuffled   the vectors of another clip: all that an adapter reaches that does not listen
+    kl_shuffled   the vectors of another clip: the value of an adapter that does not listen
     kl_cascade    the words of the cascade's recogniser
-    kl_readout    the adapter's own transcript as text, where it has one
+    kl_readout    the adapter's own transcript as text, if it has one
     kl_deaf       as many copies of one vector, the LLM's embedding of a space
 
 Shapes: N answer tokens, D LLM width.
@@ -48,10 +48,10 @@ ROWS_AT_A_TIME = 16
 
 @dataclass(frozen=True)
 class Routes:
-    """The two routes that are compared, each with a digest of the model that decides its answers.
+    """The two routes that are compared, each with a digest of its model.
 
-    text: rows -> transcripts by id. speech: rows -> what stands in the speech's place. cascade: rows -> the
-    recogniser's transcripts by id, for a baseline; None: without it.
+    text: rows -> transcripts by id. speech: rows -> inputs in the place of the speech. cascade: rows -> the
+    recogniser's transcripts by id, for a baseline; None: without this baseline.
     """
 
     text: Transcripts
@@ -75,9 +75,9 @@ class Comparison:
 
 @dataclass
 class Alignment:
-    """comparisons: instruction -> clip -> what was measured. The first instruction is the headline.
+    """comparisons: instruction -> clip -> comparison. The first instruction gives the main figures.
 
-    speakers: of the clips, in their order.
+    speakers: of the clips, in order.
     """
 
     comparisons: dict[str, dict[str, Comparison]] = field(default_factory=dict)
@@ -155,7 +155,7 @@ def _inputs(
     recognised: dict[str, str] | None,
     rows: Sequence[Utterance],
 ) -> dict[str, list[RouteInput]]:
-    """By route and baseline, what stands in the place of each clip's vectors."""
+    """By route and baseline, the inputs in the place of the speech."""
     inputs = {"text": text_input(transcripts)(rows), "speech": speech(rows)}
     inputs |= baseline_inputs(listener, inputs["speech"])
     if recognised is not None:
@@ -164,7 +164,7 @@ def _inputs(
 
 
 def baseline_inputs(listener: Listener, speech: Sequence[RouteInput]) -> dict[str, list[RouteInput]]:
-    """By baseline, what stands in the place of each clip's vectors."""
+    """By baseline, the inputs in the place of the speech."""
     inputs: dict[str, list[RouteInput]] = {"shuffled": [*speech[1:], *speech[:1]]}
     clips = [clip for clip in speech if isinstance(clip, AudioEmbeds)]
     if listener.reads_out and all(clip.token_ids is not None for clip in clips):
@@ -207,7 +207,7 @@ def _states(
 
 
 def _slices(rows: Sequence[Utterance]) -> Iterator[slice]:
-    """At most `ROWS_AT_A_TIME` rows of one instruction (`plan_batches` puts equal instructions side by side)."""
+    """Slices of at most `ROWS_AT_A_TIME` rows with the same instruction (`plan_batches` sorts by instruction)."""
     start = 0
     for end in range(1, len(rows) + 1):
         full = end - start == ROWS_AT_A_TIME
@@ -219,9 +219,9 @@ def _slices(rows: Sequence[Utterance]) -> Iterator[slice]:
 def summarise(
     comparisons: Sequence[Comparison], samples: int, seed: int, units: NDArray[np.int64] | None = None
 ) -> dict[str, Any]:
-    """Means over tokens with their intervals; `units` are resampled (None: clips), the same ones for every figure.
+    """Means over tokens with intervals: kl, top1_agreement, kl_NAME of each baseline, and kl_minus_cascade (paired).
 
-    kl, top1_agreement, kl_NAME of each baseline, and kl_minus_cascade, whose interval is a paired one.
+    units: resampled as a whole, with the same draws for every figure; None: clips.
     """
     tokens = np.array([len(clip.kl) for clip in comparisons], dtype=float)
     sums: dict[str, list[float]] = {

@@ -17,16 +17,16 @@ from blsp.distributed import from_first, shared
 Item = TypeVar("Item")
 Record = TypeVar("Record")
 
-NO_SPEECH = "no-speech"  # Answer.finish where the set sentence is the answer, or where there was nothing to answer
+NO_SPEECH = "no-speech"  # Answer.finish if the answer is the fixed sentence, or if there was nothing to answer
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one route answered to one question.
+    """The answer of one route to one question.
 
     finish: stop | length | no-speech | "" (nothing was generated). ids: the tokens, without the end of sequence.
-    option_scores: mean log-likelihood a token of each option. transcript: what the recogniser or the read-out wrote
-    (in files this field is called `heard`).
+    option_scores: mean log-likelihood per token of each option. transcript: of the recogniser or the read-out (the
+    field `heard` in files).
     """
 
     text: str
@@ -49,7 +49,7 @@ def fill(
     compute: Callable[[Sequence[Item]], dict[str, Record]],
     progress: Callable[[int], Any] = lambda count: None,
 ) -> dict[str, Record]:
-    """All records, after computing the batches of which the log lacks some; ranks share them, and each gets all.
+    """All records, after computing the batches that are not complete in the log. Ranks share them, and all get all.
 
     progress: called with the number of items just finished.
     """

@@ -1,14 +1,14 @@
-"""Confidence intervals: percentile bootstrap, for corpus metrics and for ratios of two routes, too.
+"""Confidence intervals: percentile bootstrap, also for corpus metrics and for ratios of two routes.
 
-In:  statistics of each utterance (N, K) and the figure that their sums give: WER is errors over words, BLEU a function
-     of n-gram counts. Out: the figure and its 95 % interval.
+In:  statistics of each utterance (N, K), and a function that computes the figure from their sums: WER is errors divided
+     by words, BLEU a function of n-gram counts. Out: the figure and its 95 % interval.
 Try: `interval(Figure(np.array([[1., 4.], [0., 5.]]), lambda total: total[0] / total[1]), draws(2, 1000, seed=0))`
 Flow: evaluation/ — used by scoring.py, alignment.py and results.py.
 
-Where the questions have `ENOUGH_SPEAKERS`, whole speakers are drawn, because what one speaker says is alike; otherwise
-utterances, and then the intervals say nothing about other speakers. The draws depend on the number of what is drawn and
-the seed alone. Two routes that answered the same questions are therefore resampled together, and the interval of their
-ratio is a paired one (Koehn 2004; Efron & Tibshirani 1993, ch. 13).
+If the questions have `ENOUGH_SPEAKERS`, whole speakers are drawn, because utterances of one speaker are similar.
+Otherwise utterances are drawn, and the intervals say nothing about other speakers. The draws depend only on the seed
+and the number of units. So two routes that answered the same questions are resampled together, and the interval of
+their ratio is a paired one (Koehn 2004; Efron & Tibshirani 1993, ch. 13).
 
 Shapes: N utterances, K sums that a figure needs, S bootstrap samples.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
-ENOUGH_SPEAKERS = 5  # fewer cannot be drawn from: of two, half of all draws hold only one
+ENOUGH_SPEAKERS = 5  # fewer are too few: of two speakers, half of all draws hold only one
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Figure:
 
 
 def mean_figure(values: Array) -> Figure:
-    """The mean of one number an utterance; those that are nan are left out."""
+    """The mean of one number per utterance, without those that are nan."""
     finite = np.isfinite(values)
     return Figure(np.stack([np.where(finite, values, 0.0), finite], axis=1).astype(float), ratio)
 
@@ -54,19 +54,19 @@ def ratio(total: Array) -> float:
 
 
 def known_speakers(speakers: Sequence[str | None]) -> int:
-    """How many speakers there are; 0 where that of some utterance is not known."""
+    """The number of speakers; 0 if the speaker of any utterance is not known."""
     return len(set(speakers)) if all(speakers) else 0
 
 
 def drawn_units(speakers: Sequence[str | None]) -> NDArray[np.int64]:
-    """(N,) the number of what is drawn as a whole: the utterance's speaker, where there are enough, or itself."""
+    """(N,) the number of each utterance's unit, which is drawn as a whole: its speaker if there are enough, or itself."""
     if known_speakers(speakers) < ENOUGH_SPEAKERS:
         return np.arange(len(speakers))
     return np.unique([str(name) for name in speakers], return_inverse=True)[1]
 
 
 def grouped(figure: Figure, units: NDArray[np.int64]) -> Figure:
-    """The same figure over what is drawn as a whole: statistics of the utterances of a unit are added up."""
+    """The same figure over units: the statistics of a unit's utterances are added up."""
     statistics = np.zeros((int(units.max(initial=-1)) + 1, *figure.statistics.shape[1:]))
     np.add.at(statistics, units, figure.statistics)
     return Figure(statistics, figure.value)
@@ -89,7 +89,7 @@ def interval(figure: Figure, rows: NDArray[np.int64]) -> tuple[float, float]:
 
 def relative_gap(figure: Figure, other: Figure, rows: NDArray[np.int64]) -> tuple[float, tuple[float, float]]:
     """How much larger than `other` the figure is, in percent (negative: smaller), and the interval."""
-    # Both figures are taken on the same draws, so that what is hard for both routes cancels.
+    # Both figures use the same draws, so that questions that are hard for both routes cancel out.
     pairs = zip(figure.resampled(rows), other.resampled(rows), strict=True)
     percents = np.array([_percent(*pair) for pair in pairs])
     return _percent(figure.point(), other.point()), _middle(percents)

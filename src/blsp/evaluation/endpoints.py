@@ -1,11 +1,11 @@
 """Other models behind an OpenAI-compatible URL: peers that take speech, and a judge of open answers.
 
-In:  rows and a URL. Out: a peer's answers, as one more column; a judge's marks from 1 to 10.
+In:  rows and a URL. Out: a peer's answers, in a further column; a judge's marks from 1 to 10.
 Try: `blsp evaluate --suite tiny --task sqa --peer ultravox@http://localhost:8000/v1 --out results/x`
 Flow: evaluation/ — beside routes.py (peers answer the same questions) and after it (the judge reads the answers).
 
-A peer gets the instruction as text and the clip as `input_audio`. It chooses among options by writing one, since no
-endpoint tells how likely a given answer is.
+A peer gets the instruction as text and the clip as `input_audio`. It chooses among options by writing one, since
+endpoints do not give the likelihood of an answer.
 """
 
 import base64
@@ -59,7 +59,7 @@ class Endpoint:
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """`ultravox@http://localhost:8000/v1`, or the URL alone where the server has one model."""
+    """`ultravox@http://localhost:8000/v1`, or only the URL if the server has one model."""
     model, _, url = text.rpartition("@")
     if urlsplit(url).scheme not in ("http", "https"):
         raise PeerError(f"{text!r}: write MODEL@URL, as in ultravox@http://localhost:8000/v1")
@@ -67,14 +67,14 @@ def parse_endpoint(text: str) -> Endpoint:
 
 
 def parse_peers(texts: Sequence[str]) -> tuple[Endpoint, ...]:
-    """The peers of an evaluation; each needs a column of its own."""
+    """The peers of an evaluation; each needs its own column."""
     peers = tuple(map(parse_endpoint, texts))
     names = [*OWN_COLUMNS, *(peer.name for peer in peers)]
     for peer in peers:
         if names.count(peer.name) > 1:
             raise PeerError(
-                f"{peer.model}@{peer.url}: its column would be called {peer.name!r}, and there is one already; "
-                "evaluate it on its own, or have its server call the model differently"
+                f"{peer.model}@{peer.url}: its column would have the name {peer.name!r}, which another column has; "
+                "evaluate it alone, or give the model another name on its server"
             )
     return peers
 
@@ -94,7 +94,7 @@ def ask_peer(
 
 
 def rate(endpoint: Endpoint, rows: Sequence[Utterance], answers: Answers, log: AnswerLog) -> dict[str, float]:
-    """The judge's mark for each answer (nan where it wrote no number from 1 to 10)."""
+    """The judge's mark for each answer (nan if it wrote no number from 1 to 10)."""
     texts = [JUDGE.format(question=row.text, answer=answers[row.id].text) for row in rows]
     prompts = [Prompt(n, "", "instruction-first", text) for n, text in enumerate(texts)]
     _ask_missing(_engine(endpoint, 8, lambda prompt: prompt.text), prompts, rows, log)
@@ -108,7 +108,7 @@ def _ask_missing(
     log: AnswerLog,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Write the replies to the log that it lacks. A prompt's key is the number of its row.
+    """Write the missing replies to the log. A prompt's key is the number of its row.
 
     Raises ServerError for the first prompt without a reply, since a gap would count as a wrong answer.
     """
@@ -122,7 +122,7 @@ def _ask_missing(
 
 
 def read_mark(text: str) -> float:
-    """The first number from 1 to 10 in the judge's reply; nan where there is none."""
+    """The first number from 1 to 10 in the judge's reply; nan if there is none."""
     number = re.search(r"\b(10|[1-9])\b", text)
     return float(number[0]) if number else float("nan")
 

@@ -5,11 +5,11 @@ Out: `Following`: for each clip and instruction, which text answer the speech an
 Try: results.json, "alignment", "instruction_following"
 Flow: evaluation/ — called by alignment.py.
 
-An answer to speech follows its instruction if, of the text route's answers to this clip, the one to the same
-instruction is the most similar (chrF). An adapter that has collapsed, so that the LLM repeats the words whatever is
-asked, is nearest to `repeat` each time: 1 in 3 with three instructions. The form of an answer gives something away,
-too; how much is told by the same figure with another clip's answers. What is asked twice with one text answer cannot
-be told apart and is left out.
+An answer to speech follows its instruction if it is most similar (chrF) to the text route's answer to the same
+instruction, among the text route's answers to this clip. If an adapter has collapsed, the LLM repeats the words under
+every instruction, and its answers are nearest to `repeat`: with three instructions the figure is 1 in 3. Answers can
+also be similar just by their form; the same figure with another clip's answers shows how much. If two instructions have
+the same text answer, these cannot be distinguished and are left out.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ Nearest = dict[str, dict[str, str | None]]  # instruction -> clip -> the instruc
 
 @dataclass(frozen=True)
 class Following:
-    """nearest: of each speech answer; None where two are equally near. exchanged: of the next clip's speech answer."""
+    """nearest: of each speech answer; None if two are equally near. exchanged: of the next clip's speech answer."""
 
     clips: Sequence[str]
     nearest: Nearest
     exchanged: Nearest
 
     def figures(self, units: NDArray[np.int64], samples: int, seed: int) -> dict[str, Any]:
-        """Shares with intervals, and for each instruction how often each one's text answer is the nearest."""
+        """Shares with intervals; and for each instruction, how often each text answer is the nearest."""
         rows, row_of = draws_of(units, samples, seed), {clip: row for row, clip in enumerate(self.clips)}
         figures: dict[str, Any] = {}
         named = {"instruction_following": self.nearest, "instruction_following_shuffled": self.exchanged}

@@ -1,4 +1,4 @@
-"""`blsp evaluate`: ask every question, score the answers, compare the routes, write the report.
+"""`blsp evaluate`: ask all questions, score the answers, compare the routes, write the report.
 
 In:  `EvaluateSettings`, or a loaded model and a `Suite`. Out: the results folder, and the table on the screen.
 Try: `blsp evaluate --suite tiny --out results/tiny`
@@ -51,7 +51,7 @@ NO_SENTENCE = "a peer has no set sentence for silence"
 
 @dataclass
 class Evaluation:
-    """A model under evaluation: how it is asked, and where its answers are stored."""
+    """A model under evaluation, the settings, and the folder of its answers."""
 
     listener: Listener
     folder: Path
@@ -71,7 +71,7 @@ class Evaluation:
     """the cascade's recogniser; None: loaded when it is first needed"""
     bar: tqdm = field(default_factory=lambda: tqdm(disable=True))
     text_id: str = field(init=False)
-    """a digest of what decides the text route's answers: logged answers with another one are asked again"""
+    """a digest of the text route's model; logged answers with another digest are asked again"""
     speech_id: str = field(init=False)
     """the same for the speech route"""
 
@@ -87,17 +87,17 @@ class Evaluation:
         return self.speech
 
     def log(self, task: Task, rows: Sequence[Utterance], route: str, kind: str) -> AnswerLog:
-        """The log of a route's answers. kind: what, beside the model, decides them."""
+        """The log of a route's answers. kind: other settings that decide the answers."""
         model = self.speech_id if kind == "speech" else self.text_id
         mark = route_fingerprint(model, task, rows, kind, self.batch_size)
         return answer_log(self.folder / "log" / f"{task.name}.{route}.jsonl", mark)
 
     def rows(self, task: Task) -> list[Utterance]:
-        """The questions of a task, as many as `limit` allows."""
+        """The questions of a task, at most `limit`."""
         return task.rows(self.limit)
 
     def transcripts(self, rows: Sequence[Utterance]) -> dict[str, str]:
-        """What the text route gets: transcripts as given, or through Whisper's normaliser (the paper's way)."""
+        """The text route's transcripts: as given, or normalised with Whisper's normaliser, as in the paper."""
         if self.normalise == "whisper":
             return {row.id: " ".join(plain_words(row.text, row.language or "en")) for row in rows}
         return {row.id: row.text for row in rows}
@@ -111,7 +111,7 @@ class Evaluation:
         return self.recogniser
 
     def recognise(self, rows: Sequence[Utterance]) -> dict[str, str]:
-        """The recogniser's transcripts by the row's id, from the log where it has them."""
+        """The recogniser's transcripts by the row's id; those in the log are not computed again."""
         recogniser = self.load_recogniser()
         mark = digest_of({"name": recogniser.name, "compute": recogniser.compute})
         with answer_log(self.folder / "log" / "recogniser.jsonl", mark) as log:
@@ -127,7 +127,7 @@ def evaluate(settings: EvaluateSettings) -> None:
     runtime = find_runtime(settings.device, settings.dtype)
     settings.out.mkdir(parents=True, exist_ok=True)
     with lock_job(settings.out, runtime.rank), tempfile.TemporaryDirectory() as scratch:
-        # ranks share the batches; the first keeps the logs, the others theirs of this run alone
+        # ranks share the batches; only the first rank keeps its logs after the run
         _evaluate(settings, settings.out if runtime.rank == 0 else Path(scratch), runtime)
         leave(runtime)
 
@@ -189,7 +189,7 @@ def judge(evaluation: Evaluation, suite: Suite) -> Results:
 
 
 def _answer_count(evaluation: Evaluation, suite: Suite, rows: dict[str, list[Utterance]]) -> int:
-    """How many answers the progress bar waits for; the text route is not asked about clips without speech."""
+    """The number of answers for the progress bar; the text route gets no clips without speech."""
     columns = len(evaluation.routes) + len(evaluation.peers)
     unasked = sum(len(rows[task.name]) for task in suite.tasks if task.kind == "no-speech")
     return columns * sum(map(len, rows.values())) - ("text" in evaluation.routes) * unasked
@@ -227,9 +227,9 @@ def _speech(evaluation: Evaluation, result: TaskResult) -> None:
 
 
 def _cascade(evaluation: Evaluation, result: TaskResult) -> None:
-    """The recogniser writes, and the same LLM answers.
+    """The recogniser writes a transcript, and the same LLM answers it.
 
-    Where the recogniser wrote the exact transcript, the text route's answer is taken.
+    If the recogniser wrote the exact transcript, the text route's answer is used.
     """
     task, rows = result.task, result.rows
     if not evaluation.load_recogniser().supports_language(task.language):

@@ -5,13 +5,13 @@ Out: `LayerAnalysis`: cosine, linear CKA and divergence by layer; points for the
 Try: results.json, "alignment", "layers"
 Flow: evaluation/ — called by alignment.py; drawn by pictures.py.
 
-By layer, at the positions of the answer's tokens, where both routes hold the same words: the mean cosine, linear CKA
-(Kornblith et al. 2019, eq. 3), and the divergence of the predictions that this layer would give (final norm and head
-applied to its state, the "logit lens"). The question's length differs between the routes, so there it is the cosine
-of the two means.
+For each layer, at the positions of the answer's tokens, where both routes have the same words: the mean cosine, linear
+CKA (Kornblith et al. 2019, eq. 3), and the divergence of this layer's predictions (final norm and head applied to its
+state, the "logit lens"). The question's length differs between the routes, so there the cosine of the two means is
+used.
 
-The picture is the paper's (§4.4): one point for each clip, route and instruction. It is the last-layer state at the
-question's last position, where the LLM has joined instruction and content.
+The picture is the paper's (§4.4): one point for each clip, route and instruction. A point is the last-layer state at
+the question's last position, where the LLM has combined instruction and content.
 
 Shapes: A layers + 1, L question, N answer tokens, D LLM width, C clips, I instructions, M points (I × 2 routes × C).
 """
@@ -36,7 +36,7 @@ from blsp.llm.teacher_forcing import divergence, layer_states
 Array = NDArray[np.float64]
 EndStates = dict[str, dict[str, Tensor]]  # instruction -> route -> (C, D)
 ROWS_AT_A_TIME = 8
-LENS_POSITIONS = 256  # answer tokens at which the divergence of every layer is taken
+LENS_POSITIONS = 256  # answer tokens at which the divergence of each layer is computed
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class LayerAnalysis:
     n: int
 
     def figures(self) -> dict[str, Any]:
-        """The part of results.json that this module gives.
+        """This module's part of results.json.
 
-        retrieval: share of the speech states whose nearest text state under the same instruction is their own
-        transcript's.
+        retrieval: share of the speech states whose nearest text state under the same instruction is that of their own
+        transcript.
         """
         lists = {name: getattr(self, name) for name in ("cosine", "cosine_question", "cka", "kl")}
         return {"layers": lists | {"n": self.n}, "retrieval": self.retrieval}
@@ -85,7 +85,7 @@ def analyse_layers(
             route: _states(listener, task, rows, route_inputs, answers[behaviour])
             for route, route_inputs in inputs.items()
         }
-        if behaviour == first:  # only here are the states of all layers needed together
+        if behaviour == first:  # only the first instruction needs the states of all layers at once
             text, speech_states = (list(states[route]) for route in ("text", "speech"))
             by_layer = _by_layer(listener, text, speech_states)
             states = {"text": text, "speech": speech_states}
@@ -99,7 +99,7 @@ def analyse_layers(
 def _states(
     listener: Listener, task: Task, rows: Sequence[Utterance], inputs: Sequence[RouteInput], answers: Answers
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each row, every layer's states at the question's positions (A, L, D) and at the answer's (A, N, D)."""
+    """For each row, the states of all layers at the question's positions (A, L, D) and the answer's (A, N, D)."""
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         part = slice(start, start + ROWS_AT_A_TIME)
         requests = [request(listener, task, row, item) for row, item in zip(rows[part], inputs[part], strict=True)]
@@ -110,7 +110,7 @@ def _states(
 def _by_layer(
     listener: Listener, text: list[tuple[Tensor, Tensor]], speech: list[tuple[Tensor, Tensor]]
 ) -> dict[str, Any]:
-    # The answers of all clips one after the other: (A, N, D) with N over all clips.
+    # The answers of all clips, concatenated: (A, N, D) with N over all clips.
     text_answers = torch.cat([answer for _, answer in text], dim=1)
     speech_answers = torch.cat([answer for _, answer in speech], dim=1)
     # Each clip's question as one mean state: (A, C, D).
@@ -129,14 +129,14 @@ def _by_layer(
 
 
 def linear_cka(one: Tensor, other: Tensor) -> float:
-    """Linear centred kernel alignment of two sets of states (N, D): 1 where they differ by rotation and scale only."""
+    """Linear centred kernel alignment of two sets of states (N, D): 1 if they differ only by rotation and scale."""
     one, other = one - one.mean(dim=0), other - other.mean(dim=0)
     shared = torch.linalg.matrix_norm(other.T @ one) ** 2
     return float(shared / (torch.linalg.matrix_norm(one.T @ one) * torch.linalg.matrix_norm(other.T @ other)))
 
 
 def _lens(listener: Listener, text: Tensor, speech: Tensor) -> list[float]:
-    """Mean divergence of each layer's predictions, at up to `LENS_POSITIONS` of the N tokens, evenly spread."""
+    """Mean divergence of each layer's predictions, at up to `LENS_POSITIONS` of the N tokens, at equal distances."""
     norm = getattr(decoder_of(listener.model), "norm", None)
     if norm is None:
         raise UnsupportedModelError(f"{listener.model.config.text_config.model_type}: its decoder has no final `norm`")
@@ -152,7 +152,7 @@ def _lens(listener: Listener, text: Tensor, speech: Tensor) -> list[float]:
 
 
 def _picture(ends: EndStates, clips: list[str]) -> dict[str, Any]:
-    """Projected points with their labels, and the figures that are read off the states before the projection."""
+    """Projected points with their labels, and the retrieval of the states before the projection."""
     labels = [(behaviour, route) for behaviour, routes in ends.items() for route in routes for _ in clips]
     states = torch.cat([points for routes in ends.values() for points in routes.values()]).double().numpy()
     return {
@@ -174,7 +174,7 @@ def _retrieval(ends: EndStates) -> float:
 
 
 def project(states: Array) -> Array:
-    """(M, D) -> (M, 2): the two principal components, signs fixed, scaled to unit spread."""
+    """(M, D) -> (M, 2): the first two principal components, with fixed signs and unit standard deviation."""
     centred = states - states.mean(axis=0)
     left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
     points = np.zeros((len(states), 2))

@@ -1,4 +1,4 @@
-"""Pictures of the report: PNG files in colours that colour-blind readers can tell apart.
+"""Pictures of the report: PNG files in colours that colour-blind readers can distinguish.
 
 In:  scores and the alignment analysis. Out: PNG files in the results folder.
 Try: `draw_positions(alignment, Path("results/tiny/divergence_by_position.png"))`
@@ -41,7 +41,7 @@ BASELINES = {
     "readout": ("the adapter's own transcript", AMBER),
     "deaf": ("copies of one vector", INK),
 }
-FEWEST = 5  # answers behind a point by position
+FEWEST = 5  # answers for a point by position
 LOWEST_KL = 1e-4  # nats: the left end of a logarithmic axis, which has no zero
 Style = dict[str, Any]  # arguments of a matplotlib function
 GRID: Style = {"alpha": 0.3}
@@ -59,7 +59,7 @@ class Point:
 
 
 def draw_scores(panels: dict[str, Sequence[Point]], picture: Path) -> None:
-    """One panel a metric, one line a task, one mark a route with its 95 % interval."""
+    """One panel for each metric, one line for each task, one mark for each route with its 95 % interval."""
     tasks = {title: list(dict.fromkeys(point.task for point in points)) for title, points in panels.items()}
     heights = [len(names) + 0.9 for names in tasks.values()]
     figure = _figure(8.2, 0.62 * sum(heights) + 0.7)
@@ -83,7 +83,7 @@ def _score_panel(axis: Axes, title: str, points: Sequence[Point], tasks: list[st
     mark_style: Style = {"markersize": 7, "markeredgecolor": "white", "markeredgewidth": 0.8}
     for point in points:
         colour, marker = _route_style(point.route, routes)
-        # Tasks stand from top to bottom, one unit each; the routes of a task share its unit.
+        # Tasks are drawn from top to bottom, one unit each; the routes of a task share its unit.
         line = len(tasks) - 1 - tasks.index(point.task)
         height = line + step * ((len(routes) - 1) / 2 - routes.index(point.route))
         axis.plot([point.low, point.high], [height, height], color=colour, **interval_style)
@@ -227,7 +227,7 @@ def draw_checkpoints(points: Sequence[dict[str, Any]], picture: Path) -> None:
 
 
 def _route_style(route: str, routes: Sequence[str]) -> tuple[str, str]:
-    """Colour and mark of a route; peers take the free colours in their order."""
+    """Colour and mark of a route; peers get the other colours in order."""
     if route in ROUTE_STYLE:
         return ROUTE_STYLE[route]
     peers = [name for name in routes if name not in ROUTE_STYLE]
@@ -241,7 +241,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, picture: Path) -> None:
-    """Write the picture as a whole or not at all, without a date in it, so that equal results give equal files."""
+    """Write the picture atomically and without a date, so that equal results give equal files."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(axis.get_title(), loc="left", fontsize=11, fontweight="bold")

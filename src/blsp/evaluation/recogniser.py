@@ -1,11 +1,11 @@
-"""The recogniser of the cascade: a speech recogniser that writes the transcript which the LLM then reads.
+"""The recogniser of the cascade: a speech recogniser that writes the transcripts for the LLM.
 
 In:  clips and their languages; the name of a recogniser. Out: transcripts, kept in a log.
 Try: `Recogniser("embedded:whisper-tiny.en:ct2", "int8").transcribe(rows, log)`
 Flow: evaluation/ — recogniser → the same LLM with the same prompt (routes.py). The speech route never uses it.
 
-faster-whisper (CTranslate2), beam 1, without timestamps; on a CPU one clip a core, which is faster than all cores on
-one clip. A folder in transformers' format is run by transformers' own pipeline.
+faster-whisper (CTranslate2), beam 1, without timestamps. On a CPU each core has its own clip, which is faster than all
+cores on one clip. A folder in transformers' format is run by transformers' own pipeline.
 """
 
 import os
@@ -26,19 +26,19 @@ from blsp.evaluation.answers import Answer, AnswerLog, Answers, fill
 from blsp.weights.embedded import PREFIX, resolve_weights
 
 COMPUTE_TYPES = ("int8", "float32")
-CLIPS_AT_A_TIME = 32  # transcripts that are logged together
+CLIPS_AT_A_TIME = 32  # clips whose transcripts are logged together
 WINDOW_SECONDS = 30
 
 Transcribe = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcript
 
 
 def recogniser_of(audio_model_id: str) -> str:
-    """The recogniser with the model's own speech encoder, which makes the fairest cascade."""
+    """The recogniser with the model's own speech encoder, for a fair comparison."""
     return f"{audio_model_id}:ct2" if audio_model_id.startswith(PREFIX) else audio_model_id
 
 
 class RecogniserError(ValueError):
-    """A recogniser that cannot be used; the message says why and what to name instead."""
+    """A recogniser that cannot be used; the message says why and which one to use."""
 
 
 class Recogniser:
@@ -46,7 +46,7 @@ class Recogniser:
 
     name: an `embedded:…:ct2` name, a CTranslate2 folder, a name that faster-whisper knows (`large-v3`), or a
     folder or hub id that transformers' speech recognition pipeline loads.
-    compute: of CTranslate2; `auto` times both on the first clip and keeps the faster.
+    compute: of CTranslate2; `auto` measures the types and takes the faster one.
     """
 
     def __init__(self, name: str, compute: str = "int8", device: str = "cpu") -> None:
@@ -60,7 +60,7 @@ class Recogniser:
         return self.multilingual or language == "en"
 
     def transcribe(self, rows: Sequence[Utterance], log: AnswerLog) -> list[str]:
-        """Transcripts in the order of the rows; clips that are in the log are not transcribed again."""
+        """Transcripts in the order of the rows; clips in the log are not transcribed again."""
         records = from_first(lambda: log.records)
         waiting = list({_clip_key(row): row for row in rows if _clip_key(row) not in records}.items())
         batches = [waiting[start : start + CLIPS_AT_A_TIME] for start in range(0, len(waiting), CLIPS_AT_A_TIME)]
@@ -116,7 +116,7 @@ def _faster(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:
 
     threads = torch.get_num_threads()
     model = load(_faster_type(load, transcribe) if compute == "auto" else compute)
-    torch.set_num_threads(threads)  # CTranslate2 changes the number of the thread that loads it, which runs the LLM
+    torch.set_num_threads(threads)  # loading CTranslate2 changes the number of threads, which the LLM uses too
     return lambda clip, language: transcribe(model, clip, language), bool(model.model.is_multilingual)
 
 
@@ -137,9 +137,9 @@ def _transformers(folder: str, compute: str, device: str) -> tuple[Transcribe, b
     from transformers import pipeline
 
     recognise = pipeline("automatic-speech-recognition", model=folder, device=device, trust_remote_code=False)
-    # A folder without a tokenizer gets an almost empty one from transformers, which writes nothing.
+    # For a folder without a tokenizer, transformers makes an almost empty one, which gives no text.
     if len(recognise.tokenizer) < recognise.model.config.vocab_size // 2:
-        raise RecogniserError(f"{folder}: holds no tokenizer, so it cannot write; name another with --asr")
+        raise RecogniserError(f"{folder}: has no tokenizer, so it cannot write text; name another with --asr")
     is_whisper = recognise.model.config.model_type == "whisper"
     multilingual = is_whisper and bool(getattr(recognise.model.generation_config, "is_multilingual", False))
 
@@ -150,7 +150,7 @@ def _transformers(folder: str, compute: str, device: str) -> tuple[Transcribe, b
         options: dict[str, Any] = {"num_beams": 1}
         if multilingual:
             options |= {"language": language, "task": "transcribe"}
-        windows = len(clip) > WINDOW_SECONDS * SAMPLE_RATE  # Whisper finds the next window by its timestamps
+        windows = len(clip) > WINDOW_SECONDS * SAMPLE_RATE  # Whisper needs timestamps to find the next window
         return str(recognise(audio, return_timestamps=windows, generate_kwargs=options)["text"]).strip()
 
     return transcribe_clip, multilingual

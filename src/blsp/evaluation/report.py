@@ -1,4 +1,4 @@
-"""The report that a person reads: tables, pictures, and questions with their answers.
+"""The report for readers: tables, pictures, and questions with their answers.
 
 In:  `Results`. Out: report.md with its pictures, results.json, samples.jsonl; the table for the screen.
 Try: `print(write_report(results, Path("results/tiny")))`
@@ -112,7 +112,7 @@ def write_report(results: Results, folder: Path, compare: Sequence[Path] = ()) -
 
 
 def _units(figures: Figures) -> str:
-    """What the intervals are drawn over, and what they therefore do not cover."""
+    """The units that the intervals are drawn over, and what the intervals therefore do not cover."""
     counts = figures["speakers"] | ({"alignment": figures["alignment"]["speakers"]} if figures["alignment"] else {})
     several = [name for name, count in counts.items() if count >= ENOUGH_SPEAKERS]
     few = [f"{name} ({count})" for name, count in counts.items() if count < ENOUGH_SPEAKERS]
@@ -127,7 +127,7 @@ def _units(figures: Figures) -> str:
 
 # --- tables -------------------------------------------------------------------------------------------------
 def _glance(results: Results, figures: Figures) -> str:
-    """One line a task: the main metric on every route."""
+    """One line for each task: the main metric on each route."""
     routes = _routes(results)
     header = ["task", "questions", "metric", *routes, "speech : text", "speech : cascade"]
     rows = []
@@ -148,12 +148,12 @@ def _glance(results: Results, figures: Figures) -> str:
 
 
 def _starred(result: TaskResult) -> str:
-    """The task's name, with a star where it is no evidence about listening."""
+    """The task's name, with a star if the task is no evidence about listening."""
     return result.task.name + ("" if result.lacks_evidence() is None else " *")
 
 
 def _metric_name(result: TaskResult, metric: str) -> str:
-    """The metric's name, and that the text route is the reference where it is."""
+    """The metric's name; "to text" is added if the text route is the reference."""
     return f"{NAMES[metric]} to text" if metric == "chrf" and result.task.kind in TO_TEXT else NAMES[metric]
 
 
@@ -178,7 +178,7 @@ def _cell(score: Figures, metric: str) -> str:
 
 
 def _remarks(results: Results, figures: Figures) -> str:
-    """What the columns mean; tasks that show nothing about listening; routes that are missing."""
+    """The meaning of the columns; tasks that are no evidence about listening; missing routes."""
     lines = [words for route, words in COLUMNS.items() if route in _routes(results)]
     doubts = ", ".join(f"{task} ({reason})" for task, reason in figures["no_evidence"].items())
     if doubts:
@@ -205,7 +205,7 @@ def _faults(results: Results) -> str:
 
 
 def _left_out(results: Results) -> str:
-    """The recordings that cannot be read, whose questions were asked on no route."""
+    """The recordings that cannot be read; their questions were not asked on any route."""
     if not results.left_out:
         return ""
     rows = [[row.task, row.id, row.reason] for row in results.left_out]
@@ -213,7 +213,7 @@ def _left_out(results: Results) -> str:
 
 
 def _task(result: TaskResult, scores: Figures) -> str:
-    """What was asked, all figures, and a few questions with their answers."""
+    """A task's instruction, all its figures, and a few questions with their answers."""
     task = result.task
     question = (
         f"Instruction ({task.order}): “{task.wording}”"
@@ -230,7 +230,7 @@ def _task(result: TaskResult, scores: Figures) -> str:
 
 
 def _examples(result: TaskResult) -> str:
-    """Questions from the speech route's best to its worst, evenly spread, so that none is picked by hand."""
+    """Questions from the speech route's best to its worst, at equal distances, so that none is chosen by hand."""
     route = "speech" if "speech" in result.answers else next(iter(result.answers), None)
     if route is None:
         return ""
@@ -253,7 +253,7 @@ def _examples(result: TaskResult) -> str:
 
 
 def _shown_answer(answer: Answer, options: Sequence[str] | None) -> str:
-    """The likeliest option and what was written, or what was written alone."""
+    """The likeliest option with the written answer, or only the written answer."""
     if options is None or answer.option_scores is None:
         return answer.text
     scores = answer.option_scores
@@ -376,7 +376,7 @@ def _checkpoints(figures: Figures, folder: Path, others: Sequence[Path]) -> str:
 
 
 def _ratios(tasks: Figures) -> dict[str, float]:
-    """By task: the speech route's figure over the text route's. Of a WER, the share of right words is taken."""
+    """By task: the speech route's figure divided by the text route's; for WER, the shares of right words."""
     ratios = {}
     for task, routes in tasks.items():
         if "text" not in routes or "n" not in routes.get("speech", {}):

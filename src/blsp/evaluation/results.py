@@ -31,7 +31,7 @@ from blsp.evaluation.tasks import LeftOut, Task
 from blsp.inference.listener import Listener
 
 COMPARED = (("speech", "text"), ("speech", "cascade"), ("cascade", "text"))
-TWICE_CHANCE, ENOUGH, ENOUGH_BLEU = 2.0, 0.5, 5.0  # what the text route must reach: see `lacks_evidence`
+TWICE_CHANCE, ENOUGH, ENOUGH_BLEU = 2.0, 0.5, 5.0  # the least that the text route must reach: see `lacks_evidence`
 TRANSCRIPTS = ("recogniser", "readout", "transcript")  # columns of transcripts, without an answer
 
 
@@ -57,7 +57,7 @@ class TaskResult:
         return MAIN_METRIC[self.task.kind]
 
     def lacks_evidence(self) -> str | None:
-        """Why the task shows nothing about listening: the LLM cannot do it on text either. None where it can."""
+        """Why the task is no evidence about listening: the LLM cannot do it on text either. None if it can."""
         text = self.scores.get("text")
         if text is None or self.metric not in text.figures or self.task.kind in ("chat", "continuation"):
             return None
@@ -74,7 +74,7 @@ class TaskResult:
 
 @dataclass
 class Results:
-    """A finished evaluation. bootstrap, seed: number of samples behind each interval, and what draws them."""
+    """A finished evaluation. bootstrap, seed: number of bootstrap samples, and their seed."""
 
     suite: str
     bootstrap: int
@@ -85,7 +85,7 @@ class Results:
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of results.json, undefined figures as nan."""
+        """The content of results.json, with nan for undefined figures."""
         doubts = {result.task.name: result.lacks_evidence() for result in self.tasks}
         return {
             "suite": self.suite,
@@ -106,7 +106,7 @@ class Results:
         }
 
     def _scores(self, result: TaskResult) -> dict[str, Any]:
-        """By route: every metric with its interval, the number of questions, and counts of faults."""
+        """By route: all metrics with intervals, the number of questions, and counts of faults."""
         units = drawn_units([row.speaker for row in result.rows])
         rows = draws_of(units, self.bootstrap, self.seed)
         routes: dict[str, Any] = {}
@@ -135,14 +135,14 @@ class Results:
 
 
 def write_results(results: Results, folder: Path) -> None:
-    """Write results.json and samples.jsonl, each as a whole or not at all."""
+    """Write results.json and samples.jsonl, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", _plain(results.to_json()))
     write_manifest(folder / "samples.jsonl", (sample for task in results.tasks for sample in _samples(task)))
 
 
 def _samples(result: TaskResult) -> list[dict[str, Any]]:
-    """One object a question: what was asked, what every route answered, and what that is worth."""
+    """One object for each question: the question, each route's answer, and its scores."""
     samples = []
     for row in result.rows:
         sample: dict[str, Any] = {
@@ -179,7 +179,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-# packages whose versions are noted
+# packages whose versions are stored
 STACK = ("torch", "transformers", "numpy", "faster-whisper", "ctranslate2", "jiwer", "sacrebleu", "whisper-normalizer")
 
 

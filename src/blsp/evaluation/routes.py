@@ -1,12 +1,12 @@
 """The three routes of a question: as text, through a cascade, as speech.
 
-In:  a loaded model, a task and its rows. Out: one answer a row, kept in a log so that a killed run continues.
+In:  a loaded model, a task and its rows. Out: one answer for each row, in a log from which a killed run continues.
 Try: `ask(listener, task, rows, text_input(transcripts), log, batch_size=32)`
 Flow: evaluation/ — tasks.py → **routes** → scoring.py.
 
-A route decides only what stands between the same prefix ids and the same suffix ids of the prompt: the transcript, the
-recogniser's transcript, or the speech vectors. Batches are planned from all rows before the first one is asked, and a
-finished batch is skipped as a whole, so a resumed run gives exactly the numbers of an uninterrupted one.
+The routes have the same prefix ids and suffix ids of the prompt and differ only in the input between them: the
+transcript, the recogniser's transcript, or the speech vectors. Batches are planned from all rows before the first one
+is run, and a finished batch is skipped as a whole. So a resumed run gives exactly the numbers of an uninterrupted one.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.lora import has_lora, lora_weights
 from blsp.model.speech_encoder import knows_english_only
 
-RouteInput = str | AudioEmbeds  # what stands in the speech's place in the prompt: words, or vectors
+RouteInput = str | AudioEmbeds  # the input in the place of the speech: words, or vectors
 RouteInputFn = Callable[[Sequence[Utterance]], list[RouteInput]]
-BATCHES_AT_A_TIME = 2  # planned and logged together: a row that ends early makes room for the next one
+BATCHES_AT_A_TIME = 2  # planned and logged together: when a row ends early, the next one takes its slot
 OPTIONS_AT_A_TIME = 128  # answer options scored in one pass
 
 
@@ -43,13 +43,13 @@ def text_input(transcripts: dict[str, str]) -> RouteInputFn:
 
 
 def speech_input(listener: Listener) -> RouteInputFn:
-    """The input of the speech route: the adapter's vectors. The last batch is kept and not encoded again."""
+    """The input of the speech route: the adapter's vectors. The last batch is kept, not encoded again."""
     last_clips: list[tuple[str, float | None, float | None]] = []
     last_inputs: list[RouteInput] = []
 
     def route_input(rows: Sequence[Utterance]) -> list[RouteInput]:
         clips = [(row.audio, row.start, row.duration) for row in rows]
-        # Only an equal batch is reused: the last digits of a clip depend on the clips beside it.
+        # Only an equal batch is reused, as rounding depends on the clips in a batch.
         if clips != last_clips:
             last_inputs[:] = listener.embed_audio([load_clip(row) for row in rows])
             last_clips[:] = clips
@@ -72,7 +72,7 @@ def ask(
     batch_size: int,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> Answers:
-    """Every row's answer. `progress` is called with the number of rows finished since the last call."""
+    """The answer of each row. progress: called with the number of rows finished since the last call."""
 
     def answer(batch: Sequence[Utterance]) -> Answers:
         return _answer(listener, task, batch, route_input(batch), batch_size)
@@ -82,7 +82,7 @@ def ask(
 
 
 def transcribe_rows(listener: Listener, rows: Sequence[Utterance], log: AnswerLog, batch_size: int) -> dict[str, str]:
-    """What `blsp transcribe` writes for each row's clip, by the row's id."""
+    """The transcript of each row's clip by `blsp transcribe`, by the row's id."""
 
     def transcripts(batch: Sequence[Utterance]) -> Answers:
         texts = listener.transcribe_all([load_clip(row) for row in batch])
@@ -97,7 +97,7 @@ def _id(row: Utterance) -> str:
 
 
 def plan_batches(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Utterance]]:
-    """Rows of like length together; the order, and so the batches, depend on the questions alone."""
+    """Batches of rows of similar length; they depend only on the questions."""
     ordered = sorted(rows, key=lambda row: (row.instruction or "", len(row.text), row.id))
     for start in range(0, len(ordered), BATCHES_AT_A_TIME * batch_size):
         yield ordered[start : start + BATCHES_AT_A_TIME * batch_size]
@@ -107,7 +107,7 @@ def plan_batches(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Ut
 def _answer(
     listener: Listener, task: Task, rows: Sequence[Utterance], inputs: Sequence[RouteInput], batch_size: int
 ) -> Answers:
-    """The answers of one batch: written by the decode loop, and chosen among the options where a row has some."""
+    """The answers of one batch: written by the decode loop, and chosen among the options if a row has some."""
     requests = {
         row.id: request(listener, task, row, route_input)
         for row, route_input in zip(rows, inputs, strict=True)
@@ -125,7 +125,7 @@ def _answer(
 def _score_options(
     listener: Listener, rows: Sequence[Utterance], requests: dict[str, Request]
 ) -> dict[str, list[float]]:
-    """By row id: the mean log-likelihood a token of each option, where the row has options and an input."""
+    """By row id: the mean log-likelihood per token of each option, if the row has options and an input."""
     options = {row.id: row.options for row in rows if row.options is not None and row.id in requests}
     chosen = [requests[name] for name in options]
     scores = option_scores(listener.model, listener.tokenizer, chosen, list(options.values()), OPTIONS_AT_A_TIME)
@@ -135,7 +135,7 @@ def _score_options(
 def _as_answer(
     listener: Listener, route_input: RouteInput, result: Result | None, scores: Sequence[float] | None
 ) -> Answer:
-    """An `Answer` from what the decode loop and the scoring of options gave for one row."""
+    """The `Answer` of one row, from the results of the decode loop and of the scoring of options."""
     transcript = _transcript(listener, route_input)
     sentence = listener.model.config.no_speech_sentence
     if is_empty(route_input):
@@ -144,13 +144,13 @@ def _as_answer(
     if result is None:
         return Answer("", option_scores=option_scores, transcript=transcript)
     text = listener.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
-    # An adapter without a read-out cannot tell silence from speech; the LLM then writes the set sentence itself.
+    # An adapter without a read-out cannot recognise silence; then the LLM writes the fixed sentence.
     silent = isinstance(route_input, AudioEmbeds) and text == sentence
     return Answer(text, NO_SPEECH if silent else result.finish, tuple(result.ids), option_scores, transcript)
 
 
 def request(listener: Listener, task: Task, row: Utterance, route_input: RouteInput) -> Request:
-    """The row's question with words or vectors in the speech's place."""
+    """The row's question with words or vectors in the place of the speech."""
     text, audio_embeds = (route_input, None) if isinstance(route_input, str) else (None, route_input)
     question = Question(text=text, instruction=row.instruction or "", order=task.order)
     decoding = replace(listener.decoding, max_new_tokens=task.max_new_tokens)
@@ -158,27 +158,27 @@ def request(listener: Listener, task: Task, row: Utterance, route_input: RouteIn
 
 
 def is_empty(route_input: RouteInput) -> bool:
-    """True where no speech was found, or where the recogniser wrote nothing: the LLM is not asked."""
+    """True if no speech was found, or the recogniser wrote nothing: the LLM is not asked."""
     return not route_input.strip() if isinstance(route_input, str) else not route_input.speech
 
 
 def _transcript(listener: Listener, route_input: RouteInput) -> str | None:
-    """What the route understood, as text; None for adapters without a read-out."""
+    """The route's transcript of the speech; None for adapters without a read-out."""
     if isinstance(route_input, str):
         return route_input
     return None if route_input.token_ids is None else listener.readout([route_input])[0]
 
 
-# --- what decides an answer ---------------------------------------------------------------------------------
+# --- digests for the logs -----------------------------------------------------------------------------------
 def text_fingerprint(listener: Listener) -> str:
-    """The LLM alone: text route and cascade do not depend on the adapter, so they are not asked again for a new one."""
+    """Only the LLM: text route and cascade do not depend on the adapter, so a new adapter needs no new answers."""
     config = listener.model.config
     lora = f" {_digest(lora_weights(listener.model))}" if has_lora(config, "llm") else ""
     return f"{config.text_model_id} {config.text_model_sha256} {listener.model.lm_head.weight.dtype}{lora}"
 
 
 def speech_fingerprint(listener: Listener) -> str:
-    """The LLM, the speech encoder, and a digest of the adapter's tensors and of how its read-out is used."""
+    """The LLM, the speech encoder, and a digest of the adapter's tensors and of the use of its read-out."""
     config = listener.model.config
     use = f"{config.audio_model_sha256} {config.full_window} {config.rescore}"
     return f"{text_fingerprint(listener)} {_digest(listener.model.adapter_state(), use)}"

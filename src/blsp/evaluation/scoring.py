@@ -7,8 +7,8 @@ Flow: evaluation/ — routes.py → **scoring** → report.py. docs/evaluation.m
 
 wer, cer: Whisper's normaliser (data/normalisation.py), errors over reference length (jiwer).
 bleu, chrf: sacrebleu's defaults.
-em, f1: SQuAD's, on words as Whisper's normaliser writes them. accuracy: for choices, the likeliest option
-(mean log-likelihood a token); for short answers, the reference stands in the answer.
+em, f1: SQuAD's, on the words of Whisper's normaliser. accuracy: for choices, whether the likeliest option (by mean
+log-likelihood per token) is right; for short answers, whether the answer contains the reference.
 """
 
 import re
@@ -70,7 +70,7 @@ class Score:
 
 
 def score(task: Task, rows: Sequence[Utterance], answers: Answers, text_answers: Answers | None) -> Score:
-    """All metrics of the task's kind. text_answers: the text route's; None: nothing to compare the answers with."""
+    """All metrics of the task's kind. text_answers: of the text route; None: no comparison with them."""
     result = Score()
     in_order = [answers[row.id] for row in rows]
     if task.kind in ("chat", "continuation"):
@@ -83,7 +83,7 @@ def score(task: Task, rows: Sequence[Utterance], answers: Answers, text_answers:
 
 
 def score_transcripts(task: Task, rows: Sequence[Utterance], texts: Sequence[str]) -> Score:
-    """WER and CER of transcripts that the LLM did not write: the recogniser's, or the adapter's own."""
+    """WER and CER of transcripts of the recogniser or the adapter."""
     result = Score()
     _add_word_errors(task.language, rows, texts, result)
     result.counts = {"empty": sum(not text.strip() for text in texts)}
@@ -91,20 +91,20 @@ def score_transcripts(task: Task, rows: Sequence[Utterance], texts: Sequence[str
 
 
 def plain_words(text: str, language: str = "en") -> list[str]:
-    """Words as Whisper's normaliser writes them: lower case, no punctuation, numbers as digits (English)."""
+    """The words of Whisper's normaliser: lower case, no punctuation, numbers as digits (English)."""
     return normaliser(language, split_letters=True)(text).split()
 
 
 # --- recognition --------------------------------------------------------------------------------------------
 def _add_word_errors(language: str, rows: Sequence[Utterance], texts: Sequence[str], result: Score) -> None:
-    between = "" if language in UNSPACED else " "  # of letters that were split, the blanks are no characters
+    between = "" if language in UNSPACED else " "  # blanks between split letters are not characters of the text
     pairs = [
         (plain_words(row.text, language), plain_words(text, language)) for row, text in zip(rows, texts, strict=True)
     ]
     for name, align, blank in (("wer", jiwer.process_words, " "), ("cer", jiwer.process_characters, between)):
         counts = [_errors(align, blank.join(reference), blank.join(transcript)) for reference, transcript in pairs]
         values = [errors / max(length, 1) for errors, length in counts]
-        # Where no reference has a word, every word written is an error: their number, as in a row's own value.
+        # If no reference has a word, every written word is an error, and the figure is their number.
         rate = ratio if any(length for _, length in counts) else lambda total: float(total[0])
         result.add(name, rows, Figure(np.array(counts, dtype=float), rate), values)
 
@@ -121,7 +121,7 @@ def _score_translation(task: Task, rows: Sequence[Utterance], answers: Sequence[
     references = [row.reference or "" for row in rows]
     texts = [answer.text for answer in answers]
     tokenizer = BLEU_TOKENIZER.get(task.answer_language, "13a")
-    sentence_bleu = BLEU(tokenize=tokenizer, effective_order=True)  # without it, short sentences score 0
+    sentence_bleu = BLEU(tokenize=tokenizer, effective_order=True)  # otherwise short sentences score 0
     _add_sacrebleu("bleu", BLEU(tokenize=tokenizer), sentence_bleu, rows, texts, references, result)
     _add_sacrebleu("chrf", CHRF(), CHRF(), rows, texts, references, result)
 
@@ -135,7 +135,7 @@ def _add_sacrebleu(
     references: Sequence[str],
     result: Score,
 ) -> None:
-    """A corpus metric from its sums over sentences, which sacrebleu's own significance test uses, too."""
+    """A corpus metric from its sums over sentences, as in sacrebleu's own significance test."""
     statistics = np.array(metric._extract_corpus_statistics(list(texts), [list(references)]), dtype=float)
     values = [
         sentence_metric.corpus_score([text], [[reference]]).score
@@ -153,7 +153,7 @@ def _add_sacrebleu(
 def _score_understanding(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], result: Score) -> None:
     pairs = list(zip(rows, answers, strict=True))
     if all(row.options is not None for row in rows):
-        # A peer gives no likelihoods, so it has the second figure only.
+        # A peer gives no likelihoods, so it has only the second figure.
         if all(answer.option_scores is not None or answer.finish == NO_SPEECH for answer in answers):
             result.add_mean("accuracy", rows, [_chose_reference(*pair) for pair in pairs])
         if task.generate:
@@ -161,7 +161,7 @@ def _score_understanding(task: Task, rows: Sequence[Utterance], answers: Sequenc
             result.add_mean("accuracy_generated", rows, values)
         return
     words = [plain_words(answer.text, task.answer_language) for answer in answers]
-    # the words of each reference and of its other spellings
+    # the words of each reference and of its alternative spellings
     spellings = [dict.fromkeys([row.reference or "", *row.extra.get("references", [])]) for row in rows]
     accepted = [[plain_words(spelling, task.answer_language) for spelling in of_row] for of_row in spellings]
     metrics: dict[str, Callable[[list[str], list[list[str]]], float]] = {
@@ -174,7 +174,7 @@ def _score_understanding(task: Task, rows: Sequence[Utterance], answers: Sequenc
 
 
 def _chose_reference(row: Utterance, answer: Answer) -> float:
-    """1 where the likeliest option is the reference; 0 where no speech was found, so that nothing was chosen."""
+    """1 if the likeliest option is the reference; 0 if not, or if no speech was found."""
     assert row.options is not None
     if answer.option_scores is None:
         return 0.0
@@ -182,10 +182,10 @@ def _chose_reference(row: Utterance, answer: Answer) -> float:
 
 
 def _names_reference(row: Utterance, answer: Answer, language: str) -> float:
-    """1 where the written answer means the reference.
+    """1 if the written answer means the reference.
 
-    It means the first option that it names (of two that begin at one word, the longer one). Where it names none, it
-    means the option whose letters it is most like (chrF).
+    It means the first option that it contains (of two that begin at the same word, the longer one). If it contains
+    none, it means the option with the most similar letters (chrF).
     """
     assert row.options is not None
     words = plain_words(answer.text, language)
@@ -205,7 +205,7 @@ def _names_reference(row: Utterance, answer: Answer, language: str) -> float:
 
 
 def _position(words: list[str], part: list[str]) -> int | None:
-    """The index in `words` at which `part` first stands, as whole words; None where it does not."""
+    """The index in `words` at which `part` first occurs; None if it does not."""
     return next((i for i in range(len(words) - len(part) + 1) if words[i : i + len(part)] == part), None)
 
 
@@ -219,7 +219,7 @@ def _f1(answer: list[str], reference: list[str]) -> float:
 def _score_open(
     task: Task, rows: Sequence[Utterance], answers: Sequence[Answer], references: Sequence[str] | None, result: Score
 ) -> None:
-    """How near the answers are to the text route's answers (`references`), and their length in words."""
+    """Similarity of the answers to the text route's answers (`references`), and their length in words."""
     texts = [answer.text for answer in answers]
     if references is not None:
         _add_sacrebleu("chrf", CHRF(), CHRF(), rows, texts, references, result)
@@ -239,7 +239,7 @@ SCORERS: dict[str, Callable[[Task, Sequence[Utterance], Sequence[Answer], Score]
 }
 
 
-# --- faults: what is wrong without knowing the right answer -------------------------------------------------
+# --- faults, which can be found without knowing the right answer --------------------------------------------
 
 FAULTS = ("refusals", "loops", "empty", "wrong_language")
 HELP = r"( \w+){0,2} (assist|help|answer|provide|fulfil?l|process|hear|listen|access|comply|do|translate|repeat)"
@@ -255,24 +255,24 @@ REFUSAL = re.compile(
     r"|please provide (me )?(with )?(more|the|some|additional))\b",
     re.IGNORECASE,
 )
-REFUSAL_WITHIN = 160  # characters: a refusal stands at the beginning
-LOOP_TIMES = 4  # a phrase that comes so often in a row is a loop
-LOOP_WORDS = 8  # the longest phrase that is looked for
-LOOP_BYTES, COMPRESSION = 60, 2.4  # Whisper's own sign of a loop (Radford et al. 2022, §4.5)
-LANGUAGE_WORDS = 3  # fewer words in Latin letters do not tell a language: names, numbers, "OK"
-OTHER_LANGUAGE = 1e-3  # the probability of the expected language below which an answer is in another one
+REFUSAL_WITHIN = 160  # characters at the beginning in which a refusal is searched
+LOOP_TIMES = 4  # a phrase that is repeated this often in a row is a loop
+LOOP_WORDS = 8  # words of the longest phrase that is searched
+LOOP_BYTES, COMPRESSION = 60, 2.4  # Whisper's criterion for a loop (Radford et al. 2022, §4.5)
+LANGUAGE_WORDS = 3  # fewer words in Latin letters (names, numbers, "OK") do not show the language
+OTHER_LANGUAGE = 1e-3  # an answer is in another language if the expected one has a lower probability
 NO_LANGUAGE = "zxx"  # py3langid's class for numbers, code and other texts in no language
 
 
 def _count_faults(task: Task, rows: Sequence[Utterance], answers: Sequence[Answer]) -> dict[str, int]:
-    """Faults of the written answers, and how many were cut, or not given because no speech was found."""
+    """Faults of the written answers, and how many were cut off, or not given because no speech was found."""
     counts = Counter({name: 0 for name in (*FAULTS, "cut", "no_speech")})
     for row, answer in zip(rows, answers, strict=True):
         if answer.finish == NO_SPEECH:
             counts["no_speech"] += 1
         elif answer.finish:
             names = faults(answer.text, task.answer_language)
-            if task.kind == "asr":  # a refusal or a loop that the speaker uttered is rightly repeated
+            if task.kind == "asr":  # if the speaker said a refusal or a loop, repeating it is right
                 names -= faults(row.text, task.language)
             counts.update(names)
             counts["cut"] += answer.finish == "length"
@@ -292,7 +292,7 @@ def faults(answer: str, language: str) -> set[str]:
 
 
 def loops(answer: str) -> bool:
-    """True where a phrase of up to eight words comes four times in a row, or where the text compresses like a loop."""
+    """True if a phrase of up to eight words is repeated four times in a row, or the text compresses like a loop."""
     words = split_words(answer.lower())
     for width in range(1, LOOP_WORDS + 1):
         # Count in a row the words that equal the word one phrase earlier: "a b a b a b" has 4 of them at width 2.
@@ -306,8 +306,8 @@ def loops(answer: str) -> bool:
 
 
 def is_in_other_language(text: str, language: str) -> bool:
-    """True where a text is surely not in `language` (ISO 639-1); False where it is too short to tell."""
-    letters = "".join(letter for letter in text if unicodedata.category(letter)[0] != "M")  # marks would part words
+    """True if a text is almost certainly not in `language` (ISO 639-1); False if it is too short."""
+    letters = "".join(letter for letter in text if unicodedata.category(letter)[0] != "M")  # marks would split words
     words = re.findall(r"[^\W\d_]{2,}", letters)
     latin = all(letter < "\u0370" for word in words for letter in word)
     if not words or (latin and len(words) < LANGUAGE_WORDS):

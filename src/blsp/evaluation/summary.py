@@ -1,4 +1,4 @@
-"""The summary in sentences at the top of the report, and how figures and tables are written in it.
+"""Sentences that summarise the report at its top, and the format of its figures and tables.
 
 In:  `Results` and their JSON. Out: Markdown: bullets, cells, tables.
 Try: `print(summarise(results, results.to_json()))`
@@ -16,7 +16,7 @@ Scores = dict[str, dict[str, Any]]  # route -> metric -> value
 
 
 def summarise(results: Results, figures: dict[str, Any]) -> str:
-    """One bullet for each task that the LLM can do on text or that does not need it, and one for the divergence."""
+    """One bullet for each task that the LLM can do on text or that needs no LLM, and one for the divergence."""
     lines = []
     for result in results.tasks:
         scores: Scores = figures["tasks"][result.task.name]
@@ -29,7 +29,7 @@ def summarise(results: Results, figures: dict[str, Any]) -> str:
 
 
 def _recognition(result: TaskResult, scores: Scores) -> str:
-    """Word errors of the read-out, of `blsp transcribe`, of a recogniser, and of the LLM where it can repeat."""
+    """Word errors of the read-out, of `blsp transcribe`, of a recogniser, and of the LLM if it can repeat."""
     parts = []
     if "readout" in scores:
         parts.append(f"the adapter's own read-out gets {_figure(scores, 'readout', 'wer')} of the words wrong")
@@ -130,7 +130,7 @@ def with_interval(metric: str, value: float | None, bounds: Sequence[float] | No
 
 
 def change(percent: float | None) -> str:
-    """A relative change: −12 %, or as a multiple from +200 % on: 3.4 ×."""
+    """A relative change: −12 %, or from +200 % on a multiple: 3.4 ×."""
     if percent is None or not math.isfinite(percent):
         return UNKNOWN
     if percent >= 200:
@@ -139,7 +139,7 @@ def change(percent: float | None) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are padded to one width."""
+    """A Markdown table with padded columns."""
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(_width(row[column]) for row in cells)) for column in range(len(header))]
     lines = [
@@ -150,7 +150,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns that a text takes on the screen: East Asian characters take two, combining marks none."""
+    """The width of a text on the screen: East Asian characters have two columns, combining marks none."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 

@@ -1,12 +1,12 @@
 """Tasks and suites, read from YAML, and the rows of a task, read from its manifest.
 
 In:  the name of a suite of the package (`tiny`), or a YAML file of your own.
-Out: `Suite`: tasks in order, and what the alignment analysis is measured on.
+Out: `Suite`: tasks in order, and the data of the alignment analysis.
 Try: `load_suite("tiny", Path("~/.cache/blsp/corpus").expanduser()).tasks[0].rows()`
 Flow: evaluation/ — **tasks** → routes → scoring → report.
 
-A task is data: adding one takes ten lines of YAML (docs/evaluation.md). Kinds of task differ in how an answer is
-scored, and in nothing else:
+A task is data: a new one needs ten lines of YAML (docs/evaluation.md). Kinds of task differ only in how an answer is
+scored:
 
     asr           the LLM repeats what was said                     WER, CER
     st            it translates                                     BLEU, chrF
@@ -42,7 +42,7 @@ Clip = tuple[str, float | None, float | None]  # audio, start, duration of a row
 
 
 class TaskError(ValueError):
-    """An invalid task or suite; the message names the file, the task and the way out."""
+    """An invalid task or suite; the message names the file, the task and what to do."""
 
 
 @dataclass(frozen=True)
