@@ -26,16 +26,10 @@ from rows import read_rows
 
 from blsp.distributed import find_runtime
 from blsp.evaluation.summary import NAMES, shown, table
+from blsp.model.card import card_head, measured
 from blsp.model.checkpoint import load_mean, save_adapter
-from blsp.weights.embedded import hub_name
+from blsp.model.configuration_blsp import open_config
 
-HEAD = {
-    "library_name": "transformers",
-    "pipeline_tag": "audio-text-to-text",
-    "language": "en",
-    "license": "apache-2.0",
-    "tags": ["blsp", "speech"],
-}
 USE = """\
 An adapter of {size:.1f} MB that lets the frozen LLM `{llm}` listen through the frozen encoder of `{audio}`.
 {what} It was made with this project's own commands on two CPU cores, without speech instructions. The folder holds
@@ -88,6 +82,9 @@ people.
 """
 
 
+Clips = dict[tuple[str, str], list[dict]]  # rows by source and licence
+
+
 def write_weights(run: Path | None, out: Path, adapters: Sequence[Path]) -> None:
     """The adapters' mean, weight by weight, in float16, with the logs of the run's stages (none of a moved one)."""
     model, processor = load_mean(adapters, find_runtime(device="cpu", dtype="float32"))
@@ -102,29 +99,43 @@ def write_weights(run: Path | None, out: Path, adapters: Sequence[Path]) -> None
             shutil.copy(stage / name, target / name)
 
 
-def card(out: Path, sources: str, results: Path | None, stages: Sequence[str] = (), origin: str | None = None) -> str:
+def card(
+    out: Path,
+    sources: str,
+    results: Path | None,
+    stages: Sequence[str] = (),
+    origin: str | None = None,
+    datasets: Sequence[str] = (),
+) -> str:
     """The model card: use, training, data with licences, what was measured, limits; `origin`: what was moved."""
-    config = json.loads((out / "config.json").read_text())
+    config = open_config(out)
     size = (out / "model.safetensors").stat().st_size / 1e6
-    parts = [hub_name(config[name]) for name in ("text_model_id", "audio_model_id")]
-    head = HEAD | {"base_model": parts, "base_model_relation": "adapter", "metrics": ["wer"]}
-    head |= {"tags": [*HEAD["tags"], f"adapter-{config['adapter']}"]}
+    head = card_head(
+        config,
+        "adapter",
+        [f"adapter-{config.adapter}"],
+        out.name,
+        measured(results) if results else [],
+        datasets=sorted(set(datasets)) or None,
+        language="en",
+        license="apache-2.0",
+    )
     use = USE.format(
-        what=RESCORED if config.get("rescore") else WHAT[config["adapter"]],
+        what=RESCORED if config.rescore else WHAT[config.adapter],
         size=size,
-        llm=config["text_model_id"],
-        audio=config["audio_model_id"],
+        llm=config.text_model_id,
+        audio=config.audio_model_id,
         name=out.name,
     )
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---\n\n# {out.name}",
+        f"{head}\n# {out.name}",
         use,
-        MOVED.format(origin=origin, tokens=config["readout_size"], llm=config["text_model_id"], name=out.name)
+        MOVED.format(origin=origin, tokens=config.readout_size, llm=config.text_model_id, name=out.name)
         if origin
         else "## Training\n\n" + _stages(out / "training", stages),
         sources,
         _results(json.loads(results.read_text()), out.name) if results else "## Measured\n\nNot judged yet.",
-        LIMITS.format(no_speech=config["no_speech_sentence"]),
+        LIMITS.format(no_speech=config.no_speech_sentence),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
@@ -173,12 +184,17 @@ def _change(lines: Sequence[dict], probe: str) -> str:
     return f"{values[0]:.3f} → {values[-1]:.3f}" if values else ""
 
 
-def data_table(manifests: Sequence[str]) -> str:
-    """Hours and clips by source and licence, from the manifests; augmented copies counted apart."""
-    clips: dict[tuple[str, str], list[dict]] = defaultdict(list)
+def read_clips(manifests: Sequence[str]) -> Clips:
+    """The rows of the manifests by source and licence."""
+    clips: Clips = defaultdict(list)
     for path in sorted(path for each in manifests for path in glob.glob(each)):
         for row in read_rows(Path(path)):
             clips[(row["source"].split("/")[0], row["licence"])].append(row)
+    return clips
+
+
+def data_table(clips: Clips) -> str:
+    """Hours and clips by source and licence; augmented copies counted apart."""
     spoken, copies = (
         {key: [row["seconds"] / 3600 for row in rows if ("augmented" in row) is copy] for key, rows in clips.items()}
         for copy in (False, True)
@@ -228,8 +244,10 @@ def main() -> None:
         write_weights(options.run, options.out, [stage / "adapter" for stage in stages])
     if options.moved is not None:
         write_weights(None, options.out, [options.moved])
-    sources = data_table(options.manifests) if options.manifests else ""
-    text = card(options.out, sources, options.results, options.stages or (), options.origin)
+    clips = read_clips(options.manifests)
+    sources = data_table(clips) if clips else ""
+    names = [source for source, _ in clips]
+    text = card(options.out, sources, options.results, options.stages or (), options.origin, names)
     (options.out / "README.md").write_text(text, encoding="utf-8")
     print(f"{options.out}: written")
 

@@ -17,9 +17,10 @@ from transformers import AutoProcessor
 
 from blsp.data.audio import write_wav
 from blsp.distributed import find_runtime
+from blsp.model.card import card_head
 from blsp.model.checkpoint import export_merged, load_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
-from blsp.model.portable import ENTRIES, card_head, flat_sources
+from blsp.model.portable import ENTRIES, flat_sources
 from blsp.model.processing_blsp import BlspProcessor
 
 F32 = find_runtime("cpu", "float32")

@@ -13,7 +13,8 @@ loading.py              frozen parts by name; a whole model from an adapter fold
 lora.py                 LoRA on the frozen parts, where training asks for it
 frozen_weights.py       samples of the frozen weights, to find out whether they were changed
 checkpoint.py           new models, adapter folders, merged exports
-portable.py             the code and the card in a folder for the hub
+portable.py             the code in a folder for the hub
+card.py                 its card: metadata, README of a merged model
 move.py                 an adapter that reads out, moved to another LLM without training
 """
 

@@ -21,6 +21,7 @@ from blsp.llm.quantise import set_weights
 from blsp.llm.template_check import check_template
 from blsp.model import register
 from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter
+from blsp.model.card import card_of, measured, merged_card
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, is_adapter_folder, open_config
 from blsp.model.grounded import token_strings
 from blsp.model.loading import (
@@ -34,7 +35,7 @@ from blsp.model.loading import (
 )
 from blsp.model.lora import merge_lora
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
-from blsp.model.portable import add_code, add_stub, merged_card
+from blsp.model.portable import add_code, add_stub
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import ExportSettings
 from blsp.weights.digest import Weights
@@ -203,15 +204,17 @@ def save_adapter(
     )
 
 
-def export_merged(model: BlspForConditionalGeneration, processor: BlspProcessor, folder: str | Path) -> None:
+def export_merged(
+    model: BlspForConditionalGeneration, processor: BlspProcessor, folder: str | Path, **metadata: Any
+) -> None:
     """Write one Hugging Face checkpoint with custom code that contains everything, also frozen parts and code.
 
-    LoRA is merged first, in the model itself.
+    LoRA is merged first, in the model itself. metadata: for its card (`card_head`).
     """
     merge_lora(model)
     before, model.config.adapter_only = model.config.adapter_only, False
     try:
-        card = merged_card(model.config)
+        card = merged_card(model.config, Path(folder).name, **metadata)
         _write_folder(folder, lambda new: PreTrainedModel.save_pretrained(model, new), processor, card, add_code)
     finally:
         model.config.adapter_only = before
@@ -239,9 +242,12 @@ def _write_folder(
 def export(settings: ExportSettings) -> None:
     """`blsp export`: write a merged folder from an adapter folder."""
     folder = find_model(settings.model)
+    metadata = card_of(folder)
+    if settings.results is not None:
+        metadata["results"] = measured(settings.results)
     dtype = _stored_dtype(folder, settings) if settings.dtype == "auto" else settings.dtype
     model, processor = load_blsp(folder, find_runtime(device="cpu", dtype=dtype), settings.audio_model, settings.llm)
-    export_merged(model, processor, settings.out)
+    export_merged(model, processor, settings.out, **metadata)
     print(f"wrote {settings.out}")
 
 

@@ -294,6 +294,8 @@ class ExportSettings:
     llm: Llm = None
     dtype: Dtype = "auto"
     """the type of the stored weights; auto: as in the frozen models"""
+    results: Path | None = None
+    """results.json of `blsp evaluate`, for the metadata of the card; without it, as the adapter's card says"""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ Flow: training/loop.py at the end → **card.py** → `save_adapter`
 
 import json
 from pathlib import Path
-from typing import Any
 
+from huggingface_hub import EvalResult
+
+from blsp.model.card import TASK, card_head
 from blsp.model.configuration_blsp import BlspConfig
 from blsp.model.lora import lora_note
-from blsp.model.portable import card_head
 from blsp.settings import TrainSettings
 from blsp.training.run_state import as_flags, dump_flags
 
@@ -35,9 +36,9 @@ def model_card(config: BlspConfig, settings: TrainSettings, metrics: Path, verdi
         config,
         "adapter",
         [f"adapter-{settings.adapter}", *(["lora"] if config.lora else [])],
+        settings.out.name,
+        held_out_results(datasets, probes),
         datasets=datasets,
-        metrics=[METRICS[name] for name in probes],
-        **{"model-index": model_index(settings.out.name, datasets, probes)},
     )
     return f"""{head}
 # BLSP adapter: {settings.audio_model} → {settings.llm}
@@ -76,15 +77,19 @@ parts before LoRA. `blsp export` merges it.
 """
 
 
-def model_index(name: str, datasets: list[str], probes: dict[str, float]) -> list[dict[str, Any]]:
-    """The measures on held-out clips in the hub's form; empty if there were no probes."""
-    metrics = [
-        {"type": METRICS[probe], "name": PROBE_MEANINGS[probe], "value": round(value, 4)}
+def held_out_results(datasets: list[str], probes: dict[str, float]) -> list[EvalResult]:
+    """The measures on held-out clips as the hub shows them."""
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type="held-out",
+            dataset_name=f"clips of {', '.join(datasets)} that were not learnt from",
+            metric_type=METRICS[probe],
+            metric_name=PROBE_MEANINGS[probe],
+            metric_value=round(value, 4),
+        )
         for probe, value in probes.items()
     ]
-    dataset = {"type": "held-out", "name": f"clips of {', '.join(datasets)} that were not learnt from"}
-    task = {"type": "audio-text-to-text"}
-    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": metrics}] if metrics else []}]
 
 
 def _probes(last: dict[str, float]) -> str:
