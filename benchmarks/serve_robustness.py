@@ -17,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -130,15 +131,28 @@ def open_files(server: Server) -> int:
     return len(list(Path(f"/proc/{server.process}/fd").iterdir()))
 
 
+@contextmanager
+def target_of(settings: Mapping[str, Any] | None, model: str, share: float) -> Iterator[Target]:
+    """A server with these settings (None: no server) while the block runs."""
+    if settings is None:
+        yield Target("", lambda: 0.0, share=share)
+        return
+    flags = [
+        [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        for name, value in settings.items()
+        if name != "api_key"
+    ]
+    with serving(["--model", model, *chain(*flags)], settings.get("api_key", ())) as server:
+        yield Target(server.url, server.memory_mb, server.log.read_text, share)
+
+
 def beside_neighbours(model: str, share: float, only: Sequence[str]) -> dict[str, Any]:
     """The figures of each case (attacks.py), those with equal settings on one server; and what is beyond its bound."""
     cases = [case for case in CASES if not only or case.name in only]
     figures: dict[str, Any] = {}
     beyond: list[str] = []
     for settings, group in groupby(cases, key=lambda case: case.settings):
-        flags = [[f"--{name.replace('_', '-')}", str(value)] for name, value in settings.items() if name != "api_key"]
-        with serving(["--model", model, *chain(*flags)], settings.get("api_key", ())) as server:
-            target = Target(server.url, server.memory_mb, server.log.read_text, share)
+        with target_of(settings, model, share) as target:
             for case in group:
                 figures[case.name] = case.run(target)
                 beyond += case.beyond(figures[case.name])

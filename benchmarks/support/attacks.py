@@ -22,6 +22,7 @@ import httpx
 import numpy as np
 import soundfile
 
+from benchmarks.support.commands import COMMANDS
 from benchmarks.support.hostile import CHAT, TRANSCRIBE, many_channels
 from benchmarks.support.neighbours import (
     KEYED,
@@ -33,11 +34,13 @@ from benchmarks.support.neighbours import (
     Target,
     chat,
     clip,
+    memory_watched,
     post,
     slowdown,
     text,
     watched,
 )
+from benchmarks.support.odd_hosts import odd_host
 from benchmarks.support.serving import as_wav, recordings
 
 REFUSED_S, SILENCE_S, WAIT_S, LATE_S = 0.05, 1.0, 3.0, 1.5  # bounds
@@ -143,7 +146,7 @@ def uploads(target: Target) -> dict[str, float]:
 
 # --- one deadline -------------------------------------------------------------------------------------------------
 
-DEADLINE = 6.0
+DEADLINE, REMOTE_DEADLINE = 6.0, 2.0
 
 
 def deadline(target: Target) -> dict[str, float]:
@@ -197,6 +200,18 @@ def ended(connection: socket.socket, seconds: float = 0.2) -> bool:
         return False
     finally:
         connection.settimeout(PATIENCE)
+
+
+def remote_audio(target: Target) -> dict[str, float]:
+    """`audio_url` of a host that sends a compressed body, drips, or never ends, and of a name that is slow to find."""
+    figures: dict[str, float] = {"slowdown": slowdown(), "not_refused": 0}
+    with odd_host() as port, memory_watched(target, figures):
+        for name in ("gzip", "endless", "dripping", "slow"):
+            url = f"http://{name}.example:{port}/{name}"
+            body = chat([{"type": "audio_url", "audio_url": {"url": url}}])
+            status, figures[f"{name}_s"] = post(target, "attacker", body)
+            figures["not_refused"] += status not in ((504,) if name in ("dripping", "slow") else (400, 413))
+    return {name: round(value, 2) for name, value in figures.items()}
 
 
 # --- other clients' prompts, turns in the queue, floods -----------------------------------------------------------
@@ -307,7 +322,12 @@ CASES = (
     Case("deadline", deadline,
          {f"{name}_s": DEADLINE + LATE_S for name in ("slow_body", "no_end_of_body", "head", "speech", "compressed")}
          | {"next_refused": 0}, KEYED | {"deadline": DEADLINE, "max_audio_seconds": 600.0}),
+    Case("remote-audio", remote_audio,
+         {"not_refused": 0, "memory_mb": 256}
+         | dict.fromkeys(("gzip_s", "endless_s", "dripping_s", "slow_s"), REMOTE_DEADLINE + LATE_S),
+         KEYED | {"deadline": REMOTE_DEADLINE, "allow_remote_audio": True}),
     Case("flood", flood,
          {"taken_a_minute": RATE}
          | dict.fromkeys(("uncounted_400", "uncounted_403", "content_in_log", "unlogged"), 0), {"rate_limit": RATE}),
+    *COMMANDS,
 )  # fmt: skip

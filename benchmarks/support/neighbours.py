@@ -58,12 +58,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Case:
-    """run: the attack and its figures; most: the bound of each figure that has one. settings: of `blsp serve`."""
+    """run: the attack and its figures; most: the bound of each figure that has one.
+
+    settings: of `blsp serve`; None: an attack on other commands, without a server.
+    """
 
     name: str
     run: Callable[[Target], dict[str, float]]
     most: Mapping[str, float]
-    settings: Mapping[str, Any] = field(default_factory=lambda: KEYED)
+    settings: Mapping[str, Any] | None = field(default_factory=lambda: KEYED)
 
     def beyond(self, figures: Mapping[str, float]) -> list[str]:
         slowdown = max(1.0, figures.get("slowdown", 1.0))
@@ -125,6 +128,18 @@ def watched(target: Target, quiet: float = 12.0) -> Iterator[dict[str, float]]:
     figures: dict[str, float] = {"slowdown": slowdown()}
     with Streams(target) as before:
         time.sleep(quiet * min(1.0, 0.1 + target.share))
+    with memory_watched(target, figures), Streams(target) as streams:
+        yield figures
+        time.sleep(0.5)
+    figures["quiet_silence_s"], figures["quiet_first_s"] = round(max(before.silences), 3), round(max(before.firsts), 3)
+    figures["silence_s"] = round(max(streams.silences), 3)
+    figures["first_s"] = round(max(streams.firsts), 3)
+    figures["neighbour_failed"] = len(before.failed) + len(streams.failed)
+
+
+@contextmanager
+def memory_watched(target: Target, figures: dict[str, float]) -> Iterator[None]:
+    """Adds to the figures how far the server's memory rises while the block runs."""
     memory, highest, over = target.memory_mb(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -132,19 +147,14 @@ def watched(target: Target, quiet: float = 12.0) -> Iterator[dict[str, float]]:
         while not over.wait(0.05):
             highest = max(highest, target.memory_mb())
 
-    with ThreadPoolExecutor(1) as pool, Streams(target) as streams:
+    with ThreadPoolExecutor(1) as pool:
         watching = pool.submit(watch)
         try:
-            yield figures
-            time.sleep(0.5)
+            yield
         finally:
             over.set()
         watching.result()
-    figures["quiet_silence_s"], figures["quiet_first_s"] = round(max(before.silences), 3), round(max(before.firsts), 3)
-    figures["silence_s"] = round(max(streams.silences), 3)
-    figures["first_s"] = round(max(streams.firsts), 3)
     figures["memory_mb"] = round(max(0.0, highest - memory), 1)
-    figures["neighbour_failed"] = len(before.failed) + len(streams.failed)
 
 
 def post(target: Target, name: str, body: Any, path: str = CHAT, **options: Any) -> tuple[int, float]:

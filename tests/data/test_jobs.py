@@ -8,10 +8,13 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from hypothesis import strategies as st
 from support.full_disk import run_with_room
 
 from blsp.data import jobs
-from blsp.data.files import ManifestError, read_rows, take_room, write_atomically, write_json
+from blsp.data.files import ManifestError, naming_full_disk, read_rows, take_room, write_atomically, write_json
 from blsp.data.jobs import Job, JobError, Parts, RecordLog, RowLog, SkippedLog, differences, lock_job
 
 # --- logs -------------------------------------------------------------------------------------------------
@@ -179,6 +182,26 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert error.startswith(f"DiskFullError: {tmp_path}/a.json: no room for it: 9,")
     assert json.loads((tmp_path / "a.json").read_text()) == {"whole": True}
     assert sorted(os.listdir(tmp_path)) == ["a.json", "told"]
+
+
+def _save_tensors(path: Path) -> None:
+    import torch
+
+    torch.save(torch.zeros(10_000), path)
+
+
+def _fill_table(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        database.executescript("CREATE TABLE a (b); INSERT INTO a VALUES (zeroblob(9000))")
+
+
+@pytest.mark.parametrize("write", [_save_tensors, _fill_table])
+def test_what_libraries_say_of_a_full_disk(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    def work() -> None:
+        with naming_full_disk(tmp_path / "a", needs=9_000):
+            write(tmp_path / "a")
+
+    assert run_with_room(work, 5_000, tmp_path / "told").startswith(f"DiskFullError: {tmp_path}/a: no room for it: 9,")
 
 
 def test_room_is_taken_before_a_file_is_mapped(tmp_path: Path) -> None:

@@ -47,8 +47,9 @@ def naming_full_disk(path: str | os.PathLike[str], needs: int = 0) -> Iterator[N
     except DiskFullError:
         raise
     except Exception as error:  # safetensors, torch and SQLite each have their own class
-        told = re.search("no space left|disk is full|failed writing file", str(error), re.IGNORECASE)
-        if told or getattr(error, "errno", None) in FULL:
+        told = re.search("no space left|disk is full|failed writing file|unexpected pos", str(error), re.IGNORECASE)
+        written = getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_WRITE"  # a quota, or the largest file
+        if told or written or getattr(error, "errno", None) in FULL:
             raise DiskFullError(path, f"{needs:,} bytes are" if needs else "more is") from error
         raise
 
