@@ -59,7 +59,7 @@ def known_speakers(speakers: Sequence[str | None]) -> int:
 
 
 def drawn_units(speakers: Sequence[str | None]) -> NDArray[np.int64]:
-    """(N,) the number of each utterance's unit, which is drawn as a whole: its speaker if there are enough, or itself."""
+    """(N,) the number of each utterance's unit, which is drawn as a whole: its speaker, or itself if they are few."""
     if known_speakers(speakers) < ENOUGH_SPEAKERS:
         return np.arange(len(speakers))
     return np.unique([str(name) for name in speakers], return_inverse=True)[1]

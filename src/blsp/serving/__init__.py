@@ -1,7 +1,7 @@
 """HTTP server: an OpenAI-compatible API that takes speech, and a web page with a microphone.
 
     server.py       `blsp serve`: flags, address, signals, exit code
-    connection.py   when a connection is closed: a head that does not come, an answer that is not fetched
+    connection.py   time limits of a connection: for the headers, and for fetching the answer
     middleware.py   checks before a route runs: key, host, size and arrival time of a request
     app.py          the routes
     page.py         the files of the page
@@ -9,14 +9,14 @@
     refusals.py     errors in OpenAI's form
     responses.py    OpenAI's Responses API, around chat
     transcription.py  transcriptions and translations: fields, pieces, formats
-    rate_limit.py   requests a minute, wrong keys, lines in the log
+    rate_limit.py   limits per minute: requests, wrong keys, lines in the log
     remote_audio.py  audio behind a URL
     audio_input.py  the audio of a request → samples, within limits
     exchange.py     one request between the event loop and the scheduler; stop strings
-    job.py          one answer to generate, and what is reported about it
-    fair_queue.py   requests that wait, in which clients take turns
+    job.py          one answer to generate, and the reports about it
+    fair_queue.py   the queue of waiting requests, in which clients take turns
     hearing.py      threads that turn clips into vectors
-    scheduler.py    the one thread that writes answers; requests join and leave its batch between steps
+    scheduler.py    the one thread that generates answers; requests join and leave its batch between steps
     remote.py       the LLM behind vLLM servers (--engine-url)
     recogniser.py   the recogniser of the page's comparison
     metrics.py      counters and histograms for Prometheus

@@ -4,9 +4,8 @@ In:  JSON of /v1/chat/completions; texts. Out: `ChatRequest`; answers, whole or 
 Try: `ChatRequest.model_validate({"model": "blsp-tiny", "messages": [{"role": "user", "content": "Hi"}]})`
 Flow: app.py → **api.py** → refusals.py
 
-A field that is null is a field that is left out. Unknown fields are ignored, as OpenAI-compatible servers do; fields
-that would change the answer and are not supported (`n` above 1, tools, logprobs, penalties, spoken answers …) are
-refused by name.
+A field that is null counts as left out. Unknown fields are ignored, as OpenAI-compatible servers do. Unsupported fields
+that would change the answer (`n` above 1, tools, logprobs, penalties, spoken answers …) are refused by name.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from blsp.serving.refusals import ApiError, wrong_field
 MAX_MESSAGES = 512
 MAX_PARTS = 512  # of all messages together; a plain text is one part
 MAX_CLIPS = 128
-MAX_KEY = 512  # characters of prompt_cache_key, which is kept
-MAX_DEPTH = 6  # of the nested objects in which null means "left out": body, message, content, part, its fields
+MAX_KEY = 512  # characters of prompt_cache_key, which is stored
+MAX_DEPTH = 6  # of nested objects in which null means "left out": body, message, content, part, its fields
 
 
 def _encodable(text: str) -> str:
@@ -91,7 +90,7 @@ def _offered_part(part: Any) -> Any:
 
 
 def _branch(value: Any) -> str:
-    """The branch of a type that a value belongs to; refusals.py leaves names in <> out of the field's path."""
+    """The branch of a union type for a value; refusals.py leaves names in <> out of the field's path."""
     if isinstance(value, dict):
         return f"<{value['type']}>"
     if isinstance(value, TextPart | AudioPart | AudioUrlPart):
@@ -167,7 +166,7 @@ class StreamOptions(BaseModel, strict=True):
     include_usage: bool = False
 
 
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and their values that ask for nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and their values that have no effect
     "n": (1,),
     "best_of": (1,),
     "logprobs": (False,),
@@ -209,12 +208,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and th
 
 
 def asks_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Whether a field that is not supported has one of these values; true is not 1, and false not 0."""
+    """Whether an unsupported field has one of its values without effect; true is not 1, and false not 0."""
     return any(value == entry and isinstance(value, bool) == isinstance(entry, bool) for entry in neutral)
 
 
 def without_nulls(value: Any, depth: int = MAX_DEPTH) -> Any:
-    """The value without the fields that are null, down to `depth` objects and lists; a JSON schema stays as it is."""
+    """The value without fields that are null, down to `depth` objects and lists; a JSON schema does not change."""
     if depth and isinstance(value, dict):
         return {
             name: without_nulls(field, 0 if name == "schema" else depth - 1)
@@ -225,7 +224,7 @@ def without_nulls(value: Any, depth: int = MAX_DEPTH) -> Any:
 
 
 def _check_counts(messages: Any) -> None:
-    """Refuse a crowd of messages, parts or clips before any of them is looked at."""
+    """Refuse too many messages, parts or clips before any of them is read."""
     if not isinstance(messages, list):
         return
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
@@ -241,7 +240,7 @@ def _check_counts(messages: Any) -> None:
 
 
 class ChatRequest(BaseModel, extra="allow", strict=True):
-    """A request. Other fields are kept, so that NEUTRAL can be checked; strict: true is no number, "1" neither."""
+    """A request. Other fields are kept for the check with NEUTRAL. Strict: true and "1" are not numbers."""
 
     model: str | None = None
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -253,7 +252,7 @@ class ChatRequest(BaseModel, extra="allow", strict=True):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopStrings | None = None
     prompt_cache_key: ShortText = ""
-    """whose kept key/values may be reused: those of earlier requests with this API key and this value"""
+    """key/values of earlier requests with the same API key and the same value are reused"""
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -304,7 +303,7 @@ def completion(head: dict[str, Any], text: str, finish: str, usage: dict[str, An
 
 
 def delta(content: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-    """The part of one chunk of a streamed answer that is new."""
+    """The new part in a chunk of a streamed answer."""
     return {"choices": [{"index": 0, "delta": content, "finish_reason": finish, "logprobs": None}]}
 
 

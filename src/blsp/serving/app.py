@@ -5,7 +5,7 @@ Try: `create_app(listener, ServeSettings())`
 Flow: server.py → middleware.py → **app.py** → audio_input.py → exchange.py → scheduler.py
 
 Conventions (roles, parts, chunks, usage, error objects) are OpenAI's, so that its client libraries work unchanged.
-Questions and answers are not logged, unless --log-content is given.
+Questions and answers are logged only with --log-content.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ if TYPE_CHECKING:
     from blsp.settings import ServeSettings
 
 log = logging.getLogger("blsp.serving")
-ROUTES = {  # their names in the metrics; all others are "other"
+ROUTES = {  # names of the routes in the metrics; all others are "other"
     "/v1/chat/completions": "chat",
     "/v1/responses": "responses",
     "/v1/audio/transcriptions": "transcriptions",
     "/v1/audio/translations": "translations",
     "/v1/models": "models",
 }
-FLOODS = (401, 403, 429)  # statuses of refusals that are written once a minute and client
-OFFERED = {path: "GET" if path == "/v1/models" else "POST" for path in ROUTES}  # the method of each
+FLOODS = (401, 403, 429)  # statuses of refusals that are logged once a minute for each client
+OFFERED = {path: "GET" if path == "/v1/models" else "POST" for path in ROUTES}  # path -> method
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 CHARACTERS_PER_TOKEN = 16  # text with more characters than this for each token of the context is not tokenised
-MAX_CHARACTERS = 500_000  # of text in a request, however long the context is
+MAX_CHARACTERS = 500_000  # of text in a request, for a context of any length
 
 
 def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
@@ -140,9 +140,9 @@ class Service:
         await run_in_threadpool(self.scheduler.stop)
 
     async def _warm_up(self) -> None:
-        """Answer one spoken and one written question, so that work done once does not delay the first user.
+        """Answer one spoken and one written question, so that one-time work does not delay the first user.
 
-        It has no deadline: the server gets ready however short --deadline is.
+        There is no deadline, so the server also gets ready with a short --deadline.
         """
         try:
             noise = np.random.default_rng(0).normal(scale=0.01, size=16_000).astype(np.float32)
@@ -174,7 +174,7 @@ class Service:
         return api.completion(head, text, exchange.finish, exchange.usage)
 
     async def models(self) -> dict[str, Any]:
-        """The model, and the recogniser for transcriptions where there is one."""
+        """The model, and the recogniser for transcriptions if there is one."""
         names = [self.name] + ([RECOGNISER] if self.recogniser.available else [])
         data = [{"id": name, "object": "model", "created": self.created, "owned_by": "blsp"} for name in names]
         return {"object": "list", "data": data}
@@ -194,7 +194,7 @@ class Service:
         return JSONResponse({"status": status, "model": self.name}, status_code=200 if status == "ok" else 503)
 
     async def live(self) -> Response:
-        """200 from the start on, while the thread of the model runs: nothing that a restart would mend."""
+        """200 from the start on, while the thread of the model runs; otherwise a restart is needed."""
         status = "ok" if self._running else "failed"
         return JSONResponse({"status": status, "model": self.name}, status_code=200 if status == "ok" else 503)
 
@@ -203,7 +203,7 @@ class Service:
         return self.scheduler.alive and not self.failed
 
     async def no_route(self, request: Request) -> Response:
-        """What is not offered under /v1, with what to use instead."""
+        """The refusal of an unknown route under /v1; it says what to use instead."""
         error, headers = no_route(request.method, request.url.path, OFFERED)
         response = await self.refuse(request, error)
         response.headers.update(headers)
@@ -217,7 +217,7 @@ class Service:
     # --- from requests to the scheduler -------------------------------------------------------------------
 
     async def begin(self, body: ChatRequest, request: Request) -> Exchange:
-        """The exchange for a conversation, once the scheduler has accepted its prompt."""
+        """The exchange for a conversation, after the scheduler has accepted its prompt."""
         end = request.state.end
         body.check_length(self.most_characters)
         client = client_of(request)
@@ -282,9 +282,9 @@ class Service:
         exchange: Exchange | None = None,
         failed: Callable[[ApiError], dict[str, Any]] = ApiError.body,
     ) -> AsyncIterator[Any]:
-        """The chunks of an answer, with an error among them as the last one, and the answer in the log.
+        """The chunks of an answer; an error becomes the last chunk. The answer is logged at the end.
 
-        texts: its pieces so far, which grow with the chunks. failed: how the route tells an error.
+        texts: the pieces of the answer so far. failed: the route's form of an error.
         """
         status = CLIENT_LEFT
         try:
@@ -315,7 +315,7 @@ class Service:
         log.info("%s %d, %.2f s%s%s", route, status, seconds, cost, content, extra={"fields": fields})
 
     def count_refusal(self, path: str, client: str, error: ApiError) -> None:
-        """Count a refusal and write it into the log without its content, those of a flood once a minute."""
+        """Count a refusal and log it without its content; repeated ones of a client are logged once a minute."""
         route = ROUTES.get(path, "other")
         self.metrics.requests.labels(route, str(error.status)).inc()
         flood = error.status in FLOODS

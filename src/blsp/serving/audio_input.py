@@ -1,12 +1,12 @@
 """Audio of a request → 16 kHz samples, or a refusal with the reason.
 
-In:  base64 of a file, a data-URI, an uploaded file's bytes, an https:// URL where that is allowed. Never a path.
+In:  base64 of a file, a data-URI, an uploaded file's bytes, or an https:// URL if allowed. Never a path.
 Out: (N,) float32 samples, at most `--max-audio-seconds`.
 Try: `await AudioInput(settings).clips([data], request, end)`
-Flow: app.py, transcription.py → **audio_input.py** → exchange.py; remote_audio.py fetches
+Flow: app.py, transcription.py → **audio_input.py** (remote_audio.py fetches URLs) → exchange.py
 
-Files are decoded in a few threads of their own, at the lowest priority, never in the thread of the model. Decoding ends
-at the longest recording, at the most samples over all channels, at the deadline, and when the client has left.
+Files are decoded in separate threads, at the lowest priority, never in the thread of the model. Decoding stops at the
+limits on seconds and on samples over all channels, at the deadline, and when the client has left.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")  # from base64's url-safe alphabet
 SAMPLES_PER_SECOND = 2 * 48_000  # of the longest recording: the samples that are decoded, over all channels
-SHORTEST = 0.1  # seconds of a clip that are decoded even where the earlier ones have used the time up
+SHORTEST = 0.1  # seconds of a clip that are decoded even if earlier clips have used all seconds
 
 Source = bytes | AudioPart | AudioUrlPart
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class AudioInput:
         self._pending = 0
 
     async def clips(self, sources: Sequence[Source], request: Request, end: float) -> list[np.ndarray]:
-        """The samples (N,) of each source, all together at most --max-audio-seconds.
+        """The samples (N,) of each source, together at most --max-audio-seconds.
 
         end: the monotonic time at which the request's deadline passes. Raises ApiError: 400, 413, 429, 504, or
         499 when the client has left.
@@ -72,7 +72,7 @@ class AudioInput:
             self._pending -= 1
 
     async def _fetched(self, sources: Sequence[Source], request: Request, end: float) -> list[Source]:
-        """The sources, with bytes in the place of remote URLs; together at most one upload's bytes."""
+        """The sources, with bytes instead of remote URLs; together at most the bytes of one upload."""
         left = int(self.settings.max_upload_mb * 1e6)
         files: list[Source] = []
         for source in sources:
@@ -91,7 +91,7 @@ class AudioInput:
         return files
 
     def _decode(self, sources: Sequence[Source], gone: threading.Event, end: float) -> list[np.ndarray]:
-        """In a thread of the decoders."""
+        """Decode in one of the threads."""
         longest = self.settings.max_audio_seconds
         check = _limit(longest * SAMPLES_PER_SECOND, gone, end)
         clips: list[np.ndarray] = []
@@ -107,7 +107,7 @@ class AudioInput:
 
 
 async def until(end: float, work: Awaitable[T]) -> T:
-    """The result of `work`, or the refusal of a late request. end: the monotonic time of the deadline."""
+    """The result of `work`, or the refusal of a late request. end: the deadline, as monotonic time."""
     try:
         return await asyncio.wait_for(work, end - time.monotonic())
     except TimeoutError as error:
@@ -115,13 +115,13 @@ async def until(end: float, work: Awaitable[T]) -> T:
 
 
 def _take_lowest_priority() -> None:
-    """For this thread alone (Linux: each thread has a niceness); other systems may refuse."""
+    """Set the priority of this thread only (on Linux each thread has a niceness); other systems may refuse."""
     with suppress(OSError, AttributeError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _limit(most: float, gone: threading.Event, end: float) -> Callable[[int], None]:
-    """What ends the decoding: more than `most` samples, a client that has left, a deadline that has passed."""
+    """A check that stops decoding: more than `most` samples, a client that has left, a passed deadline."""
     decoded = 0
 
     def check(samples: int) -> None:
@@ -137,7 +137,7 @@ def _limit(most: float, gone: threading.Event, end: float) -> Callable[[int], No
 
 
 def decode(data: bytes, longest: float, check: Callable[[int], object] = int) -> np.ndarray:
-    """The samples (N,) of a file; decoding ends at `longest` seconds, whatever the header says."""
+    """The samples (N,) of a file; decoding stops at `longest` seconds, as the length in the header may be wrong."""
     try:
         return load_audio(data, longest=longest, check=check)
     except AudioError as error:

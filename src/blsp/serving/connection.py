@@ -1,12 +1,12 @@
-"""HTTP connection that ends in time: what uvicorn leaves to a proxy.
+"""HTTP connection with time limits, which uvicorn leaves to a proxy.
 
-In:  bytes of a client. Out: requests for the application; the connection is closed where they do not come, or where the
-     answer is not fetched.
+In:  bytes of a client. Out: requests for the application; the connection is closed if a request does not arrive, or if
+     its answer is not fetched.
 Try: `uvicorn.Config(app, http=partial(TimedConnection, deadline=120.0, refused=print))`
 Flow: server.py → **connection.py** → middleware.py
 
-    first byte ── HEAD_SECONDS ──▶ the head must be whole (408)
-    whole head ── deadline + FETCH_SECONDS ──▶ the answer must be fetched, or the connection is cut
+    first byte ── HEAD_SECONDS ──▶ the headers must be complete (408)
+    all headers ── deadline + FETCH_SECONDS ──▶ the answer must be fetched, or the connection is closed
 
 uvicorn itself limits only how long a connection may be idle between two requests (`timeout_keep_alive`).
 """
@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from blsp.serving.refusals import ApiError
 
 HEAD_SECONDS = 20.0  # from the connection, or the first byte of a later request, to the end of its headers
-FETCH_SECONDS = 10.0  # beyond the deadline, to fetch what was written by then
+FETCH_SECONDS = 10.0  # after the deadline, to fetch the rest of the answer
 LATE = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
@@ -38,8 +38,8 @@ class TimedConnection(H11Protocol):
         self._deadline, self._refused = deadline, refused
         self._head_seconds = min(HEAD_SECONDS, deadline)
         self._timer: asyncio.TimerHandle | None = None
-        self._head = False  # whether the timer waits for a head, not for the end of an answer
-        self._begun = False  # whether anything has come; browsers open connections before they need them
+        self._head = False  # whether the timer waits for headers, not for the end of an answer
+        self._begun = False  # whether any byte has arrived; browsers open connections before they need them
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -53,7 +53,7 @@ class TimedConnection(H11Protocol):
     def on_response_complete(self) -> None:
         self._stop()
         super().on_response_complete()
-        if self.transport.is_closing():  # once the rest is fetched
+        if self.transport.is_closing():  # it closes after the rest is fetched
             self._timer = self.loop.call_later(FETCH_SECONDS, self.transport.abort)
         elif self.conn.their_state is not h11.IDLE:  # the next request has come already
             self._watch()
@@ -67,7 +67,7 @@ class TimedConnection(H11Protocol):
         self.loop.call_later(FETCH_SECONDS, self.transport.abort)  # a client that fetches nothing keeps it open
 
     def _watch(self) -> None:
-        """One timer at a time: for the head while it is not whole, then for the answer."""
+        """One timer at a time: first for the headers, then for the answer."""
         head = self.conn.their_state is h11.IDLE
         if self._timer is not None and self._head == head:
             return

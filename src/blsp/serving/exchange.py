@@ -1,4 +1,4 @@
-"""One request on the event loop's side: its job, the reports of the scheduler, the text of the answer.
+"""One request in the event loop: its job, the reports of the scheduler, the text of the answer.
 
 In:  messages with decoded clips, how to decode. Out: pieces of text, then the finish reason and the usage.
 Try: `async for piece in exchange.pieces(): ...`
@@ -22,7 +22,7 @@ from blsp.serving.job import Begun, Done, Failed, Job, Report, Token
 from blsp.serving.refusals import ApiError, late
 from blsp.serving.scheduler import Scheduler
 
-GRACE = 1.0  # seconds after the deadline in which the scheduler may report it itself
+GRACE = 1.0  # seconds after the deadline in which the scheduler may still report it
 CLIENT_LEFT = 499  # the status in the metrics when the client closed the connection
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Exchange:
         sharing: str = "",
         hear_only: bool = False,
     ) -> None:
-        """Submits; raises ApiError (429) where the queue is full. end: the monotonic time of the deadline."""
+        """Submit the job; raises ApiError (429) if the queue is full. end: the deadline, as monotonic time."""
         loop = asyncio.get_running_loop()
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._text = StopStringFilter(scheduler.listener.tokenizer, stops)
@@ -116,7 +116,7 @@ class Exchange:
 
     @property
     def heard(self) -> list[dict[str, Any]]:
-        """The messages with the clips' vectors in the place of the clips, once the job is done."""
+        """The messages with vectors in the place of the clips, after the job is done."""
         return self._job.with_embeds()
 
     @property
@@ -130,7 +130,7 @@ class Exchange:
 
 
 def client_of(request: Request) -> str:
-    """Whose turn it is in the queue, and whose key/values are kept: the API key's name, or the client's address."""
+    """The client, for its turn in the queue and its key/values: the API key's name, or the client's address."""
     if key := getattr(request.state, "key", ""):
         return f"key {key}"
     return request.client.host if request.client else ""
@@ -142,7 +142,7 @@ async def joined(pieces: AsyncIterator[str]) -> str:
 
 
 async def while_connected(request: Request, work: Awaitable[T], exchange: Exchange | None = None) -> T:
-    """The result of `work`; when the client leaves first, the work and its job are cancelled."""
+    """The result of `work`; if the client leaves before that, the work and its job are cancelled."""
     task = asyncio.ensure_future(work)
     try:
         while True:
@@ -164,10 +164,10 @@ def _hand_over(loop: asyncio.AbstractEventLoop, reports: asyncio.Queue[Report], 
 
 
 class StopStringFilter:
-    """The growing text of one answer, cut before the first stop string; `stopped` once one was found.
+    """The text of one answer, cut before the first stop string; `stopped` after one was found.
 
-    An end that may still become a stop string is held back. Example with the stop string "END": after "the EN"
-    it returns "the " and holds "EN"; after "D" it has stopped, after "T" it returns "ENT".
+    An end that may become a stop string is held back. Example with the stop string "END": after "the EN" it returns
+    "the " and holds "EN" back; if "D" follows, it has stopped; if "T" follows, it returns "ENT".
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
@@ -197,5 +197,5 @@ class StopStringFilter:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """The length of the longest end of `text` that is a beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

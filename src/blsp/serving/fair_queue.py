@@ -1,16 +1,16 @@
-"""Queue of the requests that wait, in which clients take turns.
+"""Queue of waiting requests, in which clients take turns.
 
 In:  jobs, each with its client: the name of an API key, or an address.
-Out: the same jobs in the order in which they are served; where there is no room, those that must give way.
+Out: the same jobs in the order in which they are served; for a full queue, the jobs that must leave it.
 Try: `queue.add(job); next(iter(queue))`
 Flow: app.py → **fair_queue.py** in scheduler.py
 
-Each client has a line of its own, and the client that was served last is last in turn:
+Each client has its own line, and the client that was just served has the last turn:
 
     arrived   a1 a2 a3 a4 b1 c1      served   a1 b1 c1 a2 a3 a4
 
-A full queue is shared in the same way. The newest job of the client that holds most of it gives way to a client that
-would still hold less.
+A full queue is shared in the same way: the newest job of the client with the largest share leaves it, if the new
+client's share would still be smaller.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QUEUED_SECONDS = 30.0  # of speech per job that may wait: the limit of the whole
 
 
 class Waiting(Protocol):
-    """What the queue asks of a job. seconds: of speech in it."""
+    """The fields of a job that the queue needs. seconds: of its speech."""
 
     client: str
     cancelled: bool
@@ -41,7 +41,7 @@ class FairQueue(Generic[T]):
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._lines: OrderedDict[str, deque[T]] = OrderedDict()  # of each client, the next one in turn first
+        self._lines: OrderedDict[str, deque[T]] = OrderedDict()  # by client; the next one in turn is first
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
@@ -55,7 +55,7 @@ class FairQueue(Generic[T]):
         self._lines.setdefault(job.client, deque()).append(job)
 
     def take(self, job: T) -> None:
-        """Remove a job that is served now: its client becomes the last in turn."""
+        """Remove a job that is served now; its client gets the last turn."""
         self._lines.move_to_end(job.client)
         self.discard(job)
 
@@ -67,7 +67,7 @@ class FairQueue(Generic[T]):
             del self._lines[job.client]
 
     def making_room(self, client: str, seconds: float) -> list[T] | None:
-        """The jobs that must give way to one more of `client` with this much speech; None where it has to wait.
+        """The jobs that must leave for one more job of `client` with this much speech; None if it cannot be added.
 
         An empty queue takes any amount.
         """
@@ -92,5 +92,5 @@ class FairQueue(Generic[T]):
         return len(waiting) >= self._most or (speech > 0 and speech + seconds > QUEUED_SECONDS * self._most)
 
     def _share(self, seconds: float) -> float:
-        """The part of the queue that a job takes, of its places and of its speech together."""
+        """A job's share of the queue: of its places plus of its speech."""
         return (1 + seconds / QUEUED_SECONDS) / self._most

@@ -1,11 +1,12 @@
-"""Threads that turn the clips of waiting jobs into vectors, beside the thread of the model.
+"""Threads that encode the clips of waiting jobs, beside the thread of the model.
 
-In:  jobs in the queue whose clips nobody has taken. Out: `Job.heard`, and `Job.read` for a read-out, or `Job.failure`.
+In:  jobs in the queue whose clips are not encoded yet. Out: `Job.heard`, and `Job.read` for a read-out, or
+     `Job.failure`.
 Try: `Hearing(listener, queue, changed, metrics).hear([job])`
 Flow: fair_queue.py → **hearing.py** (mel, encoder, adapter, read-out) → scheduler.py
 
-One thread hears recordings of up to `LONG` seconds, a few jobs together. The other one hears longer ones, one by one
-and at a lower priority. So neither a running answer nor a short question waits for ten minutes of speech.
+One thread encodes recordings of up to `LONG` seconds, a few jobs together. The other one encodes longer recordings, one
+by one and at a lower priority. So no running answer and no short question waits for ten minutes of speech.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from blsp.serving.job import Done, Job
 from blsp.serving.metrics import Metrics
 
 LONG = 30.0  # seconds of speech: one window of the encoder
-MAX_TOGETHER = 4  # jobs heard in one batch
+MAX_TOGETHER = 4  # jobs encoded in one batch
 MAX_TOGETHER_SECONDS = 60.0  # of speech among them
-NICENESS = 5  # of the thread for long recordings: a third of the processor time where all cores are busy
+NICENESS = 5  # of the thread for long recordings: a third of the processor time if all cores are busy
 
 
 class NobodyWaits(Exception):
@@ -42,7 +43,7 @@ class NobodyWaits(Exception):
 class Hearing:
     """The threads. changed: the condition that guards `waiting`; it is notified when jobs are ready.
 
-    busy: whether answers are being written. The threads then leave half of the cores to them.
+    busy: whether answers are being generated. The threads then use only half of the cores.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Hearing:
             threading.Thread(target=self._work, args=(long,), name=f"hearing-{long}", daemon=True).start()
 
     def next(self, long: bool) -> list[Job]:
-        """The jobs that are heard next, in the order of the queue."""
+        """The jobs to encode next, in the order of the queue."""
         jobs: list[Job] = []
         for job in self._waiting:
             if job.ready or job.hearing or job.over or (job.seconds > LONG) != long:
@@ -70,7 +71,7 @@ class Hearing:
         return jobs
 
     def hear(self, jobs: list[Job]) -> None:
-        """Hear the clips of `jobs` in one batch; if that fails, job by job."""
+        """Encode the clips of `jobs` in one batch; if that fails, job by job."""
         clips = [clip for job in jobs for clip in job.clips]
         try:
             readout = jobs[0].readout
@@ -90,10 +91,10 @@ class Hearing:
             return
         self.metrics.speech.inc(sum(job.seconds for job in jobs))
         for job, own in zip(jobs, heard, strict=True):
-            job.heard = [replace(clip, states=None) for clip in own]  # at last: it makes the job ready
+            job.heard = [replace(clip, states=None) for clip in own]  # last, as it makes the job ready
 
     def _read(self, job: Job, clips: list[AudioEmbeds]) -> Done:
-        """The read-out of the job's clips, and the times of its words where they are wanted."""
+        """The read-out of the job's clips, and the times of its words if they are wanted."""
         texts = self.listener.readout(clips)
         words: list[list[Word]] = []
         if job.starts_at is not None:
@@ -105,14 +106,14 @@ class Hearing:
             with suppress(OSError, AttributeError):  # systems without priorities of threads
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         while jobs := self._wait(long):
-            # a team of threads on cores that others use waits for its slowest member after each operation
+            # more threads than free cores are slow: after each operation all wait for the slowest thread
             torch.set_num_threads(max(1, self._cores // 2) if self.busy or long else self._cores)
             self.hear(jobs)
             with self._changed:
                 self._changed.notify_all()
 
     def _wait(self, long: bool) -> list[Job]:
-        """Wait for jobs to hear; none once the server stops and all are heard."""
+        """Wait for jobs to encode; none if the server stops and all are encoded."""
         with self._changed:
             while not (jobs := self.next(long)):
                 if self.stopping:
@@ -124,7 +125,7 @@ class Hearing:
 
 
 class Interruptible(TorchFunctionMode):
-    """Raises NobodyWaits before the next operation on tensors of this thread, once all jobs are over."""
+    """Raises NobodyWaits before the next tensor operation of this thread, if all jobs are over."""
 
     def __init__(self, jobs: list[Job]) -> None:
         super().__init__()

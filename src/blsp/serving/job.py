@@ -1,4 +1,4 @@
-"""One answer to generate, and what is reported about it.
+"""One answer to generate, and the reports about it.
 
 In:  messages with decoded clips, how to decode, a deadline, a client.
 Out: reports: `Begun`, `Token`s, `Done` or `Failed`.
@@ -27,8 +27,7 @@ from blsp.serving.refusals import ApiError
 
 @dataclass(frozen=True)
 class Begun:
-    """The prompt is accepted. prompt: its positions; speech: how many of them are speech; reused: how many were
-    run before."""
+    """The prompt is accepted. prompt: its positions; speech: positions of speech; reused: positions from the memory."""
 
     prompt: int
     speech: int
@@ -42,8 +41,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Done:
-    """finish: "stop" or "length". sentence: the no-speech sentence, where no speech was found. text: a read-out.
-    words: of the read-out, with their times, where they were asked for."""
+    """finish: "stop" or "length". sentence: the no-speech sentence, if no speech was found. text: a read-out.
+    words: of the read-out, with times, if requested."""
 
     finish: str = "stop"
     sentence: str | None = None
@@ -63,12 +62,11 @@ Report = Begun | Token | Done | Failed
 class Job:
     """One answer to generate. messages: `{"role", "parts"}`, parts are texts and clips (N,) in order; the last
     message is the question. With `readout`, its clips are transcribed as `Listener.transcribe` does.
-    client: whose turn it is, an API key's name or an address. sharing: its key/values are reused for, and from, jobs of
-    the same client with the same value alone. starts_at: where the clip of a read-out begins in its recording, in
-    seconds; None: the times of its words are not wanted. hear_only: the job ends once its clips are
-    heard (`with_embeds`).
+    client: an API key's name or an address. sharing: key/values are shared only between jobs of the same client with
+    the same value. starts_at: seconds at which the clip of a read-out begins in its recording; None: the times of its
+    words are not needed. hear_only: the job ends when its clips are encoded (`with_embeds`).
 
-    hearing: a thread has taken its clips. heard: their vectors, in order; read: their read-out, where it was asked for;
+    hearing: a thread has taken its clips. heard: their vectors, in order; read: their read-out, if requested;
     failure: why there are none.
     """
 
@@ -102,16 +100,16 @@ class Job:
 
     @property
     def ready(self) -> bool:
-        """Whether nothing of it is left to hear."""
+        """Whether all its clips are encoded."""
         return not self.clips or self.heard is not None or self.failure is not None
 
     @property
     def over(self) -> bool:
-        """Whether nobody waits for the answer any more."""
+        """Whether nobody waits for the answer: the job is cancelled or late."""
         return self.cancelled or time.monotonic() > self.deadline
 
     def with_embeds(self) -> list[dict[str, Any]]:
-        """The messages with the clips' vectors in the place of the clips."""
+        """The messages with vectors in the place of the clips."""
         embeds = iter(self.heard or ())
         return [
             message | {"parts": [part if isinstance(part, str) else next(embeds) for part in message["parts"]]}

@@ -6,8 +6,8 @@ Flow: a request → **middleware.py** (rate_limit.py) → app.py
 
 A request's deadline counts from its first byte; routes find its end in `request.state.end`.
 
-Starlette's TrustedHostMiddleware and FastAPI's HTTPBearer are not used, because they keep less: the first cuts
-IPv6 addresses at their first colon, the second runs after the whole body has been read.
+Starlette's TrustedHostMiddleware and FastAPI's HTTPBearer are not enough: the first cuts IPv6 addresses at their first
+colon, the second runs after the whole body has been read.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
 JSON_ROUTES = {
     "/v1/chat/completions",
     "/v1/responses",
-}  # without a content type they are sent JSON, unless by a web site
-MAX_COMMAS = 100_000  # in a JSON body, between entries and in texts: millions of entries take seconds to read
-WRONG_KEYS = 20  # a minute from one address; then such requests get 429, those with the right key do not
-DISCARDED = 8  # of a refused request, this many times the size limit is read on
+}  # a missing content type counts as JSON here, unless the request comes from a web site
+MAX_COMMAS = 100_000  # in a JSON body, also in texts: parsing millions of entries would take seconds
+WRONG_KEYS = 20  # a minute from one address; more requests with a wrong key get 429
+DISCARDED = 8  # of a refused request, this many times the size limit is read and dropped
 DISCARD_SECONDS = 5.0
 PROTECTIVE = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-store"}
 
 
 def is_local(host: str) -> bool:
-    """Whether `host` names this machine as only this machine sees it."""
+    """Whether `host` is a name of this machine that only this machine can use."""
     return host.lower() in LOCAL
 
 
@@ -48,11 +48,10 @@ class RequestGuard:
     (429), bodies over `max_bytes` (413), declared or not, JSON of very many entries (400), and bodies that have not
     arrived after `deadline` seconds (408); adds protective headers.
 
-    `refused` is called with the request's path, its client and each refusal.
-
-    The page itself and /health are open: they hold nothing, and the page asks for the key. local: a server for
-    this machine alone answers only to this machine's names, so that no web site reaches it under a name of
-    its own (DNS rebinding). keys: names and tokens; the name goes into the request's state, as `key`.
+    refused: called with the request's path, its client and each refusal. local: the server is only for this machine and
+    answers only to this machine's names, so that no web site can reach it under its own name (DNS rebinding). keys:
+    names and tokens; the name is put into the request's state, as `key`. The page and /health need no key: they hold
+    no data, and the page asks for the key.
     """
 
     def __init__(
@@ -78,7 +77,7 @@ class RequestGuard:
         client = (scope.get("client") or ("unknown",))[0]
         if refusal := self._head_refusal(scope, headers, client):
             self._refused(scope["path"], client, refusal)
-            if "expect" not in headers:  # such a client sends its body only when it is asked to
+            if "expect" not in headers:  # a client with this header has not sent its body yet
                 await _discard(receive, self.max_bytes)
             await _refuse(send, refusal)
             return
@@ -95,7 +94,7 @@ class RequestGuard:
             await body.answer_refusal()
 
     def _head_refusal(self, scope: Scope, headers: Headers, client: str) -> ApiError | None:
-        """What is wrong with the request's path and headers."""
+        """The refusal of the request by its path and headers; None if they are right."""
         if self.local and not is_local(re.sub(r":\d*$", "", headers.get("host", "localhost"))):
             return ApiError(
                 403,
@@ -121,7 +120,7 @@ class RequestGuard:
 
 
 class LimitedBody:
-    """One request's messages, counted and timed until the body is complete; `refusal` once it breaks a limit."""
+    """One request's messages, counted and timed until the body is complete; `refusal` is set if it breaks a limit."""
 
     def __init__(self, receive: Receive, send: Send, max_bytes: int, seconds: float, max_commas: int) -> None:
         self._receive, self._send, self._max_bytes, self._seconds = receive, send, max_bytes, seconds
@@ -132,7 +131,7 @@ class LimitedBody:
         self.refusal: ApiError | None = None
 
     async def receive(self) -> Message:
-        """The next message for the route; after a refusal it looks as if the client had left."""
+        """The next message for the route; after a refusal, a message that the client has left."""
         if self._complete:
             return await self._receive()
         try:
@@ -153,7 +152,7 @@ class LimitedBody:
         return {"type": "http.disconnect"} if self.refusal else message
 
     async def send(self, message: Message) -> None:
-        """Pass the route's answer on, with protective headers; drop what it says about half a body."""
+        """Pass the route's answer on, with protective headers; drop its answer to an incomplete body."""
         if self.refusal and not self._answered:
             return
         if message["type"] == "http.response.start":
@@ -162,7 +161,7 @@ class LimitedBody:
         await self._send(message)
 
     async def answer_refusal(self) -> None:
-        """Send the refusal, where there is one and the route has not begun to answer."""
+        """Send the refusal, if there is one and the route has not begun to answer."""
         if self.refusal is None or self._answered:
             return
         if self.refusal.status != 408 and not self._complete:
@@ -181,8 +180,8 @@ def _too_large(max_bytes: int) -> ApiError:
 
 
 async def _discard(receive: Receive, max_bytes: int) -> None:
-    """Read on for a while without keeping anything: a connection that is closed over unread bytes is reset, and
-    the client would not see the refusal."""
+    """Read for a while and drop the bytes: closing a connection with unread bytes resets it, and the client would not
+    get the refusal."""
     unread = DISCARDED * max_bytes
     try:
         async with asyncio.timeout(DISCARD_SECONDS):

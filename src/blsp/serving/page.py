@@ -27,10 +27,10 @@ POLICY = (
 
 
 class Page(StaticFiles):
-    """The files of the page, with a policy that lets it load nothing from other hosts."""
+    """The files of the page, with a policy that forbids loading from other hosts."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """A path that is no file is 404, whatever the method."""
+        """The file; 404 for a path without a file, with any method."""
         if scope["method"] not in ("GET", "HEAD"):
             await super().get_response(path, {**scope, "method": "HEAD"})  # raises 404 where there is no such file
             raise HTTPException(405, headers={"Allow": "GET, HEAD"})

@@ -1,6 +1,6 @@
-"""Limits on how often a client may ask, and how often it may guess a key.
+"""Limits per minute for each client: requests, wrong keys, lines in the log.
 
-In:  the address of a client. Out: seconds to wait, 0 where it may go on.
+In:  the address of a client. Out: seconds to wait, 0 if the request is allowed.
 Try: `RateLimit(60).wait("192.0.2.7")`
 Flow: middleware.py → **rate_limit.py**
 """
@@ -10,18 +10,18 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 
-CLIENTS = 10_000  # addresses that are remembered; the one that has been quiet for the longest is forgotten
+CLIENTS = 10_000  # addresses in memory; the least recently seen one is dropped first
 
 
 class RateLimit:
-    """At most `per_minute` requests of each client, at once or spread; 0: no limit. Not for several threads."""
+    """At most `per_minute` requests of each client, all at once or spread; 0: no limit. Not thread-safe."""
 
     def __init__(self, per_minute: int) -> None:
         self._most = per_minute
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # requests left, at which time
 
     def wait(self, client: str) -> float:
-        """Count a request; the seconds until it would be taken, 0 where it is taken now."""
+        """Count a request; the seconds until it would be allowed, 0 if it is allowed now."""
         if not self._most:
             return 0.0
         now = time.monotonic()
@@ -35,7 +35,7 @@ class RateLimit:
 
 
 class Quiet:
-    """Whether an event of a kind is to be written into the log: once a minute, with the number of those before it."""
+    """Decides whether an event is logged: each kind once a minute, with the number of events since the last line."""
 
     SECONDS = 60.0
 
@@ -43,7 +43,7 @@ class Quiet:
         self._kinds: OrderedDict[str, tuple[float, int]] = OrderedDict()  # when written, how many since
 
     def count(self, kind: str) -> int:
-        """0: not now; else how many events there were since the last line, this one included."""
+        """0: do not log it; otherwise the number of events since the last line, with this one."""
         now = time.monotonic()
         written, silent = self._kinds.pop(kind, (-self.SECONDS, 0))
         say = now - written >= self.SECONDS

@@ -1,8 +1,8 @@
 """Recogniser of the page's comparison, loaded at its first request.
 
-In:  a clip. Out: its transcript by faster-whisper (or transformers), one clip at a time, in a thread of its own.
+In:  a clip. Out: its transcript by faster-whisper (or transformers), one clip at a time, in a separate thread.
 Try: `await SharedRecogniser(None, listener).transcribe(clip, "en", seconds=60)`
-Flow: app.py → **recogniser.py** → evaluation/recogniser.py. It takes no part in the answers to speech.
+Flow: app.py → **recogniser.py** → evaluation/recogniser.py. It is not used for answers to speech.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.inference.listener import Listener
 from blsp.serving.refusals import ApiError, late
 
-RECOGNISER = "recogniser"  # the model name that asks for it
+RECOGNISER = "recogniser"  # its model name in requests
 MAX_WAITING = 8  # clips; the next one gets status 429
 
 
@@ -54,7 +54,7 @@ class SharedRecogniser:
     def _transcribe(self, clip: np.ndarray, language: str) -> str:
         try:
             self._loaded = self._loaded or Recogniser(self._name)
-        except Exception as error:  # libraries raise many kinds for weights that they cannot load
+        except Exception as error:  # libraries raise many kinds of errors for weights that they cannot load
             raise ApiError(503, f"model: the recogniser cannot be loaded: {error}", param="model") from error
         if not self._loaded.supports_language(language):
             raise ApiError(400, f"language: this recogniser hears English alone, not {language!r}", param="language")

@@ -1,6 +1,6 @@
 """Refusals in the form of OpenAI's error object, in plain English.
 
-In:  what is wrong: a status and a sentence, the errors of pydantic, a route that is not there.
+In:  a status and a sentence, the errors of pydantic, or an unknown route.
 Out: `ApiError`, with `param` (the field as the client wrote it, `messages[0].content[1]`) and `code`.
 Try: `raise ApiError(400, "n: is not supported by this server; leave it out", param="n", code="unsupported_parameter")`
 Flow: every module of the server → **refusals.py** → the client
@@ -43,13 +43,13 @@ def late() -> ApiError:
 
 
 def _sendable(text: str) -> str:
-    """The text without lone surrogates, which cannot be encoded: messages may repeat what a client sent."""
+    """The text without lone surrogates, which cannot be encoded; messages may repeat a client's text."""
     return text.encode(errors="replace").decode()
 
 
 # --- fields that are wrong --------------------------------------------------------------------------------
 def wrong_field(code: str, message: str, param: str = "") -> PydanticCustomError:
-    """An error for pydantic's validators. param: the field below the one that is validated, where it is another."""
+    """An error for pydantic's validators. param: a field inside the validated one, if it is the wrong one."""
     return PydanticCustomError("refused", "{message}", {"message": message, "code": code, "param": param})
 
 
@@ -75,7 +75,7 @@ SENTENCES = {  # pydantic's types of errors (their beginnings) → code, sentenc
 
 
 def refusal_of(error: RequestValidationError) -> ApiError:
-    """The first of pydantic's errors, with the field as the client wrote it and without words of pydantic."""
+    """The first of pydantic's errors, with the field's name as the client wrote it and without pydantic's terms."""
     first = error.errors()[0]
     kind, context = first["type"], first.get("ctx") or {}
     if kind == "json_invalid":

@@ -2,15 +2,16 @@
 
 In:  a chat request; URLs of servers started with --enable-prompt-embeds. Out: their answers, whole or streamed.
 Try: `blsp serve --engine-url http://localhost:8001/v1`
-Flow: app.py → scheduler.py (hears the clips) → **remote.py** → llm/servers.py → the LLM's server and back
+Flow: app.py → scheduler.py (encodes the clips) → **remote.py** → llm/servers.py → the LLM's server and back
 
-A turn with speech becomes one part of embeddings: of its text and of its clips, in order. So the server neither joins
-nor tokenises what stands beside a clip, and control tokens in a text stay characters. Other turns go as plain text.
+A turn with speech is sent as one part of embeddings: of its text and its clips, in order. So the server does not
+tokenise the text beside a clip, and control tokens in the text are plain characters. Other turns are sent as plain
+text.
 
     ["What is this?", clip]  →  {"type": "prompt_embeds", "data": base64 of torch.save((L, D))}
 
-A server that cannot be reached is left out for a while (servers.py), and its requests are sent to another one, as long
-as the client has got no token. What it answers is passed on: choices (`n`), `logprobs`, JSON of a schema.
+A server that cannot be reached is left out for a while (servers.py). Its requests are sent to another one, if the
+client has not got a token yet. The server's answer is passed on: choices (`n`), `logprobs`, JSON of a schema.
 
 Shapes: L positions of a turn, D LLM width.
 """
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 KEY = "BLSP_ENGINE_KEY"  # the environment variable with the servers' key
 MAX_CHOICES = 16
 PLACEHOLDER = "<prompt_embeds>"  # vLLM refuses texts with its own mark for embeddings
-CLIENTS_FAULT = (400, 413, 422, 429)  # of what a server refuses; the rest is between the server and us
+CLIENTS_FAULT = (400, 413, 422, 429)  # a server's refusals that the client gets; others are our server's problem
 BROKEN = (*LOST, httpx2.TransportError)  # no connection, or one that ended early
 
 
@@ -64,13 +65,13 @@ Chunks: TypeAlias = AsyncGenerator[Chunk, None]
 
 
 class FormattedRequest(ChatRequest):
-    """A chat request with a form of the answer, such as a JSON schema, to which an LLM's server keeps."""
+    """A chat request with a form of the answer, such as a JSON schema, which an LLM's server supports."""
 
     response_format: dict[str, Any] | None = None
 
 
 class RemoteChatRequest(FormattedRequest):
-    """A chat request with the fields that an LLM's server takes beyond ours."""
+    """A chat request with further fields that an LLM's server supports."""
 
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: bool | None = None
@@ -79,11 +80,11 @@ class RemoteChatRequest(FormattedRequest):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
 
 
-PASSED = (*RemoteChatRequest.__annotations__, "response_format", "seed", "stop")  # fields that are sent on as they came
+PASSED = (*RemoteChatRequest.__annotations__, "response_format", "seed", "stop")  # fields that are passed on unchanged
 
 
 class RemoteChat:
-    """The route of chat completions, around a `Service` whose LLM is elsewhere."""
+    """The route of chat completions, for a `Service` whose LLM runs on other servers."""
 
     def __init__(self, service: Service) -> None:
         settings = service.settings
@@ -94,7 +95,7 @@ class RemoteChat:
             )
         self.service, self.urls = service, settings.engine_url
         self._model = settings.engine_model
-        self._names: dict[str, str] = {}  # by URL: what the server calls the LLM
+        self._names: dict[str, str] = {}  # URL -> the LLM's name on the server
         self._servers = Servers(self.urls, api_key=os.environ.get(KEY, ""), connections=settings.max_batch)
         self._most = settings.max_batch * len(self.urls) + settings.queue
         self._open = 0  # requests that are sent or wait for a connection
@@ -117,10 +118,10 @@ class RemoteChat:
         return JSONResponse(answer | head)
 
     async def begin(self, body: ChatRequest, request: Request) -> tuple[Exchange, Chunks]:
-        """The chunks of a streamed answer, or the whole answer as the only one; their usage and text is noted in the
-        exchange.
+        """The exchange, and the chunks of a streamed answer, or the whole answer as the only one.
 
-        The first one has arrived, so that a refusal can still be an HTTP status.
+        The first chunk has arrived, so that a refusal can still be an HTTP status. Usage and text of the chunks are
+        stored in the exchange.
         """
         if self._open >= self._most:
             text = "too many requests are waiting for the LLM; try again in 2 s"
@@ -138,7 +139,7 @@ class RemoteChat:
         return exchange, self._noted(exchange, first, chunks)
 
     async def _noted(self, exchange: Exchange, first: Chunk, others: Chunks) -> Chunks:
-        """All chunks, with their usage completed. What the first choice says is noted in the exchange."""
+        """All chunks, with their usage completed. The text of the first choice is stored in the exchange."""
         chunk: Chunk | None = first
         async with aclosing(others):
             while chunk is not None:
@@ -156,7 +157,7 @@ class RemoteChat:
                 chunk = await anext(others, None)
 
     async def _no_speech(self, body: ChatRequest) -> Chunks:
-        """The fixed sentence, where the question's clips hold no speech; the LLM is not asked."""
+        """The fixed sentence, if the question's clips hold no speech; the LLM is not asked."""
         said = {"role": "assistant", "content": self.service.listener.model.config.no_speech_sentence}
         where = "delta" if body.stream else "message"
         count = body.n or 1 if isinstance(body, RemoteChatRequest) else 1
@@ -168,7 +169,7 @@ class RemoteChat:
         else:
             yield {"object": "chat.completion", "choices": choices, "usage": usage}
 
-    # --- what is sent -------------------------------------------------------------------------------------
+    # --- the request to the server ------------------------------------------------------------------------
     def _request(self, body: ChatRequest, messages: list[dict[str, Any]]) -> dict[str, Any]:
         limit = self.service.settings.max_new_tokens
         options = {"stream_options": {"include_usage": True}} if body.stream else {}
@@ -187,7 +188,7 @@ class RemoteChat:
         }
 
     def _turn(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message as the server gets it: plain text, or one part of embeddings."""
+        """A message in the server's form: plain text, or one part of embeddings."""
         content = message["content"]
         parts = [part for part in ([content] if isinstance(content, str) else content) if part != ""]
         if all(isinstance(part, str) for part in parts) and self._is_plain(text := "".join(parts)):
@@ -212,11 +213,11 @@ class RemoteChat:
         read = tokenizer.encode(text, add_special_tokens=False)
         return PLACEHOLDER not in text and read == text_ids(tokenizer, text)
 
-    # --- what comes back ----------------------------------------------------------------------------------
+    # --- the server's answer ------------------------------------------------------------------------------
     async def _chunks(self, request: dict[str, Any], end: float) -> Chunks:
-        """The chunks of a streamed answer, or the whole answer as the only one. Sent again until the first token.
+        """The chunks of a streamed answer, or the whole answer as the only one.
 
-        end: the monotonic time of the deadline. Raises ApiError.
+        Before the first token, a failed request is sent again. end: the deadline, as monotonic time. Raises ApiError.
         """
         self._open += 1
         try:
@@ -239,7 +240,7 @@ class RemoteChat:
         raise ApiError(503, text, code="engine_unreachable", retry_after=5)
 
     async def _attempt(self, request: dict[str, Any]) -> Chunks:
-        """The chunks from one server; raises _SendAgain where it fails before the first token."""
+        """The chunks from one server; raises _SendAgain if it fails before the first token."""
         held: list[Chunk] = []  # chunks before the first token
         begun = finished = False
         async with self._servers.take() as server:
@@ -300,7 +301,7 @@ class _SendAgain(Exception):
 
 
 async def _streamed(chunks: Chunks, head: dict[str, Any], usage: bool) -> AsyncGenerator[dict[str, Any] | str, None]:
-    """The server's chunks under our name, with the usage where the client asked for it."""
+    """The server's chunks with our model name, and the usage if the client asked for it."""
     async with aclosing(chunks):
         async for chunk in chunks:
             if chunk["choices"] or usage:
@@ -318,7 +319,7 @@ async def first_choice(chunks: Chunks) -> AsyncIterator[str]:
 
 
 def _said(choice: dict[str, Any]) -> dict[str, Any]:
-    """What a choice says: all, or the next piece."""
+    """The message of a choice: the whole one, or the next piece."""
     said: dict[str, Any] = choice.get("message") or choice["delta"]
     return said
 
@@ -328,7 +329,7 @@ def _has_token(choice: dict[str, Any]) -> bool:
 
 
 def _refused(status: int, error: APIStatusError) -> ApiError:
-    """What the server found wrong with the client's request, in its own words."""
+    """The server's refusal of the client's request, with the server's message."""
     said = error.body if isinstance(error.body, dict) else {}
     retry_after = 2 if status == 429 else None
     text = str(said.get("message") or f"the LLM's server refuses the request (HTTP {status})")

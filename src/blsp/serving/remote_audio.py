@@ -1,11 +1,11 @@
-"""Audio behind a URL that a request names, with --allow-remote-audio.
+"""Audio behind a URL in a request (--allow-remote-audio).
 
 In:  a public http(s) URL. Out: the file's bytes, or a refusal with the reason.
 Try: `await fetch("https://example.org/question.wav", most_bytes=25_000_000, end=time.monotonic() + 10)`
-Flow: audio_input.py → **remote_audio.py**; on the event loop, so that a slow host holds up no decoder
+Flow: audio_input.py → **remote_audio.py**, in the event loop, so that a slow host does not block a decoder
 
-No redirects, no private addresses, no compression: the bytes that are counted are the bytes that are kept. The name is
-resolved once, under the same deadline, and the connection goes to that address.
+No redirects, no private addresses, no compression: the counted bytes are the bytes in memory. The host's name is
+resolved once, within the same deadline, and the connection is made to that address.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from blsp.serving.refusals import ApiError, late
 
 FETCH_SECONDS = 20.0  # for a whole file
-PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # addresses with an IPv4 address inside are checked apart
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # addresses that contain an IPv4 address are checked separately
 
 
 async def fetch(url: str, *, most_bytes: int, end: float) -> bytes:

@@ -1,7 +1,7 @@
 """Responses API of OpenAI (POST /v1/responses), as a thin layer over chat.
 
 In:  `input` (text, or messages with `input_text`, `output_text` and `input_audio` parts) and `instructions`.
-Out: a response object, whole or as its server-sent events. Nothing is kept: every request brings its conversation.
+Out: a response object, whole or as server-sent events. Nothing is stored: each request contains its conversation.
 Try: `client.responses.create(model="blsp-tiny", input="What is the capital of Canada?")`
 Flow: app.py → **responses.py** → api.ChatRequest → app.Service.begin or remote.py → exchange.py
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from blsp.serving.app import Service
 
 TEXT_PARTS = ("input_text", "output_text")
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and their values that ask for nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that are not supported, and their values that have no effect
     "previous_response_id": (),
     "conversation": (),
     "prompt": (),
@@ -51,7 +51,7 @@ RENAMED = {  # chat's field → ours
 
 
 def as_chat(body: dict[str, Any], formatted: bool = False) -> ChatRequest:
-    """The same question as a chat request; ApiError names the fields of `body`. formatted: take `text.format`."""
+    """The same question as a chat request; ApiError names the fields of `body`. formatted: `text.format` is allowed."""
     body = api.without_nulls(body)
     for name, neutral in NEUTRAL.items():
         if name in body and not api.asks_nothing(body.pop(name), neutral):
@@ -112,7 +112,7 @@ def _message(number: int, item: Any) -> Any:
 
 
 def _renamed(refusal: ApiError, shift: bool) -> ApiError:
-    """A refusal of chat with the fields' names here. shift: the first message is `instructions`."""
+    """A refusal of chat with this API's names of fields. shift: the first message is `instructions`."""
     old = refusal.param or ""
     new = re.sub(r"^\w+", lambda name: RENAMED.get(name[0], name[0]), old)
     if shift and (number := re.match(r"input\[(\d+)\]", new)):

@@ -5,12 +5,12 @@ Out: reports: `Begun`, tokens, the end, or the error.
 Try: `scheduler = Scheduler(listener, limits); scheduler.start(); scheduler.submit(job)`
 Flow: exchange.py → job.py → fair_queue.py, hearing.py → **scheduler.py** → inference/conversation.py, llm/decoding.py
 
-Clients take turns in the queue (fair_queue.py). It is bounded; beyond that `submit` refuses with 429. Few jobs join
-between two steps, and of a long prompt one piece is run, so that newcomers do not hold up the answers in progress.
-Clips are heard in other threads (hearing.py). The key/values of finished conversations are kept (`Memory`), so the next
+Clients take turns in the queue (fair_queue.py). If it is full, `submit` refuses with 429. Only a few jobs join between
+two steps, and only a piece of a long prompt is run, so that new jobs do not delay the running answers. Clips are
+encoded in other threads (hearing.py). The key/values of finished conversations are kept (`Memory`), so that the next
 turn runs only its new part. One turn of the thread:
 
-    remove cancelled and late jobs → prefill heard jobs, a piece at a time → one token for every running job
+    remove cancelled and late jobs → prefill encoded jobs, a piece at a time → one token for each running job
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from blsp.serving.refusals import ApiError, late
 
 log = logging.getLogger("blsp.serving")
 MAX_JOINING = 4  # requests laid out between two steps
-PIECE_SECONDS = 0.25  # of prefill between two steps: what the running answers wait for
-SHORTEST_PIECE, LONGEST_PIECE = 16, 4096  # positions of a prompt that are run in one piece
-LATE_SECONDS = 0.25  # between two looks for late jobs while nothing else is to be done
-FREE_MEMORY_EVERY = 64  # answers between two returns of unused memory to the system
-KEPT_POSITIONS = 512  # per kept conversation, on average: a few long ones do not fill the memory
+PIECE_SECONDS = 0.25  # of prefill between two steps, during which running answers wait
+SHORTEST_PIECE, LONGEST_PIECE = 16, 4096  # positions of a prompt in one piece
+LATE_SECONDS = 0.25  # between two checks for late jobs while there is no other work
+FREE_MEMORY_EVERY = 64  # unused memory is returned to the system after this many answers
+KEPT_POSITIONS = 512  # per kept conversation, on average, so that a few long ones do not fill the memory
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Requests generated together, requests that may wait, conversations whose key/values are kept."""
+    """Requests in the batch, requests that may wait, and conversations whose key/values are kept."""
 
     batch: int = 16
     queue: int = 64
@@ -56,7 +56,7 @@ class Limits:
 
 
 class Scheduler:
-    """The only thread in which answers are written."""
+    """The only thread in which answers are generated."""
 
     def __init__(self, listener: Listener, limits: Limits, metrics: Metrics | None = None) -> None:
         self.listener, self.limits, self.metrics = listener, limits, metrics or Metrics()
@@ -65,7 +65,7 @@ class Scheduler:
         self._waiting: FairQueue[Job] = FairQueue(limits.queue)
         self._running: dict[Hashable, Job] = {}
         self._joining: deque[Request] = deque()  # of running jobs whose prompts are not prefilled
-        self._piece = SHORTEST_PIECE  # positions that take about PIECE_SECONDS, as the last ones did
+        self._piece = SHORTEST_PIECE  # positions that take about PIECE_SECONDS, estimated from the last piece
         self._changed = threading.Condition()  # its lock is re-entrant
         self.hearing = Hearing(listener, self._waiting, self._changed, self.metrics)
         self._stopping = False
@@ -78,8 +78,8 @@ class Scheduler:
         self.hearing.start()
 
     def submit(self, job: Job) -> None:
-        """Add `job` to the queue, or raise ApiError (429, 503). Where the queue is full, newer jobs of a client that
-        holds more of it give way."""
+        """Add `job` to the queue, or raise ApiError (429, 503). If the queue is full, newer jobs of a client with a
+        larger share are refused instead."""
         with self._changed:
             for newer in self.check_room(job.client, job.seconds):
                 self._waiting.discard(newer)
@@ -90,7 +90,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def check_room(self, client: str, seconds: float = 0.0) -> list[Job]:
-        """Raise ApiError where the queue has no room for this much speech; else the jobs that must give way to it."""
+        """The jobs that must leave the queue for this much speech; ApiError if it has no room."""
         with self._changed:
             if self._stopping:
                 raise ApiError(503, "the server is shutting down", code="shutting_down")
@@ -103,7 +103,7 @@ class Scheduler:
             return yielding
 
     def _queue_full(self) -> ApiError:
-        """The refusal, with a guess when to come back: two seconds of work per batch of waiting jobs."""
+        """The refusal, with an estimate of the wait: two seconds for each batch of waiting jobs."""
         retry_after = max(1, 2 * len(self._waiting) // self.limits.batch)
         text = f"too many requests are waiting; try again in {retry_after} s"
         return ApiError(429, text, code="queue_full", retry_after=retry_after)
@@ -125,7 +125,7 @@ class Scheduler:
         while self._wait():
             try:
                 self._turn()
-            except Exception as error:  # the running answers are lost; a fresh decoder serves the next jobs
+            except Exception as error:  # the running answers are lost; a new decoder serves the next jobs
                 self._give_up(error, list(self._running.values()))
                 self._decoder = Decoder(self.listener.model)
                 self._joining.clear()
@@ -138,11 +138,11 @@ class Scheduler:
                     return False
                 self._changed.wait()
             if not self._running and not any(job.ready for job in self._waiting):
-                self._changed.wait(LATE_SECONDS)  # all of them are being heard; some may be late
+                self._changed.wait(LATE_SECONDS)  # all waiting jobs are being encoded; some may become late
         return True
 
     def _turn(self) -> None:
-        """Remove jobs, add jobs, generate one token for every running job."""
+        """Remove jobs, add jobs, generate one token for each running job."""
         self._remove_late()
         self._joining.extend(filter(None, map(self._prepare, self._next())))
         if joining := self._prefilled():
@@ -174,7 +174,7 @@ class Scheduler:
         self._joining = deque(request for request in self._joining if request.key in self._running)
 
     def _next(self) -> list[Job]:
-        """The next jobs whose clips are heard, as many as may join now."""
+        """The next jobs whose clips are encoded, as many as may join now."""
         free = min(self.limits.batch - len(self._running), MAX_JOINING)
         with self._changed:
             taken = list(islice((job for job in self._waiting if job.ready), free))
@@ -185,8 +185,9 @@ class Scheduler:
         return taken
 
     def _prefilled(self) -> list[Request]:
-        """The requests that join now: the next ones whose prompts are one piece together. Of a longer prompt one piece
-        is run, and it goes to the end of the line; so short ones pass it, and running answers wait for one piece."""
+        """The requests that join now: the next ones whose prompts fit into one piece together. Of a longer prompt one
+        piece is run, then it goes to the end of the line; so short ones overtake it, and running answers wait for only
+        one piece."""
         if not self._joining:
             return []
         joining, room = [self._joining.popleft()], self._piece
@@ -202,12 +203,12 @@ class Scheduler:
         return joining
 
     def _set_piece(self, positions: int, seconds: float) -> None:
-        """The next piece, after one of so many positions: shorter on a busy or slow machine and late in a prompt."""
+        """Set the size of the next piece from the time of the last: smaller on a slow machine and late in a prompt."""
         fitting = int(positions * PIECE_SECONDS / max(seconds, 1e-6))
         self._piece = min(max(fitting, SHORTEST_PIECE), LONGEST_PIECE)
 
     def _prepare(self, job: Job) -> Request | None:
-        """The job's request for the decoder; None where it ends here (no speech, a read-out, too long, an error)."""
+        """The job's request for the decoder; None if the job ends here (no speech, a read-out, too long, an error)."""
         try:
             if job.failure:
                 raise job.failure
@@ -219,12 +220,12 @@ class Scheduler:
         return None
 
     def _read_out(self, job: Job) -> None:
-        """End the job with the read-out, or with its clips' vectors alone; there is nothing to decode."""
+        """End the job with the read-out, or only with its clips' vectors; nothing is decoded."""
         job.report(Begun(0, sum(len(clip.vectors) for clip in job.heard or ())))
         self._end(job, job.read or Done())
 
     def _request(self, job: Job, messages: list[dict[str, Any]]) -> Request | None:
-        """What the decoder gets, with the key/values that are kept; None where the job ended here."""
+        """The decoder's request, after the kept key/values; None if the job ended here."""
         clips = [part for part in messages[-1]["parts"] if isinstance(part, AudioEmbeds)]
         if clips and not any(clip.speech for clip in clips):
             job.report(Begun(0, 0))
@@ -275,7 +276,7 @@ class Scheduler:
 
 
 def as_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in the form of conversation.py; clips without speech are left out."""
+    """A message in the form that conversation.py needs, without clips without speech."""
     parts = [part for part in message["parts"] if isinstance(part, str) or part.speech]
     if message["role"] == "user":
         return user_turn(parts)

@@ -71,7 +71,7 @@ class JsonLines(logging.Formatter):
 
 
 def check_exposure(settings: ServeSettings) -> None:
-    """Exit where others could connect without a key, unless --insecure allows it."""
+    """Exit if other machines could connect without a key, unless --insecure allows it."""
     if not is_local(settings.host) and not settings.keys and not settings.insecure:
         raise SystemExit(
             f"--host {settings.host} is open to other machines: set $BLSP_API_KEY (or --api-key), or give --insecure"
@@ -79,7 +79,7 @@ def check_exposure(settings: ServeSettings) -> None:
 
 
 def reserve(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, before anything is loaded; it listens once the server has started."""
+    """A socket bound to the address before the model is loaded; it listens when the server has started."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)

@@ -1,10 +1,10 @@
-"""Routes that write speech down: transcriptions, and translations into English.
+"""Routes for transcripts of speech, and for translations into English.
 
-In:  an uploaded recording, and how to write it. Out: JSON, text or subtitles, whole or as server-sent events.
+In:  an uploaded recording, and options. Out: JSON, text or subtitles, whole or as server-sent events.
 Try: `curl localhost:8000/v1/audio/transcriptions -F file=@question.wav -F response_format=srt`
 Flow: app.py → **transcription.py** → audio_input.py → exchange.py → scheduler.py; inference/transcript.py (formats)
 
-A recording is cut at pauses into pieces that the model hears well, which are asked one after another.
+A recording is cut at pauses into pieces of a good length for the model, which are processed one after another.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMATS = ("json", "text", "verbose_json", "srt", "vtt")
 TIMED = ("verbose_json", "srt", "vtt")
 GRANULARITIES = ("segment", "word")
 MAX_TOKENS = 256  # of a piece
-SHOWN = (  # translations that the LLM is shown; without them a small one answers questions (docs/log.md)
+SHOWN = (  # examples of translations for the LLM; without them a small LLM answers the questions (docs/log.md)
     ("Wo ist der Bahnhof?", "Where is the train station?"),
     ("Quelle heure est-il ?", "What time is it?"),
     ("What is your name?", "What is your name?"),
@@ -54,7 +54,7 @@ ROUTES: dict[Task, str] = {"transcribe": "transcriptions", "translate": "transla
 
 @dataclass(frozen=True)
 class Wanted:
-    """How the text of a recording is to be written. language: a code of Whisper's, None where it was not given."""
+    """The wanted form of a recording's text. language: a code of Whisper's, or None if it was not given."""
 
     task: Task
     format: str
@@ -87,8 +87,8 @@ class Transcriptions:
         temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
         stream: Annotated[bool, Form()] = False,
     ) -> Response:
-        """Transcribe: the adapter's read-out where it has one, else the LLM's repetition. model=recogniser: the
-        recogniser of the comparison instead."""
+        """Transcribe: the adapter's read-out if it has one, otherwise the LLM's repetition. model=recogniser: the
+        recogniser of the page's comparison instead."""
         wanted = Wanted(
             "transcribe",
             response_format,
@@ -127,10 +127,10 @@ class Transcriptions:
         self.service.log_answer(route, 200, began, None, transcript.text)
         return answer(transcript, wanted, self._language(wanted))
 
-    # --- what is asked ------------------------------------------------------------------------------------
+    # --- checks -------------------------------------------------------------------------------------------
 
     def _check(self, form: FormData, wanted: Wanted) -> None:
-        """Refuse, by name, what would change the transcript and is not supported."""
+        """Refuse, by name, unsupported fields that would change the transcript."""
         refused = dict.fromkeys((name for name in NOT_TAKEN if form.get(name) or form.get(f"{name}[]")), "is")
         if len(form.getlist("file")) > 1:
             raise _refusal("file", "is given more than once; send each recording by itself", "invalid_value")
@@ -166,15 +166,15 @@ class Transcriptions:
             raise _refusal(name, "the words of this text have no times, only its segments; leave out word")
 
     def _reads_out(self, wanted: Wanted) -> bool:
-        """Whether the adapter's read-out is the answer; else the LLM writes it."""
+        """Whether the answer is the adapter's read-out; otherwise the LLM writes it."""
         return self.listener.reads_out and (wanted.task == "transcribe" or self.english_only)
 
     def _language(self, wanted: Wanted) -> str:
-        """The English name of the language of the text, as OpenAI writes it."""
+        """The English name of the text's language, in OpenAI's spelling."""
         english = wanted.task == "translate" or self.english_only
         return "english" if english else LANGUAGES[wanted.language] if wanted.language else "unknown"
 
-    # --- what is said -------------------------------------------------------------------------------------
+    # --- the transcript -----------------------------------------------------------------------------------
 
     async def _spoken(self, request: Request, clip: np.ndarray, wanted: Wanted) -> AsyncIterator[Segment]:
         """The text of each piece of the recording, with its time in the recording."""
@@ -207,7 +207,7 @@ class Transcriptions:
                 yield Segment(*sounding(piece), text, exchange.words)
 
     def _messages(self, wanted: Wanted, clip: np.ndarray) -> list[dict[str, Any]]:
-        """What the LLM is asked about a piece."""
+        """The messages for the LLM about a piece."""
         translated = wanted.task == "translate" and not self.english_only
         instruction = instruction_for("translate:en" if translated else "repeat") + "\n"
         messages: list[dict[str, Any]] = []
@@ -235,7 +235,7 @@ def _granularities(form: Any) -> tuple[str, ...]:
 
 
 def language_code(language: str) -> str:
-    """Whisper's code of a language: of a code, a name, or a tag such as en-US."""
+    """Whisper's code of a language, from a code, a name, or a tag such as en-US."""
     name = language.strip().lower()
     for code in (name, name.partition("-")[0], TO_LANGUAGE_CODE.get(name)):
         if code in LANGUAGES:
