@@ -1,7 +1,7 @@
 """BLSP for everyone: teach a frozen text LLM to listen.
 
-Importing `blsp` does nothing: no torch, no network, no work. The public names below are imported from their
-modules when they are first used. docs/architecture.md lists every file.
+Importing `blsp` imports no torch and does no work. The public names below are imported from their modules when they are
+first used. docs/architecture.md lists all files.
 
     import blsp
     listener = blsp.load()                      # the shipped adapter

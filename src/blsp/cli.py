@@ -30,7 +30,7 @@ EXTRAS = {  # a package that may be missing -> our extra that installs it
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its name, the module and name of its function, a line about it; its settings are `NameSettings`."""
+    """A command: its name, its module and function, one line about it. The class of its settings is `NameSettings`."""
 
     name: str
     module: str
@@ -79,7 +79,7 @@ BLSP_TRACEBACK=1 shows where an error came from.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; a wrong flag exits with 2 from within tyro."""
+    """Run one command and return its exit code; for a wrong flag, tyro exits with 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(arguments)
@@ -114,13 +114,13 @@ def _main(arguments: list[str]) -> int:
 
 
 def help_text() -> str:
-    """What `blsp --help` prints, written without tyro so that it comes at once."""
+    """The text of `blsp --help`, made without tyro, which would be slow."""
     commands = "\n".join(f"  {name:<12}{command.summary}" for name, command in COMMANDS.items())
     return f"{HEADER}\n{commands}\n\n{FOOTER}".rstrip()
 
 
 def parse(name: str, flags: Sequence[str]) -> Any:
-    """The settings of command `name`; a wrong flag makes tyro explain itself and exit with 2."""
+    """The settings of command `name`; for a wrong flag, tyro prints an explanation and exits with 2."""
     from blsp import settings
     from blsp.settings.flags import read_settings
 
@@ -129,12 +129,12 @@ def parse(name: str, flags: Sequence[str]) -> Any:
 
 
 def run(command: Command, settings: Any) -> int:
-    """Call the command's function; an expected error becomes one line, another also shows where it arose."""
+    """Call the command's function; an expected error is printed as one line, another one with its traceback."""
     import logging
 
     from blsp.settings import SettingsError
 
-    # transformers imports torchao where it is installed, and that warns of GPU libraries that this machine cannot load
+    # transformers imports torchao if it is installed; torchao warns about GPU libraries that cannot be loaded
     for noisy in ("torchao", "torch.utils._pytree"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
@@ -149,8 +149,8 @@ def run(command: Command, settings: Any) -> int:
 
 
 def _failed(error: Exception) -> int:
-    """One line for what a user can mend; the traceback too for what only we can, or with BLSP_TRACEBACK."""
-    # our own classes, and the kinds that we raise or let through with a message meant for users
+    """Print one line for an error that a user can solve; also the traceback for others, or with BLSP_TRACEBACK."""
+    # our own classes, and classes of errors whose messages are written for users
     ours = type(error).__module__.partition(".")[0] == "blsp"
     expected = ours or isinstance(error, OSError | ValueError | ImportError | NotImplementedError)
     if not expected or os.environ.get("BLSP_TRACEBACK"):
@@ -179,7 +179,7 @@ class PluginError(ImportError):
 
 
 def load_plugins() -> None:
-    """Import every plugin once, before flags are read; raises PluginError for one that is not there or fails.
+    """Import all plugins once, before flags are read; raises PluginError for one that is missing or fails.
 
     Plugins are the modules and files that BLSP_PLUGINS names, separated by commas, and installed packages with an
     entry point in the group `blsp.plugins`. They add entries to `ADAPTERS`, `LOSSES` and `READERS`.

@@ -1,12 +1,12 @@
-"""Device, number format and rank of this process, and the operations that ranks do together.
+"""Device, number format and rank of this process, and the collective operations of the ranks.
 
-`torchrun` or `accelerate launch` start the processes and give each its rank through the environment; without them there
-is one process. Ranks share work by row and meet in a few sums.
+`torchrun` or `accelerate launch` start the processes and set each one's rank in its environment; without them there is
+one process. Ranks share work by row and exchange a few sums.
 
 In:    the names of a device and a number format, or "auto"; the launcher's environment variables.
 Out:   a `Runtime`, which every function that computes gets as an argument.
 Try:   torchrun --nproc-per-node 2 -m blsp encode --manifest in.jsonl --audio-model A --cache DIR
-Flow:  a command finds its runtime first, then loads models onto it.
+Flow:  each command calls `find_runtime` first, then loads models onto its device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Ranks may finish their shares hours apart, so a barrier is patient. In a training step they are never far apart.
+# Ranks may finish their shares hours apart, so a barrier waits long. In a training step they are never far apart.
 PATIENCE = timedelta(days=1)
 COLLECTIVE_MINUTES = 30.0
 WEIGHTS = ("bfloat16", "int8", "int4")  # formats of the LLM's weights (llm/quantise.py)
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where this process computes, how frozen weights are held, and which share of the work is its own."""
+    """Device, number format of frozen weights, and the rank, which decides this process's share of the work."""
 
     device: torch.device
     dtype: torch.dtype
@@ -54,11 +54,10 @@ def find_runtime(
 ) -> Runtime:
     """This process's runtime; joins the other ranks when a launcher started several.
 
-    `device`: "auto" (CUDA where there is one, else CPU), or any torch device. `dtype`: "auto" is bfloat16 on
-    a CUDA device that computes in it, float32 otherwise (float16 overflows in some LLMs: only by name);
-    "fastest" is bfloat16 on a processor that multiplies it too, where figures then depend on the processor.
-    `weights`: the format of the LLM's weights, one of WEIGHTS, if not `dtype`. `minutes`: how long a rank waits for
-    the others in a sum before it gives up.
+    `device`: "auto" (CUDA if there is one, otherwise CPU), or any torch device. `dtype`: "auto" is bfloat16 on a CUDA
+    device that computes in it, otherwise float32 (float16, which overflows in some LLMs, must be named); "fastest" is
+    bfloat16 also on a CPU that computes in it, so that results depend on the CPU. `weights`: the format of the LLM's
+    weights, one of WEIGHTS, if not `dtype`. `minutes`: how long a rank waits for the others in a sum before it fails.
     """
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights {weights!r} are not known; choose one of {', '.join(WEIGHTS)}")
@@ -78,7 +77,7 @@ def find_runtime(
 
 
 def _has_bfloat16(device: torch.device, *, processors: bool) -> bool:
-    """Whether the device multiplies it in hardware: CUDA from Ampere on, processors with AVX-512 BF16 or AMX."""
+    """Whether the device computes bfloat16 in hardware: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     instructions = torch.cpu.get_capabilities() if processors and device.type == "cpu" else {}
@@ -127,24 +126,24 @@ def leave(runtime: Runtime) -> None:
 
 
 def shard_rows(n: int, runtime: Runtime) -> range:
-    """This rank's share of the rows 0..n-1: every world-th one, so that a sorted file is dealt out evenly."""
+    """This rank's share of the rows 0..n-1: every world-th one, so that a sorted file is divided evenly."""
     return range(runtime.rank, n, runtime.world)
 
 
 def barrier(runtime: Runtime) -> None:
-    """Wait until every rank is here."""
+    """Wait until all ranks have called it."""
     if runtime.world > 1:
         dist.barrier(group=_patient_group())
 
 
 @cache
 def _patient_group() -> Any:
-    """A group of all ranks, made when the first barrier is reached, that waits as long as `PATIENCE`."""
+    """A group of all ranks whose time-out is `PATIENCE`, made at the first barrier."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def gathered(value: T) -> list[T]:
-    """The `value` of every rank, in their order, on every rank; of this process alone where no launcher started it."""
+    """The values of all ranks, in order, on each rank; without a launcher, only this process's."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -153,7 +152,7 @@ def gathered(value: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first rank's `make` returns, on every rank; the others do not call it."""
+    """The result of the first rank's `make`, on each rank; the other ranks do not call it."""
     if not dist.is_initialized():
         return make()
     made = [make() if dist.get_rank() == 0 else None]
@@ -162,7 +161,7 @@ def from_first(make: Callable[[], T]) -> T:
 
 
 def shared(items: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
-    """`work` of each item, in order, on every rank; each rank does every world-th of them."""
+    """The result of `work` for each item, in order, on each rank; each rank computes every world-th of them."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     for start in range(0, len(items), world):
         mine = start + rank
@@ -171,7 +170,7 @@ def shared(items: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
 
 
 def sum_across(tensor: Tensor, runtime: Runtime) -> Tensor:
-    """The sum over all ranks of a tensor of equal shape on each; the argument stays as it is."""
+    """The sum over all ranks of a tensor with the same shape on each; the argument does not change."""
     if runtime.world == 1:
         return tensor
     total = tensor.detach().clone()
@@ -182,8 +181,8 @@ def sum_across(tensor: Tensor, runtime: Runtime) -> Tensor:
 def reduce_gradients(params: Iterable[nn.Parameter], runtime: Runtime) -> None:
     """Replace each gradient by its sum over the ranks, in one message.
 
-    The loss is normalised by the count over all ranks beforehand, so that a sum is what one process would
-    have. A parameter without a gradient on every rank keeps none; one that some ranks lack counts as zero.
+    The loss was divided by the count over all ranks, so the sum equals the gradient of one process. A parameter that
+    has no gradient on any rank keeps none; a gradient that is missing on some ranks counts as zero there.
     """
     if runtime.world == 1:
         return
@@ -204,12 +203,12 @@ def reduce_gradients(params: Iterable[nn.Parameter], runtime: Runtime) -> None:
 
 
 def shard_language_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
-    """Spread the decoder layers of a large frozen LLM over the ranks (FSDP2); each is gathered while it runs.
+    """Split the decoder layers of a large frozen LLM over the ranks (FSDP2); each layer is gathered while it runs.
 
-    Embeddings, final norm and head stay whole on each rank: they are called apart from the layers (prefix,
-    response logits) and are small beside them. Every rank must call the model equally often, or the others wait for
-    ever. Key/values that are kept in a cache must be computed without gradient: FSDP hooks into outputs, not into
-    caches. The model is changed in place and returned.
+    Embeddings, final norm and head are whole on each rank: they are called separately from the layers (prefix, response
+    logits), and are small compared with them. All ranks must call the model equally often; otherwise they wait without
+    end. Cached key/values must be computed without gradient, as FSDP has hooks on outputs, not on caches. The model is
+    changed in place and returned.
     """
     if runtime.world == 1:
         return model
@@ -239,7 +238,7 @@ MALLOC_OPTIONS = {-3: 2**30, -1: 2**31 - 1, -2: 2**26}  # M_MMAP_THRESHOLD, M_TR
 def keep_freed_memory() -> bool:
     """Keep freed CPU memory in the process (glibc) and let torch ask for huge pages; False where there is no glibc.
 
-    It saves a sixth of a training step on the CPU. Call it before the first tensor: torch reads its switch once.
+    It saves a sixth of a training step on the CPU. Call it before the first tensor, as torch reads the variable once.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -249,7 +248,7 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> bool:
-    """Return freed pages to the system, also those between pages in use (glibc); elsewhere nothing happens: False."""
+    """Return freed pages to the system, also those between used pages (glibc); False without glibc."""
     if platform.libc_ver()[0] != "glibc":
         return False
     ctypes.CDLL(None).malloc_trim(0)

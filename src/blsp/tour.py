@@ -1,12 +1,12 @@
-"""Tour of the whole method on real speech, in minutes: every step is a command that a user could type.
+"""Tour of the whole method on real speech, in minutes: each step is a command that a user could type.
 
 In:  the recordings of `examples/speech/` and the embedded default models; nothing is downloaded.
-Out: a folder with everything that was made, and for each step its input and its output, printed.
+Out: a folder with all files that were made; the input and the output of each step, printed.
 Try: `blsp tour`
 Flow: corpora → manifest → continuations (step 1) → speech features → alignment training (step 2) → checkpoint
       → inference → evaluation: **tour.py** runs them through cli.py, as a user would.
 
-A step that was finished with the same commands is shown again, not repeated. Bad results are shown too.
+A finished step with the same commands is shown again, not repeated. Bad results are shown too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LLM = "embedded:smollm2-135m-instruct"
 ENCODER = "embedded:whisper-tiny.en"
 TOP_K = "32"
-HELD_OUT = 24  # training recordings kept back for the probes
+HELD_OUT = 24  # training recordings that are held out for the probes
 SHOWN = 5  # clips shown of each set
 Rows = list[dict[str, Any]]
 
@@ -41,7 +41,7 @@ class TourError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stop:
-    """One step of the tour: its reason, how long it takes, its commands, and what there is to see afterwards."""
+    """One step of the tour: its reason, its duration, its commands, and a function that describes its results."""
 
     name: str
     reason: str
@@ -51,7 +51,7 @@ class Stop:
 
 
 def tour(settings: TourSettings) -> None:
-    """`blsp tour`: run every step, or show it again where an earlier tour has finished it."""
+    """`blsp tour`: run each step, or show it again if an earlier tour has finished it."""
     if not (settings.speech / "train.jsonl").exists():
         raise SettingsError(
             f"--speech {settings.speech}: no train.jsonl there; run the tour in a checkout of the repository, "
@@ -69,9 +69,9 @@ def tour(settings: TourSettings) -> None:
 
 
 def visit(stop: Stop, folder: Path, commands: list[list[str]]) -> str:
-    """Run a step and record what there is to see; a step with a record is only shown.
+    """Run a step and store the description of its results; a step with a stored description is only shown.
 
-    commands: those of all steps up to this one. Where one of them has changed, the record does not count.
+    commands: of all steps up to this one; if one of them has changed, the stored description is not used.
     """
     with RecordLog[dict[str, Any]](folder / f"{stop.name.replace(' ', '-')}.jsonl", digest_of(commands)) as log:
         if stop.name in log.records:
@@ -176,9 +176,9 @@ def plan(settings: TourSettings) -> list[Stop]:
     ]  # fmt: skip
 
 
-# --- what there is to see ---------------------------------------------------------------------------------
+# --- descriptions of results ------------------------------------------------------------------------------
 def read_manifest(path: Path) -> Rows:
-    """All rows of a small manifest, as they are in the file."""
+    """All rows of a small manifest, unchanged."""
     return [row for _, row in read_rows(path)]
 
 
@@ -188,7 +188,7 @@ def read_clips(manifest: Path) -> Rows:
 
 
 def training_rows(manifest: Path, held_out: int) -> Rows:
-    """The rows that were trained on: all but those that `--held-out` keeps for its probes."""
+    """The rows of the training data: all but those that `--held-out` holds out for the probes."""
     from blsp.data.manifest import Utterance
     from blsp.training.dataset import learnt_from
 
@@ -198,7 +198,7 @@ def training_rows(manifest: Path, held_out: int) -> Rows:
 
 
 def divergence_text(metrics: str | Path) -> str:
-    """Divergence between listening and reading at the first and the last probe; that of exchanged clips too."""
+    """Divergence of speech from text at the first and the last probe, also with exchanged clips."""
     probes = [row for row in read_manifest(Path(metrics)) if "train_kl" in row or "train_wer" in row]
     lines = ["divergence of speech from text, nats per token (0: the LLM treats speech as it treats text)"]
     labels = {
@@ -217,7 +217,7 @@ def divergence_text(metrics: str | Path) -> str:
 
 
 def comparison_text(adapter: str, before: str | None, clips: dict[str, Rows], device: str) -> str:
-    """Five clips of each set, as transcript, read-out and answers; word error rates of the whole sets below."""
+    """Five clips of each set, with transcript, read-out and answers; then word error rates of the whole sets."""
     from blsp.inference.listener import Question, load
     from blsp.llm.instructions import instruction_for
 

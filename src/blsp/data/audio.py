@@ -6,11 +6,10 @@ Out: samples (N,) float32, or an `AudioError` that names the source if it is not
 Try: `load_audio("clip.opus", start=1.5, duration=2.0)`, `probe_audio("clip.opus").seconds`
 Flow: data/ — every step that needs samples calls this file.
 
-Files are decoded in blocks, from `start` on, so a piece of a ten-hour recording takes no longer than the same piece of
-a short one. A piece is exact: it equals the same slice of the whole clip. libsndfile decodes the files that it reads to
-their true end, FFmpeg the others (containers.py). Three faults of libsndfile are corrected here: it decodes truncated
-files without an error, trusts wrong lengths in headers, and seeks in mp3, vorbis and opus without decoding the frames
-that the next ones depend on.
+Files are decoded in blocks, from `start` on: only the piece takes time, not the whole recording. A piece is exact: it
+equals the same slice of the whole clip. libsndfile or FFmpeg decodes the file (containers.py). Three faults of
+libsndfile are corrected here: it decodes truncated files without an error, trusts wrong lengths in headers, and seeks
+in mp3, vorbis and opus without decoding the frames that the next ones depend on.
 
 Shapes: N samples at 16 kHz, n samples of a block at the file's rate, C channels.
 """

@@ -66,20 +66,20 @@ class EvaluateSettings:
     llm: Llm = None
     rescore: Rescore = "auto"
     suite: str | None = None
-    """a named set of tasks, e.g. tiny"""
+    """a named set of tasks, such as tiny"""
     task: tuple[str, ...] = ()
     """single tasks, by name or by YAML file"""
     routes: tuple[Literal["text", "cascade", "speech"], ...] = ("text", "cascade", "speech")
-    """the ways to ask"""
+    """the routes on which questions are asked"""
     data: Path | None = None
     """the folder of the suite's manifests; without: corpus/ in the cache folder (`make eval-data`)"""
     asr: str | None = None
     """the recogniser of the cascade: a CTranslate2 folder, a size of faster-whisper (large-v3), or a model that
     transformers loads (without: the adapter's own Whisper)"""
     asr_compute: Literal["int8", "float32", "auto"] = "int8"
-    """the number type of faster-whisper; auto times both and takes the faster, so runs may differ"""
+    """the number format of faster-whisper; auto measures both and takes the faster one, so runs may differ"""
     normalise: Normalise = "none"
-    """the transcripts of the text route: as given, or through Whisper's normaliser (paper)"""
+    """the transcripts of the text route: as given, or normalised with Whisper's normaliser (paper)"""
     peer: tuple[str, ...] = ()
     """OpenAI-compatible servers that take speech, as further columns: MODEL@URL (key: OPENAI_API_KEY)"""
     judge: str | None = None
@@ -89,11 +89,11 @@ class EvaluateSettings:
     limit: Limit = None
     """ask only this many questions of each task"""
     batch_size: int = 128
-    """questions answered together; give a smaller number where memory is short"""
+    """questions answered together; give a smaller number if there is little memory"""
     seed: int = 0
-    """draws the bootstrap samples"""
+    """random seed of the bootstrap samples"""
     bootstrap: int = 1000
-    """samples behind each confidence interval"""
+    """bootstrap samples for each confidence interval"""
     device: Device = "auto"
     dtype: Dtype = "auto"
     config: ConfigFile = None
@@ -106,10 +106,10 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class GenerateSettings:
-    """Answer every row of a manifest, spoken or written.
+    """Answer each row of a manifest, spoken or written.
 
-    Writes the rows with their `response`, in their order. The `instruction` of a row comes before the
-    command's; a row without audio is asked as text. After a kill the same command continues.
+    Writes the rows with their `response`, in order. A row's own `instruction` replaces the command's; a row without
+    audio is asked as text. After a kill the same command continues.
 
         $ blsp generate --manifest questions.jsonl --out answers.jsonl --instruction "Answer the question."
     """
@@ -125,15 +125,15 @@ class GenerateSettings:
     manifest: str
     """the rows to answer: a manifest or a glob"""
     out: Path
-    """the rows plus `response`"""
+    """the file to write: the rows with `response`"""
     model: Model = DEFAULT_MODEL
     audio_model: AudioModel = None
     llm: Llm = None
     rescore: Rescore = "auto"
     instruction: str | None = None
-    """what to do, e.g. "Translate the following text into German. Write only the translation:"; without: answer"""
+    """such as "Translate the following text into German. Write only the translation:"; without: the LLM answers"""
     order: Order = "instruction-first"
-    """the position of the speech: after the instruction (paper) or before it; use the order of the training"""
+    """the position of the speech: after the instruction (paper) or before it; use the same order as in training"""
     max_new_tokens: int = 128
     """the most tokens of an answer (paper, zero-shot: 128)"""
     temperature: Temperature = 0.0
@@ -157,8 +157,8 @@ class GenerateSettings:
 class TranscribeSettings:
     """Write down the words of recordings, as text, as JSON with times, or as subtitles.
 
-    No recogniser is loaded. An adapter that reads out has tokens of its own, and the LLM chooses the most natural
-    of the best sequences; --readout leaves the LLM out. With the other adapters the LLM repeats the speech.
+    No recogniser is loaded. An adapter that reads out gives the likeliest sequences of tokens, and the LLM chooses one
+    of them; with --readout the LLM is not used. With other adapters the LLM repeats the speech.
 
         $ blsp transcribe meeting.wav question.mp3 --out transcripts.jsonl
         $ blsp transcribe meeting.wav --out meeting.srt
@@ -178,20 +178,21 @@ class TranscribeSettings:
     audio_model: AudioModel = None
     llm: Llm = None
     readout: bool = False
-    """the tokens that the adapter reads out, without the LLM"""
+    """write the tokens that the adapter reads out, without the LLM"""
     repeat: bool = False
-    """the LLM repeats the speech, even where the adapter reads out"""
+    """let the LLM repeat the speech, even if the adapter reads out"""
     out: Path | None = None
     """write to this file instead of the screen; several recordings as txt, json, srt or vtt: to this folder"""
     format: TranscriptFormat | None = None
-    """jsonl: one line of JSON a recording; json, srt and vtt: with times (default: as --out ends, else jsonl)"""
+    """jsonl: one line of JSON for each recording; json, srt and vtt: with times (default: the suffix of --out, or
+    jsonl)"""
     timestamps: bool = False
-    """times of the words, in jsonl and txt too"""
+    """times of the words, also in jsonl and txt"""
     aligner: str | None = None
-    """an adapter that reads out (blsp-tiny): it times the words of one that does not"""
+    """an adapter that reads out (blsp-tiny), to find the times of words for an adapter that does not"""
     vad: VoiceActivity = "auto"
-    """search for speech first, by Silero's detector (pip install 'blsp[cascade]'); auto: in recordings above 30 s,
-    where it is installed"""
+    """search for speech first, with Silero's detector (pip install 'blsp[cascade]'); auto: in recordings of more than
+    30 s, if it is installed"""
     max_new_tokens: int = 256
     """the most tokens of a transcript"""
     batch_size: int = 16
@@ -216,13 +217,13 @@ class TranscribeSettings:
 
     @property
     def written_as(self) -> TranscriptFormat:
-        """The format, as given or as the name of --out ends."""
+        """The given format, or the suffix of --out."""
         endings: dict[str, TranscriptFormat] = {f".{kind}": kind for kind in get_args(TranscriptFormat)}
         return self.format or endings.get(self.out.suffix if self.out else "", "jsonl")
 
     @property
     def folder(self) -> Path | None:
-        """The folder of files, one a recording; None where there is one file, or the screen."""
+        """The folder with a file for each recording; None if the output is one file, or the screen."""
         if self.written_as == "jsonl" or self.out is None:
             return None
         return self.out if len(self.files) > 1 or self.out.is_dir() or not self.out.suffix else None
@@ -267,7 +268,7 @@ class ChatSettings:
     """draws samples"""
     device: Device = "auto"
     dtype: Literal["fastest"] | Precision = "fastest"
-    """the type of the frozen weights; fastest: bfloat16 where the device multiplies it, else float32"""
+    """the number format of the frozen weights; fastest: bfloat16 if the device computes in it, otherwise float32"""
     weights: LlmWeights = None
 
     def __post_init__(self) -> None:
@@ -279,9 +280,9 @@ class ChatSettings:
 class ExportSettings:
     """Write one self-contained Hugging Face folder: encoder, LLM and the code that runs them.
 
-    transformers loads it without this package (trust_remote_code=True), on a machine without the frozen models. It is
-    the form for the hub (docs/hub.md), and for vllm serve: adapters conv and stack, with this package installed beside
-    vLLM (docs/serving.md).
+    transformers loads it without this package (trust_remote_code=True) and without the frozen models. It is the form
+    for the hub (docs/hub.md), and for vllm serve (adapters conv and stack, with this package installed beside vLLM;
+    docs/serving.md).
 
     $ blsp export --model runs/x/adapter --out merged/
     """
@@ -293,23 +294,23 @@ class ExportSettings:
     audio_model: AudioModel = None
     llm: Llm = None
     dtype: Dtype = "auto"
-    """the type of the stored weights; auto: as in the frozen models"""
+    """the number format of the stored weights; auto: as in the frozen models"""
     results: Path | None = None
     """results.json of `blsp evaluate`, for the metadata of the card; without it, as the adapter's card says"""
 
 
 @dataclass(frozen=True)
 class MoveSettings:
-    """Move an adapter that reads out to another LLM: it listens at once, without training.
+    """Move an adapter that reads out to another LLM, without training.
 
-    The tokens that both LLMs have are read out; a matrix takes the vectors from one LLM's embeddings to the other's.
+    The tokens that both LLMs have are read out; the new LLM gets its own embeddings of them.
 
     $ blsp move --model blsp-tiny --llm embedded:qwen2.5-coder-1.5b-instruct --out moved/
     $ blsp chat --model moved
     """
 
     llm: str
-    """the LLM that is to listen: a folder, a hub id or an embedded: name"""
+    """the other LLM: a folder, a hub id or an embedded: name"""
     out: Path
     """the adapter folder to write"""
     model: Model = DEFAULT_MODEL
@@ -320,20 +321,20 @@ class MoveSettings:
 
 @dataclass(frozen=True)
 class TourSettings:
-    """Run every step on real speech, on the CPU of a laptop, in minutes.
+    """Run all steps on real speech, on the CPU of a laptop, in minutes.
 
     corpora → manifest → continuations → speech features → alignment training → checkpoint → inference →
     evaluation.
 
-    Prints for each step its input and its output. A second run resumes instead of repeating.
+    Prints the input and the output of each step. A second run resumes.
 
         $ blsp tour
     """
 
     out: Path = Path("runs/tour")
-    """the folder for everything that the tour makes"""
+    """the folder for all files of the tour"""
     speech: Path = Path("examples/speech")
-    """the recordings to learn from and to show"""
+    """the recordings for training and for the examples"""
     cold: bool = False
-    """train a fresh adapter even where the shipped one could be adapted"""
+    """train a new adapter instead of adapting the shipped one"""
     device: Device = "auto"

@@ -3,14 +3,14 @@
 In:  a settings class and the flags. `--config FILE` among them names a YAML mapping of the same flags, with
      hyphens or underscores: `batch-size: 64`, `augment: [speed, noise]`, `pad-to-30s: true`, `cache: null`
      (not given).
-Out: the settings. The values of the file are the defaults of the flags, so a typed flag replaces them; with `--paper`,
-     the paper's values lie under both. A flag that takes several values may be given several times.
+Out: the settings. A typed flag replaces the file's value, and the file's value replaces that of `--paper`. A flag with
+     several values may be given several times.
 Try: `read_settings(TrainSettings, ["--config", "recipes/blsp-tiny/train.yaml"], prog="blsp train")`
 Flow: cli.py → **flags.py** → tyro, over the classes of pipeline.py, training.py and applications.py
 
-A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage is the top level
-with its own flags added. It writes to OUT/stages/NAME and starts from the stage before, or from what its own
-`init-from` names: earlier stages or adapters. A typed `--init-from` is where the first stage starts.
+A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage has the flags of the top
+level and its own. It writes to OUT/stages/NAME and starts from the adapter of the previous stage, or from its own
+`init-from` (earlier stages or adapters). The first stage starts from a typed `--init-from`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NOT_IN_FILES = ("config", "stages")
 
 
 def read_settings(kind: type[Settings], flags: Sequence[str], prog: str) -> Settings:
-    """Settings of class `kind`; raises SettingsError for a bad file, exits with 2 for a bad flag."""
+    """Settings of class `kind`; raises SettingsError for a wrong file, exits with 2 for a wrong flag."""
     names = _fields(kind)
     file = _config_file(flags) if "config" in names else None
     if file is None:
@@ -52,7 +52,7 @@ def read_settings(kind: type[Settings], flags: Sequence[str], prog: str) -> Sett
 
 
 def _parse(kind: Any, flags: Sequence[str], defaults: Values, prog: str) -> Any:
-    """The flags as tyro reads them over `defaults`, checked by the class; exits with 2 where one is wrong."""
+    """The flags, read by tyro with these `defaults` and checked by the class; exits with 2 if one is wrong."""
     if "--paper" in flags or defaults.get("paper"):
         defaults = PAPER[kind.__name__] | defaults
     parsed: Any = tyro.cli(
@@ -67,10 +67,10 @@ def _parse(kind: Any, flags: Sequence[str], defaults: Values, prog: str) -> Any:
 
 
 def _flags_in_groups(kind: Any, defaults: Values) -> type:
-    """The fields of `kind` as a class of classes, one per group: tyro shows each of these in a box of its own.
+    """The fields of `kind` as a class of classes, one per group: tyro shows each group in its own box.
 
-    Example: `lr` and `steps` become the class `Flags(lr, steps)`, in a field that tyro calls "optimisation".
-    Their flags stay `--lr` and `--steps`, without the group's name in front (`prefix_name=False`).
+    Example: `lr` and `steps` become the class `Flags(lr, steps)`, in a field with the name "optimisation". The flags
+    are still `--lr` and `--steps`, without the group's name (`prefix_name=False`).
     """
     texts, types, groups = flag_texts(kind), _types(kind), flag_groups(kind)
     members: dict[str, list[Any]] = {}
@@ -89,7 +89,7 @@ def _flags_in_groups(kind: Any, defaults: Values) -> type:
 
 
 def _types(kind: type) -> dict[str, Any]:
-    """The types of the fields; `Choices` become a Literal of the keys that their dict holds now."""
+    """The types of the fields; `Choices` become a Literal of the present keys of their dict."""
     types = get_type_hints(kind, include_extras=True)
     for name, hint in types.items():
         for extra in getattr(hint, "__metadata__", ()):
@@ -112,9 +112,9 @@ def _typed_values(kind: type, mapping: Values, where: str) -> Values:
 
 
 def _typed(written: str, hint: Any, value: Any, where: str) -> Any:
-    """One value of a file, converted as tyro converts typed words: YAML reads 1e-3 as text.
+    """One value of a file, converted by tyro like a typed flag, since YAML reads 1e-3 as text.
 
-    written: the type as the class spells it, for messages.
+    written: the type as it is written in the class, for messages.
     """
     is_switch = getattr(hint, "__origin__", hint) is bool  # `bool`, or `Annotated[bool, "its help"]`
     if isinstance(value, bool) or is_switch:
@@ -139,7 +139,7 @@ def _typed(written: str, hint: Any, value: Any, where: str) -> Any:
 
 
 def _read_stages(kind: Any, flags: Sequence[str], top: Values, stages: list[Values], file: Path, prog: str) -> Any:
-    """The top level, holding every stage resolved: its own flags, its folder, and what it starts from."""
+    """The top level with all stages resolved: their flags, folders, and the adapters they start from."""
     resolved: list[Any] = []
     for stage in stages:
         own = {key: value for key, value in stage.items() if key != "name"}
@@ -173,7 +173,7 @@ def _checked_stages(stages: Any, file: Path) -> list[Values]:
 
 
 def _join_repeated(kind: type, flags: Sequence[str]) -> list[str]:
-    """The flags with `--task a --task b` written as `--task a b`: tyro would keep only the last one."""
+    """The flags with `--task a --task b` changed to `--task a b`; tyro would keep only the last one."""
     repeatable = {
         f"--{name.replace('_', '-')}"
         for name, field in _fields(kind).items()
@@ -195,7 +195,7 @@ def _join_repeated(kind: type, flags: Sequence[str]) -> list[str]:
 
 
 def _config_file(flags: Sequence[str]) -> Path | None:
-    """The file that --config names, the last one if several do."""
+    """The file of --config; of several, the last one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     file: Path | None = parser.parse_known_args(list(flags))[0].config

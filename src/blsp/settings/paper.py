@@ -1,11 +1,11 @@
-"""The paper's settings: what `--paper` puts in place of the defaults.
+"""The paper's settings: the values of `--paper`, used instead of the defaults.
 
 In:  the class of a command's settings. Out: the values of its flags in the paper (arXiv 2309.00916) and its code.
 Try: `blsp train --paper --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL`
-Flow: flags.py reads **paper.py** under the values of a YAML file, and those under typed flags.
+Flow: **paper.py** → flags.py; values of a YAML file and typed flags replace these values
 
-Values that are our defaults too are named all the same, so that this file says what the paper did. docs/training.md
-lists where the defaults differ and why, and what no flag can bring back.
+Values that are also our defaults are listed too, so that this file is complete. docs/training.md explains where the
+defaults differ and why, and the differences without a flag.
 """
 
 from typing import Any

@@ -43,8 +43,8 @@ Corpus = Annotated[str, Choices("blsp.data.prepare", "READERS")]
 class PrepareSettings:
     r"""Turn a corpus on disk into a manifest: one JSON line per utterance, with its audio and its text.
 
-    Nothing is downloaded, copied or encoded again: recordings stay whole, or in their tar and Parquet files. What
-    cannot be used is counted in OUT.skipped.jsonl. A second run continues. `no-speech` makes clips instead.
+    Nothing is downloaded, copied or encoded again: recordings stay in their files, also in tar and Parquet files. Rows
+    that cannot be used are listed in OUT.skipped.jsonl. A second run continues. `no-speech` generates clips instead.
 
         $ blsp prepare librispeech --root /data/LibriSpeech --split train-clean-100 --out librispeech.jsonl
         $ blsp prepare folder --root my_recordings/ --out mine.jsonl      # a.wav beside a.txt
@@ -59,15 +59,15 @@ class PrepareSettings:
     }
 
     corpus: Positional[Corpus]
-    """the corpus, whose layout on disk is known"""
+    """the corpus, or the format of your data"""
     out: Path
     """the manifest to write"""
     root: str = ""
     """its folder or table (shards: or `x-{00..99}.tar`; hf: or a dataset's id; no-speech: a manifest for babble)"""
     split: str = "train"
-    """the part to read, named as the corpus names it; several: `train-clean-100,train-clean-360`"""
+    """the split to read, with the corpus' own name; several: `train-clean-100,train-clean-360`"""
     language: str | None = None
-    """the language spoken, ISO 639-1, where the corpus has several"""
+    """the spoken language, ISO 639-1, if the corpus has several"""
     target_language: str | None = None
     """for speech translation: the language of the reference, ISO 639-1"""
     audio_column: str | None = None
@@ -79,11 +79,11 @@ class PrepareSettings:
     subset: str | None = None
     """hf: the configuration of the dataset"""
     check_audio: bool = False
-    """decode every recording; those that are damaged, cut short or silent go to OUT.skipped.jsonl"""
+    """decode all recordings; damaged, incomplete or silent ones go to OUT.skipped.jsonl"""
     limit: Limit = None
     """stop after this many rows (no-speech: the number of clips to make; without: 300)"""
     seed: int = 0
-    """no-speech: decides which clips are made"""
+    """no-speech: random seed of the clips"""
     config: ConfigFile = None
 
     def __post_init__(self) -> None:
@@ -94,12 +94,11 @@ class PrepareSettings:
 
 @dataclass(frozen=True)
 class ContinueSettings:
-    r"""Step 1: the LLM continues every transcript, as it should later continue the speech.
+    r"""Step 1: the LLM continues each transcript, as it should later continue the speech.
 
-    Writes the rows of the manifest with `continuation`, `continuation_ids` and how they were made, and
-    OUT.meta.json; with --top-k also the folder OUT.topk. Rows without words go to OUT.skipped.jsonl, with the
-    reason. Equal prompts are generated once. After a kill the same command continues and ends with the same
-    bytes.
+    Writes the rows of the manifest with `continuation`, `continuation_ids` and how they were made, and OUT.meta.json;
+    with --top-k also the folder OUT.topk. Rows without words go to OUT.skipped.jsonl, with the reason. Equal prompts
+    are generated once. After a kill the same command continues, and the result has the same bytes.
 
         $ blsp continue --manifest clips.jsonl --out continued.jsonl --llm embedded:smollm2-135m-instruct \
               --top-k 32
@@ -125,9 +124,8 @@ class ContinueSettings:
     llm: str
     """the LLM that will learn to listen: folder, hub id, embedded:NAME (with --engine-url: its tokenizer)"""
     behaviours: str = "continue"
-    """what to ask: `continue` (paper), `repeat`, `answer`, `keywords`, `translate:LANGUAGE`;
-    `continue,repeat` asks both of every row, `continue:0.8,repeat:0.2` one of them, drawn with these
-    weights"""
+    """the instructions: `continue` (paper), `repeat`, `answer`, `keywords`, `translate:LANGUAGE`;
+    `continue,repeat` uses both for each row, `continue:0.8,repeat:0.2` one of them, drawn with these weights"""
     orders: str = "instruction-first"
     """the position of the speech: `instruction-first` (paper), `speech-first`, or a mixture, as above"""
     instruction: str | None = None
@@ -135,41 +133,41 @@ class ContinueSettings:
     template_arg: TemplateArg = ()
     no_thinking: NoThinking = False
     normalise: Normalise = "none"
-    """take transcripts as given, or through Whisper's English normaliser (paper)"""
+    """use transcripts as given, or normalised with Whisper's normaliser (paper)"""
     max_new_tokens: int = 64
     """the most tokens of a continuation (paper: 64)"""
     max_prompt_tokens: int = 192
-    """leave out and count rows whose prompt has this many tokens or more (paper: 192)"""
+    """skip rows whose prompt has this many tokens or more (paper: 192)"""
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
     seed: int = 0
-    """draws behaviours, orders and samples; the draw of a row depends on its id alone"""
+    """random seed of behaviours, orders and samples; the draw of a row depends only on its id"""
     top_k: int = 0
-    """also store this many log-probabilities of the teacher per token, for a `kl` as cheap as `ce`"""
+    """also store this many log-probabilities of the teacher per token; `kl` is then as fast as `ce`"""
     top_k_temperature: float = 1.0
-    """the temperature they are stored at; training refuses another"""
+    """their temperature; training must use the same one"""
     score_only: bool = False
-    """write no text: add --top-k to the rows of OUT, with the local LLM"""
+    """generate no text: add --top-k to the rows of OUT, with the local LLM"""
     batch_size: int = 64
     """prompts generated together"""
     engine_url: tuple[str, ...] = ()
-    """OpenAI-compatible servers that generate instead, e.g. http://localhost:8000/v1; several share the prompts"""
+    """OpenAI-compatible servers that run the LLM, such as http://localhost:8000/v1; several share the prompts"""
     engine_model: str | None = None
-    """those servers' name for the LLM, where it differs from --llm"""
+    """the servers' name of the LLM, if it differs from --llm"""
     engine_body: str = "{}"
-    """JSON added to each request, e.g. '{"return_token_ids": true}' for a vLLM server"""
+    """JSON added to each request, such as '{"return_token_ids": true}' for a vLLM server"""
     api_key_env: str = "OPENAI_API_KEY"
-    """the environment variable that holds the servers' key"""
+    """the environment variable with the servers' key"""
     concurrency: int = 64
-    """requests that are open at each server at a time; eight vLLMs behind one address want 2,048"""
+    """open requests at each server; eight vLLMs behind one address need 2,048"""
     timeout: float = 120.0
-    """seconds to wait for an answer, before the request is repeated"""
+    """seconds to wait for an answer, before the request is sent again"""
     retries: int = 8
-    """repetitions of a request that fails while the server is there, with growing pauses; then its row is left out"""
+    """how often a failed request is sent again, with growing pauses, before its row is skipped"""
     retry_minutes: float = 30.0
-    """minutes without any answer, as while a server restarts, before the job stops"""
+    """minutes without any answer (a server may restart), before the job stops"""
     max_failures: float = 0.01
-    """stop when more than this share of the prompts, and more than ten, cannot be answered"""
+    """stop if more than this share of the prompts, and more than ten, cannot be answered"""
     limit: Limit = None
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -191,11 +189,11 @@ class ContinueSettings:
 
 @dataclass(frozen=True)
 class EncodeSettings:
-    """Run the frozen speech encoder over a manifest once and keep its output.
+    """Run the frozen speech encoder over a manifest once and store its output.
 
-    Training then never runs the encoder. The cache is keyed by audio content and encoder, so manifests that
-    share clips share the cache. Damaged or outdated entries are found and made again. It takes 38 KB per
-    second of speech for Whisper tiny.
+    Training then does not run the encoder. The cache is keyed by audio content and encoder, so manifests with the same
+    clips share the cache. Damaged or outdated entries are found and made again. It needs 38 KB per second of speech
+    with Whisper tiny.
 
         $ blsp encode --manifest continued.jsonl --audio-model embedded:whisper-tiny.en --cache features/
     """
@@ -215,11 +213,11 @@ class EncodeSettings:
     batch_seconds: float = 120.0
     """seconds of speech encoded together"""
     pad_to_30s: bool = False
-    """pad every clip to 30 s, as in Whisper's training (paper); else true lengths and a mask, in less time"""
+    """pad each clip to 30 s, as in Whisper's training (paper); otherwise true lengths with a mask, which is faster"""
     limit: Limit = None
     device: Device = "auto"
     dtype: Dtype = "auto"
-    """the type of the encoder; auto: bfloat16 where the device is fast at it, else float32"""
+    """the number format of the encoder; auto: bfloat16 if the device is fast with it, otherwise float32"""
     paper: Paper = False
     config: ConfigFile = None
 
@@ -229,10 +227,10 @@ class EncodeSettings:
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """Find out when each token of a transcript is spoken, for `blsp train --loss embed`.
+    """Find when each token of a transcript is spoken, for `blsp train --loss embed`.
 
-    An adapter that reads out spells the true transcript (the best path of its CTC posteriors). The times are kept
-    beside the features. A second run does what is missing.
+    The times come from an adapter that reads out: the best path of its CTC posteriors that spells the transcript. They
+    are stored beside the features. A second run adds missing ones.
 
         $ blsp align --manifest train.jsonl --cache features/
     """
@@ -246,9 +244,9 @@ class AlignSettings:
     manifest: str
     """the clips with their transcripts: a manifest, a continuations file, or a glob of them"""
     cache: Path
-    """the folder of the features; clips that it lacks are encoded"""
+    """the folder of the features; missing clips are encoded"""
     model: str = DEFAULT_MODEL
-    """an adapter that reads out, for the encoder and the LLM that the run will have"""
+    """an adapter that reads out, with the same encoder and LLM as in the training run"""
     audio_model: AudioModel = None
     llm: Llm = None
     limit: Limit = None

@@ -58,12 +58,11 @@ class ServeSettings:
     port: int = 8000
     """the port; 0 takes a free one and prints it"""
     api_key: tuple[str, ...] = ()
-    """the bearer token that clients must send, or NAME=KEY for each of several; better given as $BLSP_API_KEY,
-    with spaces between several"""
+    """the bearer token that clients must send, or several NAME=KEY; $BLSP_API_KEY (separated by spaces) is safer"""
     insecure: bool = False
-    """listen beyond this machine without a key"""
+    """let other machines connect without a key"""
     allow_remote_audio: bool = False
-    """fetch audio_url from the public internet (private addresses stay refused)"""
+    """fetch audio_url from the public internet (private addresses are always refused)"""
     cors_origin: tuple[str, ...] = ()
     """web origins that may call from a browser"""
     max_upload_mb: float = 25.0
@@ -73,27 +72,27 @@ class ServeSettings:
     max_batch: int = 16
     """requests answered together"""
     queue: int = 64
-    """requests that may wait; the next one gets status 429 and a time to try again"""
+    """requests that may wait; further ones get status 429 and a time to try again"""
     deadline: float = 120.0
-    """seconds that a request may take in all, from its first byte to its last"""
+    """seconds for a whole request, from its first byte to its last"""
     max_new_tokens: int = 512
-    """the most tokens that a request may ask for"""
+    """the most tokens of an answer that a request may ask for"""
     rate_limit: int = 0
-    """requests a minute that one address may send; 0: as many as it likes"""
+    """requests per minute from one address; 0: no limit"""
     prefix_cache: int = 32
     """conversations whose key/values are kept"""
     asr: str | None = None
     """the recogniser for the page's comparison: a model that faster-whisper loads (without: the adapter's own
     Whisper)"""
     log_format: Literal["text", "json"] = "text"
-    """json: an object a line, with the fields of each request"""
+    """json: one object for each line, with the fields of the request"""
     log_content: bool = False
     """also log questions and answers"""
     engine_url: tuple[str, ...] = ()
-    """vLLM servers that run the LLM instead, e.g. http://localhost:8001/v1, each started with --enable-prompt-embeds;
+    """vLLM servers that run the LLM, such as http://localhost:8001/v1, each started with --enable-prompt-embeds;
     several share the requests, --max-batch at each ($BLSP_ENGINE_KEY: their key)"""
     engine_model: str | None = None
-    """those servers' name for the LLM, where they serve several"""
+    """the servers' name of the LLM, if they serve several"""
     device: Device = "auto"
     dtype: Dtype = "auto"
     weights: LlmWeights = None
@@ -105,13 +104,13 @@ class ServeSettings:
         for name in ("prefix_cache", "rate_limit"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
-        self.keys  # noqa: B018  (raises where they are wrong)
+        self.keys  # noqa: B018  (raises SettingsError for wrong keys)
 
     @property
     def keys(self) -> dict[str, str]:
         """Names of keys and the bearer tokens that clients must send, from --api-key or $BLSP_API_KEY.
 
-        A key without a name gets its number for a name. Raises SettingsError where two have one name or are equal.
+        A key without a name gets its number as name. Raises SettingsError if two have the same name or are equal.
         """
         keys: dict[str, str] = {}
         for number, given in enumerate(self.api_key or os.environ.get("BLSP_API_KEY", "").split(), start=1):

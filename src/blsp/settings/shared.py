@@ -20,19 +20,19 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 
-DEFAULT_MODEL = "blsp-tiny"  # the one default name that the project has
+DEFAULT_MODEL = "blsp-tiny"  # the only default name of a model
 
 
 class SettingsError(ValueError):
-    """A value that cannot be right; the message names the flag, the value and what is allowed."""
+    """A wrong value; the message names the flag, the value and what is allowed."""
 
 
 @dataclass(frozen=True)
 class Choices:
     """The allowed values of a flag: the keys of the dict `name` in `module`.
 
-    The module may import torch, and `--help` may not wait for that. So the keys are read from the text of the
-    file; those that a plugin has added come from the loaded module.
+    The module may import torch, which is too slow for `--help`. So the keys are read from the text of the file; keys
+    that a plugin has added come from the loaded module.
     """
 
     module: str
@@ -54,17 +54,18 @@ class Choices:
 Precision = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Device = Annotated[str, "where to run: auto, cpu, cuda, cuda:1, mps"]
 Dtype = Annotated[
-    Precision, "the type of the frozen weights; auto: bfloat16 where the device is fast at it, else float32"
+    Precision,
+    "the number format of the frozen weights; auto: bfloat16 if the device is fast with it, otherwise float32",
 ]
 LlmWeights = Annotated[
     Literal["bfloat16", "int8", "int4"] | None,
-    "the format of the LLM's weights, its embeddings and head bfloat16; int8, int4: less memory, and faster where "
+    "the format of the LLM's weights (its embeddings and head are bfloat16); int8, int4: less memory, and faster if "
     "memory is slow (pip install 'blsp[quant]'); without: as --dtype",
 ]
 Rescore = Annotated[
     Literal["auto", "always", "never"],
-    "give the LLM its own choice among the adapter's likeliest read-outs: fewer words are misheard, the answer begins "
-    "later; auto: as the adapter's config.json says",
+    "let the LLM choose one of the adapter's likeliest read-outs: fewer wrong words, but the answer begins later; "
+    "auto: as in the adapter's config.json",
 ]
 ConfigFile = Annotated[Path | None, "a YAML file with these same flags"]
 Limit = Annotated[int | None, "read only this many rows"]
@@ -76,19 +77,19 @@ Temperature = Annotated[float, "0 takes the most probable token each time"]
 TopP = Annotated[float, "when sampling: draw from the most probable tokens that together have this probability"]
 
 
-AudioModel = Annotated[str | None, "where the adapter's speech encoder lies now, if not where its config.json says"]
-Llm = Annotated[str | None, "where the adapter's LLM lies now, if not where its config.json says"]
+AudioModel = Annotated[str | None, "where the adapter's speech encoder is now, if not where its config.json says"]
+Llm = Annotated[str | None, "where the adapter's LLM is now, if not where its config.json says"]
 TemplateArg = Annotated[
-    tuple[str, ...], "NAME=VALUE of a variable that the LLM's chat template reads, as in enable_thinking=false"
+    tuple[str, ...], "NAME=VALUE of a variable of the LLM's chat template, as in enable_thinking=false"
 ]
 Paper = Annotated[
-    bool, "exactly the paper's settings (settings/paper.py), in place of the defaults; flags that you give win"
+    bool, "use exactly the paper's settings (settings/paper.py) instead of the defaults; other flags replace them"
 ]
 NoThinking = Annotated[bool, "the same as --template-arg enable_thinking=false"]
 
 
 def read_template_args(flags: Sequence[str], no_thinking: bool) -> dict[str, Any]:
-    """The variables of the chat template, values read as YAML; raises SettingsError where they cannot be."""
+    """The variables of the chat template, with values read as YAML; raises SettingsError for wrong ones."""
     args: dict[str, Any] = {}
     for flag in flags:
         name, equals, text = flag.partition("=")
@@ -105,7 +106,7 @@ def read_template_args(flags: Sequence[str], no_thinking: bool) -> dict[str, Any
 
 
 def flag_texts(kind: type) -> dict[str, str]:
-    """The help text of each field: the string below it in the class, or that of its type."""
+    """The help text of each field: the string below it in the class, or the text of its type."""
     hints = get_type_hints(kind, include_extras=True)
     extras = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
     texts = {name: text for name in extras for text in extras[name] if isinstance(text, str)}
@@ -118,13 +119,13 @@ def flag_texts(kind: type) -> dict[str, str]:
 
 
 def flag_groups(kind: Any) -> dict[str, str]:
-    """The group of each field, in the order of `--help`: as the class's `GROUPS` name it, or ""."""
+    """The group of each field from the class's `GROUPS`, or "", in the order of `--help`."""
     named = {name: group for group, names in getattr(kind, "GROUPS", {}).items() for name in names.split()}
     return named | {field.name: "" for field in fields(kind) if field.name not in named}
 
 
 def above_zero(settings: object, *names: str) -> None:
-    """Raise SettingsError for the first of these fields that is given and not above 0 (nan is not)."""
+    """Raise SettingsError for the first of these fields that is given and not above 0 (nan is not above 0)."""
     for name in names:
         value = getattr(settings, name)
         if value is not None and not value > 0:
@@ -132,7 +133,7 @@ def above_zero(settings: object, *names: str) -> None:
 
 
 def can_sample(temperature: float, top_p: float) -> None:
-    """Raise SettingsError for a temperature or a top-p that no token can be drawn with."""
+    """Raise SettingsError for an invalid temperature or top-p."""
     if not temperature >= 0:
         raise SettingsError(f"--temperature {temperature}: must be 0 or more")
     if not 0 < top_p <= 1:

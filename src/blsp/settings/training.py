@@ -34,12 +34,11 @@ Loss = Annotated[str, Choices("blsp.training.step", "LOSSES")]
 class TrainSettings:
     r"""Step 2: train the adapter until the LLM answers speech as it answers the transcript.
 
-    Encoder and LLM stay frozen. Two losses need a plain manifest alone, and not the LLM: `embed` brings a fresh
-    `conv` or `stack` adapter to the LLM's embeddings, `ctc` trains the read-out of `grounded`. `ce` is the
-    paper's loss on the continuations; `kl` matches the whole next-token distribution of the text route. With
-    --config, a list `stages:` runs several stages one after another; each inherits the top level and starts
-    from the adapter of the one before. The same command resumes a killed run, to the bit; SIGTERM saves and
-    exits.
+    Encoder and LLM are frozen. Two losses need only a plain manifest and do not run the LLM: `embed` brings a new
+    `conv` or `stack` adapter to the LLM's embeddings, `ctc` trains the read-out of `grounded`. `ce` is the paper's loss
+    on the continuations; `kl` matches the whole next-token distribution of the text route. With --config, a list
+    `stages:` runs several stages one after another; each has the flags of the top level and starts from the adapter of
+    the previous stage. After a kill, the same command continues with the same bits; SIGTERM saves and exits.
 
         $ blsp train --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL \
               --adapter conv --loss ce --cache features/
@@ -66,74 +65,74 @@ class TrainSettings:
     llm: str
     """the LLM that will learn to listen; it must be the one that wrote the continuations"""
     adapter: Adapter
-    """the part that is trained; conv is the paper's, and docs/training.md describes each"""
+    """the trained part; conv is the paper's; docs/training.md describes all"""
     loss: Loss
     """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (spoken tokens; run `blsp align` first)"""
     data_weights: tuple[float, ...] = ()
     """one weight per data file: 0.5 uses half of it per epoch, 2 all of it twice"""
     val_data: tuple[str, ...] = ()
-    """NAME=FILE of data that is not learnt from: its divergence is measured with the probes, as NAME_kl and the like"""
+    """NAME=FILE with data that is not used for training; the probes also measure it, as NAME_kl etc."""
     adapter_options: tuple[str, ...] = ()
-    """NAME=VALUE of the chosen adapter, see docs/training.md"""
+    """NAME=VALUE, options of the adapter, see docs/training.md"""
     readout: Literal["data", "full"] = "data"
-    """what a fresh adapter can read out, if it reads out: tokens of the transcripts, or the LLM's whole vocabulary"""
+    """the read-out vocabulary of a new adapter that reads out: tokens of the transcripts, or of the whole LLM"""
     lora: tuple[Literal["llm", "encoder"], ...] = ()
     """also train LoRA on these parts (PEFT), which then change: text is no longer answered as before"""
     lora_rank: int = 8
     """rank of LoRA; its alpha is twice that"""
     init_from: tuple[str, ...] = ()
-    """start from the weights of this adapter instead of fresh ones; from the mean of several"""
+    """start from the weights of this adapter instead of new ones; of several, from their mean"""
     template_arg: TemplateArg = ()
-    """NAME=VALUE of a variable of the LLM's chat template; without it those of `blsp continue`, which the header of
-    --data holds"""
+    """NAME=VALUE of a variable of the LLM's chat template; without: those of `blsp continue`, from the header of
+    --data"""
     no_thinking: NoThinking = False
     cache: Path | None = None
     """features written by `blsp encode`; without it speech is encoded during training"""
     steps: int | None = None
-    """optimiser steps; without: as many as --epochs take"""
+    """optimiser steps; without: --epochs decides"""
     epochs: float = 1.0
     """passes over the data (paper: 1)"""
     batch_size: int = 768
     """samples per optimiser step, over all processes (paper: 768)"""
     batch_tokens: int = 4096
-    """positions (speech and text) in one pass through the LLM: decides memory, not the result"""
+    """positions (speech and text) in one pass through the LLM: decides the memory, not the result"""
     lr: float = 5e-5
     """highest learning rate (paper: 5e-5; grounding works better with 1e-3)"""
     weight_decay: float = 0.05
     """weight decay of AdamW (paper: 0.05)"""
     warmup_steps: int = 1000
-    """steps until the highest learning rate (paper: 1000), a tenth of the run at most"""
+    """steps until the highest learning rate (paper: 1000), at most a tenth of the run"""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """after the warm-up: down to zero along a cosine or a line (paper: linear), or constant"""
+    """after the warm-up: a cosine or a line down to zero (paper: linear), or constant"""
     clip: float = 1.0
     """largest norm of the gradient (paper: 1.0)"""
     temperature: float = 1.0
     """for kl: of teacher and student (BLSP-Emo: 2)"""
     teacher: Literal["auto", "online", "stored"] = "auto"
-    """for kl: run the text route beside the speech route, or read the stored --top-k; auto: the latter if it exists"""
+    """for kl: run the text route in each step, or read the stored --top-k; auto: stored if it exists"""
     ctc_weight: float = 0.3
     """weight of the ctc loss beside ce and kl, for an adapter that reads out"""
     embed_weight: float = 0.0
     """weight of the embed loss beside ce and kl, for an adapter that does not read out"""
     filler: str = " "
-    """for embed: the token, as text, whose embedding stands at places where no token is spoken"""
+    """for embed: the text of the token whose embedding is the target at places without a spoken token"""
     negatives: int = 0
-    """for ctc and embed: tokens drawn per batch, in place of all that its transcripts do not hold; 0: all"""
+    """for ctc and embed: tokens drawn per batch from those that are not in its transcripts; 0: all of them"""
     augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()
-    """vary the speech (without --cache), or hide short spans of its features: mask (with --cache)"""
+    """change the speech (without --cache), or set short spans of its features to zero: mask (with --cache)"""
     no_speech: float = 0.0
-    """share of extra samples of silence and noise, whose target is the fixed no-speech sentence"""
+    """share of additional samples of silence and noise, whose target is the fixed no-speech sentence"""
     max_seconds: float = 30.0
-    """leave out longer clips, and count them"""
+    """skip longer clips"""
     held_out: int = 64
-    """groups of utterances kept out of training for the probes, a tenth of all at most; one group: the
-    copies of a recording, and all that has the same text"""
+    """groups of utterances held out for the probes, at most a tenth of all; copies of a recording, and utterances with
+    the same text, are in one group"""
     seed: int = 0
-    """decides fresh weights, data order and noise: the same seed gives the same curve"""
+    """random seed of new weights, data order and noise: the same seed gives the same curve"""
     log_to: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
-    """also send the figures of metrics.jsonl there; pip install the tracker, whose own variables name the project"""
+    """also send the figures of metrics.jsonl there; install the tracker with pip; its own variables name the project"""
     dry_run: bool = False
-    """check only: read the data, load the models, make three steps, write nothing; print memory and time"""
+    """only check: read the data, load the models, run three steps, write nothing; print memory and time"""
     profile: int = 0
     """write a trace of this many steps to OUT/trace.json"""
     log_every: int = 10
@@ -143,24 +142,24 @@ class TrainSettings:
     save_every: int = 200
     """steps between checkpoints"""
     save_minutes: float = 1.0
-    """most minutes between checkpoints: the work that a killed run has to repeat"""
+    """the most minutes between checkpoints, which a killed run has to repeat"""
     keep: int = 2
-    """checkpoints kept"""
+    """number of checkpoints to keep"""
     average_last: int = 0
-    """the final adapter is the mean of the weights after each of this many last steps; 0: the last weights"""
+    """the final adapter is the mean of the weights after each of the last N steps; 0: the last weights"""
     resume_inexact: bool = False
-    """resume a checkpoint of other versions or threads: close, but not equal to the bit"""
+    """resume a checkpoint of other versions or threads; the results are close, but not equal to the bit"""
     activation_checkpointing: bool = False
     """compute activations twice to store fewer of them"""
     shard_llm: bool = False
-    """split the layers of the LLM over the processes (FSDP2), where it is too large for one"""
+    """split the layers of the LLM over the processes (FSDP2), if it is too large for one"""
     collective_minutes: float = 30.0
     """minutes that a process waits for the others in a step before the run stops; preparing may take a day"""
     pad_to_30s: bool = False
-    """pad every clip to 30 s before the encoder (paper)"""
+    """pad each clip to 30 s before the encoder (paper)"""
     device: Device = "auto"
     dtype: Dtype = "auto"
-    """the type of the frozen weights; the adapter trains in float32 at least"""
+    """the number format of the frozen weights; the adapter is trained in float32 at least"""
     paper: Paper = False
     config: ConfigFile = None
     """a YAML file with these same flags, `stages:` included"""
