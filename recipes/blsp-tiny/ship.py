@@ -52,7 +52,7 @@ WHAT = {
     "vectors a second, no read-out and no token table at inference.",
 }
 RESCORED = (  # of an adapter that reads out, where its configuration says `rescore`
-    "It reads the speech out over the LLM's own tokens (CTC), and the LLM chooses among the eight likeliest readings "
+    "It reads the speech out over the LLM's own tokens (CTC), and the LLM chooses among the likeliest readings "
     "what it answers to: in effect a recogniser inside the LLM's vocabulary (as LegoSLM, arXiv 2505.11352)."
 )
 DID = {  # what a loss trains
@@ -66,7 +66,7 @@ MOVED = """\
 ## Training
 
 None for this LLM. It is the adapter [{origin}](../{origin}/README.md), whose card says what it learnt from, moved
-with the {tokens:,} tokens that both LLMs have (`blsp move`, [docs/adapt.md](../../docs/adapt.md)):
+with all its {tokens:,} words and parts of words (`blsp move`, [docs/adapt.md](../../docs/adapt.md)):
 
     blsp move --model {origin} --llm {llm} --out runs/moved
     python recipes/blsp-tiny/ship.py --moved runs/moved --origin {origin} --out models/{name}

@@ -47,7 +47,7 @@ def test_transcript_embeddings_as_speech_have_no_divergence(pair_of, family: str
     listener = Listener(model, processor)
     text = "what is the capital of france"
     ids = transcript_ids(processor.tokenizer, text)
-    classes = [model.model.readout_vocabulary.index(token) + 1 for token in ids]
+    classes = [model.model.readout_row()[token] + 1 for token in ids]
     spread = [c for token in classes for c in (BLANK, token, token)]
     table = model.model.readout_table().double()
     output = read_out(_one_hot(spread, len(table) + 1)[None], torch.tensor([len(spread)]), table)

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from blsp import cli
+from blsp.distributed import find_runtime
 from blsp.inference.listener import load
+from blsp.model.adapter import set_vocabulary
 from blsp.model.adapter_parts import BLANK
-from blsp.model.checkpoint import CheckpointError
-from blsp.model.grounded import GroundedAdapter, read_out
-from blsp.model.move import common_tokens, move
+from blsp.model.checkpoint import CheckpointError, load_blsp, save_adapter
+from blsp.model.grounded import GroundedAdapter, read_out, token_strings
+from blsp.model.loading import load_tokenizer
+from blsp.model.move import move, spelled_anew
 from blsp.settings import MoveSettings
+from blsp.weights.digest import find_weights
+from tests.support.tiny_models import tiny_blsp
 
 QUESTION = Path(__file__).parents[2] / "examples/speech/questions/capital-of-canada.opus"
 SPEECH, OLD, NEW, CLASSES = 32, 16, 24, 60
@@ -62,9 +67,36 @@ def test_a_token_added_after_the_move_is_read_out_by_its_spelling() -> None:
     assert bool(logits.isfinite().all())
 
 
-def test_tokens_are_matched_by_their_strings() -> None:
-    rows, ids = common_tokens([" the", " ", "cat", " cat", "cat"], ["x", " cat", " ", "cat", " the", "cat"])
-    assert (rows, ids) == ([3, 2, 0], [1, 3, 4])
+def test_a_token_becomes_the_same_string_in_the_new_tokens() -> None:
+    tokenizer = load_tokenizer(find_weights("embedded:smollm2-135m-instruct"))
+    new = token_strings(tokenizer, range(len(tokenizer)))
+    rows, tokens = spelled_anew([" the", " ", "cat", " cat", "cat", "<|im_end|>", " Zyxwood", "\ufffd"], new, tokenizer)
+    assert rows == [0, 2, 3, 6]
+    assert [tokenizer.decode(row) for row in tokens] == [" the", "cat", " cat", " Zyxwood"]
+    assert [len(row) for row in tokens[:3]] == [1, 1, 1] and len(tokens[3]) > 1
+
+
+@torch.no_grad()
+def test_a_row_of_several_tokens_is_read_out_written_and_loaded(tmp_path: Path) -> None:
+    model, processor = tiny_blsp(tmp_path, adapter="grounded", readout_vocabulary=[10, 11, 12])
+    adapter = model.model.multi_modal_projector
+    set_vocabulary(adapter, model.config, [(10,), (20, 21, 22), (12, 13)])
+    save_adapter(model, processor, tmp_path / "adapter")
+    loaded, _ = load_blsp(tmp_path / "adapter", find_runtime("cpu"))
+    assert loaded.model.readout_vocabulary == [(10,), (20, 21, 22), (12, 13)]
+    assert loaded.model.readout_row() == {10: 0}
+
+    table, embedding = loaded.model.readout_table(), loaded.get_input_embeddings()
+    assert table is not None
+    torch.testing.assert_close(table[1], embedding(torch.tensor([20, 21, 22])).mean(dim=0))
+    torch.testing.assert_close(table[0], embedding(torch.tensor(10)))
+
+    adapter = loaded.model.multi_modal_projector
+    adapter.blank.bias.fill_(-100.0)
+    adapter.bias.copy_(torch.tensor([0.0, 100.0, 0.0]))  # every frame is the second row
+    (clip,) = loaded.listen([torch.randn(24, loaded.config.audio_config.d_model)], beam=2)
+    assert clip.token_ids == [20, 21, 22] and clip.hypotheses[0].tokens == (20, 21, 22)
+    assert len(clip.vectors) == 1
 
 
 def test_the_command_moves_the_shipped_adapter(tmp_path: Path) -> None:

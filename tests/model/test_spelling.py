@@ -93,7 +93,7 @@ def test_a_wider_read_out_is_spelled_anew(tmp_path) -> None:
     )
     first = model.model.multi_modal_projector.spelling.groups
     widen_readout(model.model.multi_modal_projector, model.config, [5, 50], processor.tokenizer)
-    assert model.model.readout_vocabulary == [5, *range(10, 40), 50]
+    assert model.model.readout_vocabulary == [(token,) for token in [5, *range(10, 40), 50]]
     wider = model.model.multi_modal_projector.spelling.groups
     assert len(wider) == 32
     assert torch.equal(wider[1:-1], first)

@@ -122,7 +122,7 @@ def token_runs(
 
     # Score only the tokens of these transcripts: the best path does not depend on a softmax over the vocabulary
     own = set().union(*tokens)
-    rows = {token: row for row, token in enumerate(model.model.readout_ids()) if token in own}
+    rows = {token: row for token, row in model.model.readout_row().items() if token in own}
     class_of = {token: number for number, token in enumerate(rows, start=1)}
     scored = torch.tensor(list(rows.values()), dtype=torch.long, device=weight.device)
     scores = adapter.logits(hidden, table, scored).float().cpu().numpy()  # (B, F, C)

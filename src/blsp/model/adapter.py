@@ -147,8 +147,8 @@ def check_options(adapter: str, names: Iterable[str]) -> None:
 def build_adapter(config: BlspConfig) -> Any:
     """A newly initialised adapter, as the configuration describes it.
 
-    If it reads out a part of the LLM's vocabulary, it also has `vocabulary` (K-1,), the token ids of its classes,
-    which are saved with its weights.
+    If it reads out a part of the LLM's vocabulary, it also has `vocabulary`, the token ids of its classes
+    (see `set_vocabulary`), which are saved with its weights.
     """
     kind = adapter_class(config.adapter)
     options = dict(config.adapter_options or {})
@@ -164,29 +164,46 @@ def build_adapter(config: BlspConfig) -> Any:
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise AdapterError(f"adapter {config.adapter!r} cannot be made with {options}: {error}") from error
     if kind.reads_out and config.readout_size is not None:
-        set_vocabulary(adapter, config, config.readout_vocabulary or range(config.readout_size))
+        rows = config.readout_vocabulary or range(config.readout_size)
+        set_vocabulary(adapter, config, [(token,) * config.readout_tokens for token in rows])
     return adapter
 
 
-def set_vocabulary(adapter: Any, config: BlspConfig, ids: Sequence[int]) -> None:
-    """Store the LLM's token id of each row of the read-out table; nothing is stored for the whole vocabulary."""
-    whole = len(ids) == config.text_config.vocab_size
-    device = next(adapter.parameters()).device
-    vocabulary = None if whole else torch.tensor(list(ids), dtype=torch.int32, device=device)
-    adapter.register_buffer("vocabulary", vocabulary)
-    config.readout_size = None if whole else len(ids)
+def set_vocabulary(adapter: Any, config: BlspConfig, rows: Sequence[Sequence[int]]) -> None:
+    """Store the LLM's tokens of each row of the read-out table; nothing, where they are its whole vocabulary.
+
+    The buffer `vocabulary` is (K-1,) where each row is one token, else (K-1, P), filled up with -1.
+    """
+    whole = len(rows) == config.text_config.vocab_size
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows], dtype=torch.int32)
+    ids = ids.to(next(adapter.parameters()).device)
+    adapter.register_buffer("vocabulary", None if whole else ids[:, 0] if width == 1 else ids)
+    config.readout_size, config.readout_tokens = (None, 1) if whole else (len(rows), width)
+
+
+def readout_rows(vocabulary: Tensor) -> list[tuple[int, ...]]:
+    """The LLM's tokens of each row of the read-out table, from the buffer `vocabulary`."""
+    return [tuple(token for token in row if token >= 0) for row in vocabulary.reshape(len(vocabulary), -1).tolist()]
+
+
+def mean_embeddings(embedding: nn.Embedding, vocabulary: Tensor) -> Tensor:
+    """(K-1, D): the mean embedding of each row's tokens, from the buffer `vocabulary`."""
+    ids = vocabulary.reshape(len(vocabulary), -1)
+    total = sum(embedding(tokens.clamp(min=0).long()) * (tokens >= 0)[:, None] for tokens in ids.T)
+    return total / (ids >= 0).sum(dim=1, keepdim=True)
 
 
 def widen_readout(adapter: Any, config: BlspConfig, tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> None:
     """Add these LLM tokens to the read-out vocabulary."""
     if config.readout_size is None:
         return
-    known = adapter.vocabulary.tolist()
-    ids = sorted({*known, *tokens})
-    if len(ids) > len(known):
-        row = {token: index for index, token in enumerate(ids)}
-        adapter.widen([row[token] for token in known], token_strings(tokenizer, ids))
-        set_vocabulary(adapter, config, ids)
+    known = readout_rows(adapter.vocabulary)
+    rows = sorted({*known, *((token,) for token in tokens)})
+    if len(rows) > len(known):
+        number = {row: index for index, row in enumerate(rows)}
+        adapter.widen([number[row] for row in known], ["".join(token_strings(tokenizer, row)) for row in rows])
+        set_vocabulary(adapter, config, rows)
 
 
 def load_adapter(folder: str | Path, config: BlspConfig) -> Any:
@@ -210,7 +227,7 @@ def check_adapter(folder: str | Path, adapter: nn.Module, config: BlspConfig) ->
             raise CheckpointError(f"{folder}: {name} holds NaN or infinite weights; take an earlier checkpoint")
     vocabulary = getattr(adapter, "vocabulary", None)
     size = config.text_config.vocab_size
-    if vocabulary is not None and not bool(((vocabulary >= 0) & (vocabulary < size)).all()):
+    if vocabulary is not None and not all(row and max(row) < size for row in readout_rows(vocabulary)):
         raise CheckpointError(f"{folder}: reads out token {int(vocabulary.max())}, but the LLM has {size} tokens")
 
 
@@ -244,7 +261,7 @@ def check_loaded(folder: Any, model: Any, missing: Collection[str]) -> None:
     config = model.config
     if config.readout_vocabulary is not None:
         adapter = getattr(model, model.base_model_prefix, model).multi_modal_projector
-        set_vocabulary(adapter, config, config.readout_vocabulary)
+        set_vocabulary(adapter, config, [(token,) for token in config.readout_vocabulary])
         config.readout_vocabulary = None
         missing = [name for name in missing if not name.endswith("multi_modal_projector.vocabulary")]
     if missing:

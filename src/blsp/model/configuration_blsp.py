@@ -38,8 +38,9 @@ class BlspConfig(PretrainedConfig):
         tokenizer_sha256: digest of the LLM's tokens and their ids; None in folders written before December 2026.
         adapter: a name in `adapter.ADAPTERS`; `conv` is the paper's.
         adapter_options: keyword arguments of that adapter's class.
-        readout_size: number of LLM tokens that the adapter reads out; None: the whole vocabulary. Their ids are
+        readout_size: number of rows of the read-out table; None: the LLM's whole vocabulary. Their token ids are
             a tensor of the adapter, `vocabulary`.
+        readout_tokens: the most LLM tokens in one row; more than 1 only after `blsp move`.
         readout_vocabulary: the ids themselves, for a new adapter. It is never written; folders from before
             November 2026 have it in config.json.
         template_args: variables of the LLM's chat template, the same in every prompt, such as enable_thinking.
@@ -64,6 +65,7 @@ class BlspConfig(PretrainedConfig):
     adapter: str = "conv"
     adapter_options: dict | None = None
     readout_size: int | None = None
+    readout_tokens: int = 1
     readout_vocabulary: list[int] | None = None
     template_args: dict | None = None
     no_speech_sentence: str = NO_SPEECH_SENTENCE

@@ -166,14 +166,11 @@ class GroundedAdapter(nn.Module):
         the old LLM has for these tokens. The logits do not change, as they are still products with this table. The
         vectors become expected embeddings of this adapter's LLM.
         """
-        own = self.state_dict()
         changed = {"table": table if old.table is None else old.table[rows], "bias": old.bias[rows]}
-        self.load_state_dict(
-            {
-                name: weight if name in own and weight.is_floating_point() else own[name]
-                for name, weight in {**own, **old.state_dict(), **changed}.items()
-            }
-        )
+        if old.spelling is not None:
+            changed["spelling.groups"] = old.spelling.groups[rows]
+        kept = {name: weight for name, weight in old.state_dict().items() if name != "vocabulary"}
+        self.load_state_dict(self.state_dict() | kept | changed)  # the vocabulary stays the new LLM's
 
 
 def _norms(table: Tensor) -> Tensor:

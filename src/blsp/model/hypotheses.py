@@ -26,12 +26,12 @@ from blsp.llm.language_model import embed, log_probabilities, stop_ids
 from blsp.llm.prefix import Prefix, run_after_prefix
 from blsp.model.adapter_parts import BLANK, AdapterOutput, Hypothesis
 
-# these three were chosen on development clips, with two LLMs (docs/log.md)
-LANGUAGE = 0.8  # weight of the LLM's log-likelihood; that of the read-out has weight 1
-LENGTH = 2.5  # nats added for each token, since each token lowers both log-likelihoods
-BEAM = 8  # hypotheses that the LLM chooses from
-CLASSES = 8  # the likeliest classes of a frame; the others are left out of the search
-SURE = math.log(0.999)  # a frame with a higher blank probability changes no hypothesis
+# chosen on development clips, with two LLMs (docs/log.md)
+LANGUAGE = 0.8  # weight of the LLM's log-likelihood beside that of the read-out
+LENGTH = 2.5  # nats added for each token, since every token lowers both log-likelihoods
+BEAM = 24  # hypotheses that the LLM chooses from
+CLASSES = 16  # the likeliest classes of a frame; the others are left out of the search
+SURE = math.log(0.999)  # a frame with more blank than this changes no hypothesis
 
 # token prefix -> log-probability of its paths that end in blank, and of those that end in its last token
 Beams = dict[tuple[int, ...], tuple[float, float]]
@@ -86,18 +86,18 @@ def _log_add(a: float, b: float) -> float:
 
 
 def hypotheses_of(
-    output: AdapterOutput, row: int, beam: int, vocabulary: Sequence[int] | None
+    output: AdapterOutput, row: int, beam: int, vocabulary: Sequence[Sequence[int]] | None
 ) -> tuple[Hypothesis, ...]:
     """The `beam` likeliest transcripts of one clip of a batch; none if the adapter does not read out.
 
-    vocabulary: the LLM's token ids of the read-out table's rows; None if they are equal to the row numbers.
+    vocabulary: the LLM's tokens of each row of the read-out table; None if they are equal to the row numbers.
     """
     if not beam or output.log_probs is None:
         return ()
     hypotheses = n_best(output.log_probs[row, : int(output.num_audio_tokens[row])], beam)
     if vocabulary is None:
         return tuple(hypotheses)
-    return tuple(replace(h, tokens=tuple(vocabulary[i] for i in h.tokens)) for h in hypotheses)
+    return tuple(replace(h, tokens=tuple(token for i in h.tokens for token in vocabulary[i])) for h in hypotheses)
 
 
 def choose(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ from blsp.llm.language_model import (
     scale_logits,
     valid_mask,
 )
-from blsp.model.adapter import build_adapter, check_loaded
+from blsp.model.adapter import build_adapter, check_loaded, mean_embeddings, readout_rows
 from blsp.model.adapter_parts import AdapterOutput, AudioEmbeds, CachedValue
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError, is_adapter_folder
 from blsp.model.frozen_weights import ADAPTER, LORA, changed_weight
@@ -132,23 +132,23 @@ class BlspModel(BlspPreTrainedModel):
         return self.multi_modal_projector.reads_out
 
     @property
-    def readout_vocabulary(self) -> list[int] | None:
-        """The LLM's token ids that are read out, in the order of the table's rows; None: the whole vocabulary."""
+    def readout_vocabulary(self) -> list[tuple[int, ...]] | None:
+        """The LLM's tokens of each row of the read-out table; None: the LLM's vocabulary, token i in row i."""
         vocabulary = getattr(self.multi_modal_projector, "vocabulary", None)
-        return None if vocabulary is None else self._ids.get(Tensor.tolist, vocabulary)
+        return None if vocabulary is None else self._ids.get(readout_rows, vocabulary)
 
-    def readout_ids(self) -> Sequence[int]:
-        """The LLM's token ids that are read out; the ids of the whole vocabulary if it is not limited."""
-        return self.readout_vocabulary or range(self.config.text_config.vocab_size)
+    def readout_row(self) -> dict[int, int]:
+        """LLM token -> its row of the read-out table. Rows of several tokens are left out."""
+        rows = self.readout_vocabulary or [(token,) for token in range(self.config.text_config.vocab_size)]
+        return {tokens[0]: row for row, tokens in enumerate(rows) if len(tokens) == 1}
 
     def readout_table(self) -> Tensor | None:
-        """(K-1, D): the LLM's embeddings of the read-out vocabulary; None if the adapter does not read out."""
+        """(K-1, D): the LLM's embedding of each row's token, or the mean of its tokens; None without a read-out."""
         if not self.reads_out:
             return None
-        embedding = self.get_input_embeddings()
-        vocabulary = getattr(self.multi_modal_projector, "vocabulary", None)
+        embedding, vocabulary = self.get_input_embeddings(), getattr(self.multi_modal_projector, "vocabulary", None)
         if vocabulary is not None:
-            return self._table.get(lambda _, ids: embedding(ids.long()), embedding.weight, vocabulary)
+            return self._table.get(lambda _, ids: mean_embeddings(embedding, ids), embedding.weight, vocabulary)
         return self.embedding_table()
 
     def embedding_table(self) -> Tensor:
@@ -169,7 +169,7 @@ class BlspModel(BlspPreTrainedModel):
         output = self.multi_modal_projector(states.to(weight), lengths.to(weight.device), self.readout_table())
         vocabulary = self.readout_vocabulary
         if output.readout is not None and vocabulary is not None:
-            output.readout[:] = [[vocabulary[i] for i in path] for path in output.readout]
+            output.readout[:] = [[token for i in path for token in vocabulary[i]] for path in output.readout]
         return output
 
     def get_audio_features(

@@ -6,16 +6,17 @@ Try: `blsp move --model blsp-tiny --llm embedded:qwen2.5-coder-1.5b-instruct --o
 Flow: checkpoint.py, grounded.py (the arithmetic) → **move.py** → checkpoint.py
 
 What the adapter has learnt about sounds does not depend on the LLM. It still recognises tokens with the embeddings of
-the LLM that it was trained with, so these are stored in the new folder. The new LLM gets its own embeddings of the same
-tokens. Tokens are compared by their strings: the tokens that both LLMs have are the new read-out vocabulary.
+the LLM that it was trained with, so these are stored in the new folder. The new LLM gets what was read out in its own
+tokens, which are found by their strings: " octopus" is one token of SmolLM2 and two tokens of Qwen2.5.
 """
 
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from blsp.distributed import find_runtime
-from blsp.llm.language_model import embed
+from blsp.model.adapter import set_vocabulary
 from blsp.model.checkpoint import load_blsp, new_blsp, save_adapter
 from blsp.model.configuration_blsp import CheckpointError
 from blsp.model.grounded import token_strings
@@ -35,34 +36,48 @@ def move(settings: MoveSettings) -> None:
         )
     if not hasattr(adapter, "move_from"):
         raise CheckpointError(f"{settings.model}: a {config.adapter} adapter does not read out, so it cannot be moved")
-    vocabulary = getattr(adapter, "vocabulary", None)  # None: the LLM's whole vocabulary
-    old_ids = range(config.text_config.vocab_size) if vocabulary is None else vocabulary.tolist()
+    old_rows = old.model.readout_vocabulary or [(token,) for token in range(config.text_config.vocab_size)]
+    strings = ["".join(token_strings(old_processor.tokenizer, row)) for row in old_rows]
 
     llm = find_weights(settings.llm)
     tokenizer = load_tokenizer(llm)
-    new_ids = range(len(tokenizer))
-    rows, ids = common_tokens(token_strings(old_processor.tokenizer, old_ids), token_strings(tokenizer, new_ids))
-    table = embed(old.model.language_model, [old_ids[row] for row in rows]).float().cpu()
+    rows, tokens = spelled_anew(strings, token_strings(tokenizer, range(len(tokenizer))), tokenizer)
+    table = old.model.readout_table()
+    assert table is not None
+    table = table[rows].float().cpu()
     new, processor = new_blsp(
         find_weights(config.audio_model_id),
         llm,
         runtime,
         adapter=config.adapter,
         adapter_options={"table_width": table.shape[1], **config.adapter_options},
-        readout_vocabulary=ids,
+        readout_vocabulary=[row[0] for row in tokens],
         full_window=config.full_window,
     )
-    new.model.multi_modal_projector.move_from(adapter.float().cpu(), torch.tensor(rows), table)
+    new_adapter = new.model.multi_modal_projector
+    set_vocabulary(new_adapter, new.config, tokens)
+    new_adapter.move_from(adapter.float().cpu(), torch.tensor(rows), table)
     new.config.rescore = True  # this LLM was not trained with the errors of the greedy path
     save_adapter(new, processor, settings.out)
-    print(f"{settings.out}: reads out {len(ids):,} tokens, of {len(old_ids):,} before")
+    several = sum(len(row) > 1 for row in tokens)
+    print(f"{settings.out}: reads out {len(rows):,} of {len(old_rows):,} tokens; {several:,} are several of this LLM")
 
 
-def common_tokens(old: Sequence[str], new: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The tokens in both lists: their rows in the old list and their rows in the new list, in the new order.
+def spelled_anew(
+    old: Sequence[str], new: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[tuple[int, ...]]]:
+    """The rows of `old` (token strings) that the LLM of `new` can write, and its tokens for each of them.
 
-    Of several rows with the same string the first counts; tokens of only white space are left out.
+    A string that is a token of `new` is that token; another is tokenised. Of several rows with one string the first
+    counts. White space and special tokens are not read out, nor is a part of a letter.
     """
     first = {string: row for row, string in reversed(list(enumerate(old))) if string.strip()}
-    pairs = {first.pop(string): row for row, string in enumerate(new) if string in first}
-    return list(pairs), list(pairs.values())
+    single = {string: token for token, string in reversed(list(enumerate(new)))}
+    special = set(tokenizer.all_special_tokens)
+    found: dict[int, tuple[int, ...]] = {}
+    for string, row in first.items():
+        tokens = (single[string],) if string in single else tuple(tokenizer(string, add_special_tokens=False).input_ids)
+        if string.strip() not in special and "\N{REPLACEMENT CHARACTER}" not in string:
+            found[row] = tokens
+    rows = sorted(found)
+    return rows, [found[row] for row in rows]

@@ -303,7 +303,7 @@ class ExportSettings:
 class MoveSettings:
     """Move an adapter that reads out to another LLM, without training.
 
-    The tokens that both LLMs have are read out; the new LLM gets its own embeddings of them.
+    It reads out what it read out before, in the tokens of the new LLM.
 
     $ blsp move --model blsp-tiny --llm embedded:qwen2.5-coder-1.5b-instruct --out moved/
     $ blsp chat --model moved

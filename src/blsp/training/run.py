@@ -130,7 +130,7 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     dataset = open_dataset(sources, measurer, settings.out, skipped, settings.held_out, runtime)
 
     # The order of the rows, and the reader of their examples
-    classes = {token: 1 + row for row, token in enumerate(model.model.readout_ids())}
+    classes = {token: 1 + row for token, row in model.model.readout_row().items()}
     strides: Any = model.model.multi_modal_projector.strides
     reader = ExampleReader(
         targets,
