@@ -37,6 +37,7 @@ QUIET_START = [
     "--disable-sync",
 ]
 FAKE_MICROPHONE = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+CONTROLS = "button, input, textarea, select, a[href]"
 TOO_WIDE = """[...document.body.querySelectorAll('*')]
     .filter(e => e.getBoundingClientRect().right > document.documentElement.clientWidth).map(e => e.outerHTML)"""
 
@@ -205,6 +206,69 @@ def test_markdown_becomes_elements_and_html_stays_text(page) -> None:
     assert text.inner_text().endswith("2 * 3 * 4 snake_case_name")
     assert page.evaluate("window.broken") is None
     assert violations(page) == []
+
+
+WIDTHS = (320, 375, 768, 1024, 1440, 1920)
+LONG = (
+    MARKDOWN
+    + "\n\n"
+    + "Rindfleischetikettierungsüberwachungsaufgabenübertragungsgesetz" * 2
+    + "\n\n"
+    + "and more words " * 60
+)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_width_is_accessible_and_whole(page, scheme: str, screenshots: Path) -> None:
+    """An answer of several kinds of blocks and the settings, by axe and by what lies outside of the window."""
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    page.evaluate(f"({ANSWERS})({json.dumps(LONG)})")
+    page.fill("#text", "What is the capital of Canada, please? " * 4)
+    page.press("#text", "Enter")
+    answered(page, 1)
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate(TOO_WIDE) == [], width
+        assert violations(page) == [], width
+        page.screenshot(path=screenshots / f"6-{scheme}-{width}.png", full_page=True)
+    for width in (WIDTHS[0], WIDTHS[-1]):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.click("#options")
+        assert violations(page) == [] and page.evaluate(TOO_WIDE) == [], width
+        page.screenshot(path=screenshots / f"7-settings-{scheme}-{width}.png")
+        page.keyboard.press("Escape")
+
+
+def test_the_keyboard_alone_reaches_and_works_everything(page) -> None:
+    """Tab passes every control in the order of the page, with an outline; Enter and Space work them."""
+    visible = f"[...document.querySelectorAll('{CONTROLS}')].filter(e => e.offsetParent)"
+    wanted = page.evaluate(f"{visible}.map(e => e.id || e.dataset.clip)")
+    at = "const e = document.activeElement, name = e.id || e.dataset.clip"
+    passed, outlined = [], set()
+    for _ in wanted:
+        page.keyboard.press("Tab")
+        name, style = page.evaluate(
+            f"() => {{ {at}; return [name, getComputedStyle(e.closest('.file') || e).outlineStyle]; }}"
+        )
+        passed.append(name)
+        outlined.add(style)
+    assert passed == wanted and outlined == {"solid"}
+    page.locator("#compare").focus()
+    page.keyboard.press("Space")
+    assert page.locator("#compare").is_checked()
+    page.keyboard.press("Space")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # the settings
+    playwright.expect(page.locator("#settings")).to_be_visible()
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "options", "the focus comes back"
+    page.evaluate(f"({ANSWERS})('yes')")
+    page.locator(".example").first.focus()
+    page.keyboard.press("Enter")
+    answered(page, 1)
+    page.locator("#fresh").focus()
+    page.keyboard.press("Enter")
+    assert page.locator(".turn").count() == 0
 
 
 def test_the_page_follows_a_long_answer_until_the_reader_scrolls_up(page) -> None:
