@@ -29,7 +29,7 @@ def measure(url: str, in_flight: int, seconds: float) -> dict[str, Any]:
     """Prompts a second, with `in_flight` of them at the server at a time."""
     count = max(ROUNDS * in_flight, 1024)
     prompts = ([Prompt(key, "Continue:", "instruction-first", f"clip {key}")] for key in range(count))
-    engine = OpenAIEngine(url, "double", Decoding(), in_flight=in_flight, timeout=60.0)
+    engine = OpenAIEngine((url,), "double", Decoding(), in_flight=in_flight, timeout=60.0)
     began, cpu = time.monotonic(), time.process_time()
     answered = sum(len(answers) for answers in engine.write(prompts))
     wall, cpu = time.monotonic() - began, time.process_time() - cpu

@@ -12,11 +12,15 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from blsp.distributed import Runtime, find_runtime, reduce_gradients, shard_rows, sum_across
+from blsp.evaluation import judge
+from blsp.inference import generate as generating
+from blsp.settings import EvaluateSettings, GenerateSettings
 
 CPU = torch.device("cpu")
 
@@ -231,6 +235,21 @@ def test_generate_and_evaluate_share_rows(tmp_path: Path, tiny_models_folder: Pa
     assert len((tmp_path / "one.jsonl").read_text().splitlines()) == 18
     for name in ("{}.jsonl", "{}.jsonl.skipped.jsonl", "{}/samples.jsonl"):
         assert (tmp_path / name.format("two")).read_bytes() == (tmp_path / name.format("one")).read_bytes()
+
+
+@pytest.mark.parametrize("module", [judge, generating])
+def test_generate_and_evaluate_wait_as_long_as_they_are_told(module: Any, monkeypatch, tmp_path: Path) -> None:
+    def found(*_: Any, minutes: float) -> None:
+        raise RuntimeError(f"{minutes} minutes")
+
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "audio": "a.wav"}\n')
+    monkeypatch.setattr(module, "find_runtime", found)
+    with pytest.raises(RuntimeError, match="7 minutes"):
+        if module is judge:
+            judge.evaluate(EvaluateSettings(out=tmp_path / "out", suite="tiny", collective_minutes=7))
+        else:
+            manifest = str(tmp_path / "rows.jsonl")
+            generating.generate(GenerateSettings(manifest=manifest, out=tmp_path / "out", collective_minutes=7))
 
 
 def test_a_command_that_shares_no_work_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -124,7 +124,7 @@ class Evaluation:
 
 def evaluate(settings: EvaluateSettings) -> None:
     """`blsp evaluate`."""
-    runtime = find_runtime(settings.device, settings.dtype)
+    runtime = find_runtime(settings.device, settings.dtype, minutes=settings.collective_minutes)
     settings.out.mkdir(parents=True, exist_ok=True)
     with lock_job(settings.out, runtime.rank), tempfile.TemporaryDirectory() as scratch:
         # ranks share the batches; only the first rank keeps its logs after the run

@@ -62,7 +62,7 @@ def generate(settings: GenerateSettings) -> None:
     names = ("model", "instruction", "order", "max_new_tokens", "temperature", "top_p", "seed", "weights")
     header = {name: getattr(settings, name) for name in names}
     header["rescore"] = None if settings.rescore == "auto" else settings.rescore  # older headers have None
-    runtime = find_runtime(settings.device, settings.dtype)
+    runtime = find_runtime(settings.device, settings.dtype, minutes=settings.collective_minutes)
     with Job(settings.out, runtime.rank) as job:
         inputs = (name_relative(row.to_json(), settings.out.parent) for row in islice(rows, total))
 

@@ -18,6 +18,7 @@ from tyro.conf import Positional
 from blsp.settings.shared import (
     DEFAULT_MODEL,
     AudioModel,
+    CollectiveMinutes,
     ConfigFile,
     Device,
     Dtype,
@@ -56,7 +57,7 @@ class EvaluateSettings:
         "task": "suite task data limit routes normalise",
         "model": "model audio_model llm rescore asr asr_compute peer judge",
         "report": "out compare seed bootstrap",
-        "compute": "batch_size device dtype",
+        "compute": "batch_size collective_minutes device dtype",
     }
 
     out: Path
@@ -94,12 +95,13 @@ class EvaluateSettings:
     """random seed of the bootstrap samples"""
     bootstrap: int = 1000
     """bootstrap samples for each confidence interval"""
+    collective_minutes: CollectiveMinutes = 30.0
     device: Device = "auto"
     dtype: Dtype = "auto"
     config: ConfigFile = None
 
     def __post_init__(self) -> None:
-        above_zero(self, "batch_size", "bootstrap", "limit")
+        above_zero(self, "batch_size", "bootstrap", "limit", "collective_minutes")
         if not self.suite and not self.task:
             raise SettingsError("name what to evaluate: --suite tiny, or --task NAME")
 
@@ -119,7 +121,7 @@ class GenerateSettings:
         "model": "model audio_model llm rescore",
         "prompt": "instruction order",
         "generation": "max_new_tokens temperature top_p seed",
-        "compute": "batch_size device dtype weights",
+        "compute": "batch_size collective_minutes device dtype weights",
     }
 
     manifest: str
@@ -142,6 +144,7 @@ class GenerateSettings:
     """draws samples"""
     batch_size: int = 32
     """rows answered together"""
+    collective_minutes: CollectiveMinutes = 30.0
     limit: Limit = None
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -149,7 +152,7 @@ class GenerateSettings:
     config: ConfigFile = None
 
     def __post_init__(self) -> None:
-        above_zero(self, "max_new_tokens", "batch_size", "limit")
+        above_zero(self, "max_new_tokens", "batch_size", "limit", "collective_minutes")
         can_sample(self.temperature, self.top_p)
 
 

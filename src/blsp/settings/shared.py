@@ -85,6 +85,9 @@ TemplateArg = Annotated[
 Paper = Annotated[
     bool, "use exactly the paper's settings (settings/paper.py) instead of the defaults; other flags replace them"
 ]
+CollectiveMinutes = Annotated[
+    float, "with several processes: minutes that one waits for the others before the run stops"
+]
 NoThinking = Annotated[bool, "the same as --template-arg enable_thinking=false"]
 
 

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal
 
 from blsp.settings.shared import (
     Choices,
+    CollectiveMinutes,
     ConfigFile,
     Device,
     Dtype,
@@ -153,8 +154,7 @@ class TrainSettings:
     """compute activations twice to store fewer of them"""
     shard_llm: bool = False
     """split the layers of the LLM over the processes (FSDP2), if it is too large for one"""
-    collective_minutes: float = 30.0
-    """minutes that a process waits for the others in a step before the run stops; preparing may take a day"""
+    collective_minutes: CollectiveMinutes = 30.0
     pad_to_30s: bool = False
     """pad each clip to 30 s before the encoder (paper)"""
     device: Device = "auto"
