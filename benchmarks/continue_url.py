@@ -1,4 +1,4 @@
-"""How many prompts a second `blsp continue --engine-url` sends, by the number of requests in flight.
+"""Prompts per second of `blsp continue --engine-url`, by the number of open requests.
 
 In:  a server double that answers each request after 0.3 s.
 Out: one JSON object on the last line: for each number in flight prompts a second and prompts a CPU second.

@@ -1,4 +1,4 @@
-"""How fast step 1 writes, against plain `generate`.
+"""Speed of step 1, compared with plain `generate`.
 
 In:  real transcripts and an LLM.
 Out: one JSON object on the last line: tokens a second of both, their ratio, how often they wrote the same.

@@ -1,4 +1,4 @@
-"""What training a given pair of models needs in memory, before a run finds out.
+"""Memory that training a given pair of models needs, estimated before a run.
 
 In:  names of a speech encoder and an LLM (their configurations are enough: no weights are read for the estimate).
 Out: one JSON object on the last line: megabytes by purpose; without options also what a step really took.

@@ -1,4 +1,4 @@
-"""What a manifest of ten million rows, and a feature cache of any size, cost to open and to read.
+"""Time and memory for opening and reading a manifest of ten million rows, and a feature cache of any size.
 
 In:  synthetic manifests and cache entries, written under a temporary folder (`--folder`: which disk).
 Out: one JSON object on the last line: seconds, rows a second and anonymous memory by number of rows.

@@ -1,4 +1,4 @@
-"""How fast the adapter trains, against the obvious way, and what each saving is worth.
+"""Speed of training, compared with a plain implementation, and the effect of each saving.
 
 In:  the embedded default; real recordings cut to 2 to 4 s (3 on average), 24 to 40 response tokens (32). No file is
      written.

@@ -2,9 +2,9 @@
 
     python examples/read_me_first.py          # about three minutes on a laptop's CPU
 
-Step 1: the LLM reads transcripts and writes how they go on. Step 2: the adapter is trained until the LLM, given the
-speech, writes the same. `blsp continue`, `blsp encode` and `blsp train` do this for real. A minute is far from enough
-for random weights, and the page measures that; then it measures an adapter that was trained for hours.
+Step 1: the LLM reads transcripts and continues them. Step 2: the adapter is trained until the LLM, given the speech,
+writes the same. `blsp continue`, `blsp encode` and `blsp train` do this at full size. A minute is not enough for random
+weights, as this page measures; then it measures an adapter that was trained for hours.
 
 Shapes: T encoder frames (50 per second), S audio vectors (6.25 per second), N tokens, D LLM width, V vocabulary.
 """

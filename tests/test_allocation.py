@@ -1,4 +1,4 @@
-"""What a freed tensor leaves behind is used again without a page fault, in a process of its own."""
+"""Freed memory of a tensor is used again without a page fault; tested in a separate process."""
 
 from __future__ import annotations
 

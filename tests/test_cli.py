@@ -1,4 +1,4 @@
-"""The door: help that comes at once and teaches, checked settings, exit codes to rely on."""
+"""The command line: fast and complete help, checked settings, exit codes."""
 
 from __future__ import annotations
 

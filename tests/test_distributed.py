@@ -1,4 +1,4 @@
-"""Ranks: the same sums as one process; one launcher's environment variables are all they need."""
+"""Ranks: the same sums as one process, with only a launcher's environment variables."""
 
 from __future__ import annotations
 

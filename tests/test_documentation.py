@@ -1,4 +1,4 @@
-"""The documentation keeps its word: every command it shows is one, and every file it points to is there."""
+"""The documentation: all commands that it shows are valid, and all files that it names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every mutant of tests/mutants.py still fits the source that it breaks."""
+"""Every mutant of tests/mutants.py can still be applied to the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plugin for vLLM, around a double of what it uses of vLLM; `make test-vllm` runs vLLM itself."""
+"""The plugin for vLLM, with a double of the parts of vLLM that it uses; `make test-vllm` runs vLLM itself."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The ablation: every arm of ablation.yaml trained and judged in the same way, and the table of what came out.
+"""The ablation: every arm of ablation.yaml trained and evaluated in the same way, and the table of results.
 
 In:  the corpus with its features and continuations, the recipe's last grounding stage (`--grounded`).
 Out: under --out, a run folder an arm and seed, judged on fotaq's development part, and `table.md`: the mean over the
      seeds that are done, with the lowest and the highest.
 Where in the flow: beside the recipe; nothing that is shipped comes from here.
 
-Kill it and start it again: runs resume, what is judged stays. Seeds may run side by side, one process and core each.
+After a kill, the same command continues. Seeds may run in parallel, one process and core each.
 
 Try: `python recipes/blsp-tiny/ablation.py --root corpus --grounded runs/blsp-tiny/stages/grounding-4/adapter --out out`
 """

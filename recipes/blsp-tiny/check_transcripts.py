@@ -1,4 +1,4 @@
-"""How well a recogniser's hearing fits each transcript: finds clips whose script is not what is said.
+"""Comparison of each transcript with a recogniser's output, to find clips with a wrong transcript.
 
 In: a manifest of the recipe and the weights of a small Whisper (faster-whisper). Out: `agreement.jsonl` in
 the corpus folder: id, wer (Whisper's English normaliser), heard. Resumable: clips that are in the file are

@@ -1,4 +1,4 @@
-"""Which token of an LLM should stand at the places where nothing is spoken (`--filler` of `blsp train --loss embed`)?
+"""Search for the token that an LLM should get at places without speech (`--filler` of `blsp train --loss embed`).
 
 In: the LLM, and continuations that it wrote (`blsp continue`); no speech is needed.
 Out: a line for each candidate, best first: how far the LLM's behaviour is from that on the plain transcript when its

@@ -1,4 +1,4 @@
-"""What must never be trained on: held-out texts and voices, the evaluation half of questions and commands.
+"""Texts and voices that must never be trained on: held-out ones, and the evaluation half of questions and commands.
 
 In: the committed transcript lists under `texts/`. Out: a yes or no for any text.
 Where in the flow: every text passes here before it is spoken or trained on; `tests/recipes/test_recipe_split.py`

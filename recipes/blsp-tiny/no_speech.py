@@ -1,4 +1,4 @@
-"""Clips in which nobody says anything to us: silence, coloured noise, babble of many voices, music.
+"""Clips without understandable speech: silence, coloured noise, babble of many voices, music.
 
 In: the training manifests (for babble) and the music of `fetch.py`. Out: `audio/no_speech/…flac` and
 `train_no_speech.jsonl`, or `eval_no_speech.jsonl` from music and voices that are in no training clip; every

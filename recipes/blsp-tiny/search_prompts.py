@@ -1,4 +1,4 @@
-"""Which words make the LLM repeat, answer, list keywords or translate best, on text alone.
+"""Search for the instruction texts with which an LLM repeats, answers, lists keywords or translates best, on text.
 
 In:  an LLM; sixty sentences (WordNet examples, game lines), thirty questions with short answers, telephone prompts in
      English and French that the evaluation does not ask. Ten of the questions are asked by the evaluation too: the

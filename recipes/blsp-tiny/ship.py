@@ -1,4 +1,4 @@
-"""A finished run -> `models/NAME`: the adapter in float16, its training logs, and a card of what was measured.
+"""A finished run -> `models/NAME`: the adapter in float16, its training logs, and a card with the measured figures.
 
 In: a run folder (`blsp train`), the manifests it learnt from, and, once that folder has been judged, results.json.
 With several `--stages` the mean of their adapters is shipped: of stages that began at the same weights it can hear

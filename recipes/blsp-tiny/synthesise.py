@@ -1,4 +1,4 @@
-"""Speak the recipe's sentences with one engine, in parallel, and write the manifest of what is there.
+"""Synthesise the recipe's sentences with one engine, in parallel, and write the manifest of the finished clips.
 
 In: the plan of `lines.py`. Out, under `--root`: `audio/<engine>/xx/….flac` (16 kHz) and
 `train_<engine>.jsonl`.

@@ -1,4 +1,4 @@
-"""`make bench` keeps one JSON object a script, and an earlier one where a script fails."""
+"""`make bench` stores one JSON object for each script, and keeps the earlier one if a script fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripts of `make bench` fit the code they measure: each can be imported, and the quick ones run."""
+"""The scripts of `make bench` work with the present code: all can be imported, and the quick ones run."""
 
 from __future__ import annotations
 

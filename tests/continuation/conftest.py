@@ -1,4 +1,4 @@
-"""A tiny LLM that stops now and then, a small manifest with every kind of row."""
+"""A tiny LLM that sometimes stops, and a small manifest with every kind of row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, step 1 ends in the same bytes (contract: continuations)."""
+"""Step 1, killed at any moment and started again, writes the same bytes (contract: continuations)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any OpenAI-compatible URL, however it misbehaves: no row is lost, none is asked for ever."""
+"""Any OpenAI-compatible URL, with any failure: no row is lost, and no row is asked without end."""
 
 from __future__ import annotations
 

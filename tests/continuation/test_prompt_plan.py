@@ -1,4 +1,4 @@
-"""The plan: equal prompts once, batches of like length, decided by the input alone. The answers: whole batches only."""
+"""The plan: equal prompts once, batches of similar length, decided only by the input. The answers: whole batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each row is asked: a function of (seed, id) alone, in the shares asked for; long prompts are dropped."""
+"""The prompts of each row: a function of (seed, id) with the given shares; long prompts are dropped."""
 
 from __future__ import annotations
 

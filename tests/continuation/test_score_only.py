@@ -1,4 +1,4 @@
-"""`--score-only`: the teacher's top-k afterwards is the one that generation would have kept."""
+"""`--score-only`: the teacher's top-k is the same as if generation had stored it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One prompt on every route: variables and date of the chat template, from step 1 to the adapter that listens."""
+"""The same prompt on every route: variables and date of the chat template, from step 1 to the trained adapter."""
 
 from __future__ import annotations
 

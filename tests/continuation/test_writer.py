@@ -1,4 +1,4 @@
-"""Step 1 against its contract: rows and order, equal prompts once, what is left out, what the LLM writes."""
+"""Step 1 against its contract: rows and order, equal prompts once, skipped rows, the LLM's answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Audio inside tar, Parquet and Arrow files, in a span of bytes, and behind URLs is what the plain file holds."""
+"""Audio inside tar, Parquet and Arrow files, in a byte range, and behind URLs equals that of the plain file."""
 
 from __future__ import annotations
 

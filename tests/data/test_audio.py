@@ -1,4 +1,4 @@
-"""Audio from any container, rate and source is the same 16 kHz signal, and what is no audio says so."""
+"""Audio from any container, rate and source is the same 16 kHz signal; other files raise a clear error."""
 
 from __future__ import annotations
 

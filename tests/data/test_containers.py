@@ -1,4 +1,4 @@
-"""The true length of a recording: every file is read to the end that FFmpeg finds, or refused."""
+"""The true length of a recording: each file is read to the end that FFmpeg finds, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`blsp prepare`: every published layout becomes the rows it holds, and a wrong root says what is missing."""
+"""`blsp prepare`: each published layout gives its rows, and the message about a wrong root names what is missing."""
 
 from __future__ import annotations
 

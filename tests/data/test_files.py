@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and digests depend on the content alone."""
+"""Files are written completely or not at all, and digests depend only on the content."""
 
 from __future__ import annotations
 

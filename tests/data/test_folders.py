@@ -1,4 +1,4 @@
-"""Folders as people have them: one odd file leaves itself out, and nothing else."""
+"""Real folders: an unusable file is left out, and all other files are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manifests: what goes in comes out, memory stays flat, and what is wrong is named with its file and line."""
+"""Manifests: rows are read as they were written, memory does not grow, and errors name the file and the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny random model to evaluate, a few made-up recordings, and every kind of task."""
+"""A tiny random model to evaluate, a few generated recordings, and every kind of task."""
 
 from __future__ import annotations
 

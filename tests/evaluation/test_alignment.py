@@ -1,4 +1,4 @@
-"""Divergence equals the textbook formula, the answer's end included; layer figures and the projection."""
+"""Divergence equals the textbook formula, with the answer's end; layer figures and the projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether answers do what was asked: a collapsed adapter is seen, and so is a deaf one; intervals by speaker."""
+"""Instruction following: figures of a collapsed and of a deaf adapter; intervals by speaker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: figures in their units, aligned tables, and no claim where there is no evidence."""
+"""The report: figures in their units, aligned tables, and no claim without evidence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one-page example: it is one page, it runs, and its two measurements are what they say."""
+"""The one-page example: its length, a run, and its two measurements."""
 
 from __future__ import annotations
 

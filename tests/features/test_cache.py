@@ -1,4 +1,4 @@
-"""The feature cache: what was written is found, what is torn, damaged or changed is not."""
+"""The feature cache: written entries are found; incomplete, damaged or changed ones are not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token times: the best path, where tokens land in an adapter's places, the store, the command."""
+"""Token times: the best path, the places of tokens in an adapter's output, the store, the command."""
 
 from __future__ import annotations
 

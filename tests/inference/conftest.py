@@ -1,4 +1,4 @@
-"""Listeners between tiny random parts, shared by the tests of this folder."""
+"""Listeners made of tiny random parts, shared by the tests of this folder."""
 
 from __future__ import annotations
 

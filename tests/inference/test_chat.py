@@ -1,4 +1,4 @@
-"""The terminal chat: what a line means, what is shown, and that no mistake ends it."""
+"""The terminal chat: the meaning of a line, the output, and that no mistake ends the chat."""
 
 from __future__ import annotations
 

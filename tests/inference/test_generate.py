@@ -1,4 +1,4 @@
-"""`blsp generate`: every row answered in order, killed anywhere and gone on with, broken clips left out by name."""
+"""`blsp generate`: all rows answered in order, resumed after any kill, unreadable clips listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `Listener`: answers, streams, a bounded cache of prefixes, and errors that say what is wrong."""
+"""The `Listener`: answers, streams, a limited cache of prefixes, and clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Subtitles keep to their limits, lose no word, and end where a reader expects it."""
+"""Subtitles keep their limits, lose no word, and end at sentences and pauses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`blsp transcribe`: one line of JSON a file, in order; by read-out or by repetition; resumable."""
+"""`blsp transcribe`: one line of JSON for each file, in order; by read-out or by repetition; resumable."""
 
 from __future__ import annotations
 

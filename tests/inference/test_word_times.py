@@ -1,4 +1,4 @@
-"""Words begin where the read-out emits them, and end where it gets quiet."""
+"""Words begin where the read-out gives them, and end where the recording becomes quiet."""
 
 from __future__ import annotations
 

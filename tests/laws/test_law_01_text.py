@@ -1,4 +1,4 @@
-"""Law 1: text-only logits equal the plain LLM's, whatever its family; and so do the answers it writes."""
+"""Law 1: text-only logits and answers equal the plain LLM's, for all families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No recogniser and no Whisper decoder is ever loaded on the speech route: seen in a process of its own."""
+"""No recogniser and no Whisper decoder is loaded on the speech route; tested in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates: variables and the date are fixed in the text, and nothing else of the prompt changes."""
+"""Chat templates: variables and the date are set in the template's text, and nothing else in the prompt changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts: both routes share the ids around the speech, and nothing a user writes becomes a role or a clip."""
+"""Prompts: both routes have the same ids around the speech, and no text of a user becomes a role or a clip."""
 
 from __future__ import annotations
 

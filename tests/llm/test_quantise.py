@@ -1,4 +1,4 @@
-"""The weights of the LLM in 16, 8 and 4 bits: near answers, smaller tensors, and what is said where it cannot be."""
+"""The weights of the LLM in 16, 8 and 4 bits: similar answers, smaller tensors, and clear errors."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""Streamed text is the answer's text, and no character is shown before its bytes are complete."""
+"""Streamed text equals the answer's text, and no character is given before its bytes are complete."""
 
 from __future__ import annotations
 

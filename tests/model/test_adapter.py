@@ -1,4 +1,4 @@
-"""Fresh adapters: where their vectors start, and where their places lie in the speech."""
+"""New adapters: the distribution of their first vectors, and the centres of their places in the speech."""
 
 from __future__ import annotations
 

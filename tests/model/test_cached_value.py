@@ -1,4 +1,4 @@
-"""A cached value is computed again when, and only when, a tensor it comes from has changed."""
+"""A cached value is computed again only if one of its tensors has changed."""
 
 from __future__ import annotations
 

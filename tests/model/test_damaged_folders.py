@@ -1,4 +1,4 @@
-"""Damaged folders of adapters, LLMs and encoders: one line that names the file and what is wrong with it."""
+"""Damaged folders of adapters, LLMs and encoders: the error is one line with the file and what is wrong."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""How transformers' arguments place a model: device_map, attn_implementation, parts that stay in float32."""
+"""Arguments of transformers for loading: device_map, attn_implementation, parts that stay in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expected embeddings: near to those over all tokens, and the same whoever is heard beside."""
+"""Expected embeddings: close to those over all tokens, and independent of the other clips in a batch."""
 
 from __future__ import annotations
 

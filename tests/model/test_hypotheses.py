@@ -1,4 +1,4 @@
-"""Prefix beam search against all paths written out, and likelihoods against the LLM asked token by token."""
+"""Prefix beam search compared with a list of all paths; likelihoods compared with the LLM run token by token."""
 
 from __future__ import annotations
 

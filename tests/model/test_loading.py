@@ -1,4 +1,4 @@
-"""Where the frozen parts of an adapter are found, and what is said of those that cannot be used."""
+"""How the frozen parts of an adapter are found, and the errors about parts that cannot be used."""
 
 import shutil
 from pathlib import Path

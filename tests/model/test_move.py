@@ -1,4 +1,4 @@
-"""An adapter moved to another LLM reads out what it read out before, in the tokens that both LLMs have."""
+"""An adapter moved to another LLM reads out the same as before, in the tokens that both LLMs have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of more than the adapter: gradients to the encoder, LoRA by PEFT, and what is saved of a changed LLM."""
+"""Training more than the adapter: gradients to the encoder, LoRA with PEFT, and saving a changed LLM."""
 
 from __future__ import annotations
 

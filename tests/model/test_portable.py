@@ -1,4 +1,4 @@
-"""A merged model carries its code: transformers loads it without this package. And what the cards say to the hub."""
+"""A merged model contains its code: transformers loads it without this package. Also the cards for the hub."""
 
 from __future__ import annotations
 

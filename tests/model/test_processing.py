@@ -1,4 +1,4 @@
-"""The processor, and transformers' doors: chat templates with parts, Auto classes, the any-to-any pipeline."""
+"""The processor, and the ways of transformers to use it: chat templates, Auto classes, the any-to-any pipeline."""
 
 from __future__ import annotations
 

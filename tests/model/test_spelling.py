@@ -1,4 +1,4 @@
-"""How tokens are spelled: groups of letters, and what sharing them does for tokens that were never heard."""
+"""Spelling of tokens: groups of letters, and how shared groups help tokens that were never in the speech."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ablation's arms are settings that `blsp train` accepts, and its table is what the judge found."""
+"""The ablation: its settings are valid for `blsp train`, and its table has the figures of the evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of the synthetic speech: every engine has lines in an order, each with an id of its own."""
+"""The plan of the synthetic speech: each engine has ordered lines with unique ids."""
 
 from __future__ import annotations
 

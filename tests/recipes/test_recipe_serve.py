@@ -1,4 +1,4 @@
-"""recipes/serve: its commands are commands, and the panel asks for metrics that exist."""
+"""recipes/serve: its commands are valid, and the panel uses existing metrics."""
 
 from __future__ import annotations
 

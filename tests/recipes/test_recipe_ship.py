@@ -1,4 +1,4 @@
-"""What is shipped: the mean of the stages that are named, with the logs of all."""
+"""The shipped adapter: the mean of the named stages, with the logs of all stages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A running server on a tiny random model, on a port of its own, as clients meet it."""
+"""A running server with a tiny random model, on a free port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What clients of OpenAI's API send and ask, beyond a plain request."""
+"""Fields and requests of clients of OpenAI's API, beyond a plain request."""
 
 from __future__ import annotations
 

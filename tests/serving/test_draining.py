@@ -1,4 +1,4 @@
-"""The end of the server: SIGTERM, under load too."""
+"""The end of the server: SIGTERM, also under load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server refuses, and that it goes on afterwards."""
+"""Requests that the server refuses, and good requests after them."""
 
 from __future__ import annotations
 

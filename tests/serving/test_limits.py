@@ -1,4 +1,4 @@
-"""Limits that no single client gets past: decoding, the deadline, remote audio, wrong keys, a flood of requests."""
+"""Limits for each client: decoding, the deadline, remote audio, wrong keys, many requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nobody is held up by a neighbour: what one client sends keeps no other one waiting."""
+"""No client waits because of another one's requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Responses API: OpenAI's own client gets what chat answers; fields that are not taken are named."""
+"""Responses API: OpenAI's own client gets the same answers as with chat; unsupported fields are named."""
 
 from __future__ import annotations
 

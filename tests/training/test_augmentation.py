@@ -1,4 +1,4 @@
-"""Augmentation is a function of its key, and does what its name says."""
+"""Augmentation is a function of its key; each kind changes what it should."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A row as what a step needs; and the table of what the plan must know of every row."""
+"""Rows as examples of a step; and the table of measured rows."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""`blsp train` on tiny models: the run folder, stages, refusals, caches, what cannot be learnt from."""
+"""`blsp train` on tiny models: the run folder, stages, errors, caches, unusable rows."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""`blsp train --lora`: what is trained, saved, loaded, resumed, merged, and what is refused."""
+"""`blsp train --lora`: training, saving, loading, resuming, merging, and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Made silence and noise: the same from the same seed, all of it no speech, none of it too loud."""
+"""Generated silence and noise: the same for the same seed, without speech, not too loud."""
 
 from pathlib import Path
 

