@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blsp.llm.decoding import Decoding, Request, Result, decode
+from blsp.llm.decoding import Decoding, Request, Result, answer_text, decode
 from blsp.llm.language_model import embed, stop_ids
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import Order, prompt_template, transcript_ids
@@ -106,11 +106,9 @@ class TransformersEngine:
             top = None
             if result.top_ids is not None and result.top_logp is not None:
                 top = _top(result.top_ids, result.top_logp)
-            written.append(Written(prompt.key, self._text(result.ids), result.ids, result.finish, top))
+            text = answer_text(self._tokenizer, result.ids)
+            written.append(Written(prompt.key, text, result.ids, result.finish, top))
         return written
-
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 class ScoringEngine:

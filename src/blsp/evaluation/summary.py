@@ -143,7 +143,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(_width(row[column]) for row in cells)) for column in range(len(header))]
     lines = [
-        "| " + " | ".join(_padded(cell, width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+        "| " + " | ".join(cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in cells
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
@@ -152,7 +153,3 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _width(text: str) -> int:
     """The width of a text on the screen: East Asian characters have two columns, combining marks none."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
-
-
-def _padded(text: str, width: int) -> str:
-    return text + " " * (width - _width(text))

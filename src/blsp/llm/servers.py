@@ -48,10 +48,6 @@ class Server:
     failed_at: float = -1.0  # of time.monotonic()
     back_at: float = 0.0  # of time.monotonic(); it is left out until then
 
-    def works(self) -> None:
-        """Note that it has answered."""
-        self.failures, self.back_at = 0, 0.0
-
     def leave_out(self, sent_at: float) -> None:
         """Leave it out for a while, longer each time. Ignored if the request was sent before the last failure."""
         if sent_at < self.failed_at:
@@ -86,7 +82,8 @@ class Servers:
             server.busy -= 1
 
     def answered(self, server: Server) -> None:
-        server.works()
+        """Note that a server has answered."""
+        server.failures, server.back_at = 0, 0.0
         self.answered_at = time.monotonic()
 
     async def close(self) -> None:

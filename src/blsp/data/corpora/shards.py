@@ -130,7 +130,7 @@ def shar(request: ReadRequest) -> Rows:
         tars = find_files(path.rpartition("/")[0], [], f"recording.{number}.tar*")
         members = list(tar_members(tars[0])) if tars else []  # of one shard
         yield from (member for member in members if isinstance(member, Dropped))
-        audio = {_without_ending(m.name): m for m in members if isinstance(m, Member) and m.content is None}
+        audio = {m.name.rpartition(".")[0]: m for m in members if isinstance(m, Member) and m.content is None}
         for line, cut in read_objects(path):
             if isinstance(cut, Dropped):
                 yield cut
@@ -148,10 +148,6 @@ def _cut_rows(cut: dict[str, Any], audio: dict[str, Member], path: str) -> Rows:
             yield Dropped(str(supervision["id"]), path, f"no audio: {cut['id']} is not in the recording's tar file")
         else:
             yield supervision_row(supervision, recording.address, 0.0, float(cut["duration"]))
-
-
-def _without_ending(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 # --- files ------------------------------------------------------------------------------------------------
