@@ -145,51 +145,6 @@ def test_two_processes_have_the_gradients_of_one() -> None:
     assert first == second, "every rank must hold the same sum, to the bit"
 
 
-SHARDED = """
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from torch.distributed.tensor import DTensor
-from blsp.distributed import *
-runtime = find_runtime("cpu")
-torch.manual_seed(0)
-config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-                     num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
-llm = LlamaForCausalLM(config).double().eval().requires_grad_(False)
-ids = torch.randint(0, 64, (2, 9))
-def run(llm):
-    embeds = llm.get_input_embeddings()(ids).clone().requires_grad_()
-    with torch.no_grad():  # a prompt's prefix is constant
-        prefix = llm.model(inputs_embeds=embeds[:, :4], use_cache=True)
-    hidden = llm.model(inputs_embeds=embeds[:, 4:], past_key_values=prefix.past_key_values).last_hidden_state
-    logits = llm.lm_head(hidden)
-    return logits.detach(), torch.autograd.grad(logits.logsumexp(-1).sum(), embeds)[0]
-whole = run(llm)
-shard_language_model(llm, runtime)
-parts = [p for p in llm.model.layers.parameters()]
-assert all(isinstance(p, DTensor) and p.to_local().numel() < p.numel() for p in parts)
-for a, b in zip(whole, run(llm)):
-    torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-llm.train()
-llm.gradient_checkpointing_enable({"use_reentrant": False})
-embeds = llm.get_input_embeddings()(ids).requires_grad_()
-def gradient():
-    hidden = llm.model(inputs_embeds=embeds).last_hidden_state
-    return torch.autograd.grad(llm.lm_head(hidden).sum(), embeds)[0]
-recomputed = gradient()
-llm.gradient_checkpointing_disable()
-llm.eval()
-torch.testing.assert_close(recomputed, gradient(), atol=1e-12, rtol=0)
-with torch.no_grad():
-    torch.testing.assert_close(llm(ids).logits[:, 4:], whole[0], atol=1e-12, rtol=0)
-print("equal")
-leave(runtime)
-"""
-
-
-def test_a_sharded_llm_gives_the_same_logits_and_gradients() -> None:
-    assert run_ranks(SHARDED) == ["equal", "equal"]
-
-
 def test_torchrun_starts_the_ranks(tmp_path: Path) -> None:
     program = tmp_path / "ranks.py"
     program.write_text(

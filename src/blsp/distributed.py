@@ -18,14 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, reduce
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # Ranks may finish their shares hours apart, so a barrier waits long. In a training step they are never far apart.
 PATIENCE = timedelta(days=1)
@@ -47,10 +44,18 @@ class Runtime:
     rank: int = 0
     world: int = 1
     weights: str | None = None  # of the LLM, one of WEIGHTS; None: as `dtype`
+    shard_llm: bool = False  # its layers are spread over the ranks (llm/sharding.py)
+    attention: str | None = None  # of the LLM, as transformers names it
 
 
 def find_runtime(
-    device: str = "auto", dtype: str = "auto", weights: str | None = None, minutes: float = COLLECTIVE_MINUTES
+    device: str = "auto",
+    dtype: str = "auto",
+    weights: str | None = None,
+    minutes: float = COLLECTIVE_MINUTES,
+    *,
+    shard_llm: bool = False,
+    attention: str | None = None,
 ) -> Runtime:
     """This process's runtime; joins the other ranks when a launcher started several.
 
@@ -58,6 +63,7 @@ def find_runtime(
     device that computes in it, otherwise float32 (float16, which overflows in some LLMs, must be named); "fastest" is
     bfloat16 also on a CPU that computes in it, so that results depend on the CPU. `weights`: the format of the LLM's
     weights, one of WEIGHTS, if not `dtype`. `minutes`: how long a rank waits for the others in a sum before it fails.
+    `shard_llm`: split the LLM's layers over the ranks, if there are several. `attention`: see `Runtime`.
     """
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights {weights!r} are not known; choose one of {', '.join(WEIGHTS)}")
@@ -73,7 +79,9 @@ def find_runtime(
         torch.cuda.set_device(own_device)
     if world > 1 and not dist.is_initialized():
         _join(own_device, timedelta(minutes=minutes))
-    return Runtime(own_device, DTYPES[dtype], rank, world, weights)
+    if shard_llm and weights:
+        raise ValueError(f"--weights {weights}: an LLM that is spread over processes keeps its format; leave one out")
+    return Runtime(own_device, DTYPES[dtype], rank, world, weights, shard_llm and world > 1, attention)
 
 
 def _has_bfloat16(device: torch.device, *, processors: bool) -> bool:
@@ -118,9 +126,18 @@ def _join(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group("gloo", timeout=timeout)
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; to a GPU from pinned memory, without waiting for what the GPU has to do before."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def leave(runtime: Runtime) -> None:
     """Destroy the process group, at the end of the program."""
     if runtime.world > 1 and dist.is_initialized():
+        keep_company()
+        _companies.clear()
         _patient_group.cache_clear()
         dist.destroy_process_group()
 
@@ -133,6 +150,7 @@ def shard_rows(n: int, runtime: Runtime) -> range:
 def barrier(runtime: Runtime) -> None:
     """Wait until all ranks have called it."""
     if runtime.world > 1:
+        keep_company()
         dist.barrier(group=_patient_group())
 
 
@@ -146,6 +164,7 @@ def gathered(value: T) -> list[T]:
     """The values of all ranks, in order, on each rank; without a launcher, only this process's."""
     if not dist.is_initialized():
         return [value]
+    keep_company()
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -156,6 +175,7 @@ def from_first(make: Callable[[], T]) -> T:
     if not dist.is_initialized():
         return make()
     made = [make() if dist.get_rank() == 0 else None]
+    keep_company()
     dist.broadcast_object_list(made)
     return cast(T, made[0])
 
@@ -167,6 +187,31 @@ def shared(items: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
         mine = start + rank
         results = gathered(work(items[mine]) if mine < len(items) else None)
         yield from cast(list[T], results[: len(items) - start])
+
+
+_companies: list[Callable[[], object]] = []  # a pass through each model that the ranks can only run together
+
+
+def announce_pass(working: bool = True) -> bool:
+    """Tell the ranks that this one is about to run such a model, or waits for them; whether any of them runs it."""
+    busy = torch.tensor(int(working))
+    dist.all_reduce(busy, group=_patient_group())
+    return bool(busy)
+
+
+def join_company(empty_pass: Callable[[], object]) -> None:
+    """From here on, a rank that waits for the others makes passes that nobody reads while they run the model.
+
+    Each pass of the model must be announced. All ranks call this at the same place.
+    """
+    _companies.append(empty_pass)
+
+
+def keep_company() -> None:
+    """Make empty passes until every rank waits; called wherever ranks wait for each other."""
+    for empty_pass in _companies:
+        while announce_pass(working=False):
+            empty_pass()
 
 
 def sum_across(tensor: Tensor, runtime: Runtime) -> Tensor:
@@ -200,34 +245,6 @@ def reduce_gradients(params: Iterable[nn.Parameter], runtime: Runtime) -> None:
     dist.all_reduce(flat)
     for ranks, p, piece in zip(has_gradient.tolist(), trained, gradients, strict=True):
         p.grad = piece.view_as(p).to(p.dtype, copy=True) if ranks else None
-
-
-def shard_language_model(model: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
-    """Split the decoder layers of a large frozen LLM over the ranks (FSDP2); each layer is gathered while it runs.
-
-    Embeddings, final norm and head are whole on each rank: they are called separately from the layers (prefix, response
-    logits), and are small compared with them. All ranks must call the model equally often; otherwise they wait without
-    end. Cached key/values must be computed without gradient, as FSDP has hooks on outputs, not on caches. The model is
-    changed in place and returned.
-    """
-    if runtime.world == 1:
-        return model
-    if any(p.requires_grad for p in model.parameters()):
-        raise ValueError("only a frozen LLM is sharded; call model.requires_grad_(False) first")
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(model).__name__}: its decoder has no list named `layers` to spread over ranks")
-    mesh = init_device_mesh(runtime.device.type, (runtime.world,))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    in_layers = {id(p) for p in layers.parameters()}
-    whole = {p for p in decoder.parameters() if id(p) not in in_layers}
-    fully_shard(decoder, mesh=mesh, ignored_params=whole)
-    return model
 
 
 # mallopt's parameters (malloc.h of glibc): blocks up to 1 GiB come from the heap; the heap never shrinks by itself;

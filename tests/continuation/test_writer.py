@@ -169,7 +169,7 @@ def test_ranks_write_what_one_process_writes(
     runtimes = [Runtime(torch.device("cpu"), torch.float32, rank, 3) for rank in range(3)]
     processes = []
     for runtime in runtimes:
-        monkeypatch.setattr("blsp.continuation.writer.find_runtime", lambda *_, runtime=runtime: runtime)
+        monkeypatch.setattr("blsp.continuation.writer.find_runtime", lambda *_, runtime=runtime, **__: runtime)
         processes.append(in_a_process(settings(out, top_k=5)))
     for process in processes:
         process.join(60)

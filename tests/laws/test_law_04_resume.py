@@ -146,6 +146,17 @@ def test_sigterm_saves_and_leaves_with_0(settings, whole, tmp_path: Path) -> Non
     assert _finish(run) == whole[0]
 
 
+@pytest.mark.parametrize("readers", [1, 3])
+def test_any_number_of_readers_gives_the_same_bits_also_when_it_changes(
+    settings: TrainSettings, whole, tmp_path: Path, readers: int
+) -> None:
+    run = replace(settings, out=tmp_path / "run", readers=readers)
+    child = _start(run, die_at=4)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert _finish(replace(run, readers=4 - readers)) == whole[0]
+
+
 def test_another_seed_gives_another_curve_and_the_same_one_the_same(settings, whole, tmp_path: Path) -> None:
     assert _finish(replace(settings, out=tmp_path / "again")) == whole[0]
     assert _finish(replace(settings, out=tmp_path / "other", seed=1))[1] != whole[0][1]

@@ -2,6 +2,7 @@
 else.
 """
 
+import threading
 import time
 from itertools import islice
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blsp.training.batches import DataFile, DataOrder, cut, prefetch
+from blsp.training.batches import READ_AHEAD, DataFile, DataOrder, cut, read_ahead
 
 
 def _lengths_of(rows: np.ndarray) -> np.ndarray:
@@ -81,19 +82,46 @@ def test_cut_does_not_depend_on_how_groups_are_numbered() -> None:
     assert batches == renamed
 
 
-def test_prefetch_keeps_order_raises_and_stops() -> None:
-    assert list(prefetch(range(50), ahead=3)) == list(range(50))
+@pytest.mark.parametrize("threads", [1, 3, 8])
+def test_rows_are_read_ahead_in_the_order_of_the_plan(threads: int) -> None:
+    plan = [(step, list(range(step, step + step % 4))) for step in range(40)]  # some steps have no rows
 
-    def broken():
-        yield 1
-        raise KeyError("here")
+    def read(row: int) -> int:
+        time.sleep(0.002 * (row % 3 == 0))  # the later one is ready first
+        return row * 10
 
-    items = prefetch(broken(), ahead=2)
-    assert next(items) == 1
+    assert list(read_ahead(plan, read, threads)) == [(step, [row * 10 for row in rows]) for step, rows in plan]
+
+
+def test_slow_rows_are_read_at_the_same_time_and_only_some_ahead() -> None:
+    begun: list[int] = []
+
+    def read(row: int) -> int:
+        begun.append(row)
+        time.sleep(0.02)
+        return row
+
+    started = time.monotonic()
+    steps = read_ahead(((step, [2 * step, 2 * step + 1]) for step in range(1000)), read, threads=16)
+    assert [rows for _, rows in islice(steps, 40)] == [[2 * step, 2 * step + 1] for step in range(40)]
+    assert time.monotonic() - started < 80 * 0.02 / 2  # one thread would take 80 times 20 ms
+    steps.close()
+    assert 80 <= len(begun) < 80 + 2 * READ_AHEAD * 16
+
+
+def test_what_a_reader_raises_is_raised_in_its_place_and_the_others_stop() -> None:
+    def read(row: int) -> int:
+        if row == 3:
+            raise KeyError("here")
+        return row
+
+    steps = read_ahead(enumerate([[0, 1], [2, 3], [4]]), read, threads=2)
+    assert next(steps) == (0, [0, 1])
     with pytest.raises(KeyError, match="here"):
-        next(items)
-    endless = prefetch(iter(int, 1), ahead=2)
-    assert next(endless) == 0
+        next(steps)
+    endless = read_ahead(((0, [0]) for _ in iter(int, 1)), read, threads=2)
+    assert next(endless) == (0, [0])
     began = time.monotonic()
     endless.close()
     assert time.monotonic() - began < 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("blsp-reader")]

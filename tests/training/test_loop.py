@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from support.tiny_models import save_language_model
 from support.training_examples import write_data
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blsp.data.audio import write_wav
 from blsp.data.files import DiskFullError
@@ -453,3 +454,39 @@ def test_each_step_has_its_own_seed_of_dropout(settings, monkeypatch) -> None:
     monkeypatch.setattr(step, "run", lambda *given: (seeds.append(torch.initial_seed()), run(*given))[1])
     train(replace(settings, steps=3, batch_tokens=100_000, probe_every=100))
     assert len(set(seeds)) == 3
+
+
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_the_device_is_waited_for_once_a_step_however_many_micro_batches(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    looks, learn = [], loop.learn
+
+    def counted(name: str):
+        original = getattr(torch.Tensor, name)
+        return lambda tensor, *args: (looks.append(name), original(tensor, *args))[1]
+
+    def watched(run, state, number, batches) -> None:
+        with monkeypatch.context() as patch, Scalars() as scalars:
+            patch.setattr(torch.Tensor, "tolist", counted("tolist"))
+            learn(run, state, number, batches)
+        steps.append((len(batches), scalars.count + len(looks)))
+        looks.clear()
+
+    monkeypatch.setattr(loop, "learn", watched)
+    steps: list[tuple[int, int]] = []
+    run = replace(settings, loss=loss, cache=settings.out / "features", steps=3, no_speech=0.2)
+    for tokens in (1, 4096):
+        train(replace(run, out=settings.out / str(tokens), batch_tokens=tokens))
+    assert {count for count, _ in steps} >= {6, 2}
+    assert len({found for _, found in steps}) == 1
+
+
+class Scalars(TorchDispatchMode):
+    """Counts the numbers that are read out of tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))

@@ -35,7 +35,7 @@ from blsp.continuation.engines import Engine, Prompt, Written
 from blsp.continuation.requests import PlannedPrompt, PromptSpec
 from blsp.data.files import digest_of, take_room, write_atomically, write_json
 from blsp.data.jobs import WAIT, Parts, RowLog
-from blsp.distributed import Runtime
+from blsp.distributed import Runtime, barrier, gathered
 
 TABLES = """
 PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;  -- a file that is not finished is thrown away
@@ -259,7 +259,7 @@ def compute_answers(
 
     check_refusals: called with all refused prompts after each new one; raises an error if there are too many.
     """
-    if parts.is_finished(runtime.rank, runtime.world):
+    if parts.is_finished(runtime.rank, runtime.world) and not runtime.shard_llm:
         return
     done = np.zeros(len(plan), bool)  # prompts that any rank has answered; refused ones are asked again
     for path in parts.paths():
@@ -267,12 +267,13 @@ def compute_answers(
             done[fields["key"]] |= "refused" not in fields
     mine = range(runtime.rank, plan.batches, runtime.world)
     missing = plan.missing_batches(done, mine)
+    asks = any(gathered(bool(missing))) if runtime.shard_llm else bool(missing)  # ranks run a sharded LLM together
     total, left = sum(map(plan.size_of, mine)), sum(map(plan.size_of, missing))
     bar = tqdm(total=total, initial=total - left, unit="prompt", disable=runtime.rank != 0, dynamic_ncols=True)
     with open_answers(parts, runtime.rank) as log, bar:
         started, tokens, refused = time.monotonic(), 0, list[Written]()
         prompts = ([make_prompt(*numbered) for numbered in plan.batch(batch)] for batch in missing)
-        for answers in make_engine().write(prompts) if missing else ():
+        for answers in make_engine().write(prompts) if asks else ():
             log.append(*answer_rows(answers))
             if new := [written for written in answers if written.refused is not None]:
                 refused += new
@@ -281,3 +282,5 @@ def compute_answers(
             bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
             bar.update(len(answers))
     parts.finish(runtime.rank, runtime.world)
+    if runtime.shard_llm:
+        barrier(runtime)  # the others may still run it

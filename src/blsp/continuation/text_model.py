@@ -16,6 +16,7 @@ from blsp.data.files import text_digest
 from blsp.data.jobs import Job
 from blsp.distributed import Runtime
 from blsp.llm.prompt import PROMPT_DATE
+from blsp.llm.sharding import run_together
 from blsp.model.loading import load_language_model, load_tokenizer
 from blsp.settings import ContinueSettings, SettingsError
 from blsp.settings.shared import read_template_args
@@ -38,7 +39,10 @@ class TextModel:
         return text_digest(str(self.tokenizer.chat_template))
 
     def load(self, runtime: Runtime) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_language_model(self.weights, runtime, self.template_args)
+        llm, tokenizer = load_language_model(self.weights, runtime, self.template_args)
+        if runtime.shard_llm:
+            run_together(llm)
+        return llm, tokenizer
 
 
 def template_args_of(settings: ContinueSettings) -> dict[str, Any]:

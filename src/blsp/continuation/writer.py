@@ -60,7 +60,9 @@ TOKENISED = "tokenised from the text where the server returned none"
 def write_continuations(settings: ContinueSettings) -> None:
     """`blsp continue`."""
     check_settings(settings)
-    runtime = find_runtime(settings.device, settings.dtype)
+    runtime = find_runtime(
+        settings.device, settings.dtype, shard_llm=settings.shard_llm, attention=settings.attn_implementation
+    )
     llm = TextModel(find_weights(settings.llm), template_args_of(settings))
     check_top_k(settings, llm)
     with Job(settings.out, runtime.rank) as job:

@@ -28,6 +28,7 @@ from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import embed, stop_ids
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import Order, prompt_template, transcript_ids
+from blsp.llm.sharding import run_together
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.checkpoint import load_blsp
 from blsp.model.hypotheses import BEAM, choose
@@ -196,14 +197,20 @@ def load(
     dtype: str = "auto",
     weights: str | None = None,
     rescore: str | None = "auto",
+    shard_llm: bool | None = False,
+    attn_implementation: str | None = None,
 ) -> Listener:
     """A `Listener` from a checkpoint folder, a hub id, or the name of a shipped adapter (the default).
 
     audio_model, llm: where the adapter's encoder and LLM are now, if not where its config.json says. weights: the
     format of the LLM's weights (bfloat16, int8 or int4) if not `dtype`. rescore: whether the LLM chooses one of the
-    likeliest read-outs: `always`, `never`, or as in config.json.
+    likeliest read-outs: `always`, `never`, or as in config.json. shard_llm: split the LLM over the
+    processes that a launcher has started, which all call this. attn_implementation: of the LLM.
     """
-    loaded, processor = load_blsp(model, find_runtime(device, dtype, weights), audio_model, llm)
+    runtime = find_runtime(device, dtype, weights, shard_llm=bool(shard_llm), attention=attn_implementation)
+    loaded, processor = load_blsp(model, runtime, audio_model, llm)
+    if runtime.shard_llm:
+        run_together(loaded)
     if rescore in ("always", "never"):
         loaded.config.rescore = rescore == "always"
     return Listener(loaded, processor)
@@ -211,7 +218,7 @@ def load(
 
 def load_options(settings: Any) -> dict[str, Any]:
     """The arguments of `load`, without the model, from a command's flags."""
-    names = ("audio_model", "llm", "device", "dtype", "weights", "rescore")
+    names = ("audio_model", "llm", "device", "dtype", "weights", "rescore", "shard_llm", "attn_implementation")
     return {name: getattr(settings, name, None) for name in names}
 
 

@@ -9,5 +9,6 @@ decoding.py         the decode loop: greedy and sampled, rows join and leave; th
 kv_cache.py         key/values of a running batch
 teacher_forcing.py  scores and hidden states of given answers
 quantise.py         weights in 16, 8 or 4 bits
+sharding.py         an LLM spread over several processes, each reading its own part
 servers.py          LLMs behind OpenAI-compatible URLs: the least busy first, one that fails left out for a while
 """

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from blsp.distributed import send
+
 PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 CHUNK_LOGITS = 2**24  # the most logits in memory at once: 64 MiB in float32
 
@@ -59,7 +61,7 @@ def decoder_of(llm: PreTrainedModel) -> nn.Module:
 def embed(llm: PreTrainedModel, ids: Any) -> Tensor:
     """Token embeddings (…, D) of a tensor or a list of ids."""
     table = llm.get_input_embeddings()
-    return table(torch.as_tensor(ids, dtype=torch.long, device=table.weight.device))
+    return table(send(torch.as_tensor(ids, dtype=torch.long), table.weight.device))
 
 
 def logits_of(llm: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class AdapterOutput:
     vectors (B, S, D): embeddings for the LLM, zero where invalid; the valid ones of a row come first.
     num_audio_tokens (B,): placeholders of each clip, a function of its length alone.
     valid (B, S): True where there is a vector; at least one a row.
+    plain: whether there is one for every audio token, so that nobody has to look.
     speech (B,): False where no speech was found (only an adapter that reads out can tell).
     log_probs (B, S, K): CTC log-probabilities, blank first, of an adapter that reads out.
     readout: for each clip the best CTC path: rows of the read-out table, later the LLM's token ids.
@@ -41,6 +42,7 @@ class AdapterOutput:
     speech: Tensor
     log_probs: Tensor | None = None
     readout: list[list[int]] | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def plain_output(hidden: Tensor, lengths: Tensor) -> AdapterOutput:
         num_audio_tokens=lengths,
         valid=valid,
         speech=torch.ones_like(lengths, dtype=torch.bool),
+        plain=True,
     )
 
 

@@ -112,13 +112,21 @@ def load_blsp(
     if not is_adapter_folder(folder):
         if audio_model or llm:
             raise CheckpointError(f"{folder}: holds its own encoder and LLM; leave out --audio-model and --llm")
+        if runtime.shard_llm:
+            raise CheckpointError(f"{folder}: is a merged model; --shard-llm needs the adapter's own folder")
         with naming_folder(folder):
-            model = BlspForConditionalGeneration.from_pretrained(folder, dtype=runtime.dtype)
+            model = BlspForConditionalGeneration.from_pretrained(
+                folder, dtype=runtime.dtype, attn_implementation=runtime.attention
+            )
         freeze(model.to(runtime.device))
         if runtime.weights:
             set_weights(model, runtime.weights)
         return model, _load_processor(folder, model.config.tokenizer_sha256)
     config = open_config(folder)
+    if runtime.shard_llm and config.lora:
+        raise CheckpointError(
+            f"{folder}: has LoRA on its LLM or encoder; leave out --shard-llm, or merge it (blsp export)"
+        )
     parts = load_checked(config, runtime, folder, audio_model, llm)
     model = assemble_folder(BlspForConditionalGeneration, folder, config, parts, runtime)
     return model, _load_processor(folder, config.tokenizer_sha256 or tokenizer_digest(parts.tokenizer))

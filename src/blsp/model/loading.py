@@ -37,13 +37,14 @@ from blsp.distributed import Runtime, find_runtime
 from blsp.llm.language_model import check_supported
 from blsp.llm.prompt import fix_tokenizer
 from blsp.llm.quantise import set_weights
+from blsp.llm.sharding import load_sharded
 from blsp.llm.template_check import check_template
 from blsp.model.adapter import load_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, open_config
 from blsp.model.frozen_weights import sample_weights
 from blsp.model.lora import add_lora, has_lora
 from blsp.model.speech_encoder import knows_english_only
-from blsp.weights.digest import Weights, find_weights
+from blsp.weights.digest import Weights, find_weights, local_folder
 from blsp.weights.embedded import PREFIX
 from blsp.weights.folder import WeightsNotFoundError, naming_folder
 
@@ -70,8 +71,12 @@ def load_language_model(
         config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
     check_supported(config, weights.name)
     with naming_folder(weights.name):
+        if runtime.shard_llm:
+            return load_sharded(local_folder(weights.folder), config, runtime), load_tokenizer(weights, template_args)
         dtype = torch.bfloat16 if runtime.weights else runtime.dtype
-        llm = AutoModelForCausalLM.from_pretrained(weights.folder, dtype=dtype, trust_remote_code=False)
+        llm = AutoModelForCausalLM.from_pretrained(
+            weights.folder, dtype=dtype, attn_implementation=runtime.attention, trust_remote_code=False
+        )
     llm = freeze(llm.to(runtime.device))
     if runtime.weights:
         set_weights(llm, runtime.weights)

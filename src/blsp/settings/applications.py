@@ -17,6 +17,7 @@ from tyro.conf import Positional
 
 from blsp.settings.shared import (
     DEFAULT_MODEL,
+    Attention,
     AudioModel,
     CollectiveMinutes,
     ConfigFile,
@@ -30,6 +31,7 @@ from blsp.settings.shared import (
     Precision,
     Rescore,
     SettingsError,
+    ShardLlm,
     Temperature,
     TopP,
     TranscriptFormat,
@@ -57,7 +59,7 @@ class EvaluateSettings:
         "task": "suite task data limit routes normalise",
         "model": "model audio_model llm rescore asr asr_compute peer judge",
         "report": "out compare seed bootstrap",
-        "compute": "batch_size collective_minutes device dtype",
+        "compute": "batch_size shard_llm attn_implementation collective_minutes device dtype",
     }
 
     out: Path
@@ -95,6 +97,8 @@ class EvaluateSettings:
     """random seed of the bootstrap samples"""
     bootstrap: int = 1000
     """bootstrap samples for each confidence interval"""
+    shard_llm: ShardLlm = False
+    attn_implementation: Attention = None
     collective_minutes: CollectiveMinutes = 30.0
     device: Device = "auto"
     dtype: Dtype = "auto"
@@ -121,7 +125,7 @@ class GenerateSettings:
         "model": "model audio_model llm rescore",
         "prompt": "instruction order",
         "generation": "max_new_tokens temperature top_p seed",
-        "compute": "batch_size collective_minutes device dtype weights",
+        "compute": "batch_size shard_llm attn_implementation collective_minutes device dtype weights",
     }
 
     manifest: str
@@ -146,6 +150,8 @@ class GenerateSettings:
     """rows answered together"""
     collective_minutes: CollectiveMinutes = 30.0
     limit: Limit = None
+    shard_llm: ShardLlm = False
+    attn_implementation: Attention = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     weights: LlmWeights = None

@@ -17,6 +17,7 @@ from tyro.conf import Positional
 
 from blsp.settings.shared import (
     DEFAULT_MODEL,
+    Attention,
     AudioModel,
     Choices,
     ConfigFile,
@@ -28,6 +29,7 @@ from blsp.settings.shared import (
     NoThinking,
     Paper,
     SettingsError,
+    ShardLlm,
     Temperature,
     TemplateArg,
     TopP,
@@ -114,7 +116,7 @@ class ContinueSettings:
         "teacher": "top_k top_k_temperature score_only",
         "servers": "engine_url engine_model engine_body api_key_env concurrency",
         "failures": "timeout retries retry_minutes max_failures",
-        "compute": "batch_size device dtype",
+        "compute": "batch_size shard_llm attn_implementation device dtype",
     }
 
     manifest: str
@@ -169,6 +171,8 @@ class ContinueSettings:
     max_failures: float = 0.01
     """stop if more than this share of the prompts, and more than ten, cannot be answered"""
     limit: Limit = None
+    shard_llm: ShardLlm = False
+    attn_implementation: Attention = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     paper: Paper = False

@@ -62,6 +62,13 @@ LlmWeights = Annotated[
     "the format of the LLM's weights (its embeddings and head are bfloat16); int8, int4: less memory, and faster if "
     "memory is slow (pip install 'blsp[quant]'); without: as --dtype",
 ]
+ShardLlm = Annotated[
+    bool, "under torchrun: split the layers of the LLM over the processes (FSDP2), where it is too large for one device"
+]
+Attention = Annotated[
+    str | None,
+    "the LLM's attention, as transformers names it: sdpa (what it takes by itself), eager, flash_attention_2",
+]
 Rescore = Annotated[
     Literal["auto", "always", "never"],
     "let the LLM choose one of the adapter's likeliest read-outs: fewer wrong words, but the answer begins later; "

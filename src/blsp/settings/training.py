@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from blsp.settings.shared import (
+    Attention,
     Choices,
     CollectiveMinutes,
     ConfigFile,
@@ -22,6 +23,7 @@ from blsp.settings.shared import (
     NoThinking,
     Paper,
     SettingsError,
+    ShardLlm,
     TemplateArg,
     above_zero,
     read_template_args,
@@ -54,7 +56,8 @@ class TrainSettings:
         "loss": "loss temperature teacher ctc_weight embed_weight filler negatives",
         "optimisation": "steps epochs batch_size lr weight_decay warmup_steps schedule clip average_last seed",
         "logging and checkpoint": "log_to profile log_every probe_every save_every save_minutes keep resume_inexact",
-        "compute and memory": "dry_run batch_tokens activation_checkpointing shard_llm collective_minutes device dtype",
+        "compute and memory": "dry_run batch_tokens activation_checkpointing shard_llm attn_implementation "
+        "deterministic collective_minutes readers device dtype",
     }
 
     data: tuple[str, ...]
@@ -152,9 +155,13 @@ class TrainSettings:
     """resume a checkpoint of other versions or threads; the results are close, but not equal to the bit"""
     activation_checkpointing: bool = False
     """compute activations twice to store fewer of them"""
-    shard_llm: bool = False
-    """split the layers of the LLM over the processes (FSDP2), if it is too large for one"""
+    shard_llm: ShardLlm = False
+    attn_implementation: Attention = None
+    deterministic: bool = True
+    """the same bits each time (law 4); on CUDA, some operations are faster without"""
     collective_minutes: CollectiveMinutes = 30.0
+    readers: int = 8
+    """threads that read the next rows: more of them where storage is slow to answer"""
     pad_to_30s: bool = False
     """pad each clip to 30 s before the encoder (paper)"""
     device: Device = "auto"
@@ -178,6 +185,7 @@ class TrainSettings:
             "steps",
             "collective_minutes",
             "lora_rank",
+            "readers",
         )
         read_template_args(self.template_arg, self.no_thinking)
         if not self.data:

@@ -8,6 +8,7 @@ examples.py   rows to examples
 augmentation.py  speed, volume, noise, hidden spans
 batches.py    the order of the data
 run.py        everything before the first step
+reading.py    the examples of each step, read ahead
 verdict.py    whether the adapter listens, at the end of a run; warnings at its start
 run_state.py  run folder, settings, checkpoints, stop signal
 optimiser.py  AdamW, schedules, averaging

@@ -2,7 +2,7 @@
 
 In:  the number of rows of each data file and its weight, the rows' lengths, and the step's number.
 Out: `DataOrder.steps(first)`: the rows of each step; `cut`: rows as micro-batches under a budget of positions;
-     `prefetch`: items made ahead in a thread.
+     `read_ahead`: the steps' rows, read by threads before they are needed.
 Try: ``next(DataOrder(files=(DataFile(0, 100),), batch_size=8, seed=0).steps(3, lengths_of))``
 Flow: training/examples.py -> **batches.py** -> training/loop.py
 
@@ -18,8 +18,8 @@ of positions and the number of processes change only rounding (law 5).
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +31,8 @@ WINDOW_STEPS = 128  # steps in a window; more steps mean better sorting, but les
 
 Rows = NDArray[np.int64]
 LengthsOf = Callable[[Rows], NDArray[np.integer]]
+Key = TypeVar("Key")
+Row = TypeVar("Row")
 Item = TypeVar("Item")
 
 
@@ -141,17 +143,31 @@ def cut(rows: Rows, lengths: NDArray[np.integer], groups: NDArray[np.integer], b
     return batches
 
 
-END = object()
+READ_AHEAD = 4  # rows begun before they are needed, for each thread
 
 
-def prefetch(items: Iterable[Item], ahead: int) -> Generator[Item]:
-    """`items` in order, made by one thread up to `ahead` in advance; the thread's exception is raised here."""
-    source = iter(items)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="blsp-prefetch")
+def read_ahead(
+    plan: Iterable[tuple[Key, Sequence[Row]]], read: Callable[[Row], Item], threads: int
+) -> Generator[tuple[Key, list[Item]]]:
+    """Each step of `plan` with its rows read, in order; `threads` read the next ones meanwhile.
+
+    At least one whole step is read ahead. What `read` raises is raised here, at the row's step.
+
+    Why threads and not the worker processes of torch's DataLoader: a thread that waits for storage costs nothing, and
+    decoding and spectra let other threads run; nothing is started, sent or left behind (docs/log.md, 2026-11-29).
+    """
+    steps: deque[tuple[Key, list[Future[Item]]]] = deque()
+    begun = 0  # rows of `steps`
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="blsp-reader")
     try:
-        window = deque(pool.submit(next, source, END) for _ in range(ahead))
-        while (item := window.popleft().result()) is not END:
-            window.append(pool.submit(next, source, END))
-            yield item  # type: ignore[misc]
+        for key, rows in plan:
+            steps.append((key, [pool.submit(read, row) for row in rows]))
+            begun += len(rows)
+            while len(steps) > 1 and begun - len(steps[0][1]) >= READ_AHEAD * threads:
+                key, futures = steps.popleft()
+                begun -= len(futures)
+                yield key, [future.result() for future in futures]
+        for key, futures in steps:
+            yield key, [future.result() for future in futures]
     finally:
         pool.shutdown(cancel_futures=True)

@@ -10,6 +10,7 @@ the whole step, and updates the adapter. After a kill, the same command continue
 exits.
 """
 
+import math
 import shutil
 import sys
 import tempfile
@@ -35,16 +36,15 @@ from blsp.distributed import (
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
 from blsp.training import run_state, step, verdict
-from blsp.training.batches import prefetch
 from blsp.training.card import model_card
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
+from blsp.training.reading import step_examples
 from blsp.training.reporting import Reporter, draw_curves, finish_stages, print_once, progress_bar, report
-from blsp.training.run import Run, check_loss, prepare, step_examples
+from blsp.training.run import Run, check_loss, prepare
 from blsp.training.tracking import Trackers, peak_memory, tracing
 
 DRY_STEPS = 3
-STEPS_AHEAD = 3  # steps whose examples are read before they are needed
 
 
 class TrainingError(RuntimeError):
@@ -62,12 +62,12 @@ def train(settings: TrainSettings) -> None:
         dry_run(settings, runtime)
         leave(runtime)
         return
-    with run_state.deterministic(), run_state.StopSignal() as stop:
+    with run_state.StopSignal() as stop:
         for stage in settings.stages or (settings,):
             if run_state.is_finished(stage):
                 print_once(runtime, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
                 continue
-            with run_state.claim_folder(stage.out, runtime):
+            with run_state.claim_folder(stage.out, runtime), run_state.deterministic(stage.deterministic):
                 train_stage(stage, runtime, stop)
             if stop.requested:
                 break
@@ -91,10 +91,11 @@ def dry_run(settings: TrainSettings, runtime: Runtime) -> None:
             replace(stage, out=Path(folder, "run"), init_from=stage.init_from if stage is settings else ()), runtime
         )
         state, seconds = begin_or_resume(run), []
-        for number, batches in islice(step_examples(run, 0), DRY_STEPS):
-            began = time.monotonic()
-            learn(run, state, number, batches)
-            seconds.append(time.monotonic() - began)
+        with closing(step_examples(run, 0)) as steps:
+            for number, batches in islice(steps, DRY_STEPS):
+                began = time.monotonic()
+                learn(run, state, number, batches)
+                seconds.append(time.monotonic() - began)
         hours = min(seconds) * run.steps / 3600  # the first step is slower than the others
         print_once(
             runtime,
@@ -117,7 +118,7 @@ def train_stage(settings: TrainSettings, runtime: Runtime, stop: run_state.StopS
     bar = progress_bar(run, state.progress)
     trackers = Trackers(settings.log_to, settings.out, run_state.as_flags(settings), runtime)
     reporter = Reporter(run, state, trackers)
-    examples = closing(prefetch(step_examples(run, state.progress.step), STEPS_AHEAD))
+    examples = closing(step_examples(run, state.progress.step))
     with closing(trackers), examples as steps, bar, tracing(settings.profile, settings.out, runtime) as step_traced:
         for number, batches in steps:
             learn(run, state, number, batches)
@@ -150,19 +151,24 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
     *totals, samples, seconds = sum_over_ranks(run.runtime, *counts.values(), len(examples), spoken)
     counts = dict(zip(counts, map(int, totals), strict=True))
 
-    # Gradients add up over the micro-batches; each is freed before the next one is computed
-    loss, positions, padding = 0.0, 0, 0
+    # Gradients add up over the micro-batches; each is freed before the next one is computed. Their losses are looked
+    # at when all are under way: a look waits for the device.
+    learnt: list[tuple[torch.Tensor, list[Example]]] = []
+    positions, padding = 0, 0
     for batch in micro_batches(run, batches):
         with step.autocast(run.runtime):
             sums = step.run(run.model, batch, run.objective, run.prefixes)
             share = step.objective_value(sums, counts, run.objective)
-        if not torch.isfinite(share):
-            raise TrainingError(bad_loss(run, number, share.item(), batch))
         share.backward()
-        loss, positions, padding = loss + share.item(), positions + sums.positions, padding + sums.padding
+        learnt.append((share.detach(), batch))
+        positions, padding = positions + sums.positions, padding + sums.padding
+    losses = torch.stack([share for share, _ in learnt]).tolist() if learnt else []
+    for value, (_, batch) in zip(losses, learnt, strict=True):
+        if not math.isfinite(value):
+            raise TrainingError(bad_loss(run, number, value, batch))
 
     norm = move_adapter(run, state, number, examples)
-    loss, total_positions, total_padding = sum_over_ranks(run.runtime, loss, positions, padding)
+    loss, total_positions, total_padding = sum_over_ranks(run.runtime, sum(losses), positions, padding)
     progress = run_state.add_to_window(state.progress, loss, int(total_positions), int(total_padding), norm)
     state.progress = replace(
         progress,

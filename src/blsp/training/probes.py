@@ -96,7 +96,7 @@ def token_divergences(
     for numbers in micro_batches(examples, positions):
         batch = [examples[number] for number in numbers]
         audio = model.model.listen(*speech_states(model, batch))
-        vectors = speech_vectors(audio, range(len(batch)))
+        vectors = speech_vectors(model, audio, batch)
         speech, _ = response_states(model, batch, vectors, prefixes)  # (N, D)
         text = _text_states(probe, numbers, batch, prefixes)  # (N, D)
         tokens = zip(*teacher_forcing.divergence(model, text, speech), strict=True)

@@ -1,22 +1,19 @@
 """Everything before the first step: model, objective, data, order of the data, probes.
 
 In:  the resolved settings of one run (or of one stage), and the `Runtime`.
-Out: `Run`, which does not change during training. `step_examples`: the micro-batches of each step.
+Out: `Run`, which does not change during training.
 Try: ``prepare(settings, find_runtime("cpu"))``
 Flow: settings -> **run.py** (dataset.py, examples.py, batches.py, probes.py) -> training/loop.py
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from blsp.data.corpora.no_speech import no_speech
@@ -24,7 +21,7 @@ from blsp.data.corpora.reading import ReadRequest
 from blsp.data.files import write_text
 from blsp.data.jobs import SkippedLog
 from blsp.data.manifest import Utterance, write_manifest
-from blsp.distributed import Runtime, barrier, shard_language_model
+from blsp.distributed import Runtime, barrier
 from blsp.features.align import TokenTimes
 from blsp.features.encode import open_features
 from blsp.llm.instructions import NO_SPEECH_SENTENCE
@@ -40,11 +37,10 @@ from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 from blsp.settings import SettingsError, TrainSettings
 from blsp.settings.shared import read_template_args
-from blsp.training.batches import DataFile, DataOrder, Rows, cut
+from blsp.training.batches import DataFile, DataOrder
 from blsp.training.dataset import (
     DataError,
     Dataset,
-    Refused,
     Source,
     check_teacher,
     choose_teacher,
@@ -52,7 +48,7 @@ from blsp.training.dataset import (
     open_sources,
     shared_template_args,
 )
-from blsp.training.examples import Example, ExampleReader, RowMeasurer, RowTexts, Targets
+from blsp.training.examples import ExampleReader, RowMeasurer, RowTexts, Targets
 from blsp.training.probes import Probe
 from blsp.training.step import LOSSES, Objective
 from blsp.training.validation import open_probes, open_validation, validation_sources
@@ -95,6 +91,9 @@ class Run:
 
 def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     """Open the data and the model; the first process writes the files that all processes read."""
+    shard_llm = settings.shard_llm and runtime.world > 1
+    runtime = replace(runtime, shard_llm=shard_llm, attention=settings.attn_implementation)
+
     # The loss and the data files
     stored = teacher_of(settings) == "stored"
     sources = data_sources(settings, runtime, stored)
@@ -258,36 +257,6 @@ def data_order(settings: TrainSettings, dataset: Dataset) -> DataOrder:
     return order
 
 
-def step_examples(run: Run, first: int) -> Iterator[tuple[int, list[list[Example]]]]:
-    """(step, this rank's micro-batches) from step `first` to the end; it runs in the prefetch thread."""
-    prefix_numbers: dict[tuple[int, ...], int] = {}
-    rows_of, reader = run.dataset.rows, run.reader
-
-    def lengths_of(rows: Rows) -> Rows:
-        return reader.lengths(rows_of[rows])
-
-    for step, numbers in enumerate(run.order.steps(first, lengths_of), start=first):
-        if step >= run.steps:
-            return
-        rows = rows_of[numbers[run.runtime.rank :: run.runtime.world]]  # this rank's share
-        prefixes = [reader.template(row).prefix_ids for row in rows]
-        groups = np.array([prefix_numbers.setdefault(ids, len(prefix_numbers)) for ids in prefixes])
-        parts = cut(np.arange(len(rows)), reader.lengths(rows), groups, run.settings.batch_tokens)
-        epoch = run.order.epoch(step)
-        batches = [list(_read_examples(run, rows[part], epoch)) for part in parts]
-        yield step, [batch for batch in batches if batch]
-
-
-def _read_examples(run: Run, rows: NDArray[np.void], epoch: int) -> Iterator[Example]:
-    """The rows' examples; rows that cannot be used go to the skip list."""
-    for row in rows:
-        try:
-            yield run.reader.example(row, epoch)
-        except Refused as refusal:
-            utterance = run.dataset.utterance(row)
-            run.skipped.add(utterance.id, utterance.audio, str(refusal))
-
-
 # --- the model --------------------------------------------------------------------------------------------
 def open_model(
     settings: TrainSettings, runtime: Runtime, sources: list[Source]
@@ -295,9 +264,6 @@ def open_model(
     """The frozen parts with a new adapter, or with the one to start from; it is trainable, and so is LoRA if used."""
     if runtime.dtype == torch.float16:
         raise SettingsError("--dtype float16: its gradients overflow; train in bfloat16 or float32")
-    target = runtime
-    if settings.shard_llm:  # the LLM may be too large for one device, so it is loaded on the CPU first
-        runtime = replace(runtime, device=torch.device("cpu"))
     audio_model, llm = find_weights(settings.audio_model), find_weights(settings.llm)
     args = shared_template_args(sources, read_template_args(settings.template_arg, settings.no_thinking))
     options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
@@ -326,9 +292,6 @@ def open_model(
             widen_readout(model.model.multi_modal_projector, model.config, tokens or every, processor.tokenizer)
     if settings.lora and model.config.lora is None:
         add_lora(model, _lora(settings), seed=settings.seed)
-    if settings.shard_llm:
-        shard_language_model(model.model.language_model, target)
-        model.to(target.device)
     projector = model.model.multi_modal_projector
     projector.to(torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     projector.requires_grad_(True).train()

@@ -207,6 +207,7 @@ MAY_CHANGE = frozenset(
         "keep",
         "resume_inexact",
         "collective_minutes",
+        "readers",
         "log_to",
         "profile",
         "dry_run",
@@ -292,8 +293,11 @@ def merge_skipped(skipped: SkippedLog, out: Path) -> None:
 
 # --- during a run -----------------------------------------------------------------------------------------
 @contextmanager
-def deterministic() -> Iterator[None]:
-    """Use only deterministic algorithms while the block runs."""
+def deterministic(wanted: bool = True) -> Iterator[None]:
+    """Use only deterministic algorithms while the block runs, if they are `wanted`."""
+    if not wanted:
+        yield
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at CUDA's first matrix product
     switches: Any = torch.utils.deterministic
     before, filling = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory

@@ -21,16 +21,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from blsp.distributed import Runtime
+from blsp.distributed import Runtime, send
 from blsp.llm.language_model import embed, rows_per_chunk, valid_mask
 from blsp.llm.prefix import PrefixCache, run_after_prefix
-from blsp.model.adapter_parts import BLANK, AdapterOutput
+from blsp.model.adapter_parts import BLANK, AdapterOutput, num_audio_tokens
 from blsp.model.lora import without_lora
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import encode_speech
@@ -143,8 +144,8 @@ class MicroBatch:
     @cached_property
     def response(self) -> tuple[Tensor, int, int]:
         """States (N, D) that predict the responses of `answered`; positions of the pass; padding among them."""
-        rows = [row for row, example in enumerate(self.examples) if example.response]
-        vectors = speech_vectors(self.audio, rows)
+        heard = speech_vectors(self.model, self.audio, self.examples)
+        vectors = [heard[row] for row, example in enumerate(self.examples) if example.response]
         hidden, padding = response_states(self.model, self.answered, vectors, self.prefixes)
         ends = [len(e.template.suffix_ids) + len(e.response) - 1 for e in self.answered]
         return hidden, sum(map(len, vectors)) + sum(ends) + padding, padding
@@ -153,9 +154,8 @@ class MicroBatch:
     def positions(self) -> tuple[int, int]:
         """(positions, padding) of what was run."""
         if not self.objective.runs_llm:
-            states, lengths = self.encoded
-            frames = states.shape[0] * states.shape[1]
-            return frames, frames - int(lengths.sum())
+            rows, width = self.encoded[0].shape[:2]
+            return rows * width, rows * width - sum(example.encoder_frames for example in self.examples)
         return self.response[1:] if self.answered else (0, 0)
 
     def chunked(self, hidden: Tensor, loss_of: Callable[[Tensor, slice], Tensor]) -> Tensor:
@@ -168,23 +168,28 @@ def speech_states(model: BlspForConditionalGeneration, examples: Sequence[Exampl
     """Encoder states (B, T, E) and lengths (B,): from the cache, or encoded here from log-mel features."""
     device = next(model.model.multi_modal_projector.parameters()).device
     if examples[0].features is not None:
-        lengths = torch.tensor([len(example.features) for example in examples])  # type: ignore[arg-type]
-        width = int(lengths.max())
-        states = np.zeros((len(examples), width, examples[0].features.shape[1]), dtype=np.float32)  # (B, T, E)
+        frames = [example.encoder_frames for example in examples]
+        states = np.zeros((len(examples), max(frames), examples[0].features.shape[1]), dtype=np.float32)  # (B, T, E)
         for row, example in enumerate(examples):
-            states[row, : lengths[row]] = example.features
-        return torch.from_numpy(states).to(device), lengths.to(device)
+            states[row, : frames[row]] = example.features
+        return send(torch.from_numpy(states), device), send(torch.tensor(frames), device)
     mels = [torch.from_numpy(example.mel).T for example in examples]  # (Tm, M) each
-    lengths = torch.tensor([example.mel_frames for example in examples], device=device)
-    padded = nn.utils.rnn.pad_sequence(mels, batch_first=True).transpose(1, 2).to(device)  # (B, M, Tm)
+    lengths = send(torch.tensor([example.mel_frames for example in examples]), device)
+    padded = send(nn.utils.rnn.pad_sequence(mels, batch_first=True), device).transpose(1, 2)  # (B, M, Tm)
     mask = valid_mask(lengths, padded.shape[2])  # (B, Tm)
     return encode_speech(model.model.audio_tower, padded, mask, full_window=model.config.full_window)
 
 
-def speech_vectors(audio: AdapterOutput, rows: Sequence[int]) -> list[Tensor]:
-    """The speech route: the valid vectors (n, D) of each of `rows`; the valid ones come first."""
-    counts = audio.valid.sum(dim=1).tolist()
-    return [audio.vectors[row, : counts[row]] for row in rows]
+def speech_vectors(
+    model: BlspForConditionalGeneration, audio: AdapterOutput, examples: Sequence[Example]
+) -> list[Tensor]:
+    """The speech route: the valid vectors (n, D) of each example's clip; the valid ones come first."""
+    if audio.plain:  # known here: to ask the device would be to wait for it
+        strides: Any = model.model.multi_modal_projector.strides
+        counts = [num_audio_tokens(example.encoder_frames, strides) for example in examples]
+    else:
+        counts = audio.valid.sum(dim=1).tolist()
+    return [vectors[:count] for vectors, count in zip(audio.vectors, counts, strict=True)]
 
 
 def transcript_states(
@@ -217,7 +222,7 @@ def response_states(
         torch.arange(row * width + length - len(example.response), row * width + length)
         for row, (length, example) in enumerate(zip(lengths, examples, strict=True))
     ]
-    index = torch.cat(predicting).to(hidden.device)  # (N,)
+    index = send(torch.cat(predicting), hidden.device)  # (N,)
     return hidden.flatten(0, 1)[index], len(rows) * width - sum(lengths)
 
 
@@ -235,7 +240,7 @@ def _ce(batch: MicroBatch) -> Tensor:
 
 def _cross_entropy(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) -> Tensor:
     """Sum over the responses of `examples`, predicted by `hidden` (N, D)."""
-    targets = torch.tensor([token for e in examples for token in e.response], device=hidden.device)  # (N,)
+    targets = send(torch.tensor([token for e in examples for token in e.response]), hidden.device)  # (N,)
     return batch.chunked(hidden, lambda logits, part: losses.ce_loss(logits, targets[part]))
 
 
@@ -247,16 +252,17 @@ def _kl(batch: MicroBatch) -> Tensor:
     if not batch.answered:
         return batch.zero
     hidden, total = batch.response[0], batch.zero
-    is_set = [example.no_speech for example in batch.answered for _ in example.response]
-    set_answer = torch.tensor(is_set, device=hidden.device)  # (N,)
+    set_answer = torch.tensor([example.no_speech for example in batch.answered for _ in example.response])  # (N,)
     silent = [example for example in batch.answered if example.no_speech]
     spoken = [example for example in batch.answered if not example.no_speech]
     if silent:
-        total = total + _cross_entropy(batch, silent, hidden[set_answer])
+        where = send(set_answer.nonzero().flatten(), hidden.device)
+        total = total + _cross_entropy(batch, silent, hidden[where])
     if spoken:
         # with T^2 the size of the gradient does not depend on the temperature (Hinton et al. 2015)
         scale = batch.objective.temperature**2
-        total = total + scale * _divergence(batch, spoken, hidden[~set_answer])
+        where = send((~set_answer).nonzero().flatten(), hidden.device)
+        total = total + scale * _divergence(batch, spoken, hidden[where])
     return total
 
 
@@ -265,8 +271,8 @@ def _divergence(batch: MicroBatch, examples: Sequence[Example], hidden: Tensor) 
     temperature = batch.objective.temperature
     if batch.objective.stored_teacher:
         top = [example.teacher for example in examples if example.teacher is not None]
-        ids = torch.from_numpy(np.concatenate([ids for ids, _ in top]).astype(np.int64)).to(hidden.device)
-        logp = torch.from_numpy(np.concatenate([logp for _, logp in top])).to(hidden.device)  # (N, K), as ids
+        ids = send(torch.from_numpy(np.concatenate([ids for ids, _ in top]).astype(np.int64)), hidden.device)
+        logp = send(torch.from_numpy(np.concatenate([logp for _, logp in top])), hidden.device)  # (N, K), as ids
         return batch.chunked(
             hidden, lambda logits, part: losses.topk_kl_loss(logits, ids[part], logp[part], temperature)
         )

@@ -71,7 +71,7 @@ def tensor_digest(name: str | Path) -> str:
 
     Raises WeightsNotFoundError where there are no safetensors files.
     """
-    folder = _local_folder(str(name))
+    folder = local_folder(str(name))
     files = weight_files(folder)
     memo = _memo_path(folder, files)
     if memo.is_file():
@@ -83,7 +83,8 @@ def tensor_digest(name: str | Path) -> str:
     return digest
 
 
-def _local_folder(name: str) -> Path:
+def local_folder(name: str) -> Path:
+    """The folder of a name's files, fetched from the hub where it is a model there."""
     folder = Path(resolve_weights(name)).expanduser()
     if folder.is_dir():
         return folder
