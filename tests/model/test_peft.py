@@ -13,8 +13,8 @@ from support.tiny_models import speech_like, tiny_blsp
 from blsp.distributed import find_runtime
 from blsp.model.checkpoint import save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
-from blsp.model.frozen_weights import UnmergedError
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.model.weight_samples import UnmergedError
 
 ADAPTERS = pytest.mark.parametrize("adapter", ["conv", "grounded"])
 

@@ -11,7 +11,7 @@ grounded.py             the adapter `grounded`: CTC over the LLM's own token emb
 hypotheses.py           possible transcripts of a read-out, scored by the LLM
 loading.py              frozen parts by name; a whole model from an adapter folder
 lora.py                 LoRA on the frozen parts, where training asks for it
-frozen_weights.py       samples of the frozen weights, to find out whether they were changed
+weight_samples.py       samples of the frozen weights, to find out whether they were changed
 checkpoint.py           new models, adapter folders, merged exports
 portable.py             the code in a folder for the hub
 card.py                 its card: metadata, README of a merged model

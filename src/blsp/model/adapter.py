@@ -38,8 +38,8 @@ from transformers.utils import cached_file
 from blsp.llm.language_model import valid_mask
 from blsp.model.adapter_parts import AdapterOutput, ConvStack, num_audio_tokens, plain_output
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
-from blsp.model.frozen_weights import LORA
 from blsp.model.grounded import GroundedAdapter, token_strings
+from blsp.model.weight_samples import LORA
 
 
 class AdapterError(ValueError):

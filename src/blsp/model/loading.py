@@ -41,9 +41,9 @@ from blsp.llm.sharding import load_sharded
 from blsp.llm.template_check import check_template
 from blsp.model.adapter import load_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, open_config
-from blsp.model.frozen_weights import sample_weights
 from blsp.model.lora import add_lora, has_lora
 from blsp.model.speech_encoder import knows_english_only
+from blsp.model.weight_samples import sample_weights
 from blsp.weights.digest import Weights, find_weights, local_folder
 from blsp.weights.embedded import PREFIX
 from blsp.weights.folder import WeightsNotFoundError, naming_folder

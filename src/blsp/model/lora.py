@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
-from blsp.model.frozen_weights import LORA, sample_weights
+from blsp.model.weight_samples import LORA, sample_weights
 
 PARTS = {"llm": "language_model", "encoder": "audio_tower"}
 NOTES = {

@@ -40,10 +40,10 @@ from blsp.llm.language_model import (
 from blsp.model.adapter import build_adapter, check_loaded, mean_embeddings, readout_rows
 from blsp.model.adapter_parts import AdapterOutput, AudioEmbeds, CachedValue
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError, is_adapter_folder
-from blsp.model.frozen_weights import ADAPTER, LORA, changed_weight
 from blsp.model.hypotheses import hypotheses_of
 from blsp.model.speech_encoder import encode_speech
 from blsp.model.splicing import masked, pack, splice, unpack
+from blsp.model.weight_samples import ADAPTER, LORA, changed_weight
 
 logger = logging.get_logger(__name__)
 
@@ -253,7 +253,7 @@ class BlspForConditionalGeneration(BlspPreTrainedModel, GenerationMixin):
             table = self.get_input_embeddings()
             name = next(name for name, module in self.named_modules() if module is table)
             self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
-        self.frozen_sample: dict[str, Tensor] = {}  # of the frozen parts when they were loaded (frozen_weights.py)
+        self.frozen_sample: dict[str, Tensor] = {}  # of the frozen parts when they were loaded (weight_samples.py)
         self.post_init()
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 In:  a model made of frozen parts and an adapter, when it is loaded and when it is saved.
 Out: the first frozen tensor whose value changed, for example because a LoRA was merged into the LLM; or None.
 Try: `changed_weight(model, sample_weights(model))`
-Flow: loading.py → **frozen_weights.py** → `save_pretrained` in modeling_blsp.py
+Flow: loading.py → **weight_samples.py** → `save_pretrained` in modeling_blsp.py
 
 A sample is 256 numbers at equal distances: training and merging change nearly all numbers of a tensor.
 """
