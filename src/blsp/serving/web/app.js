@@ -7,8 +7,8 @@ import { decode, Recorder, toWav } from "./recorder.js";
 import * as settings from "./settings.js";
 import { BEFORE, Turns } from "./turns.js";
 
-const SHORTEST = 0.25; // seconds: less was no speech
-const TAP = 400; // milliseconds: a shorter press begins, and the next one sends
+const SHORTEST = 0.25; // seconds: a shorter recording is not sent
+const TAP = 400; // milliseconds: a shorter press starts a recording that the next press sends
 const $ = (id) => document.getElementById(id);
 let recorder = null;
 
@@ -30,8 +30,8 @@ function showLevel(rms) {
 const minutes = (seconds) => `${Math.floor(seconds / 60)}:${String(Math.floor(seconds % 60)).padStart(2, "0")}`;
 
 // Held: speech ends when the button is let go. Tapped: it goes on until the next press.
-let pressed = 0; // when; 0: nobody listens
-let opened = Infinity; // when the microphone was there
+let pressed = 0; // the time of the press; 0: not recording
+let opened = Infinity; // the time at which the microphone was open
 let clock = 0;
 let open = null; // the recorder of the hands-free mode
 let tapped = false;
@@ -55,8 +55,8 @@ async function press() {
     await mine.start();
     opened = performance.now();
     if (pressed && recorder === mine) tellState();
-    if (recorder !== mine) await mine.stop(); // discarded before the microphone was there
-    else if (!pressed) await release(); // let go before
+    if (recorder !== mine) await mine.stop(); // the recording was cancelled before the microphone was open
+    else if (!pressed) await release(); // the button was let go before that
   } catch (error) {
     await mine.stop();
     if (recorder !== mine) return;
@@ -67,7 +67,7 @@ async function press() {
   }
 }
 
-// What is said before the microphone is open is lost: the label waits for it.
+// Speech before the microphone is open is lost, so the label asks to speak only after that.
 function tellState() {
   if (opened === Infinity) $("talklabel").textContent = "Opening the microphone…";
   else $("talklabel").textContent = tapped ? "Listening… press to send" : "Listening… let go to send";
@@ -85,13 +85,13 @@ async function discard() {
   idle();
   const unwanted = recorder;
   recorder = null;
-  if (unwanted?.ready) await unwanted.stop(); // else press() comes back to it
+  if (unwanted?.ready) await unwanted.stop(); // otherwise press() stops it
 }
 
 async function release() {
   pressed = 0;
   idle();
-  if (!recorder?.ready) return; // still starting: press() comes back here
+  if (!recorder?.ready) return; // still opening: press() calls this again
   const finished = recorder;
   recorder = null;
   const samples = await finished.stop();
@@ -115,7 +115,7 @@ function microphoneTrouble(error) {
 
 // --- hands-free ---------------------------------------------------------------------------------------------
 
-// The microphone stays open; turns begin and end by voice. To speak stops the answer that is being given.
+// The microphone stays open; a turn begins and ends by voice. Speech stops the answer that is being given.
 async function handsFree() {
   notice("");
   $("talklabel").textContent = "Speak: press to end";
@@ -139,7 +139,7 @@ async function handsFree() {
 }
 
 async function askWhenFree(samples) {
-  while (running) await new Promise((later) => setTimeout(later, 50)); // the stopped answer is being put away
+  while (running) await new Promise((later) => setTimeout(later, 50)); // until the stopped answer has ended
   await askSpoken(toWav(samples), samples);
 }
 
@@ -177,7 +177,7 @@ talk.addEventListener("keyup", (event) => {
   }
 });
 talk.addEventListener("click", (event) => {
-  if (event.detail !== 0) return; // the pointer's own events have done it; a screen reader's click has none
+  if (event.detail !== 0) return; // handled by the pointer events already; a screen reader clicks without them
   begin();
   tapped = Boolean(pressed);
   if (tapped) tellState();

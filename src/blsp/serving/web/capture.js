@@ -1,6 +1,6 @@
 // The AudioWorklet: hands the microphone's first channel to the page, in blocks of about 20 ms.
 class Capture extends AudioWorkletProcessor {
-  block = new Float32Array(1024); // eight times what process() is given: fewer messages
+  block = new Float32Array(1024); // process() is given 128 samples: larger blocks mean fewer messages
   filled = 0;
 
   process(inputs) {

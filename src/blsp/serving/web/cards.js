@@ -1,10 +1,10 @@
-// What is shown: turns, their recordings, answers, notices; and the page that follows the newest line.
+// What is shown: turns, their recordings, answers, notices; and scrolling to the newest line.
 
 import { render } from "./markdown.js";
 import { drawWave } from "./recorder.js";
 
 const ROUTES = { speech: "Speech", cascade: "Cascade: a recogniser, then text", text: "Text: as you would write it" };
-const NEAR = 80; // pixels from the end: the reader is at the end
+const NEAR = 80; // pixels: a reader so close to the end counts as at the end
 const $ = (id) => document.getElementById(id);
 
 export function notice(text) {
@@ -95,7 +95,7 @@ export function offer(card, answer) {
   };
 }
 
-// What is scrolled to stays between the header and the form.
+// An element that is scrolled to is not hidden by the header or the form.
 new ResizeObserver(() => {
   document.documentElement.style.scrollPaddingBottom = `${$("ask").offsetHeight + 16}px`;
   document.documentElement.style.scrollPaddingTop = `${document.querySelector("header").offsetHeight + 8}px`;

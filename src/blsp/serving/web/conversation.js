@@ -1,4 +1,4 @@
-// The conversation: questions, streamed answers, the same question by three routes.
+// The conversation: questions, streamed answers, the same question by three routes (speech, text, cascade).
 
 import { base64, chat, ServerError, transcribe } from "./api.js";
 import { addAnswer, addTurn, follow, notice, offer, write } from "./cards.js";
@@ -139,7 +139,7 @@ async function tellHeard(card, blob) {
     remark(card, heard ? `It heard: “${heard}”` : "It heard no words.");
     follow();
   } catch (error) {
-    if (!(error instanceof ServerError)) console.error(error); // the answer stands without it
+    if (!(error instanceof ServerError)) console.error(error); // the answer is shown all the same
   }
 }
 
@@ -164,7 +164,7 @@ async function compare(turn, question, past, signal) {
   else text.querySelector(".text").setAttribute("aria-busy", "false");
 }
 
-// The text route needs what was really said: the recogniser's guess, to be mended.
+// The text route needs what was really said: the user corrects the recogniser's transcript.
 function transcriptField(card, question, past, heard) {
   const holder = document.createElement("form");
   holder.className = "transcript";

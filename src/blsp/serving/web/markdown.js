@@ -1,4 +1,4 @@
-// Markdown of an answer -> elements. No HTML of the model's is ever read: its words become text nodes.
+// Markdown of an answer -> elements. HTML in an answer is never interpreted: it becomes text nodes.
 
 const INLINE = /(`+)(.+?)\1|\*\*(.+?)\*\*(?!\*)|(?<![*\w])\*([^*\s](?:[^*]*[^*\s])?)\*(?!\w)|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)/s;
 const ITEM = /^\s*(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
@@ -11,7 +11,7 @@ export function render(text) {
   return page;
 }
 
-// Takes the lines of one block off the front of `lines`.
+// Removes the lines of one block from the start of `lines`.
 function block(lines) {
   const line = lines.shift();
   if (!line.trim()) return null;

@@ -58,7 +58,7 @@ export class Recorder {
   }
 }
 
-// By the browser's own resampler, which filters.
+// By the browser's own resampler, which filters out what would alias.
 async function resample(samples, rate) {
   if (rate === RATE) return samples;
   const offline = new OfflineAudioContext(1, Math.max(1, Math.round((samples.length * RATE) / rate)), RATE);
@@ -70,7 +70,7 @@ async function resample(samples, rate) {
   return (await offline.startRendering()).getChannelData(0);
 }
 
-// What the browser can decode of a file, 16 kHz mono (the mean of the channels); null where it cannot.
+// A file as decoded by the browser, 16 kHz mono (the mean of the channels); null if it cannot be decoded.
 export async function decode(bytes) {
   try {
     const buffer = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(bytes.slice(0));

@@ -19,7 +19,7 @@ export const instruction = () => $("preset").value;
 export const system = () => ($("system").value.trim() ? [{ role: "system", content: $("system").value.trim() }] : []);
 export const model = () => $("models").value;
 
-// Fields of a request. What is left empty is the server's choice.
+// Fields of a request. A field that is empty here is left to the server.
 export const sampling = () => ({
   ...(model() && { model: model() }),
   ...($("temperature").value && { temperature: $("temperature").valueAsNumber }),

@@ -16,9 +16,9 @@ export class Turns {
 
   // One block: its level and its length in seconds.
   hear(loudness, seconds) {
-    this.level += (loudness - this.level) * Math.min(1, seconds / SMOOTH); // a voice has gaps of milliseconds
+    this.level += (loudness - this.level) * Math.min(1, seconds / SMOOTH); // smoothed: a voice has gaps of milliseconds
     const level = this.level;
-    // The room is the quietest of late: taken down at once, and up slowly (it doubles in about 7 s).
+    // The noise of the room: the lowest level lately. It falls quickly and rises slowly (it doubles in about 7 s).
     this.noise = level < this.noise ? 0.9 * this.noise + 0.1 * level : this.noise * (1 + 0.1 * seconds);
     const sound = level > Math.max(LEAST, ABOVE * this.noise);
     this.loud = sound ? this.loud + seconds : Math.max(0, this.loud - seconds / 2);
