@@ -32,7 +32,7 @@ from tqdm import tqdm
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.processing_blsp import BlspProcessor
 
-# tqdm's lock is shared with forked children: one that a test kills while it draws a bar would keep it for ever
+# tqdm's lock is shared with forked processes: if a test killed one while it drew a bar, the lock would stay taken
 tqdm.monitor_interval = 0
 tqdm.set_lock(threading.RLock())
 hypothesis_settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)

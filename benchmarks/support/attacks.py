@@ -104,7 +104,7 @@ def nested(depth: int) -> Any:
     return {"schema": value}
 
 
-# --- work for long, and for nobody --------------------------------------------------------------------------------
+# --- long work for clients that leave -----------------------------------------------------------------------------
 
 
 def beside(*bodies: Callable[[], Any], seconds: float = 20.0) -> Callable[[Target], dict[str, float]]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 Wave = np.ndarray  # (N,) float32
 Chance = np.random.Generator
 
-# Name -> share of the clips that it is applied to, in this order: as sound travels.
+# Name -> share of the clips that it is applied to, in this order, which is the order from the mouth to the file.
 SHARES = {"speed": 0.5, "reverb": 0.3, "noise": 0.4, "band": 0.45, "codec": 0.4, "volume": 0.8, "pauses": 0.5}
 
 

@@ -181,7 +181,7 @@ def fetch(source: str, root: Path) -> list[dict]:
 def write_parts(source: str, rows: list[dict], root: Path) -> Iterator[str]:
     """The manifests that later steps read: what to train on, what to choose by, what is held out."""
     for split in ("train", "dev", "eval"):
-        # music is heard in the no-speech clips alone: no train_*.jsonl of its own
+        # music is used only in the clips without speech, so it gets no train_*.jsonl
         name = f"music_{split}" if source == "music" else f"{split}_{source}"
         part = [row for row in rows if row.get("split") == split]
         if part:

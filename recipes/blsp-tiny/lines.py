@@ -27,8 +27,8 @@ LICENCES = {
     "kjv": "public domain",
     "words": "Apache-2.0",
 }
-# Every sentence of a list falls at a fixed position in [0, 1); an engine speaks those between its two bounds.
-# The best voices get most of what people say to machines, the cheap ones the long tail of words.
+# Every sentence of a list has a fixed position in [0, 1); an engine speaks the sentences between its two bounds.
+# The best voices speak most of the requests and questions, the fast ones most sentences with rare words.
 SHARES: dict[str, dict[str, tuple[float, float]]] = {
     "kokoro": {
         "wordnet_examples": (0.0, 0.15), "wordnet_definitions": (0.0, 0.1), "spoken": (0.0, 0.6),
@@ -43,10 +43,10 @@ SHARES: dict[str, dict[str, tuple[float, float]]] = {
         "numbers": (0.6, 1.0), "kjv": (0.2, 1.0),
     },
 }  # fmt: skip
-SOONER = {("kokoro", "spoken"): 0.2}  # what one says to machines is told in the plan's first fifth
+SOONER = {("kokoro", "spoken"): 0.2}  # the lines for voice assistants come in the first fifth of the plan
 FLITE = (*("slt", "rms", "awb") * 3, "kal16")  # kal16 is the robotic one
 VOICES = {"flite": FLITE, "words": FLITE, "piper": ("joe",), "kokoro": KOKORO_TRAINING}
-BLENDED = 0.4  # of Kokoro's lines are spoken by the mean of two training voices
+BLENDED = 0.4  # share of Kokoro's lines that are spoken by the mean of two training voices
 TEMPO = (0.85, 1.2)  # over the voice's own
 PITCH = (0.9, 1.12)  # pitch and formants together: a smaller or larger speaker (flite only)
 QUESTION = re.compile(

@@ -250,7 +250,7 @@ def test_many_shards_leave_few_files_open(tmp_path: Path) -> None:
     assert sum(path.is_relative_to(tmp_path) for path in held) <= addresses.SHARDS_KEPT
 
 
-# --- what is not there ------------------------------------------------------------------------------------
+# --- missing files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

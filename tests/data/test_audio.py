@@ -38,7 +38,7 @@ def encode(audio: np.ndarray, rate: int, container: str, subtype: str | None = N
     return out.getvalue()
 
 
-# --- the same signal, whatever it comes in ----------------------------------------------------------------
+# --- the same signal from every format --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("container", "subtype"), ENCODINGS)
@@ -179,7 +179,7 @@ def test_written_wav_comes_back(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["clip.wav"]
 
 
-# --- streams of unknown length are read; lies about the length are not believed -----------------------------
+# --- streams of unknown length; headers that state a wrong length -------------------------------------------
 
 
 def flac_of_length(samples: int) -> bytes:

@@ -313,7 +313,7 @@ def test_check_audio_lists_silence_under_a_transcript(tmp_path: Path) -> None:
     assert skipped(out) == {"b": "silence under a transcript: Three words here", "c": "no transcript"}
 
 
-# --- going on ---------------------------------------------------------------------------------------------
+# --- continuing an interrupted run ------------------------------------------------------------------------
 
 
 def test_a_second_run_does_nothing_and_other_settings_are_refused(tmp_path: Path) -> None:

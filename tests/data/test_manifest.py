@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "train.jsonl"
 
 
-# --- what goes in comes out -------------------------------------------------------------------------------
+# --- rows are read as they were written -------------------------------------------------------------------
 
 
 def test_every_field_comes_back(path: Path, tmp_path: Path) -> None:

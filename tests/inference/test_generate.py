@@ -110,7 +110,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(generate: Generate, manife
         manifest.with_name("whole.skips").write_bytes(skips.read_bytes())
     whole, whole_skips = (manifest.with_name(name).read_bytes() for name in ("whole", "whole.skips"))
     out.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    # a chunk's skips are noted before its rows are written: those of rows before the last one written are there
+    # a chunk's skips are written before its rows: all skips before the last row written must be in the file
     written = [json.loads(line)["id"] for line in out.read_bytes().split(b"\n")[:-1]]
     least = {"absent": "written", "broken": "silent", "past": "no-audio"}
     known = sum(

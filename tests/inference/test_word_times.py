@@ -40,7 +40,7 @@ def test_words_are_moved_to_the_pauses_beside_them() -> None:
     quiet = np.array([[0.0, 0.2], [1.5, 2.0], [2.5, 3.0]])
     borders = _borders(starts, lasts, quiet, 3.0)
     np.testing.assert_allclose(borders, [[0.2, 1.0], [1.0, 1.5], [2.0, 2.5]])
-    # a closed mouth inside a word is no pause, and a far one is not the word's
+    # silence inside a word (before a plosive) is not a pause, and a distant pause does not move the word
     np.testing.assert_allclose(_borders(starts, lasts, np.array([[1.2, 1.3], [1.45, 1.65]]), 3.0)[:, 0], starts)
 
 

@@ -119,7 +119,7 @@ def test_decoding(pair_of, family: str, batch_size: int) -> None:
 @torch.no_grad()
 def test_decoding_equals_generate_of_transformers(pair_of, family: str) -> None:
     model, _ = pair_of("conv", family)
-    # from here no family writes the placeholder's id, which generate() would take for speech that is missing
+    # with these ids no family generates the placeholder, which generate() would refuse as speech without a recording
     ids = torch.randint(3, 300, (5, 17), generator=torch.Generator().manual_seed(2))
     requests = [Request(row, embed(model, ids[row]), None, Decoding(30, stop_ids=(IM_END,))) for row in range(5)]
     found = decode(model, requests, batch_size=5)

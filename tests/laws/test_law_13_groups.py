@@ -105,7 +105,7 @@ def test_no_chain_of_shared_keys_crosses_the_split(rows: list[tuple[int, int, bo
         for key in set(keys.tolist()):
             sides = held_out[(keys == key) & ~silent]
             assert sides.all() or not sides.any()
-    # groups are as small as they can be: the plain way, by joining sets
+    # groups are no larger than necessary: as many as if sets that share a recording or text are joined one by one
     joined = [{row} for row in range(len(rows))]
     for keys in (recordings, texts):
         for key in set(keys.tolist()):

@@ -250,7 +250,7 @@ def test_a_slow_name_server_is_given_up_at_the_deadline(monkeypatch: pytest.Monk
     assert isinstance(got, ApiError) and got.status == 504 and seconds < 1.5
 
 
-# --- floods, and what is left of them in the log and in the metrics ---------------------------------------------
+# --- floods: the log and the metrics stay small -----------------------------------------------------------------
 
 
 def counts(server: Running, status: int, **options: Any) -> float:

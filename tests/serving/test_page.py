@@ -420,7 +420,7 @@ def test_a_file_that_the_server_cannot_decode_is_sent_as_the_browser_decoded_it(
     assert page.locator(".answer.wrong").count() == 0
 
 
-# Levels of a hum, of speech with a pause, of silence; and a click. What was called, and when, in seconds.
+# Levels of a hum, of speech with a pause, of silence and of a click. Returns what was called, and when, in seconds.
 TURNS = """async () => {
     const { Turns } = await import('./turns.js');
     const events = [];
