@@ -196,8 +196,8 @@ def check_manifests(suite: Suite) -> None:
         path = folder / Path(name).expanduser()
         if not path.is_file():
             raise TaskError(
-                f"{path}: no such manifest; `make eval-data` makes the suite's speech once, "
-                "and --data names another folder that has it"
+                f"{path}: no such manifest. The manifests of a YAML file lie beside it; those of the suites by name "
+                "lie in --data, and `make eval-data` makes their speech once"
             )
 
 

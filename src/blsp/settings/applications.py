@@ -75,7 +75,8 @@ class EvaluateSettings:
     routes: tuple[Literal["text", "cascade", "speech"], ...] = ("text", "cascade", "speech")
     """the routes on which questions are asked"""
     data: Path | None = None
-    """the folder of the suite's manifests; without: corpus/ in the cache folder (`make eval-data`)"""
+    """the folder of the manifests of a suite by name; without: corpus/ in the cache folder (`make eval-data`). The
+    manifests of a YAML file lie beside it"""
     asr: str | None = None
     """the recogniser of the cascade: a CTranslate2 folder, a size of faster-whisper (large-v3), or a model that
     transformers loads (without: the adapter's own Whisper)"""
