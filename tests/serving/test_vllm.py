@@ -36,7 +36,7 @@ PYTHON = os.environ.get("BLSP_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="`make test-vllm` makes an environment with vLLM and runs these")
 FLAGS = ("--dtype", "float32", "--generation-config", "vllm", "--enforce-eager", "--max-model-len", "2048")
 CPU = ("--gpu-memory-utilization", "0.15")  # of the machine's memory
-STARTS = 900  # seconds at most, on a busy machine
+STARTS = 1800  # seconds at most, on a busy machine
 QUESTIONS = sorted(Path(__file__).parents[2].glob("examples/speech/questions/*.opus"))
 
 
@@ -230,8 +230,6 @@ def test_an_export_takes_several_clips_and_turns(exported: tuple[str, Listener])
 
 def test_an_adapter_that_reads_out_is_refused_by_name(tmp_path: Path) -> None:
     export_merged(*load_blsp("blsp-tiny", find_runtime("cpu", "float32")), tmp_path / "merged")
-    with (
-        pytest.raises(AssertionError, match="adapter 'grounded' reads out"),
-        vllm(tmp_path / "merged", tmp_path / "log"),
-    ):
+    with pytest.raises(AssertionError, match="vLLM ended"), vllm(tmp_path / "merged", tmp_path / "log"):
         pass
+    assert "adapter 'grounded' reads out" in (tmp_path / "log").read_text()
