@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blsp.continuation.engines import Prompt, TransformersEngine
-from blsp.distributed import Runtime
+from blsp.distributed import find_runtime
 from blsp.llm.decoding import Decoding
 from blsp.llm.instructions import instruction_for
 from blsp.llm.language_model import stop_ids
@@ -71,13 +71,14 @@ def tokens_of(answers: list[list[int]], new_tokens: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llm", default="embedded:smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="float32", help="of the LLM: float32 or bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64, help="of step 1: the default of blsp continue")
     parser.add_argument("--prompts", type=int, default=64, help="a round of step 1")
     parser.add_argument("--baseline-prompts", type=int, default=16, help="a round of plain generate")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     settings = parser.parse_args()
-    llm, tokenizer = load_language_model(find_weights(settings.llm), Runtime(torch.device("cpu"), torch.float32, 0, 1))
+    llm, tokenizer = load_language_model(find_weights(settings.llm), find_runtime("cpu", settings.dtype))
     report = measure(llm, tokenizer, settings)
     print(json.dumps(report))
 
@@ -119,6 +120,7 @@ def measure(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: 
         "rounds": {name: [round(speed, 1) for speed in of_rounds] for name, of_rounds in speeds.items()},
         "batch_size": settings.batch_size,
         "threads": torch.get_num_threads(),
+        "dtype": settings.dtype,
     }
 
 

@@ -3,7 +3,7 @@
 In:  the embedded default; real recordings cut to 2 to 4 s (3 on average), 24 to 40 response tokens (32). No file is
      written.
 Out: one JSON object on the last line: samples a second of every way, ratios, the share of the machine's own
-     matrix-product speed that the step reaches, padding.
+     matrix-product speed that the step reaches in float32 and in bfloat16, padding, what the processor can do.
 Try: `python -m benchmarks.train_step --ways cached online` (two minutes on two quiet cores; all: seven)
 Flow: benchmarks/ — `make bench` gathers it into results/bench.json.
 
@@ -12,7 +12,8 @@ speech encoded in the step on its true length; clips padded to 30 s; the prompt'
 position; batches in random order. `cached_bf16`, beside them, holds the frozen weights in bfloat16.
 The baseline is none of our code but the convolutions: transformers' own modules, whole sequences, batches of eight.
 All learn from the same samples: steps that the loop's own plan has drawn from 4,096 rows, rows of like length in each.
-Every round runs all ways and 2048³ matrix products between them, so that noise falls on all; medians are reported.
+Every round runs all ways and 2048³ matrix products between them, in the way's number format, so that noise falls on
+all; medians are reported.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from transformers import WhisperModel
 from benchmarks.support.serving import SPEECH
 from blsp.data.audio import SAMPLE_RATE, load_audio
 from blsp.distributed import Runtime, keep_freed_memory
+from blsp.llm.attention import use_short_attention
 from blsp.llm.instructions import instruction_for
 from blsp.llm.prefix import Prefix, PrefixCache, run_after_prefix
 from blsp.llm.prompt import Order, prompt_template, transcript_ids
@@ -205,6 +207,12 @@ def timed(task: Callable[[], Result]) -> tuple[float, Result]:
     return time.monotonic() - began, result
 
 
+def time_product(dtype: torch.dtype) -> float:
+    """Seconds of one matrix product."""
+    matrix = torch.randn(MATRIX, MATRIX).to(dtype)
+    return timed(lambda: matrix @ matrix)[0]
+
+
 def useful_flop(model: BlspForConditionalGeneration, positions: int, responses: int) -> float:
     """4 x parameters a position after the prefix (forward, and backward to the activations), head where needed."""
     body = sum(p.numel() for p in model.model.language_model.layers.parameters())
@@ -232,6 +240,8 @@ def ways_of(model: BlspForConditionalGeneration, processor: Any) -> dict[str, Ca
 def trainable(runtime: Runtime) -> tuple[BlspForConditionalGeneration, Any]:
     model, processor = new_blsp(find_weights(ENCODER), find_weights(LLM), runtime, adapter="conv")
     model.model.multi_modal_projector.requires_grad_(True).train()
+    if runtime.dtype == torch.bfloat16:  # as the loop does
+        use_short_attention(model.model.language_model)
     return model, processor
 
 
@@ -244,26 +254,31 @@ def measure(rounds: int, steps: int, names: Sequence[str]) -> dict[str, Any]:
     every = ways_of(model, processor)
     ways = {name: every[name]() for name in names or every}
     plain, thirty = Plain(model), [padded_to_30s(each) for each in rows]
-    left, right = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
-    took: dict[str, list[float]] = {name: [] for name in [*ways, "plain", "product"]}
+    took: dict[str, list[float]] = {name: [] for name in [*ways, "plain"]}
+    products: dict[torch.dtype, list[float]] = {way.runtime.dtype: [] for way in ways.values()}
     plain.learn(thirty[:BASELINE_BATCH])  # the warm-up
     found = {name: way.learn(parts[-1:]) for name, way in ways.items()}
     for _ in range(rounds):
         for name, way in ways.items():
-            took["product"].append(timed(lambda: left @ right)[0])
+            product = products[way.runtime.dtype]
+            product.append(time_product(way.runtime.dtype))
             seconds, found[name] = timed(partial(way.learn, parts))
             took[name].append(seconds)
-            took["product"].append(timed(lambda: left @ right)[0])
+            product.append(time_product(way.runtime.dtype))
         took["plain"].append(timed(partial(plain.learn, thirty))[0])
-    speed = {name: len(rows) / statistics.median(took[name]) for name in took if name != "product"}
-    peak = 2 * MATRIX**3 / statistics.median(took["product"])
+    speed = {name: len(rows) / statistics.median(times) for name, times in took.items()}
+    peaks = {dtype: 2 * MATRIX**3 / statistics.median(times) for dtype, times in products.items()}
     responses = sum(len(each.response) for each in rows)
     useful = {
-        name: useful_flop(model, positions - padding, responses) * speed[name] / len(rows) / peak
+        name: useful_flop(model, positions - padding, responses)
+        * speed[name]
+        / len(rows)
+        / peaks[ways[name].runtime.dtype]
         for name, (positions, padding) in found.items()
     }
     return ratios(speed, useful, found) | {
-        "matmul_gflops": round(peak / 1e9, 1),
+        "matmul_gflops": {str(dtype).removeprefix("torch."): round(peak / 1e9, 1) for dtype, peak in peaks.items()},
+        "processor": sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True),
         "samples_per_second": {name: round(each, 2) for name, each in speed.items()},
         "seconds": {name: [round(each, 2) for each in took[name]] for name in speed},
         "samples": len(rows),
@@ -278,6 +293,8 @@ def ratios(speed: dict[str, float], useful: dict[str, float], found: dict[str, t
     figures = {
         f"ratio_{name}": speed[name] / speed["plain"] for name in ("cached", "online", "cached_bf16") if name in speed
     }
+    if "cached_bf16" in speed:
+        figures["matmul_fraction_bf16"] = useful["cached_bf16"]
     if "cached" in speed:
         figures["matmul_fraction"] = useful["cached"]
         figures["padding_share"] = found["cached"][1] / found["cached"][0]

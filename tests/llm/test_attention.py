@@ -1,0 +1,38 @@
+"""Plain products in the place of torch's attention: states and gradients as near to float32's as with torch's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from blsp.distributed import find_runtime
+from blsp.llm import attention
+from blsp.llm.prefix import PrefixCache, run_after_prefix
+from blsp.model.loading import load_language_model
+from blsp.weights.digest import find_weights
+
+
+@pytest.mark.parametrize("prefix", [(), (5, 6, 7)])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_states_and_gradients_are_those_of_sdpa(tiny_llm, monkeypatch, family: str, prefix: tuple[int, ...]) -> None:
+    llm, _ = load_language_model(find_weights(tiny_llm(family)), find_runtime("cpu", "bfloat16"))
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 60, (4, 9))
+    direction = torch.randn(4, 9, llm.config.hidden_size)  # the length of a normalised state does not change
+
+    def run(llm) -> tuple[Tensor, Tensor]:
+        embeds = llm.get_input_embeddings()(tokens).detach().requires_grad_()
+        hidden = run_after_prefix(llm, PrefixCache(llm).get(prefix), embeds).last_hidden_state
+        return hidden.float(), torch.autograd.grad((hidden.float() * direction).sum(), embeds)[0].float()
+
+    exact, sdpas = run(copy.deepcopy(llm).float()), run(llm)
+    attention.use_short_attention(llm)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "MOST_KEYS", 4)  # longer rows go to torch's own
+        torch.testing.assert_close(run(llm), sdpas, atol=0, rtol=0)
+    for found, by_sdpa, wanted in zip(run(llm), sdpas, exact, strict=True):
+        assert not torch.equal(found, by_sdpa)
+        assert (found - wanted).norm() < 1.5 * (by_sdpa - wanted).norm()
