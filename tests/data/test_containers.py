@@ -255,6 +255,12 @@ def test_placeholder_sizes_of_wav_files(tmp_path: Path, size: int, riff: int) ->
     compare_with_ffmpeg(f"wav data {size} riff {riff}", tmp_path / "a.wav", SECONDS)
 
 
+@pytest.mark.parametrize("counted", [1, 8, 36, 44])
+def test_a_wav_that_counts_its_header_as_sound_is_whole(counted: int) -> None:
+    samples = len(wav(None, 0)) - 44
+    assert len(load_audio(wav(samples + counted, samples + 36))) == round(SECONDS * SAMPLE_RATE)
+
+
 def test_a_wav_that_was_cut_short_is_refused() -> None:
     with pytest.raises(AudioError, match="truncated"):
         load_audio(wav(None, 0)[:20_000])

@@ -28,6 +28,7 @@ import numpy as np
 import soundfile
 
 UNKNOWN_LENGTH = 1 << 62  # frames: libsndfile's value for a length that is known only after decoding
+WAV_HEADER = 44  # bytes of the shortest one
 STREAMED_WAV = 0x7FFF0000  # libsndfile ignores data lengths from here on and reads to the file's end
 SCANNED_OGG = 1 << 23  # all pages of an Ogg file up to this size are read; of a larger one, only the ends
 OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest page (RFC 3533)
@@ -226,7 +227,8 @@ def missing_bytes(file: BinaryIO, size: int) -> int:
     if head[:4] == b"RIFF" and head[8:12] == b"WAVE":
         begin, length = _wav_chunk(file, size, b"data")
         unknown = length is not None and length >= PLACEHOLDER_WAV
-        return 0 if unknown else max(0, begin + (length or 0) - size)
+        missing = begin + (length or 0) - size
+        return 0 if unknown or missing <= WAV_HEADER else missing  # some writers count the header as sound
     if head[:4] == b"FORM":
         return max(0, struct.unpack(">I", head[4:8])[0] + 8 - size)
     if head[:8] == ASF:

@@ -334,7 +334,9 @@ class Service:
         return await self.refuse(request, refusal_of(error))
 
     async def refuse_route(self, request: Request, error: HTTPException) -> Response:
-        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        if error.status_code == 404:
+            return await self.no_route(request)
+        code = "method_not_allowed" if error.status_code == 405 else "invalid_request"
         response = await self.refuse(request, ApiError(error.status_code, str(error.detail), code=code))
         response.headers.update(error.headers or {})
         return response

@@ -128,4 +128,6 @@ def no_route(method: str, path: str, offered: Mapping[str, str]) -> tuple[ApiErr
     for beginning, advice in NOT_OFFERED.items():
         if path == beginning or path.startswith(beginning + "/"):
             return ApiError(404, f"{path}: {advice}", code="not_offered"), {}
-    return ApiError(404, f"{method} {path}: there is no such route", code="unknown_url"), {}
+    near = f"/v1/{path.strip('/').removeprefix('v1').strip('/').removeprefix('v1/')}"
+    meant = f"; it is {near}, so the client's base URL ends in /v1" if near in offered else ""
+    return ApiError(404, f"{method} {path:.80}: there is no such route{meant}", code="unknown_url"), {}

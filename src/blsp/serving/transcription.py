@@ -234,9 +234,14 @@ def _granularities(form: Any) -> tuple[str, ...]:
     return tuple(filter(None, [*form.getlist(f"{name}[]"), *form.getlist(name)]))
 
 
-def language_code(language: str) -> str:
-    """Whisper's code of a language, from a code, a name, or a tag such as en-US."""
+def language_code(language: str) -> str | None:
+    """Whisper's code of a language, from a code, a name, or a tag such as en-US.
+
+    None for `auto`, as clients of whisper.cpp send it.
+    """
     name = language.strip().lower()
+    if name == "auto":
+        return None
     for code in (name, name.partition("-")[0], TO_LANGUAGE_CODE.get(name)):
         if code in LANGUAGES:
             return str(code)
