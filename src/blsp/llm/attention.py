@@ -51,5 +51,6 @@ def short_attention(
     scores = (
         query.float() @ key.float().transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     )  # (B, H, L, K)
-    weights = scores.masked_fill(~attention_mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    # the least number, not -inf: a padded position that may attend to nothing would be NaN, and so would all gradients
+    weights = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min).softmax(dim=-1)
     return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), None
