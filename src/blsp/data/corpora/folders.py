@@ -280,7 +280,7 @@ def supervision_row(supervision: dict[str, Any], audio: Path | str, offset: floa
     """The utterance of a supervision. offset: its cut's start in the audio; seconds: the length of the audio."""
     start, duration = offset + float(supervision["start"]), float(supervision["duration"])
     whole = start <= 0 and abs(duration - seconds) < 0.001
-    times = {} if whole else {"start": round(max(0.0, start), 6), "duration": round(duration, 6)}
+    times: dict[str, Any] = {} if whole else {"start": round(max(0.0, start), 6), "duration": round(duration, 6)}
     fields: dict[str, Any] = {"language": iso(supervision.get("language")), "speaker": supervision.get("speaker")}
     return make_row(str(supervision["id"]), audio, str(supervision.get("text") or ""), **fields, **times)
 
