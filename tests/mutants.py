@@ -199,8 +199,8 @@ MUTANTS = (
     Mutant(
         "step: another row's clip is heard",
         "training/step.py",
-        "return [audio.vectors[row, : counts[row]] for row in rows]",
-        "return [audio.vectors[-1 - row, : counts[-1 - row]] for row in rows]",
+        "return [vectors[:count] for vectors, count in zip(audio.vectors, counts, strict=True)]",
+        "return [vectors[:count] for vectors, count in zip(audio.vectors.flip(0), counts[::-1], strict=True)]",
         "tests/laws/test_law_08_training.py tests/training/test_step.py",
     ),
     Mutant(
@@ -268,7 +268,7 @@ MUTANTS = (
     ),
     Mutant(
         "training: every rank learns all rows",
-        "training/run.py",
+        "training/reading.py",
         "numbers[run.runtime.rank :: run.runtime.world]",
         "numbers[:]",
         "tests/laws/test_law_05_invariance.py",
@@ -339,8 +339,8 @@ MUTANTS = (
     Mutant(
         "data: a truncated wav is read",
         "data/containers.py",
-        "max(0, begin + (length or 0) - size)",
-        "0",
+        "return 0 if unknown or missing <= WAV_HEADER else missing",
+        "return 0",
         "tests/data/test_audio.py tests/data/test_containers.py",
     ),
     Mutant(
@@ -353,8 +353,8 @@ MUTANTS = (
     Mutant(
         "step: T^2 also scales the answer to silence",
         "training/step.py",
-        "total = total + _cross_entropy(batch, silent, hidden[set_answer])",
-        "total = total + batch.objective.temperature**2 * _cross_entropy(batch, silent, hidden[set_answer])",
+        "total = total + _cross_entropy(batch, silent, hidden[where])",
+        "total = total + batch.objective.temperature**2 * _cross_entropy(batch, silent, hidden[where])",
         "tests/training/test_step.py",
     ),
     Mutant(
