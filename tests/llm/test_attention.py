@@ -15,9 +15,12 @@ from blsp.model.loading import load_language_model
 from blsp.weights.digest import find_weights
 
 
+@pytest.mark.parametrize("autocast", [False, True])  # as a training step
 @pytest.mark.parametrize("prefix", [(), (5, 6, 7)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_states_and_gradients_are_those_of_sdpa(tiny_llm, monkeypatch, family: str, prefix: tuple[int, ...]) -> None:
+def test_states_and_gradients_are_those_of_sdpa(
+    tiny_llm, monkeypatch, family: str, prefix: tuple[int, ...], autocast: bool
+) -> None:
     llm, _ = load_language_model(find_weights(tiny_llm(family)), find_runtime("cpu", "bfloat16"))
     torch.manual_seed(0)
     tokens = torch.randint(3, 60, (4, 9))
@@ -33,6 +36,18 @@ def test_states_and_gradients_are_those_of_sdpa(tiny_llm, monkeypatch, family: s
     with monkeypatch.context() as patch:
         patch.setattr(attention, "MOST_KEYS", 4)  # longer rows go to torch's own
         torch.testing.assert_close(run(llm), sdpas, atol=0, rtol=0)
-    for found, by_sdpa, wanted in zip(run(llm), sdpas, exact, strict=True):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        short = run(llm)
+    for found, by_sdpa, wanted in zip(short, sdpas, exact, strict=True):
         assert not torch.equal(found, by_sdpa)
         assert (found - wanted).norm() < 1.5 * (by_sdpa - wanted).norm()
+
+
+def test_a_position_that_may_attend_to_nothing_has_finite_gradients() -> None:
+    query, key, value = (torch.randn(1, 2, 3, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[[[False, False, False], [True, False, False], [True, True, False]]]])
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = attention.short_attention(torch.nn.Identity(), query, key, value, mask)
+    output.sum().backward()
+    assert bool(output.isfinite().all())
+    assert all(bool(each.grad.isfinite().all()) for each in (query, key, value) if each.grad is not None)

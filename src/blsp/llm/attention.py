@@ -48,9 +48,9 @@ def short_attention(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if attention_mask is None:  # causal, and nothing before
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    scores = (
-        query.float() @ key.float().transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
-    )  # (B, H, L, K)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):  # it would make bfloat16 of float32 products
+        scores = query.float() @ key.float().transpose(2, 3) * scale  # (B, H, L, K)
     # the least number, not -inf: a padded position that may attend to nothing would be NaN, and so would all gradients
-    weights = scores.masked_fill(~attention_mask, torch.finfo(torch.float32).min).softmax(dim=-1)
+    weights = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min).softmax(dim=-1)
     return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), None
