@@ -164,6 +164,17 @@ def test_loss_falls_and_the_curve_is_the_seed_s(settings: TrainSettings, tmp_pat
     assert [row["loss"] for row in _metrics(other.out)] != losses
 
 
+@pytest.mark.parametrize("loss", ["ce", "kl"])
+def test_bfloat16_learns_what_float32_learns(settings: TrainSettings, tmp_path: Path, loss: str) -> None:
+    exact = replace(settings, loss=loss, steps=1)
+    fast = replace(exact, dtype="bfloat16", out=tmp_path / "fast")
+    train(exact)
+    train(fast)
+    wanted, found = _metrics(exact.out)[0], _metrics(fast.out)[0]
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=0.02)
+    assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.3)
+
+
 @pytest.mark.parametrize(("adapter", "loss"), [("conv", "ce"), ("grounded", "ctc"), ("grounded", "kl")])
 def test_cached_features_and_encoding_on_the_fly_agree(settings, tmp_path: Path, adapter: str, loss: str) -> None:
     online = replace(settings, adapter=adapter, loss=loss, steps=2)
