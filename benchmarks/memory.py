@@ -78,11 +78,11 @@ def measured(positions: tuple[int, ...]) -> list[float]:
         count = max(1, round(wanted / each))
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
         way.learn([(rows * -(-count // len(rows)))[:count]])
-        peaks.append(_status("VmHWM"))
+        peaks.append(memory_status("VmHWM"))
     return peaks
 
 
-def _status(name: str) -> float:
+def memory_status(name: str) -> float:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split(f"{name}:")[1].split()[0]) * 1024 / MEGA
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.memory import _status
+from benchmarks.memory import memory_status
 from blsp.distributed import barrier, find_runtime, leave
 from blsp.llm.prefix import run_after_prefix
 from blsp.llm.sharding import load_sharded
@@ -51,7 +51,7 @@ def train_as_rank(folder: Path, rank: int, world: int, port: int, found: Any) ->
     torch.set_num_threads(1)
     runtime = find_runtime("cpu", "float32", shard_llm=True)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
-    before = _status("VmHWM")
+    before = memory_status("VmHWM")
     config = LlamaConfig.from_pretrained(folder)
     if runtime.shard_llm:
         llm = load_sharded(folder, config, runtime)
@@ -61,7 +61,7 @@ def train_as_rank(folder: Path, rank: int, world: int, port: int, found: Any) ->
     embeds = torch.randn(2, POSITIONS, config.hidden_size, requires_grad=True)
     loss = run_after_prefix(llm, None, embeds).last_hidden_state.square().mean()
     loss.backward()
-    found.put((world, rank, _status("VmHWM") - before, loss.item() + embeds.grad.abs().sum().item()))
+    found.put((world, rank, memory_status("VmHWM") - before, loss.item() + embeds.grad.abs().sum().item()))
     barrier(runtime)
     leave(runtime)
 

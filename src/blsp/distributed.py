@@ -136,8 +136,8 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 def leave(runtime: Runtime) -> None:
     """Destroy the process group, at the end of the program."""
     if runtime.world > 1 and dist.is_initialized():
-        keep_company()
-        _companies.clear()
+        run_empty_passes()
+        _empty_passes.clear()
         _patient_group.cache_clear()
         dist.destroy_process_group()
 
@@ -150,7 +150,7 @@ def shard_rows(n: int, runtime: Runtime) -> range:
 def barrier(runtime: Runtime) -> None:
     """Wait until all ranks have called it."""
     if runtime.world > 1:
-        keep_company()
+        run_empty_passes()
         dist.barrier(group=_patient_group())
 
 
@@ -164,7 +164,7 @@ def gathered(value: T) -> list[T]:
     """The values of all ranks, in order, on each rank; without a launcher, only this process's."""
     if not dist.is_initialized():
         return [value]
-    keep_company()
+    run_empty_passes()
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -175,7 +175,7 @@ def from_first(make: Callable[[], T]) -> T:
     if not dist.is_initialized():
         return make()
     made = [make() if dist.get_rank() == 0 else None]
-    keep_company()
+    run_empty_passes()
     dist.broadcast_object_list(made)
     return cast(T, made[0])
 
@@ -189,7 +189,7 @@ def shared(items: Sequence[S], work: Callable[[S], T]) -> Iterator[T]:
         yield from cast(list[T], results[: len(items) - start])
 
 
-_companies: list[Callable[[], object]] = []  # a pass through each model that the ranks can only run together
+_empty_passes: list[Callable[[], object]] = []  # for each model that all ranks must run together
 
 
 def announce_pass(working: bool = True) -> bool:
@@ -199,17 +199,17 @@ def announce_pass(working: bool = True) -> bool:
     return bool(busy)
 
 
-def join_company(empty_pass: Callable[[], object]) -> None:
-    """From here on, a rank that waits for the others makes passes that nobody reads while they run the model.
+def share_passes(empty_pass: Callable[[], object]) -> None:
+    """From here on, a rank that waits for the others calls `empty_pass` as often as they run the model.
 
-    Each pass of the model must be announced. All ranks call this at the same place.
+    Each pass of the model must be announced (`announce_pass`). All ranks call this at the same place.
     """
-    _companies.append(empty_pass)
+    _empty_passes.append(empty_pass)
 
 
-def keep_company() -> None:
-    """Make empty passes until every rank waits; called wherever ranks wait for each other."""
-    for empty_pass in _companies:
+def run_empty_passes() -> None:
+    """Run the empty passes until every rank waits; called wherever ranks wait for each other."""
+    for empty_pass in _empty_passes:
         while announce_pass(working=False):
             empty_pass()
 

@@ -1,12 +1,12 @@
-"""Attention of the LLM in bfloat16 on a processor, where torch's own is slow to learn through.
+"""Attention of the LLM in bfloat16 on a CPU, where the backward pass of torch's own is slow.
 
 In:  a frozen LLM, for training. Out: the same LLM, with `short` as its attention.
 Try: `use_short_attention(llm)`
-Flow: model/loading.py → **attention.py** → training/step.py
+Flow: training/run.py (`prepare`) → **attention.py** → training/step.py
 
 torch's fused attention takes 29 ms backward for 16 rows of 60 positions after 42 of a prefix (9 heads of 64, one
-thread, AVX-512 BF16); plain products 14 (docs/log.md, 2026-11-29). These keep the attention's weights, so they
-are taken for short rows alone; float32, passes without gradient and long rows stay as they are.
+thread, AVX-512 BF16), plain products 14 ms (docs/log.md, 2026-11-29). Plain products store the attention's weights,
+so only short rows use them; float32, passes without gradient and long rows use torch's own attention.
 
 Shapes: B batch, H heads, L queries, K keys, d head width.
 """
@@ -24,7 +24,7 @@ MOST_KEYS = 256  # beyond it the kept weights, 8 bytes a query, key and head, ar
 
 
 def use_short_attention(llm: PreTrainedModel) -> None:
-    """Let the LLM take plain products for short rows that are learnt from in bfloat16."""
+    """Let the LLM use plain products for short rows in bfloat16 that need a gradient."""
     AttentionInterface.register(NAME, short_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     llm.set_attn_implementation(NAME)

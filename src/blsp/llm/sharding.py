@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from blsp.distributed import Runtime, announce_pass, join_company
+from blsp.distributed import Runtime, announce_pass, share_passes
 from blsp.llm.language_model import UnsupportedModelError, decoder_of
 from blsp.weights.folder import FolderError, open_tensors, weight_files
 
@@ -47,7 +47,13 @@ def load_sharded(folder: Path, config: PretrainedConfig, runtime: Runtime) -> Pr
     for path in weight_files(folder):
         with open_tensors(path) as file:  # one at a time, its tensors copied: a mapped file counts as memory
             for name in parameters.keys() & set(file.keys()):
-                loaded[name] = _read_part(file.get_slice(name), parameters[name], runtime)
+                stored, parameter = file.get_slice(name), parameters[name]
+                if stored.get_shape() != list(parameter.shape):
+                    raise FolderError(
+                        f"{path}: {name} is {stored.get_shape()}, but config.json makes it {list(parameter.shape)}; "
+                        "fetch the folder again"
+                    )
+                loaded[name] = _read_part(stored, parameter, runtime)
     if missing := sorted(parameters.keys() - loaded.keys()):
         raise FolderError(
             f"{folder}: has no tensor {missing[0]}, so its layers cannot be read apart; leave out --shard-llm"
@@ -96,8 +102,6 @@ def _read_part(stored: Any, parameter: Tensor, runtime: Runtime) -> nn.Parameter
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if list(stored.get_shape()) != list(parameter.shape):
-        raise FolderError(f"a stored tensor is {list(stored.get_shape())}, the model's {list(parameter.shape)}")
     if not isinstance(parameter, DTensor):
         return nn.Parameter(stored[:].to(runtime.device, runtime.dtype, copy=True), requires_grad=False)
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -128,4 +132,4 @@ def run_together(llm: PreTrainedModel) -> None:
             asked = True
 
     decoder.register_forward_pre_hook(announce)
-    join_company(empty_pass)
+    share_passes(empty_pass)

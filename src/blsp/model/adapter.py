@@ -164,7 +164,7 @@ def build_adapter(config: BlspConfig) -> Any:
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise AdapterError(f"adapter {config.adapter!r} cannot be made with {options}: {error}") from error
     if kind.reads_out and config.readout_size is not None:
-        rows = config.readout_vocabulary or range(config.readout_size)
+        rows = config.readout_vocabulary or range(config.readout_size)  # a stored adapter's own replace these
         set_vocabulary(adapter, config, [(token,) * config.readout_tokens for token in rows])
     return adapter
 
@@ -189,9 +189,13 @@ def readout_rows(vocabulary: Tensor) -> list[tuple[int, ...]]:
 
 def mean_embeddings(embedding: nn.Embedding, vocabulary: Tensor) -> Tensor:
     """(K-1, D): the mean embedding of each row's tokens, from the buffer `vocabulary`."""
-    ids = vocabulary.reshape(len(vocabulary), -1)
-    total = sum(embedding(tokens.clamp(min=0).long()) * (tokens >= 0)[:, None] for tokens in ids.T)
-    return total / (ids >= 0).sum(dim=1, keepdim=True)
+    if vocabulary.ndim == 1:
+        return embedding(vocabulary.long())
+    written = vocabulary >= 0  # (K-1, P)
+    # a column at a time: (K-1, P, D) at once would be several times the table
+    columns = zip(vocabulary.clamp(min=0).long().T, written.T, strict=True)
+    total = sum(embedding(tokens) * here[:, None] for tokens, here in columns)  # (K-1, D)
+    return total / written.sum(dim=1, keepdim=True)
 
 
 def widen_readout(adapter: Any, config: BlspConfig, tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> None:

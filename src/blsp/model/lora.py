@@ -83,9 +83,9 @@ def load_lora(weights: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) 
 
 
 @contextmanager
-def without_lora(model: nn.Module) -> Iterator[None]:
+def without_lora(model: Any) -> Iterator[None]:
     """The model as it is without LoRA, for the text route that training compares with. Restored before `backward`."""
-    layers = _layers(model)
+    layers = _layers(model) if model.config.lora else []
     for _, layer in layers:
         layer.enable_adapters(False)
     try:

@@ -71,13 +71,16 @@ def spelled_anew(
     A string that is a token of `new` is that token; another is tokenised. Of several rows with one string the first
     counts. White space and special tokens are not read out, nor is a part of a letter.
     """
-    first = {string: row for row, string in reversed(list(enumerate(old))) if string.strip()}
+    unread = {"", *tokenizer.all_special_tokens}
+    first = {
+        string: row
+        for row, string in reversed(list(enumerate(old)))
+        if string.strip() not in unread and "\N{REPLACEMENT CHARACTER}" not in string
+    }
     single = {string: token for token, string in reversed(list(enumerate(new)))}
-    special = set(tokenizer.all_special_tokens)
-    found: dict[int, tuple[int, ...]] = {}
-    for string, row in first.items():
-        tokens = (single[string],) if string in single else tuple(tokenizer(string, add_special_tokens=False).input_ids)
-        if string.strip() not in special and "\N{REPLACEMENT CHARACTER}" not in string:
-            found[row] = tokens
-    rows = sorted(found)
-    return rows, [found[row] for row in rows]
+    tokens = {
+        row: (single[string],) if string in single else tuple(tokenizer(string, add_special_tokens=False).input_ids)
+        for string, row in first.items()
+    }
+    rows = sorted(tokens)
+    return rows, [tokens[row] for row in rows]
