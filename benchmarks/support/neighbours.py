@@ -68,9 +68,10 @@ class Case:
     most: Mapping[str, float]
     settings: Mapping[str, Any] | None = field(default_factory=lambda: KEYED)
 
-    def beyond(self, figures: Mapping[str, float]) -> list[str]:
-        slowdown = max(1.0, figures.get("slowdown", 1.0))
-        bounds = {name: most * (slowdown if name.endswith("_s") else 1.0) for name, most in self.most.items()}
+    def beyond(self, figures: Mapping[str, float], room: float = 1.0) -> list[str]:
+        """The figures over their bounds. Bounds in seconds are multiplied by the slowdown and by `room`."""
+        room *= max(1.0, figures.get("slowdown", 1.0))
+        bounds = {name: most * (room if name.endswith("_s") else 1.0) for name, most in self.most.items()}
         return [f"{self.name}: {name} {figures[name]} > {most:.3g}" for name, most in bounds.items()
                 if not figures[name] <= most]  # fmt: skip
 
