@@ -4,13 +4,18 @@ import errno
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.training_examples import write_data
 
+from blsp import cli
 from blsp.data.files import DiskFullError
 from blsp.data.jobs import JobError
 from blsp.distributed import Runtime
+from blsp.settings import TrainSettings
+from blsp.training import loop
 from blsp.training.run_state import (
     Checkpoint,
     Progress,
@@ -103,3 +108,38 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path: Path, capsys:
     here = environment(HERE)
     check_environment(here | {"processes": 8}, here, tmp_path, inexact=False)
     assert "continues with 1 processes after 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_only_a_deterministic_run_forbids_other_algorithms(
+    wanted: bool, tmp_path: Path, tiny_llm: Any, tiny_whisper: str, monkeypatch: Any
+) -> None:
+    """`--no-deterministic` leaves torch's switch as it is; without the flag it is on in each step, and off after."""
+    seen, learn = [], loop.learn
+
+    def noted(*arguments: Any) -> None:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        learn(*arguments)
+
+    monkeypatch.setattr(loop, "learn", noted)
+    data = str(write_data(tmp_path / "data", rows=6))
+    command = ["train", "--data", data, "--out", str(tmp_path / "run"), "--loss", "ce", "--adapter", "conv"]
+    command += ["--audio-model", tiny_whisper, "--llm", tiny_llm("llama"), "--steps", "2", "--device", "cpu"]
+    assert cli.main([*command, *([] if wanted else ["--no-deterministic"])]) == 0
+    assert seen == [wanted, wanted]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_run_does_not_go_on_with_other_algorithms(tmp_path: Path, tiny_llm: Any, tiny_whisper: str) -> None:
+    settings = TrainSettings(
+        data=(str(write_data(tmp_path / "data", rows=6)),),
+        out=tmp_path / "run",
+        audio_model=tiny_whisper,
+        llm=tiny_llm("llama"),
+        adapter="conv",
+        loss="ce",
+        steps=2,
+    )
+    loop.train(settings)
+    with pytest.raises(JobError, match="deterministic"):
+        loop.train(replace(settings, deterministic=False))

@@ -27,6 +27,7 @@ from blsp.model.grounded import token_strings
 from blsp.model.loading import (
     assemble,
     assemble_folder,
+    check_attention,
     freeze,
     frozen_weights,
     load_checked,
@@ -114,9 +115,11 @@ def load_blsp(
             raise CheckpointError(f"{folder}: holds its own encoder and LLM; leave out --audio-model and --llm")
         if runtime.shard_llm:
             raise CheckpointError(f"{folder}: is a merged model; --shard-llm needs the adapter's own folder")
+        check_attention(open_config(folder).text_config, runtime.attention)
+        attention = {"text_config": runtime.attention} if runtime.attention else None
         with naming_folder(folder):
             model = BlspForConditionalGeneration.from_pretrained(
-                folder, dtype=runtime.dtype, attn_implementation=runtime.attention
+                folder, dtype=runtime.dtype, attn_implementation=attention
             )
         freeze(model.to(runtime.device))
         if runtime.weights:

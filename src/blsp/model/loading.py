@@ -9,6 +9,7 @@ Digests are checked, since an adapter fits only the weights that it was trained 
 a language that the encoder does not know.
 """
 
+import copy
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     WhisperConfig,
@@ -70,6 +72,7 @@ def load_language_model(
     with naming_folder(weights.name):
         config = AutoConfig.from_pretrained(weights.folder, trust_remote_code=False)
     check_supported(config, weights.name)
+    check_attention(config, runtime.attention)
     with naming_folder(weights.name):
         if runtime.shard_llm:
             return load_sharded(local_folder(weights.folder), config, runtime), load_tokenizer(weights, template_args)
@@ -81,6 +84,21 @@ def load_language_model(
     if runtime.weights:
         set_weights(llm, runtime.weights)
     return llm, load_tokenizer(weights, template_args)
+
+
+def check_attention(config: PreTrainedConfig, name: str | None) -> None:
+    """Raise CheckpointError if transformers cannot give the LLM the attention `name`, before weights are read."""
+    if name is None:
+        return
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=name)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"--attn-implementation {name}: the LLM ({config.model_type}) cannot use it ({reason:.300}); "
+            "leave it out, or take sdpa or eager"
+        ) from error
 
 
 def load_tokenizer(weights: Weights, template_args: Mapping[str, Any] | None = None) -> PreTrainedTokenizerBase:
@@ -192,6 +210,8 @@ def assemble(model_class: Any, config: BlspConfig, parts: FrozenParts, adapter: 
         model = model_class(config)
     model.model.audio_tower = parts.tower
     model.model.language_model = parts.llm.get_decoder()
+    if runtime.attention is not None:  # the configuration of the whole model has set its own in that of the LLM
+        model.model.language_model.set_attn_implementation(runtime.attention)
     model.lm_head = parts.llm.get_output_embeddings()
     model.model.multi_modal_projector = adapter.to(runtime.device)
     model.generation_config = parts.llm.generation_config
