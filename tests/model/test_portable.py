@@ -21,7 +21,7 @@ from blsp.model.card import card_head
 from blsp.model.checkpoint import export_merged, load_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.portable import ENTRIES, flat_sources
-from blsp.model.processing_blsp import BlspProcessor
+from blsp.model.processing_blsp import FLATTEN_PARTS, BlspProcessor
 
 F32 = find_runtime("cpu", "float32")
 ABSENT = """\
@@ -108,6 +108,7 @@ def test_the_shipped_adapters_have_it_too() -> None:
         assert json.loads((folder / "processor_config.json").read_text())["auto_map"], folder
         stub = (folder / "blsp_classes.py").read_text()
         assert "pip install blsp" in stub and "import BlspProcessor" in stub, folder
+        assert (folder / "chat_template.jinja").read_text().startswith(FLATTEN_PARTS), folder
 
 
 def test_the_card_names_the_parts_as_the_hub_knows_them(tiny_models_folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, AutoProcessor, Ba
 import blsp
 from blsp.data.audio import write_wav
 from blsp.distributed import find_runtime
+from blsp.inference.conversation import lay_out, user_turn
 from blsp.inference.listener import Listener, Question
 from blsp.model.checkpoint import save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig
@@ -216,3 +217,32 @@ def test_generate_answers_as_the_listener_does(pair) -> None:
     decoding = replace(listener.decoding, max_new_tokens=16)
     questions = [Question(audio=clip, instruction="Please repeat:", order="instruction-first") for clip in clips]
     assert listener.generate(questions, decoding=decoding) == texts
+
+
+A, B = {"type": "audio", "audio": CLIP}, {"type": "audio", "audio": speech_like(0.7, 2)}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [" Please repeat:\n", A],
+        [A, "Who said that?"],
+        ["Listen: ", A, " and then ", B],
+        [A, B, "\nWhich is longer? "],
+        [A, "  "],
+        [A, "", "Yes?"],
+        ["One,", " two", A],
+        ["  "],
+    ],
+)
+def test_the_parts_of_a_turn_are_laid_out_as_in_training(pair, parts: list) -> None:
+    """Text is stripped, and begins on a new line after speech: the same prompt as that of our own server."""
+    model, processor = pair
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    inputs = _by_template(processor, [{"role": "user", "content": content}])
+    listener = Listener(model, processor)
+    heard = iter(listener.embed_audio([part["audio"] for part in parts if isinstance(part, dict)]))
+    turn = user_turn([part if isinstance(part, str) else next(heard) for part in parts])
+    names = lay_out(listener, [turn]).names
+    ids = [token for token in inputs["input_ids"][0].tolist() if token != processor.audio_token_id]
+    assert ids == [name for name in names if isinstance(name, int)]

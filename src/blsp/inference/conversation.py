@@ -53,7 +53,9 @@ def user_turn(parts: Sequence[str | AudioEmbeds]) -> dict[str, Any]:
     for part in parts:
         if isinstance(part, str):
             part = part.strip()
-            part = "\n" + part if part and content and isinstance(content[-1], AudioEmbeds) else part
+            if not part:
+                continue
+            part = "\n" + part if content and isinstance(content[-1], AudioEmbeds) else part
         content.append(part)
     return {"role": "user", "content": content}
 

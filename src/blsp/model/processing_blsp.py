@@ -30,7 +30,8 @@ OWN_ARGUMENTS = (
     "return_text_replacement_offsets",
 )
 
-# Joins the parts of a message into one string, then runs the LLM's own template, unchanged.
+# Joins the parts of a message into one string, then runs the LLM's own template, unchanged. A user's text is stripped
+# and begins on a new line after speech, as in training (llm/prompt.py) and in inference/conversation.py.
 FLATTEN_PARTS = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -39,7 +40,16 @@ FLATTEN_PARTS = """\
   {%- else -%}
     {%- set text = namespace(value='') -%}
     {%- for part in message['content'] -%}
-      {%- set text.value = text.value + ('<|audio|>' if part['type'] == 'audio' else part['text']) -%}
+      {%- if part['type'] == 'audio' -%}
+        {%- set piece = '<|audio|>' -%}
+      {%- elif message['role'] != 'user' -%}
+        {%- set piece = part['text'] -%}
+      {%- elif part['text'] | trim and text.value.endswith('<|audio|>') -%}
+        {%- set piece = '\\n' + part['text'] | trim -%}
+      {%- else -%}
+        {%- set piece = part['text'] | trim -%}
+      {%- endif -%}
+      {%- set text.value = text.value + piece -%}
     {%- endfor -%}
     {%- set flat.messages = flat.messages + [{'role': message['role'], 'content': text.value}] -%}
   {%- endif -%}
