@@ -26,7 +26,7 @@ from rows import read_rows
 
 from blsp.distributed import find_runtime
 from blsp.evaluation.summary import NAMES, shown, table
-from blsp.model.card import card_head, measured
+from blsp.model.card_parts import card_head, measured
 from blsp.model.checkpoint import load_mean, save_adapter
 from blsp.model.configuration_blsp import open_config
 

@@ -10,11 +10,11 @@ from huggingface_hub import ModelCard
 from support.tiny_models import tiny_blsp
 
 from blsp.distributed import find_runtime
-from blsp.model.card import card_head, card_of, measured
+from blsp.model.card_parts import card_head, card_of, measured
 from blsp.model.checkpoint import export, save_adapter
 from blsp.model.configuration_blsp import BlspConfig, CheckpointError
 from blsp.settings import ExportSettings, TrainSettings
-from blsp.training.card import model_card
+from blsp.training.adapter_card import model_card
 
 MODELS = sorted((Path(__file__).parents[2] / "models").glob("blsp-*"))
 FIGURES = {

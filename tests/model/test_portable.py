@@ -17,7 +17,7 @@ from transformers import AutoProcessor
 
 from blsp.data.audio import write_wav
 from blsp.distributed import find_runtime
-from blsp.model.card import card_head
+from blsp.model.card_parts import card_head
 from blsp.model.checkpoint import export_merged, load_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.portable import ENTRIES, flat_sources

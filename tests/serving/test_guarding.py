@@ -20,9 +20,9 @@ from serving.conftest import Running, audio_part, spoken, user, wav
 from blsp.llm.decoding import Decoder
 from blsp.serving import remote_audio
 from blsp.serving import scheduler as scheduler_module
+from blsp.serving.errors import ApiError
 from blsp.serving.job import Failed, Job
 from blsp.serving.recogniser import SharedRecogniser
-from blsp.serving.refusals import ApiError
 from blsp.serving.scheduler import Limits, Scheduler
 from blsp.serving.server import check_exposure, reserve
 from blsp.settings import ServeSettings

@@ -23,9 +23,9 @@ from serving.conftest import Running, audio_part, spoken, user, wav
 
 from blsp.serving import audio_input, connection, remote_audio, transcription
 from blsp.serving.audio_input import _take_lowest_priority
+from blsp.serving.errors import ApiError
 from blsp.serving.exchange import Exchange
 from blsp.serving.rate_limit import Quiet, RateLimit
-from blsp.serving.refusals import ApiError
 from blsp.serving.server import JsonLines
 
 

@@ -20,9 +20,9 @@ from blsp.llm import decoding, prompt
 from blsp.llm.decoding import Decoding
 from blsp.model import grounded, speech_encoder
 from blsp.serving import scheduler as scheduler_module
+from blsp.serving.errors import ApiError
 from blsp.serving.fair_queue import FairQueue
 from blsp.serving.job import Done, Failed, Job, Report
-from blsp.serving.refusals import ApiError
 from blsp.serving.scheduler import LONGEST_PIECE, PIECE_SECONDS, SHORTEST_PIECE, Limits, Scheduler
 from blsp.settings import ServeSettings, SettingsError
 

@@ -12,7 +12,7 @@ from support.tiny_models import speech_like, tiny_blsp
 
 from blsp.inference.listener import Listener
 from blsp.inference.transcript import transcripts
-from blsp.serving.refusals import ApiError
+from blsp.serving.errors import ApiError
 
 MODEL = "tiny"
 

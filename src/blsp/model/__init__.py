@@ -14,7 +14,7 @@ lora.py                 LoRA on the frozen parts, where training asks for it
 weight_samples.py       samples of the frozen weights, to find out whether they were changed
 checkpoint.py           new models, adapter folders, merged exports
 portable.py             the code in a folder for the hub
-card.py                 its card: metadata, README of a merged model
+card_parts.py           its card: metadata, README of a merged model
 move.py                 an adapter that reads out, moved to another LLM without training
 """
 

@@ -21,7 +21,7 @@ from blsp.llm.quantise import set_weights
 from blsp.llm.template_check import check_template
 from blsp.model import register
 from blsp.model.adapter import adapter_class, adapter_state, as_dtype, build_adapter
-from blsp.model.card import card_of, measured, merged_card
+from blsp.model.card_parts import card_of, measured, merged_card
 from blsp.model.configuration_blsp import AUDIO_TOKEN, BlspConfig, CheckpointError, is_adapter_folder, open_config
 from blsp.model.grounded import token_strings
 from blsp.model.loading import (

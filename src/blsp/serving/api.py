@@ -2,7 +2,7 @@
 
 In:  JSON of /v1/chat/completions; texts. Out: `ChatRequest`; answers, whole or as server-sent events.
 Try: `ChatRequest.model_validate({"model": "blsp-tiny", "messages": [{"role": "user", "content": "Hi"}]})`
-Flow: app.py → **api.py** → refusals.py
+Flow: app.py → **api.py** → errors.py
 
 A field that is null counts as left out. Unknown fields are ignored, as OpenAI-compatible servers do. Unsupported fields
 that would change the answer (`n` above 1, tools, logprobs, penalties, spoken answers …) are refused by name.
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from blsp.serving.refusals import ApiError, wrong_field
+from blsp.serving.errors import ApiError, wrong_field
 
 MAX_MESSAGES = 512
 MAX_PARTS = 512  # of all messages together; a plain text is one part
@@ -90,7 +90,7 @@ def _offered_part(part: Any) -> Any:
 
 
 def _branch(value: Any) -> str:
-    """The branch of a union type for a value; refusals.py leaves names in <> out of the field's path."""
+    """The branch of a union type for a value; errors.py leaves names in <> out of the field's path."""
     if isinstance(value, dict):
         return f"<{value['type']}>"
     if isinstance(value, TextPart | AudioPart | AudioUrlPart):

@@ -35,13 +35,13 @@ from blsp.llm.decoding import Decoding
 from blsp.serving import api
 from blsp.serving.api import ChatRequest, TextPart
 from blsp.serving.audio_input import AudioInput
+from blsp.serving.errors import ApiError, no_route, refusal_of
 from blsp.serving.exchange import CLIENT_LEFT, Exchange, client_of, joined, while_connected
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
 from blsp.serving.page import mount_page
 from blsp.serving.rate_limit import Quiet
 from blsp.serving.recogniser import RECOGNISER, SharedRecogniser
-from blsp.serving.refusals import ApiError, no_route, refusal_of
 from blsp.serving.remote import RemoteChat
 from blsp.serving.responses import Responses
 from blsp.serving.scheduler import Limits, Scheduler

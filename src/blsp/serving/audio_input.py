@@ -27,8 +27,8 @@ from fastapi import Request
 
 from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio
 from blsp.serving.api import AudioPart, AudioUrlPart
+from blsp.serving.errors import ApiError, late
 from blsp.serving.exchange import while_connected
-from blsp.serving.refusals import ApiError, late
 from blsp.serving.remote_audio import fetch
 
 if TYPE_CHECKING:

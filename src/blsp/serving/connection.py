@@ -20,7 +20,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from blsp.serving.refusals import ApiError
+from blsp.serving.errors import ApiError
 
 HEAD_SECONDS = 20.0  # from the connection, or the first byte of a later request, to the end of its headers
 FETCH_SECONDS = 10.0  # after the deadline, to fetch the rest of the answer

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from blsp.inference.word_times import Word
 from blsp.llm.decoding import Decoding, TextStream
+from blsp.serving.errors import ApiError, late
 from blsp.serving.job import Begun, Done, Failed, Job, Report, Token
-from blsp.serving.refusals import ApiError, late
 from blsp.serving.scheduler import Scheduler
 
 GRACE = 1.0  # seconds after the deadline in which the scheduler may still report it

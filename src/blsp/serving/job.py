@@ -22,7 +22,7 @@ from blsp.inference.conversation import LaidOut
 from blsp.inference.word_times import Word
 from blsp.llm.decoding import Decoding
 from blsp.model.adapter_parts import AudioEmbeds
-from blsp.serving.refusals import ApiError
+from blsp.serving.errors import ApiError
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from blsp.serving.errors import ApiError
 from blsp.serving.rate_limit import RateLimit
-from blsp.serving.refusals import ApiError
 
 LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
 JSON_ROUTES = {

@@ -15,7 +15,7 @@ import numpy as np
 
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.inference.listener import Listener
-from blsp.serving.refusals import ApiError, late
+from blsp.serving.errors import ApiError, late
 
 RECOGNISER = "recogniser"  # its model name in requests
 MAX_WAITING = 8  # clips; the next one gets status 429

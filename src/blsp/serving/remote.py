@@ -44,9 +44,9 @@ from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.lora import has_lora
 from blsp.serving import api
 from blsp.serving.api import ChatRequest
+from blsp.serving.errors import ApiError, late
 from blsp.serving.exchange import Exchange, joined, while_connected
 from blsp.serving.job import Begun
-from blsp.serving.refusals import ApiError, late
 from blsp.serving.scheduler import as_message
 from blsp.settings import SettingsError
 

@@ -17,7 +17,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-from blsp.serving.refusals import ApiError, late
+from blsp.serving.errors import ApiError, late
 
 FETCH_SECONDS = 20.0  # for a whole file
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # addresses that contain an IPv4 address are checked separately

@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from blsp.serving import api
 from blsp.serving.api import ChatRequest
+from blsp.serving.errors import ApiError, refusal_of
 from blsp.serving.exchange import Exchange, joined, while_connected
-from blsp.serving.refusals import ApiError, refusal_of
 from blsp.serving.remote import FormattedRequest, first_choice
 
 if TYPE_CHECKING:

@@ -31,11 +31,11 @@ from blsp.llm.decoding import Decoder, Event, Request
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import PromptError
 from blsp.model.adapter_parts import AudioEmbeds
+from blsp.serving.errors import ApiError, late
 from blsp.serving.fair_queue import FairQueue
 from blsp.serving.hearing import Hearing
 from blsp.serving.job import Begun, Done, Failed, Job, Token
 from blsp.serving.metrics import Metrics
-from blsp.serving.refusals import ApiError, late
 
 log = logging.getLogger("blsp.serving")
 MAX_JOINING = 4  # requests laid out between two steps

@@ -30,9 +30,9 @@ from blsp.inference.word_times import sounding
 from blsp.llm.instructions import instruction_for
 from blsp.serving import api
 from blsp.serving.audio_input import until
+from blsp.serving.errors import ApiError
 from blsp.serving.exchange import client_of, joined, while_connected
 from blsp.serving.recogniser import RECOGNISER
-from blsp.serving.refusals import ApiError
 
 if TYPE_CHECKING:
     from blsp.serving.app import Service

@@ -14,7 +14,7 @@ run_state.py  run folder, settings, checkpoints, stop signal
 optimiser.py  AdamW, schedules, averaging
 probes.py     divergence and read-out error during training
 reporting.py  metrics.jsonl and its picture
-card.py       the model card
+adapter_card.py  the model card
 tracking.py   trackers, speed, memory, a trace of some steps
 validation.py  clips that are measured during training
 """

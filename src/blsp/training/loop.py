@@ -36,7 +36,7 @@ from blsp.distributed import (
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
 from blsp.training import run_state, step, verdict
-from blsp.training.card import model_card
+from blsp.training.adapter_card import model_card
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
 from blsp.training.reading import step_examples

@@ -3,7 +3,7 @@
 In:  the model's configuration, the settings of the run, metrics.jsonl, the verdict.
 Out: the text of README.md.
 Try: `model_card(config, settings, Path("runs/x/metrics.jsonl"), "")`
-Flow: training/loop.py at the end → **card.py** → `save_adapter`
+Flow: training/loop.py at the end → **adapter_card.py** → `save_adapter`
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from blsp.model.card import TASK, card_head
+from blsp.model.card_parts import TASK, card_head
 from blsp.model.configuration_blsp import BlspConfig
 from blsp.model.lora import lora_note
 from blsp.settings import TrainSettings

@@ -3,7 +3,7 @@
 In:  the model's configuration; figures of `blsp evaluate` (results.json); the card of the adapter that is merged.
 Out: the text of README.md. The metadata is checked and written by huggingface_hub.
 Try: `card_head(config, "adapter", ["adapter-conv"])`
-Flow: training/card.py, checkpoint.py (`export`), recipes → **card.py** → README.md
+Flow: training/adapter_card.py, checkpoint.py (`export`), recipes → **card_parts.py** → README.md
 """
 
 import json

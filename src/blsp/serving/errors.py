@@ -3,7 +3,7 @@
 In:  a status and a sentence, the errors of pydantic, or an unknown route.
 Out: `ApiError`, with `param` (the field as the client wrote it, `messages[0].content[1]`) and `code`.
 Try: `raise ApiError(400, "n: is not supported by this server; leave it out", param="n", code="unsupported_parameter")`
-Flow: every module of the server → **refusals.py** → the client
+Flow: every module of the server → **errors.py** → the client
 """
 
 from __future__ import annotations
