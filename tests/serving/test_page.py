@@ -235,6 +235,7 @@ def test_every_width_is_accessible_and_whole(page, scheme: str, screenshots: Pat
         page.set_viewport_size({"width": width, "height": 800})
         page.click("#options")
         assert violations(page) == [] and page.evaluate(TOO_WIDE) == [], width
+        assert bottom(page, "#done") < bottom(page, "#settings") <= 800, "the button is seen without scrolling"
         page.screenshot(path=screenshots / f"7-settings-{scheme}-{width}.png")
         page.keyboard.press("Escape")
 
@@ -317,6 +318,7 @@ def test_compare_shows_three_routes(page, screenshots: Path) -> None:
     speak(page, milliseconds=3000)
     answered(page, 3)
     assert [card.get_attribute("data-route") for card in page.locator(".answer").all()] == ["speech", "cascade", "text"]
+    assert bottom(page, ".copy") == bottom(page, ".retry"), "one line of buttons"
     heard = page.locator(".transcript input").input_value()
     assert len(heard.split()) > 2, "the recogniser wrote what the fake microphone said"
     page.fill(".transcript input", "What I really said")
@@ -327,6 +329,12 @@ def test_compare_shows_three_routes(page, screenshots: Path) -> None:
     page.screenshot(path=screenshots / "3-compare.png", full_page=True)
 
 
+def bottom(page: Any, selector: str) -> float:
+    """The lower edge of the first such element in the window, in pixels."""
+    box = page.locator(selector).first.bounding_box()
+    return float(box["y"] + box["height"])
+
+
 def test_a_file_a_reload_and_a_phone_in_the_dark(page, server: Running, microphone: Path, screenshots) -> None:
     page.set_input_files("#file", microphone)
     answered(page, 1)
@@ -334,6 +342,7 @@ def test_a_file_a_reload_and_a_phone_in_the_dark(page, server: Running, micropho
     assert page.locator(".turn").count() == 0
     page.set_viewport_size({"width": 390, "height": 800})
     page.emulate_media(color_scheme="dark")
+    assert page.locator("h1").bounding_box()["height"] < 30, "the title is one line, or hidden"
     page.locator("#talk").focus()
     page.keyboard.down("Space")
     playwright.expect(page.locator("#talklabel")).to_contain_text("Listening")
