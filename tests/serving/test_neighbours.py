@@ -259,6 +259,31 @@ def test_a_piece_is_as_long_as_running_answers_may_wait(listener: Listener, monk
     assert scheduler._piece == LONGEST_PIECE
 
 
+def test_a_short_prompt_that_passes_a_long_one_does_not_lengthen_its_pieces(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Far into a long prompt a position takes longer than at the beginning of a short one: here 1/64 s, and nothing."""
+    widths, now = [], [0.0]
+    begin = decoding.Decoder.begin
+
+    def slow_begin(decoder: Any, request: Any, positions: int) -> Any:
+        widths.append(positions)
+        now[0] += positions / 64
+        return begin(decoder, request, positions)
+
+    monkeypatch.setattr(decoding.Decoder, "begin", slow_begin)
+    monkeypatch.setattr(scheduler_module.time, "monotonic", lambda: now[0])
+    scheduler = Scheduler(listener, Limits())
+    long, short = job_of("a", "hello world " * 100), job_of("b", "hi", tokens=1)
+    for job in (long, short):
+        scheduler.submit(job)
+        scheduler._turn()
+        scheduler._turn()
+    while not ending(long):
+        scheduler._turn()
+    assert ending(short) and len(widths) > 5 and set(widths) == {round(64 * PIECE_SECONDS)}
+
+
 @pytest.mark.parametrize(("owner", "name"), [(speech_encoder, "_encode_window"), (grounded.GroundedAdapter, "logits")])
 def test_nobody_hears_for_clients_that_have_left(
     listener: Listener, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str

@@ -149,7 +149,8 @@ class Scheduler:
             laid = {key: job.laid for key, job in self._running.items()}
             began = time.monotonic()
             events = self._decoder.join(_sharing_prefixes(joining, laid))
-            self._set_piece(sum(len(request.embeds) for request in joining), time.monotonic() - began)
+            if not self._joining:  # far into a long prompt a position takes longer than in one that passes it
+                self._set_piece(sum(len(request.embeds) for request in joining), time.monotonic() - began)
             self._dispatch(events)
         if len(self._decoder):
             self.metrics.steps.inc()
