@@ -259,6 +259,33 @@ def test_a_piece_is_as_long_as_running_answers_may_wait(listener: Listener, monk
     assert scheduler._piece == LONGEST_PIECE
 
 
+def test_short_prompts_do_not_cut_the_next_one(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass takes 50 ms, whether it has 5 positions or 40: 40 of them say that 200 fit."""
+    joined, cut, now = [], [], [0.0]
+    join, begin = decoding.Decoder.join, decoding.Decoder.begin
+
+    def slow_join(decoder: Any, requests: Any) -> Any:
+        joined.append(sum(len(request.embeds) for request in requests))
+        now[0] += 0.05
+        return join(decoder, requests)
+
+    def noting_begin(decoder: Any, request: Any, positions: int) -> Any:
+        cut.append(positions)
+        return begin(decoder, request, positions)
+
+    monkeypatch.setattr(decoding.Decoder, "join", slow_join)
+    monkeypatch.setattr(decoding.Decoder, "begin", noting_begin)
+    monkeypatch.setattr(scheduler_module.time, "monotonic", lambda: now[0])
+    scheduler = Scheduler(listener, Limits())
+    scheduler._set_piece(40, 0.05)
+    for text in ("hi", "hello", "hello world " * 20):
+        job = job_of(text, text, tokens=1)
+        scheduler.submit(job)
+        while not ending(job):
+            scheduler._turn()
+    assert joined[2] > 5 * joined[1] and not cut, (joined, cut)
+
+
 def test_a_short_prompt_that_passes_a_long_one_does_not_lengthen_its_pieces(
     listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,9 +204,14 @@ class Scheduler:
         return joining
 
     def _set_piece(self, positions: int, seconds: float) -> None:
-        """Set the size of the next piece from the time of the last: smaller on a slow machine and late in a prompt."""
+        """Set the size of the next piece from the time of the last: smaller on a slow machine and late in a prompt.
+
+        A pass has a fixed cost, so the few positions of a short prompt say little about how many fit: after a pass
+        within the time, the size only grows.
+        """
         fitting = int(positions * PIECE_SECONDS / max(seconds, 1e-6))
-        self._piece = min(max(fitting, SHORTEST_PIECE), LONGEST_PIECE)
+        if seconds > PIECE_SECONDS or fitting > self._piece:
+            self._piece = min(max(fitting, SHORTEST_PIECE), LONGEST_PIECE)
 
     def _prepare(self, job: Job) -> Request | None:
         """The job's request for the decoder; None if the job ends here (no speech, a read-out, too long, an error)."""
