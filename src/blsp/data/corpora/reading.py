@@ -12,7 +12,6 @@ import csv
 import os
 import re
 import sqlite3
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -250,13 +249,9 @@ class Lookup:
     """A table of strings on disk, for joins whose other side does not fit in memory."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
-        self._file = tempfile.NamedTemporaryFile(prefix="blsp-", suffix=".sqlite")  # noqa: SIM115 (closed below)
-        self._table = sqlite3.connect(self._file.name)
-        self._table.execute("PRAGMA synchronous=OFF")
-        self._table.execute("PRAGMA journal_mode=OFF")
+        self._table = sqlite3.connect("")  # a temporary file
         self._table.execute("CREATE TABLE pairs (name TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
-        with self._table:
-            self._table.executemany("INSERT OR REPLACE INTO pairs VALUES (?, ?)", pairs)
+        self._table.executemany("INSERT OR REPLACE INTO pairs VALUES (?, ?)", pairs)
 
     def get(self, name: str) -> str | None:
         pair = self._table.execute("SELECT value FROM pairs WHERE name = ?", (name,)).fetchone()
@@ -267,4 +262,3 @@ class Lookup:
 
     def __exit__(self, *_: object) -> None:
         self._table.close()
-        self._file.close()
