@@ -46,7 +46,7 @@ FLEURS_RATE = 16_000
 
 def common_voice(request: ReadRequest) -> Rows:
     """LANGUAGE/{train,dev,test,validated,other,invalidated}.tsv and LANGUAGE/clips/*.mp3, any release."""
-    folder = _language_folder(request, COMMON_VOICE, "clips")
+    folder = _language_folder(request, COMMON_VOICE)
     for split in request.splits:
         path = COMMON_VOICE.need_split(folder / f"{split}.tsv", split, stems(folder, "*.tsv"))
         for _, row in read_table(path, COMMON_VOICE, ["client_id", "path", "sentence"]):
@@ -63,18 +63,18 @@ def _clip(row: dict[str, str], folder: Path, language: str | None, **more: Any) 
     return make_row(Path(name).stem, folder / "clips" / name, row["sentence"], **more)
 
 
-def _language_folder(request: ReadRequest, corpus: Corpus, inside: str) -> Path:
-    """The folder of one language: the root itself, or its subfolder."""
+def _language_folder(request: ReadRequest, corpus: Corpus) -> Path:
+    """The folder of one language, with `clips` in it: the root itself, or its subfolder."""
     root = corpus.need(request.folder)
-    if (root / inside).exists():
+    if (root / "clips").exists():
         return root
-    there = [name for name in subfolders(root) if (root / name / inside).exists()]
+    there = [name for name in subfolders(root) if (root / name / "clips").exists()]
     if request.language is None and there:
         raise CorpusError(f"{root}: has several languages; say --language, one of {', '.join(there)}")
     for name in there:
         if request.language in (name, iso(name)):
             return root / name
-    return corpus.need(root / (request.language or "") / inside).parent
+    return corpus.need(root / (request.language or "") / "clips").parent
 
 
 # --- CoVoST 2 ---------------------------------------------------------------------------------------------
@@ -89,19 +89,21 @@ def covost2(request: ReadRequest) -> Rows:
     """
     if not request.target_language:
         raise CorpusError("CoVoST 2 is a translation corpus: say --target-language (and --language)")
-    folder = _language_folder(request, COVOST, "clips")
+    folder = _language_folder(request, COVOST)
     pair = re.compile(rf"covost_v2\.([\w-]+)_{re.escape(request.target_language)}(-\w+)?(\.\w+)?\.tsv")
     tables = {path.name: path for path in sorted(folder.glob("covost_v2.*.tsv")) if pair.fullmatch(path.name)}
     for split in request.splits:
         ready = [path for name, path in tables.items() if name.endswith(f".{split}.tsv")]
         raw = [path for name, path in tables.items() if name.count(".") == 2]
         if ready:
-            yield from _covost_ready(ready[0], folder, request)
-        elif raw:
-            yield from _covost_joined(raw[0], split, folder, request)
+            path, rows = ready[0], _covost_table(ready[0], ["path", "sentence", "translation", "client_id"])
         else:
-            language = request.language or folder.name
-            COVOST.need(folder / f"covost_v2.{language}_{request.target_language}.tsv")
+            usual = f"covost_v2.{request.language or folder.name}_{request.target_language}.tsv"
+            path = raw[0] if raw else COVOST.need(folder / usual)
+            rows = _covost_joined(path, split, folder)
+        language = iso(path.name.split(".")[1].split("_")[0])
+        for row in rows:
+            yield row if isinstance(row, Dropped) else _translated(row, folder, language, request.target_language)
 
 
 def _covost_table(path: Path, columns: list[str]) -> Iterator[dict[str, str] | Dropped]:
@@ -113,27 +115,17 @@ def _covost_table(path: Path, columns: list[str]) -> Iterator[dict[str, str] | D
             yield {name: re.sub(r"\\(.)", r"\1", value) for name, value in row.items()}
 
 
-def _covost_ready(path: Path, folder: Path, request: ReadRequest) -> Rows:
-    for row in _covost_table(path, ["path", "sentence", "translation", "client_id"]):
-        if isinstance(row, Dropped):
-            yield row
-        else:
-            yield _translated(row, row["translation"], folder, request, path)
-
-
-def _covost_joined(path: Path, split: str, folder: Path, request: ReadRequest) -> Rows:
+def _covost_joined(path: Path, split: str, folder: Path) -> Iterator[dict[str, str] | Dropped]:
+    """The rows of validated.tsv that have a translation in the table of all splits."""
     chosen = {"train", "train_covost"} if split == "train" else {split}
     broken: list[Dropped] = []
     with Lookup(_translations(path, chosen, broken)) as translations:
         yield from broken
-        validated = COVOST.need(folder / "validated.tsv")
-        for row in _covost_table(validated, ["client_id", "path", "sentence"]):
+        for row in _covost_table(COVOST.need(folder / "validated.tsv"), ["client_id", "path", "sentence"]):
             if isinstance(row, Dropped):
                 yield row
-                continue
-            translation = translations.get(row["path"])
-            if translation is not None:
-                yield _translated(row, translation, folder, request, path)
+            elif (translation := translations.get(row["path"])) is not None:
+                yield row | {"translation": translation}
 
 
 def _translations(path: Path, chosen: set[str], broken: list[Dropped]) -> Iterator[tuple[str, str]]:
@@ -145,12 +137,11 @@ def _translations(path: Path, chosen: set[str], broken: list[Dropped]) -> Iterat
             yield row["path"], row["translation"]
 
 
-def _translated(row: dict[str, str], translation: str, folder: Path, request: ReadRequest, path: Path) -> Row:
-    language = iso(path.name.split(".")[1].split("_")[0])
-    if not translation.strip():
+def _translated(row: dict[str, str], folder: Path, language: str | None, target: str) -> Row:
+    if not row["translation"].strip():
         return Dropped(Path(row["path"]).stem, str(folder / "clips" / row["path"]), "no translation")
-    extra = {"target_language": iso(request.target_language)}
-    return _clip(row, folder, language, reference=translation.strip(), extra=extra)
+    extra = {"target_language": iso(target)}
+    return _clip(row, folder, language, reference=row["translation"].strip(), extra=extra)
 
 
 # --- MuST-C -----------------------------------------------------------------------------------------------
