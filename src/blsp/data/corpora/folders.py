@@ -132,21 +132,17 @@ def _kaldi_row(id: str, text: str, tables: dict[str, Lookup], folder: Path, line
         segment = (tables["segments"].get(id) or "").split()
         if len(segment) < 3:
             return Dropped(id, "", "no segment: the utterance is not in segments")
-        recording = segment[0]
-        times = _kaldi_times(segment[1], segment[2], folder / "segments", line)
+        recording, begin, end = segment[:3]
+        where = folder / "segments", line
+        # an end of -1 is the recording's end (Kaldi's extract-segments)
+        whole = re.fullmatch(r"-1(\.0*)?", end)
+        times = {"start": KALDI.seconds(begin, *where)} if whole else KALDI.times(begin, end, *where)
     audio = _audio_of(tables["wav.scp"].get(recording) or "", folder)
     if isinstance(audio, Dropped):
         return Dropped(id, recording, audio.reason)
     speaker = tables["utt2spk"].get(id) if "utt2spk" in tables else None
     language = iso(tables["utt2lang"].get(id)) if "utt2lang" in tables else language
     return make_row(id, audio, text, language=language, speaker=speaker, **times)
-
-
-def _kaldi_times(begin: str, end: str, path: Path, line: int) -> dict[str, float]:
-    """`start` and `duration`; an end of -1 is the recording's end (Kaldi's extract-segments)."""
-    if re.fullmatch(r"-1(\.0*)?", end):
-        return {"start": KALDI.seconds(begin, path, line)}
-    return KALDI.times(begin, end, path, line)
 
 
 def _audio_of(entry: str, folder: Path) -> Path | str | Dropped:

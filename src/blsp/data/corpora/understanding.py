@@ -54,7 +54,8 @@ def _sorted_set(intents: Iterable[str]) -> tuple[str, ...]:
 def fluent_speech_commands(request: ReadRequest) -> Rows:
     """data/{train,valid,test}_data.csv (path, speakerId, transcription, action, object, location); wavs/speakers/*."""
     root = FLUENT.root(request, "fluent_speech_commands_dataset")
-    options = _fluent_intents(FLUENT.need(root / "data"))
+    tables = sorted(FLUENT.need(root / "data").glob("*_data.csv"))
+    options = _sorted_set(_fluent_intent(row) for path in tables for _, row in read_csv(path, FLUENT, SLOTS))
     FLUENT.need(root / "wavs")
     columns = ["path", "speakerId", "transcription", *SLOTS]
     for split in request.splits:
@@ -64,12 +65,6 @@ def fluent_speech_commands(request: ReadRequest) -> Rows:
             fields: dict[str, Any] = {"speaker": row["speakerId"], "reference": _fluent_intent(row), "extra": slots}
             id, text = Path(row["path"]).stem, row["transcription"]
             yield make_row(id, root / row["path"], text, language="en", options=options, **fields)
-
-
-def _fluent_intents(folder: Path) -> tuple[str, ...]:
-    """The corpus' 31 intents."""
-    tables = sorted(folder.glob("*_data.csv"))
-    return _sorted_set(_fluent_intent(row) for path in tables for _, row in read_csv(path, FLUENT, SLOTS))
 
 
 def _fluent_intent(row: dict[str, str]) -> str:
@@ -85,7 +80,8 @@ def slurp(request: ReadRequest) -> Rows:
     the recordings are in audio/slurp_real and audio/slurp_synth."""
     root = SLURP.need(request.folder)
     texts = SLURP.need(root / "dataset" / "slurp")
-    options = _slurp_intents(texts)
+    tables = sorted(texts.glob("*.jsonl"))
+    options = _sorted_set(str(row.get("intent")) for path in tables for _, row in _slurp_sentences(path))
     for split in request.splits:
         path = SLURP.need_split(texts / f"{split}.jsonl", split, stems(texts, "*.jsonl"))
         kind = "slurp_synth" if "synth" in split else "slurp_real"
@@ -113,11 +109,6 @@ def _slurp_recordings(sentence: dict[str, Any], audio: Path, options: tuple[str,
 def _slurp_sentences(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, content in read_lines(path, SLURP):
         yield line, parse_row(content.encode(), f"{path}:{line}")
-
-
-def _slurp_intents(folder: Path) -> tuple[str, ...]:
-    tables = sorted(folder.glob("*.jsonl"))
-    return _sorted_set(str(row.get("intent")) for path in tables for _, row in _slurp_sentences(path))
 
 
 # --- SNIPS ------------------------------------------------------------------------------------------------
@@ -193,12 +184,11 @@ def _load_json(path: Path) -> Any:
 
 
 def _audio_snips(root: Path, request: ReadRequest) -> Rows:
-    """{train,valid,test}/**/SPEAKER-snips-SPLIT-N.wav; all.iob.snips.txt: `ID BOS words EOS<TAB>O tags
-    intent`."""
-    lines = read_lines(root / "all.iob.snips.txt", SNIPS)
-    named = (content.partition(" ") for _, content in lines)
+    """{train,valid,test}/**/SPEAKER-snips-SPLIT-N.wav; all.iob.snips.txt: `ID BOS words EOS<TAB>O tags intent`."""
+    sentences = root / "all.iob.snips.txt"
+    options = _sorted_set(content.split()[-1] for _, content in read_lines(sentences, SNIPS) if content.strip())
+    named = (content.partition(" ") for _, content in read_lines(sentences, SNIPS))
     with Lookup((id, label) for id, _, label in named) as labels:
-        options = _audio_snips_intents(root)
         for split in request.splits:
             folder = SNIPS.need_split(root / split, split, subfolders(root))
             for audio in sorted(folder.rglob("*.wav")):
@@ -209,14 +199,6 @@ def _audio_snips(root: Path, request: ReadRequest) -> Rows:
                 sentence, _, tags = label.partition("\t")
                 text = " ".join(word for word in sentence.split() if word not in ("BOS", "EOS"))
                 marks = tags.split()
-                fields: dict[str, Any] = {
-                    "speaker": audio.stem.split("-")[0],
-                    "reference": marks[-1] if marks else None,
-                }
-                extra = {"iob": marks[1:-1]}
-                yield make_row(audio.stem, audio, text, language="en", options=options, extra=extra, **fields)
-
-
-def _audio_snips_intents(root: Path) -> tuple[str, ...]:
-    lines = read_lines(root / "all.iob.snips.txt", SNIPS)
-    return _sorted_set(content.split()[-1] for _, content in lines if content.strip())
+                intent, speaker = marks[-1] if marks else None, audio.stem.split("-")[0]
+                fields: dict[str, Any] = {"reference": intent, "options": options, "extra": {"iob": marks[1:-1]}}
+                yield make_row(audio.stem, audio, text, language="en", speaker=speaker, **fields)
