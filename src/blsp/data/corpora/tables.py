@@ -53,11 +53,10 @@ def nemo(request: ReadRequest) -> Rows:
         if "audio_filepath" not in first:
             raise CorpusError(f"{path}: no row has an audio_filepath; this is not {NEMO.name} as in {NEMO.page}")
         if "shard_id" not in first:
-            yield from _rows(path, (_nemo_times(*row) for row in read_objects(path)), request)
+            yield from _rows(path, _nemo_rows(path), request)
             continue
         with Lookup(_nemo_members(path.parent)) as members:
-            rows = (_nemo_times(*row) for row in read_objects(path))
-            yield from _rows(path, (_nemo_address(*row, members) for row in rows), request)
+            yield from _rows(path, _nemo_rows(path, members), request)
 
 
 def _files(request: ReadRequest, *suffixes: str) -> list[Path]:
@@ -141,12 +140,15 @@ def _rows(path: Path, rows: Numbered, request: ReadRequest) -> Rows:
 # --- NeMo -------------------------------------------------------------------------------------------------
 
 
-def _nemo_times(line: int, values: Values | Dropped) -> tuple[int, Values | Dropped]:
+def _nemo_rows(path: Path, members: Lookup | None = None) -> Numbered:
     """Rename `offset` to `start`. A row without it is a whole file, whose rounded `duration` is dropped."""
-    if isinstance(values, Dropped):
-        return line, values
-    times = {"start": values["offset"], "duration": values.get("duration")} if values.get("offset") else {}
-    return line, {name: value for name, value in values.items() if name not in ("offset", "duration")} | times
+    for line, values in read_objects(path):
+        if not isinstance(values, Dropped):
+            start, duration = values.pop("offset", None), values.pop("duration", None)
+            values |= {"start": start, "duration": duration} if start else {}
+            if members is not None:
+                values = _nemo_address(values, members)
+        yield line, values
 
 
 def _nemo_members(folder: Path) -> Iterator[tuple[str, str]]:
@@ -160,14 +162,12 @@ def _nemo_members(folder: Path) -> Iterator[tuple[str, str]]:
                 yield f"{int(shard)}/{member.name}", member.address
 
 
-def _nemo_address(line: int, values: Values | Dropped, members: Lookup) -> tuple[int, Values | Dropped]:
+def _nemo_address(values: Values, members: Lookup) -> Values | Dropped:
     """Replace `audio_filepath` by the member's address; segments of one file have the names FILE-sub1, FILE-sub2."""
-    if isinstance(values, Dropped):
-        return line, values
     name, shard = str(values.pop("audio_filepath", "")), values.pop("shard_id", None)
     whole = re.sub(r"-sub\d+(?=\.\w+$|$)", "", name)
     address = members.get(f"{shard}/{name}") or members.get(f"{shard}/{whole}")
     id = str(values.setdefault("id", f"{shard}/{name}"))
     if address is None:
-        return line, Dropped(id, name, f"no audio: it is not in the tar file of shard {shard}")
-    return line, {"audio_filepath": address, **values}
+        return Dropped(id, name, f"no audio: it is not in the tar file of shard {shard}")
+    return {"audio_filepath": address, **values}
