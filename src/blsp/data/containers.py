@@ -271,15 +271,13 @@ class FfmpegStream:
             self._container: Any = av.open(source, format=container)
         except (av.error.FFmpegError, OSError) as error:
             raise ValueError(f"FFmpeg: {error.strerror or error}") from error
-        if not self._container.streams.audio:
+        streams = self._container.streams.audio
+        codec = streams[0].codec_context if streams else None
+        if codec is None or not codec.sample_rate or not codec.channels:
             self._container.close()
-            raise ValueError("it holds no sound")
-        audio = self._container.streams.audio[0]
-        if audio.codec_context is None or not audio.codec_context.sample_rate or not audio.codec_context.channels:
-            self._container.close()
-            raise ValueError("FFmpeg: the codec of its sound is not known")
+            raise ValueError("FFmpeg: the codec of its sound is not known" if streams else "it holds no sound")
         self.format, self.frames = container.upper(), UNKNOWN_LENGTH
-        self.samplerate, self.channels = audio.codec_context.sample_rate, audio.codec_context.channels
+        self.samplerate, self.channels = codec.sample_rate, codec.channels
         self._blocks = self._decode()
         self._rest = np.zeros((0, self.channels), dtype=np.float32)
 
