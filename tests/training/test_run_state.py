@@ -61,7 +61,13 @@ def test_the_newest_complete_one_counts_and_old_ones_go(tmp_path: Path) -> None:
     assert newest_complete(_save(tmp_path, 12).parent) == torn
 
 
-@pytest.mark.parametrize("full", ["Path.mkdir", "save_file", "torch.save", "flush_to_disk", "write_text"])
+@pytest.mark.parametrize(
+    "full",
+    [
+        *("training.run_state.Path.mkdir", "training.run_state.save_file", "training.run_state.torch.save"),
+        *("training.run_state.Path.write_text", "data.files.flush_to_disk"),
+    ],
+)
 def test_a_full_disk_is_named_and_leaves_the_older_checkpoint(tmp_path: Path, monkeypatch, full: str) -> None:
     older = _save(tmp_path, 2)
 
@@ -72,7 +78,7 @@ def test_a_full_disk_is_named_and_leaves_the_older_checkpoint(tmp_path: Path, mo
         monkeypatch.context() as patch,
         pytest.raises(DiskFullError, match=r"step-4: no room .* 28 bytes are") as error,
     ):
-        patch.setattr(f"blsp.training.run_state.{full}", fail)
+        patch.setattr(f"blsp.{full}", fail)
         _save(tmp_path, 4)
     assert error.value.path == tmp_path / "step-4"
     assert list(tmp_path.iterdir()) == [older] == complete_checkpoints(tmp_path)

@@ -100,7 +100,7 @@ def write_atomically(
     try:
         with naming_full_disk(target, needs):
             yield partial
-            written = [*partial.rglob("*")] if partial.is_dir() else [partial]
+            written = [partial, *partial.rglob("*")]
             for file in written:
                 if file.suffix == ".safetensors":
                     _let_read(file)

@@ -12,7 +12,7 @@ unless --resume-inexact is given. Another number of processes is allowed: the ba
     OUT/settings.yaml   the resolved settings         OUT/checkpoints/step-N/adapter.safetensors
     OUT/table.json      facts of the measured rows                           average.safetensors
     OUT/metrics.jsonl   one line a logged step                               optimizer.pt
-    OUT/adapter/        the result                                           state.json    written last
+    OUT/adapter/        the result                                           state.json
 """
 
 import json
@@ -35,7 +35,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blsp.data.files import DiskFullError, flush_to_disk, naming_full_disk, read_rows, write_text
+from blsp.data.files import read_rows, write_atomically, write_text
 from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences, lock_job
 from blsp.distributed import Runtime, barrier, sum_across
 from blsp.settings import TrainSettings
@@ -124,15 +124,18 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write ``folder/step-N``, `state.json` last, and remove all but the newest `keep`."""
+    """Write ``folder/step-N``, whole or not at all, and remove all but the newest `keep`."""
     target = folder / f"step-{checkpoint.progress.step}"
     needs = tensor_bytes([checkpoint.adapter, checkpoint.average, checkpoint.optimiser])
-    try:
-        with naming_full_disk(target, needs):
-            _write_checkpoint(target, checkpoint)
-    except DiskFullError:
-        shutil.rmtree(target, ignore_errors=True)  # an incomplete checkpoint cannot be used
-        raise
+    state = {"progress": asdict(checkpoint.progress), "environment": checkpoint.environment}
+    with write_atomically(target, through=folder / ".partial", durable=True, needs=needs) as partial:
+        partial.mkdir(parents=True)
+        adapter = {name: tensor.contiguous() for name, tensor in checkpoint.adapter.items()}
+        save_file(adapter, partial / "adapter.safetensors")
+        if checkpoint.average:
+            save_file(checkpoint.average, partial / "average.safetensors")
+        torch.save(checkpoint.optimiser, partial / "optimizer.pt")
+        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n")
     for old in complete_checkpoints(folder)[:-keep]:
         (old / STATE).unlink()  # first, so that a half-removed checkpoint does not count as complete
         shutil.rmtree(old)
@@ -145,21 +148,6 @@ def tensor_bytes(value: Any) -> int:
         return value.nbytes
     values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return sum(map(tensor_bytes, values))
-
-
-def _write_checkpoint(target: Path, checkpoint: Checkpoint) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
-    adapter = {name: tensor.contiguous() for name, tensor in checkpoint.adapter.items()}
-    save_file(adapter, target / "adapter.safetensors")
-    if checkpoint.average:
-        save_file(checkpoint.average, target / "average.safetensors")
-    torch.save(checkpoint.optimiser, target / "optimizer.pt")
-    for file in target.iterdir():
-        flush_to_disk(file)
-    state = {"progress": asdict(checkpoint.progress), "environment": checkpoint.environment}
-    write_text(target / STATE, json.dumps(state, indent=2) + "\n", durable=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
