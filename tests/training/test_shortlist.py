@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 import torch
 
 from blsp.model.grounded import GroundedAdapter
-from blsp.training.losses import shortlist
+from blsp.training.losses import draw_others, shortlist
 
 TARGETS = [[3, 7, 7], [], [40, 3]]
 
@@ -31,10 +33,10 @@ def test_with_every_other_token_drawn_nothing_changes() -> None:
 def test_the_normaliser_is_estimated_without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter, hidden, table = adapter_and_table()
     whole = adapter.logits(hidden, table)
-    generator = torch.Generator().manual_seed(1)
+    seeds = count()  # another draw each time
     monkeypatch.setattr(
-        "blsp.training.losses._draw",
-        lambda tokens, count, seed: tokens[torch.randperm(len(tokens), generator=generator)[:count]],
+        "blsp.training.losses.draw_others",
+        lambda own, vocabulary, negatives, seed: draw_others(own, vocabulary, negatives, next(seeds)),
     )
     with torch.no_grad():
         estimates = [

@@ -152,15 +152,14 @@ def embed_loss(
     return (weight * (wrong_token + distance)).sum()
 
 
-def draw_others(own: Tensor, vocabulary: int, negatives: int) -> Tensor:
-    """(n,) tokens below `vocabulary` that are not among `own`: `negatives` of them, or all for 0.
-
-    Unlike in `shortlist`, they are only wrong choices beside the right token; they do not represent other tokens.
-    """
+def draw_others(own: Tensor, vocabulary: int, negatives: int, seed: int) -> Tensor:
+    """(n,) tokens below `vocabulary` that are not among `own`: `negatives` of them, or all for 0."""
     others = torch.ones(vocabulary, dtype=torch.bool)
     others[own.cpu()] = False
     tokens = others.nonzero().flatten()
-    return (_draw(tokens, negatives, seed=int(own.sum())) if negatives else tokens).to(own.device)
+    if negatives:
+        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:negatives]]
+    return tokens.to(own.device)
 
 
 def can_align(places: int, target: list[int]) -> bool:
@@ -180,21 +179,14 @@ def shortlist(
     # The batch's own tokens, and `negatives` others, which depend only on the batch
     own = sorted(set().union(*targets))
     tokens = torch.tensor([token - 1 for token in own], dtype=torch.long)
-    others = torch.ones(len(table), dtype=torch.bool)
-    others[tokens] = False
-    drawn = _draw(others.nonzero().flatten(), negatives, seed=sum(map(sum, targets)))
+    drawn = draw_others(tokens, len(table), negatives, seed=sum(map(sum, targets)))
 
     # Drawn tokens get more weight: log(others / negatives) is added to their logits
     logits = adapter.logits(hidden, table, torch.cat([tokens, drawn]).to(hidden.device))  # (B, S, C)
     weight = torch.zeros(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    weight[1 + len(own) :] = math.log(max(1, int(others.sum())) / negatives)
+    weight[1 + len(own) :] = math.log(max(1, len(table) - len(own)) / negatives)
     number = {token: column for column, token in enumerate(own, start=1)}
     return (logits + weight).log_softmax(dim=-1), [[number[token] for token in row] for row in targets]
-
-
-def _draw(tokens: Tensor, count: int, seed: int) -> Tensor:
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
-    return tokens[order[:count]]
 
 
 # --- computation in parts ---------------------------------------------------------------------------------

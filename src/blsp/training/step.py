@@ -345,10 +345,12 @@ def _embed(batch: MicroBatch) -> Tensor:
     if not len(targets):
         return batch.zero
 
-    # Candidates: the tokens of the micro-batch, and a sample of other tokens, which depends only on the former
+    # Candidates: the tokens of the micro-batch, and a sample of other tokens, which depends only on the former. Unlike
+    # in `losses.shortlist`, they are only wrong choices beside the right token; they do not represent other tokens.
     table = batch.model.model.embedding_table()  # (V, D)
     own, classes = targets.unique(return_inverse=True)
-    candidates = table[torch.cat([own, losses.draw_others(own, len(table), batch.objective.negatives)])]  # (C, D)
+    others = losses.draw_others(own, len(table), batch.objective.negatives, seed=int(own.sum()))
+    candidates = table[torch.cat([own, others])]  # (C, D)
     weight = torch.ones_like(vectors[:, 0]).masked_fill(targets == filler, losses.FILLER_WEIGHT)  # (N,)
     return losses.embed_loss(vectors, classes, candidates, weight, *batch.model.model.embedding_moments())
 
