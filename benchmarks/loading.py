@@ -30,9 +30,8 @@ from blsp.distributed import find_runtime, keep_freed_memory
 from blsp.features.cache import FeatureCache
 from blsp.settings import TrainSettings
 from blsp.training import examples, loop
-from blsp.training.batches import read_ahead
+from blsp.training.batches import read_ahead, step_examples
 from blsp.training.optimiser import begin_or_resume
-from blsp.training.reading import step_examples
 from blsp.training.run import Run, prepare
 
 ENCODER, LLM = "embedded:whisper-tiny.en", "embedded:smollm2-135m-instruct"

@@ -268,7 +268,7 @@ MUTANTS = (
     ),
     Mutant(
         "training: every rank learns all rows",
-        "training/reading.py",
+        "training/batches.py",
         "numbers[run.runtime.rank :: run.runtime.world]",
         "numbers[:]",
         "tests/laws/test_law_05_invariance.py",

@@ -13,9 +13,9 @@ from support.training_examples import write_data
 from blsp.distributed import find_runtime
 from blsp.settings import SettingsError, TrainSettings
 from blsp.training import loop, reporting
+from blsp.training.probes import validation_sources
 from blsp.training.run_state import Progress
 from blsp.training.tracking import CLOCKED, Trackers, layer_weights, product_flops, speed
-from blsp.training.validation import validation_sources
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
-"""Order of the data: the rows of each step, and its micro-batches; and reading ahead.
+"""Order of the data: the rows of each step, and its micro-batches; and their examples, read ahead.
 
 In:  the number of rows of each data file and its weight, the rows' lengths, and the step's number.
 Out: `DataOrder.steps(first)`: the rows of each step; `cut`: rows as micro-batches under a budget of positions;
-     `read_ahead`: the steps' rows, read by threads before they are needed.
+     `step_examples`: the examples of each step, read by threads before they are needed.
 Try: ``next(DataOrder(files=(DataFile(0, 100),), batch_size=8, seed=0).steps(3, lengths_of))``
-Flow: training/examples.py -> **batches.py** -> training/loop.py
+Flow: training/run.py, examples.py -> **batches.py** -> training/loop.py
 
 An epoch is a pure function of (seed, epoch) and the lengths, so any step can be the first:
 
@@ -17,16 +17,28 @@ sequence, and memory does not grow with the number of rows. The rows of a step d
 of positions and the number of processes change only rounding (law 5).
 """
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from blsp.training.dataset import Refused
+from blsp.training.examples import Example
+
+if TYPE_CHECKING:
+    from blsp.training.run import Run
+
 BLOCK = 32  # neighbouring rows that stay together in a window, for sequential reading
+READ_AHEAD = 4  # rows begun before they are needed, for each thread
 WINDOW_STEPS = 128  # steps in a window; more steps mean better sorting, but less sequential reading
 
 Rows = NDArray[np.int64]
@@ -143,9 +155,7 @@ def cut(rows: Rows, lengths: NDArray[np.integer], groups: NDArray[np.integer], b
     return batches
 
 
-READ_AHEAD = 4  # rows begun before they are needed, for each thread
-
-
+# --- reading ----------------------------------------------------------------------------------------------
 def read_ahead(
     plan: Iterable[tuple[Key, Sequence[Row]]], read: Callable[[Row], Item], threads: int
 ) -> Generator[tuple[Key, list[Item]]]:
@@ -171,3 +181,45 @@ def read_ahead(
             yield key, [future.result() for future in futures]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def step_examples(run: Run, first: int) -> Generator[tuple[int, list[list[Example]]]]:
+    """(step, this rank's micro-batches) from step `first` to the end, read ahead by threads until it is closed."""
+    read = partial(_read_example, run)
+    with closing(read_ahead(_step_rows(run, first), read, run.settings.readers)) as steps:
+        for (step, sizes), rows in steps:
+            for row in rows:
+                if not isinstance(row, Example):
+                    run.skipped.add(*row)
+            left = iter(rows)
+            batches = [[row for row in islice(left, size) if isinstance(row, Example)] for size in sizes]
+            yield step, [batch for batch in batches if batch]
+
+
+def _step_rows(run: Run, first: int) -> Iterator[tuple[tuple[int, list[int]], list[tuple[np.void, int]]]]:
+    """(step, sizes of this rank's micro-batches) and their rows, each with its epoch."""
+    prefix_numbers: dict[tuple[int, ...], int] = {}
+    rows_of, reader = run.dataset.rows, run.reader
+
+    def lengths_of(rows: Rows) -> Rows:
+        return reader.lengths(rows_of[rows])
+
+    for step, numbers in enumerate(run.order.steps(first, lengths_of), start=first):
+        if step >= run.steps:
+            return
+        rows = rows_of[numbers[run.runtime.rank :: run.runtime.world]]  # this rank's share
+        prefixes = [reader.template(row).prefix_ids for row in rows]
+        groups = np.array([prefix_numbers.setdefault(ids, len(prefix_numbers)) for ids in prefixes])
+        parts = cut(np.arange(len(rows)), reader.lengths(rows), groups, run.settings.batch_tokens)
+        epoch = run.order.epoch(step)
+        yield (step, list(map(len, parts))), [(row, epoch) for part in parts for row in rows[part]]
+
+
+def _read_example(run: Run, place: tuple[np.void, int]) -> Example | tuple[str, str, str]:
+    """The example of a row in an epoch; if it turns out to be unusable, its id, audio and reason. Runs in a thread."""
+    row, epoch = place
+    try:
+        return run.reader.example(row, epoch)
+    except Refused as refusal:
+        utterance = run.dataset.utterance(row)
+        return utterance.id, utterance.audio, str(refusal)

@@ -37,9 +37,9 @@ from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
 from blsp.training import run_state, step, verdict
 from blsp.training.adapter_card import model_card
+from blsp.training.batches import step_examples
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
-from blsp.training.reading import step_examples
 from blsp.training.reporting import Reporter, draw_curves, finish_stages, print_once, progress_bar, report
 from blsp.training.run import Run, check_loss, prepare
 from blsp.training.tracking import Trackers, peak_memory, tracing

@@ -1,9 +1,10 @@
 """Probes: divergence between the text route and the speech route on a few clips, during training.
 
-In:  examples of the training data and held-out examples, the model.
-Out: ``{"held_out_kl": …, "held_out_kl_shuffled": …, "held_out_top1": …, "held_out_wer": …, "train_kl": …}``.
+In:  the reader of examples, `--val-data NAME=FILE`, the model.
+Out: one `Probe` for each part of the data (`held_out`, `train`, and each NAME); its figures,
+     ``{"held_out_kl": …, "held_out_kl_shuffled": …, "held_out_top1": …, "held_out_wer": …}``.
 Try: ``measure(Probe("held_out", examples), prefixes, tokenizer, positions=4096)``
-Flow: training/loop.py every so many steps -> **probes.py** -> metrics.jsonl, curves.png
+Flow: training/run.py opens the clips; loop.py every so many steps -> **probes.py** -> metrics.jsonl, curves.png
 
 - `kl`: mean over response tokens of KL(text || speech), temperature 1, whole vocabulary, nats. It predicts accuracy on
   tasks (SALAD, 2510.13632).
@@ -18,25 +19,34 @@ Shapes: S adapter places, U transcript tokens, V vocabulary, N response position
 D LLM width.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 import jiwer
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from blsp.data.jobs import SkippedLog
 from blsp.data.normalisation import basic_normaliser
+from blsp.distributed import Runtime
 from blsp.llm import teacher_forcing
 from blsp.llm.language_model import at_least_float32
 from blsp.llm.prefix import PrefixCache
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 from blsp.model.speech_encoder import FRAMES_PER_SECOND
+from blsp.settings import SettingsError
 from blsp.training.batches import cut
-from blsp.training.examples import Example
+from blsp.training.dataset import Refused, Source, open_dataset, open_sources
+from blsp.training.examples import Example, ExampleReader, RowMeasurer
 from blsp.training.step import response_states, speech_states, speech_vectors, transcript_states
+
+PROBE_ROWS = 24  # of each part; they give the divergence within about a tenth of its value, in seconds
+OWN_PARTS = ("held_out", "train")
 
 
 @dataclass
@@ -55,6 +65,52 @@ class Probe:
         return [example for example in self.examples if example.response and not example.no_speech]
 
 
+# --- the clips --------------------------------------------------------------------------------------------
+def validation_sources(flags: Sequence[str]) -> dict[str, Source]:
+    """The files of --val-data by their names."""
+    sources: dict[str, Source] = {}
+    for flag in flags:
+        name, _, path = flag.partition("=")
+        if not path or not name.isidentifier() or name in (*OWN_PARTS, *sources):
+            raise SettingsError(f"--val-data {flag}: must read NAME=FILE, each NAME once and none {OWN_PARTS}")
+        (sources[name],) = open_sources([path])
+    return sources
+
+
+def open_probes(reader: ExampleReader) -> tuple[Probe, ...]:
+    """The clips of the run's own data."""
+    parts = {"held_out": reader.dataset.held_out, "train": reader.dataset.rows}
+    return tuple(Probe(part, draw_examples(reader, rows, PROBE_ROWS)) for part, rows in parts.items())
+
+
+def open_validation(
+    reader: ExampleReader, sources: Mapping[str, Source], measurer: RowMeasurer, out: Path, runtime: Runtime
+) -> tuple[Probe, ...]:
+    """The clips of each file, measured into OUT/validation/NAME."""
+    probes = []
+    for name, source in sources.items():
+        folder = out / "validation" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        skipped = SkippedLog(folder / f"rows.rank{runtime.rank}")
+        own = replace(measurer, templates=[], _numbers={})  # only the prompts of this file
+        dataset = open_dataset([source], own, folder, skipped, 0, runtime)
+        probes.append(Probe(name, draw_examples(replace(reader, dataset=dataset), dataset.rows, PROBE_ROWS)))
+    return tuple(probes)
+
+
+def draw_examples(reader: ExampleReader, rows: NDArray[np.void], count: int) -> list[Example]:
+    """Examples of `count` of the rows: always the same ones, not augmented, all with speech."""
+    plain = replace(reader, augmentation=())
+    examples: list[Example] = []
+    for row in rows[np.random.default_rng(0).permutation(len(rows))[: 2 * count]]:
+        try:
+            examples += [] if row["no_speech"] else [plain.example(row, epoch=0)]
+        except Refused:  # more rows are drawn than needed
+            continue
+    return examples[:count]
+
+
+# --- the figures ------------------------------------------------------------------------------------------
 @torch.no_grad()
 def measure(
     probe: Probe, prefixes: PrefixCache, tokenizer: PreTrainedTokenizerBase, positions: int
@@ -153,7 +209,7 @@ def exchange_speech(examples: Sequence[Example]) -> list[Example]:
         partner = next((other for other in others if not text or other.transcript != text), None)
         if partner is None:
             return []
-        exchanged.append(example.with_speech_of(partner))
+        exchanged.append(replace(example, features=partner.features, mel=partner.mel, mel_frames=partner.mel_frames))
     return exchanged
 
 

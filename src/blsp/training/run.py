@@ -50,9 +50,8 @@ from blsp.training.dataset import (
     shared_template_args,
 )
 from blsp.training.examples import ExampleReader, RowMeasurer, RowTexts, Targets
-from blsp.training.probes import Probe
+from blsp.training.probes import Probe, open_probes, open_validation, validation_sources
 from blsp.training.step import LOSSES, Objective
-from blsp.training.validation import open_probes, open_validation, validation_sources
 from blsp.weights.digest import Weights, find_weights
 
 NO_SPEECH_CLIPS = 64  # clips that --no-speech makes
@@ -291,8 +290,9 @@ def open_model(
             tokens = _readout_vocabulary(settings, llm, runtime, sources)
             every = range(model.config.text_config.vocab_size)
             widen_readout(model.model.multi_modal_projector, model.config, tokens or every, processor.tokenizer)
-    if settings.lora and model.config.lora is None:
-        add_lora(model, _lora(settings), seed=settings.seed)
+    lora = lora_options(settings.lora, settings.lora_rank)
+    if lora is not None and model.config.lora is None:
+        add_lora(model, lora, seed=settings.seed)
     if runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and settings.attn_implementation is None:
         use_short_attention(model.model.language_model)
     projector = model.model.multi_modal_projector

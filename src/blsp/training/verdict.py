@@ -25,7 +25,6 @@ from blsp.data.manifest import Utterance, write_manifest
 from blsp.model.lora import lora_note
 from blsp.training import probes, step
 from blsp.training.run import Run
-from blsp.training.validation import draw_examples
 
 Array = NDArray[np.float64]
 VERDICT_ROWS = 96  # held-out rows that are measured, at most
@@ -105,7 +104,7 @@ def judge(run: Run) -> Verdict:
             f"--loss {settings.loss} does not run the LLM. A stage with --loss kl or ce --init-from "
             f"{settings.out / 'adapter'} says whether it listens.",
         )
-    probe = probes.Probe("held_out", draw_examples(run.reader, run.dataset.held_out, VERDICT_ROWS))
+    probe = probes.Probe("held_out", probes.draw_examples(run.reader, run.dataset.held_out, VERDICT_ROWS))
     others = probes.exchange_speech(probe.answered)
     if not others:
         return Verdict("not judged", "Fewer than two texts are held out (--held-out, and a tenth of the data at most).")
