@@ -97,7 +97,7 @@ def test_the_picture_holds_all_points_the_stages_and_the_verdict(tmp_path: Path,
         "read-out word error rate",
     ]
     for axis in panels:
-        assert [text.get_text() for text in axis.texts] == ["first", "second"]
+        assert [text.get_text().strip() for text in axis.texts] == ["first", "second"]
         bottom, top = axis.get_ylim()
         for line in axis.lines[:-1]:  # the last one is where the second stage begins
             assert all(bottom <= value <= top for value in line.get_ydata())

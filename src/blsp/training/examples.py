@@ -13,7 +13,7 @@ Shapes: T encoder frames, E encoder width, M mel bins, Tm mel frames, n response
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,10 +62,6 @@ class Example:
     @property
     def encoder_frames(self) -> int:
         return encoder_frames(self.mel_frames) if self.features is None else len(self.features)
-
-    def with_speech_of(self, other: Self) -> Self:
-        """This example with another one's speech, to find out whether an adapter listens."""
-        return replace(self, features=other.features, mel=other.mel, mel_frames=other.mel_frames)
 
 
 @dataclass(frozen=True)
@@ -142,31 +138,27 @@ class RowMeasurer:
 
     def measure(self, rows: Sequence[Utterance]) -> list[Measures | Refused]:
         """The lengths of each row, or why it cannot be used for training."""
+        cached: Sequence[int | None] = [None] * len(rows)
+        if self.cache is not None:
+            cached = self.cache.lengths(self.cache.keys(rows, check=False)).tolist()
         measured: list[Measures | Refused] = []
-        for row, frames in zip(rows, self.encoder_frames(rows), strict=True):
-            lengths = _or_refused(self.text_lengths, row)
-            if isinstance(lengths, Refused):
-                measured.append(lengths)
-            elif isinstance(frames, Refused):
-                measured.append(frames)
-            else:
-                measured.append(Measures(self._template_number(row), frames, lengths[0], lengths[1], row.no_speech))
+        for row, frames in zip(rows, cached, strict=True):
+            try:
+                measured.append(self._measure(row, frames))
+            except Refused as refusal:
+                measured.append(refusal)
         return measured
 
-    def encoder_frames(self, rows: Sequence[Utterance]) -> list[int | Refused]:
-        """Encoder frames of each clip: from the cache, or otherwise from the manifest or the file's header."""
-        if self.cache is None:
-            return [_or_refused(lambda row: self._checked(_frames_of_audio(row)), row) for row in rows]
-        lengths = self.cache.lengths(self.cache.keys(rows, check=False)).tolist()
-        return [_or_refused(self._checked, frames) for frames in lengths]
-
-    def _checked(self, frames: int) -> int:
+    def _measure(self, row: Utterance, frames: int | None) -> Measures:
+        """frames: encoder frames of the clip in the cache; None: by the manifest or the file's header."""
+        transcript, after_audio = self.text_lengths(row)
+        frames = _frames_of_audio(row) if frames is None else frames
         if not frames:
             raise Refused("its features are not in the cache: the audio could not be encoded")
         seconds = frames / FRAMES_PER_SECOND
         if seconds > self.max_seconds:
             raise Refused(f"{seconds:.1f} s of speech, longer than --max-seconds {self.max_seconds:g}")
-        return frames
+        return Measures(self._template_number(row), frames, transcript, after_audio, row.no_speech)
 
     def text_lengths(self, row: Utterance) -> tuple[int, int]:
         """(transcript tokens, tokens after the audio) of a row."""
@@ -196,14 +188,6 @@ class RowMeasurer:
             self._numbers[prompt] = len(self.templates)
             self.templates.append(prompt)
         return self._numbers[prompt]
-
-
-def _or_refused(function: Callable[[Any], Any], argument: Any) -> Any:
-    """The function's result, or the `Refused` that it raised."""
-    try:
-        return function(argument)
-    except Refused as refusal:
-        return refusal
 
 
 def _frames_of_audio(row: Utterance) -> int:

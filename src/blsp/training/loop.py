@@ -206,8 +206,6 @@ def move_adapter(run: Run, state: State, number: int, examples: list[Example]) -
 
 def sum_over_ranks(runtime: Runtime, *numbers: float) -> list[float]:
     """Each number summed over all ranks."""
-    if runtime.world == 1:
-        return list(numbers)
     return sum_across(torch.tensor(numbers, dtype=torch.float64), runtime).tolist()
 
 

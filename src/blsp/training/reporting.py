@@ -43,11 +43,6 @@ class Reporter:
         self.weights = tracking.layer_weights(run.model.model.language_model) if run.objective.runs_llm else 0
         self.device_flops = tracking.product_flops(run.runtime) if self.weights else 0.0
 
-    def speed(self, progress: Progress) -> dict[str, float]:
-        """The speed since the last call."""
-        before, self.last = self.last, progress
-        return tracking.speed(self.weights, before, progress, self.device_flops)
-
 
 def report(reporter: Reporter, bar: tqdm) -> None:
     """Write a line of metrics.jsonl every `--log-every` steps; every `--probe-every` steps with the probes."""
@@ -59,6 +54,7 @@ def report(reporter: Reporter, bar: tqdm) -> None:
     if not (probing or progress.step % settings.log_every == 0):
         return
     state.progress = empty_window(progress)
+    before, reporter.last = reporter.last, progress
     row = {
         "step": progress.step,
         "loss": progress.window_loss / progress.window_steps,
@@ -68,7 +64,7 @@ def report(reporter: Reporter, bar: tqdm) -> None:
         "seconds": round(progress.seconds, 3),
         "padding": round(progress.window_padding / max(1, progress.window_positions), 4),
         "grad_norm": progress.window_norm / progress.window_steps,
-        **reporter.speed(progress),
+        **tracking.speed(reporter.weights, before, progress, reporter.device_flops),
     }
     bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
     if probing and (run.runtime.rank == 0 or settings.shard_llm):  # all ranks run a sharded LLM, or none
@@ -237,16 +233,8 @@ def _stages(axis: Axes, rows: list[Row]) -> None:
     for stage in stages:
         if begin:
             axis.axvline(begin, color=GREY, linewidth=0.8, linestyle="--")
-        axis.annotate(
-            stage[0]["stage"],
-            (begin, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, -3),
-            textcoords="offset points",
-            va="top",
-            fontsize=8,
-            color=INK,
-        )
+        where = axis.get_xaxis_transform()  # x in steps, y from 0 to 1
+        axis.text(begin, 0.98, f" {stage[0]['stage']}", transform=where, va="top", fontsize=8, color=INK)
         begin = stage[-1]["step"]
 
 

@@ -303,10 +303,6 @@ def open_model(
     return model, processor
 
 
-def _lora(settings: TrainSettings) -> Any:
-    return lora_options(settings.lora, settings.lora_rank)
-
-
 def _option(flag: str) -> tuple[str, str]:
     name, equals, value = flag.partition("=")
     if not equals:
@@ -324,7 +320,7 @@ def _check_start(settings: TrainSettings, model: BlspForConditionalGeneration, o
         raise SettingsError(f"--init-from {start}: has other {', '.join(differing)}; leave out --adapter-options")
     if config.full_window != settings.pad_to_30s:
         raise SettingsError(f"--init-from {start}: was trained with --pad-to-30s {config.full_window}")
-    if config.lora not in (None, _lora(settings)):
+    if config.lora not in (None, lora_options(settings.lora, settings.lora_rank)):
         raise SettingsError(
             f"--init-from {start}: was trained with --lora {' '.join(config.lora['parts'])} "
             f"--lora-rank {config.lora['rank']}; give these"

@@ -7,14 +7,14 @@ Flow: training/loop.py and reporting.py → **tracking.py** → accelerate's tra
 """
 
 import sys
-import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 
 from blsp.distributed import Runtime
 from blsp.settings import SettingsError
@@ -32,8 +32,9 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], out: Path, settings: Mapping[str, Any], runtime: Runtime) -> None:
         self._trackers = [_open_tracker(name, out) for name in names] if runtime.rank == 0 else []
+        plain = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in settings.items()}
         for tracker in self._trackers:
-            tracker.store_init_configuration({name: _plain(value) for name, value in settings.items()})
+            tracker.store_init_configuration(plain)
 
     def log(self, row: Mapping[str, float]) -> None:
         """One line of metrics.jsonl."""
@@ -57,11 +58,6 @@ def _open_tracker(name: str, out: Path) -> Any:
     except (ImportError, NameError) as error:  # accelerate imports only what is installed
         raise SettingsError(f"--log-to {name}: it is not installed: pip install {name}") from error
     return tracker
-
-
-def _plain(value: Any) -> Any:
-    """A setting as the trackers take it."""
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 # --- speed and memory -------------------------------------------------------------------------------------
@@ -108,19 +104,13 @@ def product_flops(runtime: Runtime) -> float:
     """Operations per second of a matrix product on the device, in the frozen weights' number format; best of 3."""
     size = PRODUCT_SIZE.get(runtime.device.type, 1024)
     matrix = torch.ones(size, size, dtype=runtime.dtype, device=runtime.device)
-    best = 0.0
-    for _ in range(3):
-        _wait(runtime)
-        began = time.perf_counter()
+
+    def multiply() -> None:
         matrix @ matrix
-        _wait(runtime)
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    return best * runtime.world
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize()
 
-
-def _wait(runtime: Runtime) -> None:
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize()
+    return 2 * size**3 / min(timeit.repeat(multiply, number=1, repeat=3)) * runtime.world
 
 
 # --- a trace ----------------------------------------------------------------------------------------------
@@ -130,8 +120,7 @@ def tracing(steps: int, out: Path, runtime: Runtime) -> Iterator[Callable[[], No
     if not steps or runtime.rank != 0:
         yield lambda: None
         return
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     plan = schedule(wait=SKIPPED_STEPS - 1, warmup=1, active=steps, repeat=1)
     path = str(out / "trace.json")
-    with profile(activities=activities, schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(path)) as tracer:
+    with profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(path)) as tracer:
         yield tracer.step
