@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from blsp.data.jobs import lock_job
 from blsp.distributed import (
     Runtime,
     barrier,
@@ -67,7 +68,8 @@ def train(settings: TrainSettings) -> None:
             if run_state.is_finished(stage):
                 print_once(runtime, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
                 continue
-            with run_state.claim_folder(stage.out, runtime), run_state.deterministic(stage.deterministic):
+            stage.out.mkdir(parents=True, exist_ok=True)
+            with lock_job(stage.out, runtime.rank), run_state.deterministic(stage.deterministic):
                 train_stage(stage, runtime, stop)
             if stop.requested:
                 break

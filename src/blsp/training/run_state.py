@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blsp.data.files import read_rows, write_atomically, write_text
-from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences, lock_job
+from blsp.data.jobs import SKIPPED_SUFFIX, JobError, SkippedLog, differences
 from blsp.distributed import Runtime, barrier, sum_across
 from blsp.settings import TrainSettings
 
@@ -233,14 +233,6 @@ def begin_folder(settings: TrainSettings, runtime: Runtime) -> None:
             shutil.rmtree(settings.out / "checkpoints", ignore_errors=True)
         write_text(settings.out / "settings.yaml", dump_flags(as_flags(settings)), durable=True)
     barrier(runtime)
-
-
-@contextmanager
-def claim_folder(folder: Path, runtime: Runtime) -> Iterator[None]:
-    """Lock the folder against other runs while the block runs."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock_job(folder, runtime.rank):
-        yield
 
 
 def _refuse_other_settings(settings: TrainSettings) -> None:
