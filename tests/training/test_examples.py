@@ -147,18 +147,18 @@ def test_ctc_targets_are_classes_and_what_cannot_be_spelled_is_refused_with_its_
 def test_stored_teacher_must_fit(tmp_path: Path) -> None:
     path = write_data(tmp_path, rows=6, top_k=3)
     assert choose_teacher([str(path)], "auto") == "stored"
-    dataset = _dataset(path, tmp_path, KL, teacher="stored")
+    dataset = _dataset(path, tmp_path, KL, stored_teacher=True)
     example = _reader(dataset, KL).example(dataset.rows[2], 0)
     assert example.teacher[0].shape == (len(example.response), 3)
     with pytest.raises(TopKError, match="temperature 1, not 2"):
-        open_sources([str(path)], teacher="stored", temperature=2.0)
+        open_sources([str(path)], stored_teacher=True, temperature=2.0)
     rows = _rewrite(path, lambda number, row: row | {"continuation_ids": [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]})
-    changed = replace(dataset, sources=tuple(open_sources([str(path)], teacher="stored")))
+    changed = replace(dataset, sources=tuple(open_sources([str(path)], stored_teacher=True)))
     with pytest.raises(Refused, match="stored top-k has"):
         _reader(changed, KL).example(dataset.rows[2], 0)
     write_teacher(path, rows[:3], 3, np.random.default_rng(0))
     with pytest.raises(DataError, match="holds 3 rows"):
-        open_sources([str(path)], teacher="stored")
+        open_sources([str(path)], stored_teacher=True)
 
 
 def test_one_file_with_and_one_without_a_stored_teacher_is_an_error(tmp_path: Path) -> None:

@@ -57,23 +57,23 @@ class Source:
 
 
 def open_sources(
-    data: Sequence[str], weights: Sequence[float] = (), *, teacher: Teacher = "online", temperature: float = 1.0
+    data: Sequence[str], weights: Sequence[float] = (), *, stored_teacher: bool = False, temperature: float = 1.0
 ) -> list[Source]:
-    """All files, globs expanded. teacher "stored": open and check the top-k of each continuations file."""
+    """All files, globs expanded. stored_teacher: open and check the top-k of each continuations file."""
     if weights and len(weights) != len(data):
         raise DataError(f"{len(weights)} weights for {len(data)} data files: give one weight a file, or none")
     sources = []
     for name, weight in zip(data, weights or [1.0] * len(data), strict=True):
         if weight < 0:
             raise DataError(f"{name}: weight {weight} is negative; 0 leaves a file out")
-        sources += [_open_source(path, weight, teacher, temperature) for path in find_manifests(name)]
+        sources += [_open_source(path, weight, stored_teacher, temperature) for path in find_manifests(name)]
     return sources
 
 
-def _open_source(path: Path, weight: float, teacher: Teacher, temperature: float) -> Source:
+def _open_source(path: Path, weight: float, stored_teacher: bool, temperature: float) -> Source:
     continuations = _holds_continuations(path)
     rows = Manifest(path, key=CONTINUATION_KEY if continuations else ("id",))
-    if not continuations or teacher != "stored":
+    if not continuations or not stored_teacher:
         return Source(path, rows, weight)
     store = TopKStore(topk_folder(path))
     store.require_temperature(temperature)

@@ -95,7 +95,7 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     runtime = replace(runtime, shard_llm=shard_llm, attention=settings.attn_implementation)
 
     # The loss and the data files
-    stored = teacher_of(settings) == "stored"
+    stored = has_stored_teacher(settings)
     sources = data_sources(settings, runtime, stored)
     validation = validation_sources(settings.val_data)
     others = list(validation.values())
@@ -175,16 +175,16 @@ def check_loss(settings: TrainSettings) -> None:
         )
 
 
-def teacher_of(settings: TrainSettings) -> str:
-    """Where the text route's distribution comes from: "stored" or "online"."""
+def has_stored_teacher(settings: TrainSettings) -> bool:
+    """Whether the text route's distribution is read from the data; otherwise the LLM is run for it."""
     if "teacher" not in LOSSES[settings.loss].needs:
-        return "online"
-    teacher = choose_teacher(settings.data, settings.teacher)
-    if settings.shard_llm and teacher == "online":
+        return False
+    stored = choose_teacher(settings.data, settings.teacher) == "stored"
+    if settings.shard_llm and not stored:
         raise SettingsError(
             f"--shard-llm --loss {settings.loss}: needs a stored teacher; write it with blsp continue --top-k"
         )
-    return teacher
+    return stored
 
 
 def objective_of(settings: TrainSettings, stored: bool) -> Objective:
@@ -216,10 +216,7 @@ def targets_of(settings: TrainSettings, objective: Objective) -> Targets:
 def data_sources(settings: TrainSettings, runtime: Runtime, stored_teacher: bool) -> list[Source]:
     """The files of --data, and for --no-speech generated clips of silence and noise."""
     sources = open_sources(
-        settings.data,
-        settings.data_weights,
-        teacher="stored" if stored_teacher else "online",
-        temperature=settings.temperature,
+        settings.data, settings.data_weights, stored_teacher=stored_teacher, temperature=settings.temperature
     )
     if not settings.no_speech:
         return sources
