@@ -22,9 +22,9 @@ from blsp.serving import remote_audio
 from blsp.serving import scheduler as scheduler_module
 from blsp.serving.errors import ApiError
 from blsp.serving.job import Failed, Job
-from blsp.serving.recogniser import SharedRecogniser
 from blsp.serving.scheduler import Limits, Scheduler
 from blsp.serving.server import check_exposure, reserve
+from blsp.serving.shared_recogniser import SharedRecogniser
 from blsp.settings import ServeSettings
 
 

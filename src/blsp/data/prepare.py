@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from blsp.data.audio import AudioError, is_silent, load_audio
-from blsp.data.corpora import folders, hub, no_speech, recognition, shards, tables, translation, understanding
+from blsp.data.corpora import folders, hub, multilingual, no_speech, recognition, shards, tables, understanding
 from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, Rows
 from blsp.data.files import digest_of, read_rows
 from blsp.data.jobs import Job, in_order
@@ -38,10 +38,10 @@ READERS: dict[str, Callable[[ReadRequest], Rows]] = {
     "librispeech": recognition.librispeech,
     "gigaspeech": recognition.gigaspeech,
     "tedlium3": recognition.tedlium3,
-    "common-voice": translation.common_voice,
-    "covost2": translation.covost2,
-    "must-c": translation.must_c,
-    "fleurs": translation.fleurs,
+    "common-voice": multilingual.common_voice,
+    "covost2": multilingual.covost2,
+    "must-c": multilingual.must_c,
+    "fleurs": multilingual.fleurs,
     "fluent-speech-commands": understanding.fluent_speech_commands,
     "slurp": understanding.slurp,
     "snips": understanding.snips,

@@ -18,7 +18,7 @@
     hearing.py      threads that turn clips into vectors
     scheduler.py    the one thread that generates answers; requests join and leave its batch between steps
     remote.py       the LLM behind vLLM servers (--engine-url)
-    recogniser.py   the recogniser of the page's comparison
+    shared_recogniser.py  the recogniser of the page's comparison
     metrics.py      counters and histograms for Prometheus
     web/            the page: plain HTML, CSS, JavaScript
 

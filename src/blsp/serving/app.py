@@ -41,10 +41,10 @@ from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
 from blsp.serving.page import mount_page
 from blsp.serving.rate_limit import Quiet
-from blsp.serving.recogniser import RECOGNISER, SharedRecogniser
 from blsp.serving.remote import RemoteChat
 from blsp.serving.responses import Responses
 from blsp.serving.scheduler import Limits, Scheduler
+from blsp.serving.shared_recogniser import RECOGNISER, SharedRecogniser
 from blsp.serving.transcription import Transcriptions
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from blsp.serving import api
 from blsp.serving.audio_input import until
 from blsp.serving.errors import ApiError
 from blsp.serving.exchange import client_of, joined, while_connected
-from blsp.serving.recogniser import RECOGNISER
+from blsp.serving.shared_recogniser import RECOGNISER
 
 if TYPE_CHECKING:
     from blsp.serving.app import Service

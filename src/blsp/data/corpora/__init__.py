@@ -2,7 +2,7 @@
 
     reading.py        parts that all readers use: the request, files and tables with good errors, rows
     recognition.py    LibriSpeech, GigaSpeech, TED-LIUM 3
-    translation.py    Common Voice, CoVoST 2, MuST-C, FLEURS
+    multilingual.py   Common Voice, CoVoST 2, MuST-C, FLEURS
     understanding.py  Fluent Speech Commands, SLURP, SNIPS
     folders.py        a folder of audio and text files, a Kaldi data directory, Lhotse manifests
     columns.py        which columns of a table are audio and text; the utterance in a row

@@ -2,7 +2,7 @@
 
 In:  a clip. Out: its transcript by faster-whisper (or transformers), one clip at a time, in a separate thread.
 Try: `await SharedRecogniser(None, listener).transcribe(clip, "en", seconds=60)`
-Flow: app.py → **recogniser.py** → evaluation/recogniser.py. It is not used for answers to speech.
+Flow: app.py → **shared_recogniser.py** → evaluation/recogniser.py. It is not used for answers to speech.
 """
 
 from __future__ import annotations
