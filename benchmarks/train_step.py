@@ -36,7 +36,6 @@ from transformers import WhisperModel
 from benchmarks.support.serving import SPEECH
 from blsp.data.audio import SAMPLE_RATE, load_audio
 from blsp.distributed import Runtime, keep_freed_memory
-from blsp.llm.attention import use_short_attention
 from blsp.llm.instructions import instruction_for
 from blsp.llm.prefix import Prefix, PrefixCache, run_after_prefix
 from blsp.llm.prompt import Order, prompt_template, transcript_ids
@@ -240,8 +239,6 @@ def ways_of(model: BlspForConditionalGeneration, processor: Any) -> dict[str, Ca
 def trainable(runtime: Runtime) -> tuple[BlspForConditionalGeneration, Any]:
     model, processor = new_blsp(find_weights(ENCODER), find_weights(LLM), runtime, adapter="conv")
     model.model.multi_modal_projector.requires_grad_(True).train()
-    if runtime.dtype == torch.bfloat16:  # as the loop does
-        use_short_attention(model.model.language_model)
     return model, processor
 
 

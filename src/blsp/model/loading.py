@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
 from blsp.distributed import Runtime, find_runtime
+from blsp.llm.attention import use_cpu_attention
 from blsp.llm.language_model import check_supported
 from blsp.llm.prompt import fix_tokenizer
 from blsp.llm.quantise import set_weights
@@ -75,7 +76,8 @@ def load_language_model(
     check_attention(config, runtime.attention)
     with naming_folder(weights.name):
         if runtime.shard_llm:
-            return load_sharded(local_folder(weights.folder), config, runtime), load_tokenizer(weights, template_args)
+            llm = load_sharded(local_folder(weights.folder), config, runtime)
+            return _with_attention(llm, runtime), load_tokenizer(weights, template_args)
         dtype = torch.bfloat16 if runtime.weights else runtime.dtype
         llm = AutoModelForCausalLM.from_pretrained(
             weights.folder, dtype=dtype, attn_implementation=runtime.attention, trust_remote_code=False
@@ -83,7 +85,13 @@ def load_language_model(
     llm = freeze(llm.to(runtime.device))
     if runtime.weights:
         set_weights(llm, runtime.weights)
-    return llm, load_tokenizer(weights, template_args)
+    return _with_attention(llm, runtime), load_tokenizer(weights, template_args)
+
+
+def _with_attention(llm: PreTrainedModel, runtime: Runtime) -> PreTrainedModel:
+    if runtime.device.type == "cpu" and runtime.attention is None:
+        use_cpu_attention(llm)
+    return llm
 
 
 def check_attention(config: PreTrainedConfig, name: str | None) -> None:

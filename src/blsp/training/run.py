@@ -24,7 +24,6 @@ from blsp.data.manifest import Utterance, write_manifest
 from blsp.distributed import Runtime, barrier
 from blsp.features.align import TokenTimes
 from blsp.features.encode import open_features
-from blsp.llm.attention import use_short_attention
 from blsp.llm.instructions import NO_SPEECH_SENTENCE
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import PrefixCache
@@ -290,8 +289,6 @@ def open_model(
     lora = lora_options(settings.lora, settings.lora_rank)
     if lora is not None and model.config.lora is None:
         add_lora(model, lora, seed=settings.seed)
-    if runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16 and settings.attn_implementation is None:
-        use_short_attention(model.model.language_model)
     projector = model.model.multi_modal_projector
     projector.to(torch.float64 if runtime.dtype == torch.float64 else torch.float32)
     projector.requires_grad_(True).train()
