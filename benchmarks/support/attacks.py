@@ -315,7 +315,7 @@ CASES = (
     Case("oddities", refused(*ODDITIES), NEIGHBOUR | {"refused_s": 10 * REFUSED_S, "not_refused": 0, "memory_mb": 256}),
     Case("speech-300s", beside(lambda _: chat([clip(long_recording(300))])), WORKED | {"memory_mb": 2048}),
     Case("speech-590s", beside(lambda _: chat([clip(long_recording(590, "OGG"))])), WORKED | {"memory_mb": 4096}),
-    Case("long-prompt", beside(lambda target: chat("word " * target.times(7800))), WORKED | {"memory_mb": 1024}),
+    Case("long-prompt", beside(lambda target: chat("word " * target.times(7800))), WORKED | {"memory_mb": 2048}),
     Case("uploads", uploads, WAITING | {"memory_mb": 512}),
     Case("guess", guess, {"reused_by_right": 0, "own_not_reused": 0, "wrong_over_right": 1.5}),
     Case("queue-60", queue, {"waited_for": 2, "unanswered": 0}),
