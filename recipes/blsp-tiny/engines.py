@@ -27,6 +27,8 @@ from voices import kokoro_folder, kokoro_style, piper_folder
 Spoken = Iterator[tuple[Line, np.ndarray]]
 PIPER_RATE = 22_050
 KOKORO_RATE = 24_000
+PICO_RATE = 16_000
+PICO_CULTURES = {"fr": "fr-FR", "es": "es-ES", "it": "it-IT"}
 KOKORO_LONGEST = 509  # phonemes; the style table has a row for each length
 PAUSE_MARKS = re.compile(r"\s*([,.;:!?]+)(?=\s|$)\s*")
 
@@ -70,7 +72,10 @@ def speak_kokoro(lines: list[Line], root: Path) -> Spoken:
     table = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))["vocab"]
     session = _session(folder / "kokoro.onnx", lines[0].id)
     for line in lines:
-        spoken = kokoro_spelling(phonemes(line.text, "en-gb" if line.voice[0] == "b" else "en-us"))
+        if line.language == "en":
+            spoken = kokoro_spelling(phonemes(line.text, "en-gb" if line.voice[0] == "b" else "en-us"))
+        else:
+            spoken = phonemes(line.text, line.language)
         ids = [table[p] for p in spoken if p in table][:KOKORO_LONGEST]
         inputs = {
             "tokens": np.array([[0, *ids, 0]], np.int64),
@@ -78,6 +83,20 @@ def speak_kokoro(lines: list[Line], root: Path) -> Spoken:
             "speed": np.array([line.tempo], np.float32),
         }
         yield line, to_rate(session.run(None, inputs)[0].reshape(-1), KOKORO_RATE)
+
+
+def speak_pico(lines: list[Line], root: Path) -> Spoken:
+    """SVOX Pico: one voice a language. Pitch and formants move together by resampling, as with flite."""
+    try:
+        from ttspico import TtsEngine
+    except ImportError:
+        raise VoiceError("ttspico is not installed: pip install ttspico==0.3.2") from None
+    engines = {language: TtsEngine(culture) for language, culture in PICO_CULTURES.items()}
+    for line in lines:
+        engine = engines[line.language]
+        engine.rate = round(100 * line.tempo / line.pitch)  # per cent of the voice's own
+        samples = np.frombuffer(engine.speak(line.text), np.int16).astype(np.float32) / 32768
+        yield line, to_rate(samples, round(PICO_RATE * line.pitch))
 
 
 def phonemes(text: str, language: str) -> str:
@@ -122,8 +141,14 @@ SPEAK: dict[str, Callable[[list[Line], Path], Spoken]] = {
     "words": speak_flite,
     "piper": speak_piper,
     "kokoro": speak_kokoro,
+    "kokoro_romance": speak_kokoro,
+    "pico": speak_pico,
 }
-VOICES: dict[str, Callable[[Path], Path]] = {"piper": piper_folder, "kokoro": kokoro_folder}
+VOICES: dict[str, Callable[[Path], Path]] = {
+    "piper": piper_folder,
+    "kokoro": kokoro_folder,
+    "kokoro_romance": kokoro_folder,
+}
 
 
 def fetch_voices(engine: str, root: Path) -> None:

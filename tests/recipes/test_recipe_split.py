@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[2]
 from eval_data import LANGUAGES, SPOKEN, answered_in, line_for, questions  # noqa: E402
 from fetch import assign_splits  # noqa: E402
 from heldout import HELD_OUT_VOICES, HeldOut, part_of, read_list, words  # noqa: E402
-from lines import SHARES, sentences  # noqa: E402
+from lines import SHARES, SPEAKS, sentences  # noqa: E402
 from voices import KOKORO_TRAINING  # noqa: E402
 
 SPEECH = ROOT / "examples" / "speech"
+RECORDED = ("asterisk_en_eval", "asterisk_fr", "asterisk_es", "asterisk_it", "asterisk_ru", "drascula_en")
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +31,10 @@ def held_out() -> HeldOut:
 
 @pytest.fixture(scope="module")
 def judged() -> Judged:
-    """All English texts that the suite asks for."""
+    """All texts that the suite asks for or compares with, but for the Czech ones."""
     rows = [row["text"] for asked in SPOKEN.values() for row in asked()]
-    recorded = [row["text"] for name in ("asterisk_en_eval", "drascula_en") for row in read_list(name)]
-    assert len(rows) == 510 and len(recorded) == 521
+    recorded = [row["text"] for name in RECORDED for row in read_list(name)]
+    assert len(rows) == 510 and len(recorded) == 2_648
     return Judged([*rows, *recorded])
 
 
@@ -82,9 +83,19 @@ def test_what_is_judged_is_held_out(judged: Judged, held_out: HeldOut) -> None:
     assert not [text for text in judged.texts if not held_out.touches(" ".join(text))]
 
 
-@pytest.mark.parametrize("name", sorted({name for shares in SHARES.values() for name in shares}))
-def test_no_spoken_sentence_shares_its_words_with_a_judged_text(name: str, judged: Judged, held_out: HeldOut) -> None:
-    texts = sentences(name, held_out)
+LISTS = {
+    (name, language)
+    for engine, shares in SHARES.items()
+    for name in shares
+    for language in SPEAKS.get(engine, ("en",))
+}
+
+
+@pytest.mark.parametrize(("name", "language"), sorted(LISTS))
+def test_no_spoken_sentence_shares_its_words_with_a_judged_text(
+    name: str, language: str, judged: Judged, held_out: HeldOut
+) -> None:
+    texts = sentences(name, held_out, language)
     assert len(texts) > 100
     assert not [(text, judged.shared(text)) for text in texts if judged.shared(text)]
 
