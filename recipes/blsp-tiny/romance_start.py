@@ -2,7 +2,7 @@
 
 In:  models/blsp-base (Whisper base, the read-out of another LLM) and the sentence lists under `texts/`.
 Out: an adapter folder: the convolutions and attention layers of blsp-base, which hear; everything behind them new.
-Where in the flow: before `blsp train --init-from`. The read-out vocabulary is what the larger LLM writes the lists with.
+Where in the flow: before `blsp train`. The read-out vocabulary is what the larger LLM writes the lists with.
 
 Try: `python recipes/blsp-tiny/romance_start.py --out runs/romance-start`
 """

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import bz2
-import gzip
 import html
 import re
 import urllib.request
@@ -87,11 +86,15 @@ def sentences(paragraphs: Iterator[str], shortest: int) -> Iterator[str]:
     """The whole sentences of up to 22 words that hold words and ordinary punctuation only."""
     for paragraph in paragraphs:
         for text in END.split(paragraph.replace("’", "'")):
-            count = len(text.split())
-            capitals = sum(letter.isupper() for letter in text)
-            if shortest <= count <= 22 and text[-1] in ".?!" and text[0].isupper() | (text[0] in "¿¡"):
-                if PLAIN(text) and capitals <= 2 and not re.search(r"\w[.:]\w|\.\.", text):
-                    yield text
+            if text and shortest <= len(text.split()) <= 22 and _is_sentence(text):
+                yield text
+
+
+def _is_sentence(text: str) -> bool:
+    """From a capital letter to a full stop, with ordinary punctuation, few names and no file names."""
+    whole = (text[0].isupper() or text[0] in "¿¡") and text[-1] in ".?!"
+    names = sum(letter.isupper() for letter in text) > 2 or re.search(r"\w[.:]\w|\.\.", text)
+    return whole and not names and PLAIN(text) is not None
 
 
 def main() -> None:

@@ -84,10 +84,7 @@ def test_what_is_judged_is_held_out(judged: Judged, held_out: HeldOut) -> None:
 
 
 LISTS = {
-    (name, language)
-    for engine, shares in SHARES.items()
-    for name in shares
-    for language in SPEAKS.get(engine, ("en",))
+    (name, language) for engine, shares in SHARES.items() for name in shares for language in SPEAKS.get(engine, ("en",))
 }
 
 
