@@ -46,11 +46,11 @@ print(blsp.load("{name}").answer("question.wav"))
 """
 WHAT = {
     "grounded": "It reads the speech out over the LLM's own tokens (CTC) and gives the LLM the expected embeddings of "
-    "what it read: in effect a recogniser inside the LLM's vocabulary (as LegoSLM, arXiv 2505.11352), aligned with the "
-    "LLM's behaviour on text at the end (BLSP, arXiv 2309.00916).",
+    "what it read: in effect a recogniser inside the LLM's vocabulary (as LegoSLM, arXiv 2505.11352){aligned}.",
     "conv": "It is the paper's own adapter (BLSP, arXiv 2309.00916): three strided convolutions and a bottleneck, 6.25 "
     "vectors a second, no read-out and no token table at inference.",
 }
+ALIGNED = ", aligned with the LLM's behaviour on text at the end (BLSP, arXiv 2309.00916)"
 RESCORED = (  # of an adapter that reads out, where its configuration says `rescore`
     "It reads the speech out over the LLM's own tokens (CTC), and the LLM chooses among the likeliest readings "
     "what it answers to: in effect a recogniser inside the LLM's vocabulary (as LegoSLM, arXiv 2505.11352)."
@@ -74,7 +74,7 @@ with all its {tokens:,} words and parts of words (`blsp move`, [docs/adapt.md](.
 LIMITS = """\
 ## Limits
 
-It hears read and acted English with the vocabulary of its transcripts; a token that never occurred there is hardly
+It hears read and acted {languages} with the vocabulary of its transcripts; a token that never occurred there is hardly
 ever read out. Noisy rooms, several speakers at once, other languages and accents far from the training voices are heard
 badly. What it then says is what a small language model says: check facts. On silence, noise and
 music it is trained to say “{no_speech}”; how often it does is in the table (`no-speech`). Not for decisions about
@@ -82,6 +82,7 @@ people.
 """
 
 
+NAMES_OF_LANGUAGES = {"en": "English", "es": "Spanish", "fr": "French", "it": "Italian"}
 Clips = dict[tuple[str, str], list[dict]]  # rows by source and licence
 
 
@@ -106,6 +107,7 @@ def card(
     stages: Sequence[str] = (),
     origin: str | None = None,
     datasets: Sequence[str] = (),
+    languages: Sequence[str] = ("en",),
 ) -> str:
     """The model card: use, training, data with licences, what was measured, limits; `origin`: what was moved."""
     config = open_config(out)
@@ -117,11 +119,11 @@ def card(
         out.name,
         measured(results) if results else [],
         datasets=sorted(set(datasets)) or None,
-        language="en",
+        language=languages[0] if len(languages) == 1 else list(languages),
         license="apache-2.0",
     )
     use = USE.format(
-        what=RESCORED if config.rescore else WHAT[config.adapter],
+        what=RESCORED if config.rescore else WHAT[config.adapter].format(aligned=ALIGNED if _is_aligned(out) else ""),
         size=size,
         llm=config.text_model_id,
         audio=config.audio_model_id,
@@ -135,9 +137,17 @@ def card(
         else "## Training\n\n" + _stages(out / "training", stages),
         sources,
         _results(json.loads(results.read_text()), out.name) if results else "## Measured\n\nNot judged yet.",
-        LIMITS.format(no_speech=config.no_speech_sentence),
+        LIMITS.format(
+            no_speech=config.no_speech_sentence, languages=", ".join(NAMES_OF_LANGUAGES[each] for each in languages)
+        ),
     ]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _is_aligned(out: Path) -> bool:
+    """Whether a stage of the run taught behaviour."""
+    settings = (out / "training").glob("*/settings.yaml")
+    return any(yaml.safe_load(path.read_text())["loss"] in ("ce", "kl") for path in settings)
 
 
 def _stages(training: Path, shipped: Sequence[str]) -> str:
@@ -247,7 +257,8 @@ def main() -> None:
     clips = read_clips(options.manifests)
     sources = data_table(clips) if clips else ""
     names = [source for source, _ in clips]
-    text = card(options.out, sources, options.results, options.stages or (), options.origin, names)
+    languages = sorted({row.get("language", "en") for rows in clips.values() for row in rows}) or ["en"]
+    text = card(options.out, sources, options.results, options.stages or (), options.origin, names, languages)
     (options.out / "README.md").write_text(text, encoding="utf-8")
     print(f"{options.out}: written")
 

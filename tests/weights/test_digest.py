@@ -138,7 +138,7 @@ def test_large_tensors_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.Mon
     assert tensor_digest(write(tmp_path / "b", tensors)) == whole
 
 
-@pytest.mark.parametrize("model", ["blsp-tiny", "blsp-small", "blsp-base", "blsp-conv"])
+@pytest.mark.parametrize("model", ["blsp-tiny", "blsp-small", "blsp-base", "blsp-conv", "blsp-romance"])
 @pytest.mark.parametrize("part", ["audio", "text"])
 @pytest.mark.embedded
 def test_shipped_adapters_keep_their_digests(model: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from blsp.data.files import file_digest
 from blsp.weights.embedded import refuse_missing_path
 
-SHIPPED = ("blsp-tiny", "blsp-small", "blsp-base", "blsp-conv")
+SHIPPED = ("blsp-tiny", "blsp-small", "blsp-base", "blsp-conv", "blsp-romance")
 
 
 def is_shipped(name: str) -> bool:
