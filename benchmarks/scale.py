@@ -124,6 +124,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=SIZES[-1], help="rows of the largest manifest")
     parser.add_argument("--folder", type=Path, default=None, help="where to write (left out: the temporary folder)")
     options = parser.parse_args()
+    if options.folder is not None:
+        options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         manifests = [alone(manifest_costs, folder, count) for count in SIZES if count <= options.most]
         caches = [alone(cache_costs, folder, count) for count in ENTRIES if count <= options.most]
