@@ -234,7 +234,8 @@ def _results(results: dict, name: str) -> str:
     figures = table(["alignment", "value"], [[name, f"{value:.3f}"] for name, value in alignment.items()])
     head = ["task", "route", "metric", "value", "95 % interval", "n"]
     limit = results["environment"]["limit"]
-    command = f"blsp evaluate --model {name} --suite tiny --out results/{name}"
+    asked = "--suite tiny" if results["suite"] == "tiny" else f"--task {' '.join(results['tasks'])}"
+    command = f"blsp evaluate --model {name} {asked} --out results/{name}"
     command += f" --limit {limit}" if limit else ""
     return f"## Measured\n\n`{command}`, this file.\n\n{table(head, rows)}\n\n{figures}"
 
