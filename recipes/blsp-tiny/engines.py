@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from containers import to_rate
-from lines import Line
+from lines import CULTURES, Line
 from rows import fraction
 from voices import kokoro_folder, kokoro_style, piper_folder
 
@@ -28,7 +28,6 @@ Spoken = Iterator[tuple[Line, np.ndarray]]
 PIPER_RATE = 22_050
 KOKORO_RATE = 24_000
 PICO_RATE = 16_000
-PICO_CULTURES = {"fr": "fr-FR", "es": "es-ES", "it": "it-IT"}
 KOKORO_LONGEST = 509  # phonemes; the style table has a row for each length
 PAUSE_MARKS = re.compile(r"\s*([,.;:!?]+)(?=\s|$)\s*")
 
@@ -91,7 +90,7 @@ def speak_pico(lines: list[Line], root: Path) -> Spoken:
         from ttspico import TtsEngine
     except ImportError:
         raise VoiceError("ttspico is not installed: pip install ttspico==0.3.2") from None
-    engines = {language: TtsEngine(culture) for language, culture in PICO_CULTURES.items()}
+    engines = {language: TtsEngine(culture) for language, culture in CULTURES.items()}
     for line in lines:
         engine = engines[line.language]
         engine.rate = round(100 * line.tempo / line.pitch)  # per cent of the voice's own

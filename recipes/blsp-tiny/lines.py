@@ -53,7 +53,8 @@ VOICES = {
     "flite": FLITE, "words": FLITE, "piper": ("joe",), "kokoro": KOKORO_TRAINING, "pico": ("pico",),
     "kokoro_romance": (*KOKORO_TRAINING, *KOKORO_ROMANCE * 3),
 }  # fmt: skip
-SPEAKS = {"pico": ("fr", "es", "it"), "kokoro_romance": ("fr", "es", "it")}  # others speak English
+CULTURES = {"fr": "fr-FR", "es": "es-ES", "it": "it-IT"}  # of the languages besides English
+SPEAKS = {"pico": tuple(CULTURES), "kokoro_romance": tuple(CULTURES)}  # others speak English
 BLENDED = 0.4  # share of Kokoro's lines that are spoken by the mean of two training voices
 TEMPO = (0.85, 1.2)  # over the voice's own
 PITCH = (0.9, 1.12)  # pitch and formants together: a smaller or larger speaker (flite and pico)

@@ -22,12 +22,12 @@ from random import Random
 
 from build_texts import CHATTERBOT, rare_words_first, write_gzip
 from heldout import TEXTS, HeldOut
+from lines import CULTURES
 from packages import download_wheel, unpack_debian
 
 from blsp.evaluation.scoring import is_in_other_language
 
 MIRROR = "http://deb.debian.org/debian/dists/bookworm/main/i18n"
-CULTURES = {"fr": "fr-FR", "es": "es-ES", "it": "it-IT"}
 TALK = {"es": "spanish", "it": "italian"}  # ChatterBot's French has no accents
 SENTENCES = 7_000  # a language at most, so that none outweighs the others
 NUMBERS = 500
@@ -41,7 +41,9 @@ def descriptions(language: str, root: Path) -> Iterator[str]:
     path = root / "packages" / f"Translation-{language}.bz2"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        urllib.request.urlretrieve(f"{MIRROR}/Translation-{language}.bz2", path)
+        partial = path.with_suffix(".part")  # a download that breaks off is begun again
+        urllib.request.urlretrieve(f"{MIRROR}/Translation-{language}.bz2", partial)
+        partial.rename(path)
     for entry in bz2.decompress(path.read_bytes()).decode("utf-8").split("\n\n"):
         body = entry.split(f"Description-{language}: ", 1)[-1].split("\n", 1)
         if len(body) == 2:
