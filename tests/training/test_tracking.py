@@ -66,11 +66,12 @@ def test_the_trace_and_the_tracker(train, tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
 
 
+@pytest.mark.parametrize(("adapter", "loss"), [("conv", "ce"), ("grounded", "ctc")])  # one with a read-out, too
 def test_a_dry_run_tells_rows_time_and_memory_and_writes_nothing(
-    tmp_path: Path, tiny_llm, tiny_whisper, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_llm, tiny_whisper, capsys: pytest.CaptureFixture[str], adapter: str, loss: str
 ) -> None:
     data, out = write_data(tmp_path / "data", rows=8), tmp_path / "run"
-    parts = {"audio_model": tiny_whisper, "llm": tiny_llm("llama"), "adapter": "conv", "loss": "ce"}
+    parts = {"audio_model": tiny_whisper, "llm": tiny_llm("llama"), "adapter": adapter, "loss": loss}
     loop.train(
         TrainSettings(data=(str(data),), out=out, batch_size=4, steps=100, dtype="float32", dry_run=True, **parts)
     )

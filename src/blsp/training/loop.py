@@ -89,9 +89,7 @@ def dry_run(settings: TrainSettings, runtime: Runtime) -> None:
         home = stage.out.absolute().parent  # all nodes can read it
         home.mkdir(parents=True, exist_ok=True)
         folder = from_first(lambda home=home: tempfile.mkdtemp(prefix=".dry-run-", dir=home))  # type: ignore[misc]
-        run = prepare(
-            replace(stage, out=Path(folder, "run"), init_from=stage.init_from if stage is settings else ()), runtime
-        )
+        run = prepare(replace(stage, out=Path(folder), init_from=stage.init_from if stage is settings else ()), runtime)
         state, seconds = begin_or_resume(run), []
         with closing(step_examples(run, 0)) as steps:
             for number, batches in islice(steps, DRY_STEPS):
