@@ -25,6 +25,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from tqdm import tqdm
 
 from benchmarks.support.attacks import CASES
 from benchmarks.support.hostile import Attempt, attempts
@@ -50,7 +51,7 @@ def attack(url: str, wav: bytes, count: int, seed: int = 0) -> dict[str, Any]:
     slowest = 0.0
     silent: list[socket.socket] = []  # clients that stay connected and send nothing more
     with httpx.Client(base_url=url, timeout=120) as client:
-        for number, attempt in zip(range(count), attempts(wav, seed), strict=False):
+        for number, attempt in zip(tqdm(range(count), unit="request"), attempts(wav, seed), strict=False):
             if attempt.linger:
                 silent.append(begin(url, attempt))
                 status = 0

@@ -72,7 +72,8 @@ def find_runtime(
     )
     own_device = _find_device(device, local)
     if dtype in ("auto", "fastest"):
-        dtype = "bfloat16" if _has_bfloat16(own_device, processors=dtype == "fastest") else "float32"
+        allowed = dtype == "fastest" or own_device.type != "cpu"
+        dtype = "bfloat16" if allowed and computes_bfloat16(own_device) else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not known; choose auto, fastest or one of {', '.join(DTYPES)}")
     if own_device.type == "cuda":
@@ -84,11 +85,11 @@ def find_runtime(
     return Runtime(own_device, DTYPES[dtype], rank, world, weights, shard_llm and world > 1, attention)
 
 
-def _has_bfloat16(device: torch.device, *, processors: bool) -> bool:
+def computes_bfloat16(device: torch.device) -> bool:
     """Whether the device computes bfloat16 in hardware: CUDA from Ampere on, CPUs with AVX-512 BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    instructions = torch.cpu.get_capabilities() if processors and device.type == "cpu" else {}
+    instructions = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return bool(instructions.get("avx512_bf16") or instructions.get("amx_bf16"))
 
 
