@@ -13,8 +13,8 @@ Out: the bytes of the recording, or an `AddressError`.
 Try: `read_address("shard-000.tar#member=a.flac")`
 Flow: **addresses.py** → data/audio.py, features/content_hashes.py
 
-A file with pieces stays open, so rows in the order of the file read it once from start to end. Credentials and options
-of URLs come from fsspec's configuration; the user installs the package of a protocol (s3fs, gcsfs).
+A file that holds several recordings stays open: rows in its order read it once from start to end. Credentials and
+options of URLs come from fsspec's configuration; the user installs the package of a protocol (s3fs, gcsfs).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 In:  a name as the user gave it: `models/nope`, `my.csv`, `google/fleurs`.
 Out: whether it is a path that does not exist; why the hub cannot be asked for it.
 Try: `is_missing_path("models/nope")`, `hub_trouble("datasets", "google/fleurs")`
-Flow: **hub_names.py** → weights/embedded.py and data/corpora/hub.py, before they call the hub's packages, which try
-      for more than half a minute, even if a name is just misspelt
+Flow: **hub_names.py** → weights/embedded.py and data/corpora/hub.py, before they call the hub's packages (these
+      try for more than half a minute, even if a name is just misspelt)
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Flow: model/loading.py (`load_language_model`) → **attention.py** → every pa
   64, one thread, AVX-512 BF16), plain products 14 ms (docs/log.md, 2026-11-29). Plain products store the attention's
   weights, so only short rows use them.
 - several queries after a long prefix: transformers copies each key/value head once for each of its query heads. torch
-  need not: 23 ms instead of 43 for 64 queries and 7,000 keys, with the same bits (docs/log.md, 2026-11-30).
+  can do without: 23 ms instead of 43 for 64 queries and 7,000 keys, with the same bits (docs/log.md, 2026-11-30).
 
 Shapes: B batch, H heads, L queries, K keys, d head width.
 """

@@ -2,9 +2,9 @@
 
 In:  URLs, a key. Out: for each request a `Server`, whose `client` is openai's.
 Try: `async with Servers(["http://localhost:8000/v1"]).take() as server: await server.client.models.list()`
-Flow: **servers.py** → continuation/openai_engine.py (step 1)
+Flow: **servers.py** → continuation/openai_engine.py (step 1), serving/remote.py (chat on vLLM)
 
-The `openai` client runs on aiohttp, with which a request took half the processor time (docs/log.md). The client does
+The `openai` client runs on aiohttp: a request then took half the processor time (docs/log.md). The client does
 not retry by itself: the callers of this module decide where a request is sent again.
 """
 

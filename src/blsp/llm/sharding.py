@@ -1,7 +1,7 @@
 """A frozen LLM that is too large for one device, spread over the ranks (FSDP2).
 
 In:  a folder of safetensors, the LLM's configuration, the `Runtime` of a rank.
-Out: the LLM. A rank has read its own part of the layers alone; each layer is gathered while it runs.
+Out: the LLM. Each rank has read only its own part of the layers; a layer is gathered while it runs.
 Try: ``torchrun --nproc-per-node 2 -m blsp generate --shard-llm --model M --manifest in.jsonl --out out.jsonl``
 Flow: weights/folder.py -> **sharding.py** -> model/loading.py
 

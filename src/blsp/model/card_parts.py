@@ -1,7 +1,7 @@
 """The card of a folder for the hub: its metadata, and the README of a merged model.
 
 In:  the model's configuration; figures of `blsp evaluate` (results.json); the card of the adapter that is merged.
-Out: the text of README.md. The metadata is checked and written by huggingface_hub.
+Out: the text of README.md. Its metadata is checked and written by huggingface_hub.
 Try: `card_head(config, "adapter", ["adapter-conv"])`
 Flow: training/adapter_card.py, checkpoint.py (`export`), recipes → **card_parts.py** → README.md
 """

@@ -6,7 +6,7 @@
     app.py          the routes
     page.py         the files of the page
     api.py          requests and answers in OpenAI's form
-    errors.py     errors in OpenAI's form
+    errors.py       errors in OpenAI's form
     responses.py    OpenAI's Responses API, around chat
     transcription.py  transcriptions and translations: fields, pieces, formats
     rate_limit.py   limits per minute: requests, wrong keys, lines in the log

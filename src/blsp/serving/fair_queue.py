@@ -5,7 +5,7 @@ Out: the same jobs in the order in which they are served; for a full queue, the 
 Try: `queue.add(job); next(iter(queue))`
 Flow: app.py → **fair_queue.py** in scheduler.py
 
-Each client has its own line, and the client that was just served has the last turn:
+Each client has its own line. A client that was just served comes after all others:
 
     arrived   a1 a2 a3 a4 b1 c1      served   a1 b1 c1 a2 a3 a4
 

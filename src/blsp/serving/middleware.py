@@ -30,7 +30,7 @@ LOCAL = {"127.0.0.1", "localhost", "::1", "[::1]"}
 JSON_ROUTES = {
     "/v1/chat/completions",
     "/v1/responses",
-}  # a missing content type counts as JSON here, unless the request comes from a web site
+}  # the body counts as JSON here whatever its content type, unless the request comes from a web site
 MAX_COMMAS = 100_000  # in a JSON body, also in texts: parsing millions of entries would take seconds
 WRONG_KEYS = 20  # a minute from one address; more requests with a wrong key get 429
 DISCARDED = 8  # of a refused request, this many times the size limit is read and dropped

@@ -6,7 +6,7 @@ In:  a settings class and the flags. `--config FILE` among them names a YAML map
 Out: the settings. A typed flag replaces the file's value, and the file's value replaces that of `--paper`. A flag with
      several values may be given several times.
 Try: `read_settings(TrainSettings, ["--config", "recipes/blsp-tiny/train.yaml"], prog="blsp train")`
-Flow: cli.py → **flags.py** → tyro, over the classes of pipeline.py, training.py and applications.py
+Flow: cli.py → **flags.py** → tyro, over the classes of pipeline.py, training.py, applications.py and serving.py
 
 A file for `blsp train` may hold `stages:`, a list of mappings, each with a `name`. A stage has the flags of the top
 level and its own. It writes to OUT/stages/NAME and starts from the adapter of the previous stage, or from its own

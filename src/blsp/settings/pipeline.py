@@ -1,7 +1,7 @@
 """Settings of the commands that make the data of an adapter: prepare, continue, encode, align.
 
 In:  the command line, or a YAML file (cli.py). Out: one frozen object for one function.
-Try: `blsp train --help`
+Try: `blsp prepare --help`
 Flow: cli.py → **pipeline.py** → data/prepare.py, continuation/writer.py, features/{encode,align}.py
 
 `GROUPS` names the groups that `--help` shows, with their fields in order.

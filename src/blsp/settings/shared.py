@@ -1,9 +1,9 @@
 """Shared parts of the commands' settings: common flags, lists of choices, checks of values.
 
-In:  the settings classes of pipeline.py, training.py and applications.py, which use these types for their fields.
+In:  the settings classes of the other files, which use these types for their fields.
 Out: types with their own help text; `Choices`, which reads a list from the dict that owns it.
 Try: `Choices("blsp.model.adapter", "ADAPTERS").keys()`
-Flow: **shared.py** → pipeline.py, training.py, applications.py → flags.py, which turns a class into flags
+Flow: **shared.py** → pipeline.py, training.py, applications.py, serving.py → flags.py, which turns a class into flags
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Try: ``newest_complete(Path("runs/x/checkpoints"))``
 Flow: training/loop.py saves with this file every few steps, and resumes from it.
 
 All random numbers of a step are a function of (seed, step), so no generator's state is stored. A resumed run has the
-same bits only with the same versions, device, threads and processes. They are stored, and a difference is an error
-unless --resume-inexact is given. Another number of processes is allowed: the batches are the same (law 5).
+same bits only with the same versions, device, threads and processes. All these are stored. A difference is an
+error unless --resume-inexact is given; only the number of processes may differ: the batches are the same (law 5).
 
     OUT/settings.yaml   the resolved settings         OUT/checkpoints/step-N/adapter.safetensors
     OUT/table.json      facts of the measured rows                           average.safetensors

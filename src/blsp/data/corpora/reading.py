@@ -1,4 +1,4 @@
-"""Parts that all corpus readers use: the request, files and tables with good errors, rows.
+"""Parts that all corpus readers use: the request, files and tables with clear error messages, rows.
 
 In:  a `ReadRequest`; paths of files as a corpus publishes them.
 Out: lines and table rows; `Utterance` or `Dropped`; a `CorpusError` that says where the corpus can be fetched.
