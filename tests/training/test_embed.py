@@ -1,4 +1,4 @@
-"""`blsp align` and `blsp train --loss embed` on tiny models, alone and beside a loss of the LLM."""
+"""`blsp align` and `blsp train --loss embed` and `embed-ctc` on tiny models, alone and beside a loss of the LLM."""
 
 import json
 from dataclasses import replace
@@ -63,6 +63,17 @@ def test_embed_then_kl_with_a_share_of_embed(settings, tmp_path: Path, tiny_mode
     without = replace(kept, out=tmp_path / "without", embed_weight=0.0, steps=2, log_every=1)
     train(without)
     assert _metrics(kept.out)[0]["loss"] > _metrics(without.out)[0]["loss"]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_embed_ctc_needs_no_token_times(settings, tmp_path: Path, cached: bool) -> None:
+    cache = tmp_path / "features" if cached else None
+    run = replace(settings, loss="embed-ctc", cache=cache, filler="a", steps=40, probe_every=50, log_every=5)
+    train(run)
+    rows = _metrics(run.out)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert rows[-1]["held_out_wer"] >= 0
+    assert not list(tmp_path.rglob("token_times.sqlite"))
 
 
 def test_embed_needs_a_cache_and_one_filler_token(settings, tmp_path: Path) -> None:

@@ -1,12 +1,25 @@
 """The losses against textbook formulas and torch's own, in float64."""
 
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from blsp.training.losses import can_align, ce_loss, chunked, ctc_loss, draw_others, embed_loss, kl_loss, topk_kl_loss
+from blsp.training.losses import (
+    FILLER_WEIGHT,
+    can_align,
+    ce_loss,
+    chunked,
+    ctc_loss,
+    draw_others,
+    embed_ctc_loss,
+    embed_loss,
+    kl_loss,
+    topk_kl_loss,
+)
 
 TIGHT = dict(rtol=0, atol=1e-9)
 
@@ -103,6 +116,24 @@ def test_embed_loss_is_least_at_the_embeddings_themselves_and_ignores_their_mean
     assert away > here
     shifted = embed_loss(table[classes] + 3.0, classes, table + 3.0, weight, mean + 3.0, variance)
     torch.testing.assert_close(shifted, here, rtol=1e-9, atol=0)
+
+
+def test_embed_ctc_sums_embed_over_all_placements() -> None:
+    table, vectors = _logits(6, 4), _logits(2, 5, 4)
+    mean, variance = table.mean(dim=0), (table - table.mean(dim=0)).square().mean().item()
+    lengths, sizes = torch.tensor([5, 3]), torch.tensor([2, 1])
+    targets = torch.tensor([[2, 2], [4, 0]])  # equal tokens need no filler between them; row 2 has one token
+    expected = torch.zeros((), dtype=table.dtype)
+    for row, length, target in zip(vectors, (5, 3), ([2, 2], [4]), strict=True):
+        costs = []
+        for places in combinations(range(length), len(target)):
+            classes = torch.zeros(length, dtype=torch.long)
+            classes[list(places)] = torch.tensor(target)
+            weight = torch.where(classes == 0, FILLER_WEIGHT, torch.ones(length, dtype=table.dtype))
+            costs.append(embed_loss(row[:length], classes, table, weight, mean, variance))
+        expected = expected - torch.logsumexp(-torch.stack(costs), dim=0)
+    found = embed_ctc_loss(vectors, lengths, table, targets, sizes, mean, variance)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_others_are_drawn_from_what_the_batch_does_not_hold() -> None:

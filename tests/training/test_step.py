@@ -169,6 +169,24 @@ def test_the_embed_term_is_the_textbook_sum_over_places(pair_of) -> None:
     assert counts == {"embed": len(examples[0].transcript) + 1}
 
 
+def test_embed_ctc_leaves_out_what_does_not_fit_and_hears_silence_as_filler(pair_of) -> None:
+    model, processor = pair_of("conv")
+    fitting, refused = make_examples(processor, 2)
+    fitting = replace(fitting, transcript=fitting.transcript[:1], fits=True)
+    quiet = replace(silent(fitting, response=[]), transcript=[], fits=True)
+    objective, prefixes = Objective({"embed-ctc": 1.0}, filler=5), PrefixCache(model)
+    parts = [step.run(model, examples, objective, prefixes).terms["embed-ctc"] for examples in ([fitting], [quiet])]
+    whole = step.run(model, [fitting, refused, quiet], objective, prefixes).terms["embed-ctc"]
+    torch.testing.assert_close(whole, sum(parts), **TIGHT)
+    assert step.run(model, [refused], objective, prefixes).terms["embed-ctc"] == 0
+    assert step.counts_of([fitting, refused, quiet], objective) == {"embed-ctc": 2}
+
+    # Silence has one placement: the filler everywhere
+    known = replace(quiet, places=np.empty(0, np.int64))
+    embed_loss = step.run(model, [known], Objective({"embed": 1.0}, filler=5), prefixes).terms["embed"]
+    torch.testing.assert_close(parts[1], embed_loss, **TIGHT)
+
+
 def test_embed_weight_is_counted_beside_the_response(pair_of) -> None:
     model, processor = pair_of("stack")
     examples = [replace(e, readout=None, places=np.arange(1)) for e in make_examples(processor, 3)]

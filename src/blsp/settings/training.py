@@ -37,11 +37,11 @@ Loss = Annotated[str, Choices("blsp.training.step", "LOSSES")]
 class TrainSettings:
     r"""Step 2: train the adapter until the LLM answers speech as it answers the transcript.
 
-    Encoder and LLM are frozen. Two losses need only a plain manifest and do not run the LLM: `embed` brings a new
-    `conv` or `stack` adapter to the LLM's embeddings, `ctc` trains the read-out of `grounded`. `ce` is the paper's loss
-    on the continuations; `kl` matches the whole next-token distribution of the text route. With --config, a list
-    `stages:` runs several stages one after another; each has the flags of the top level and starts from the adapter of
-    the previous stage. After a kill, the same command continues with the same bits; SIGTERM saves and exits.
+    Encoder and LLM are frozen. Three losses need only a plain manifest and do not run the LLM: `embed` and `embed-ctc`
+    bring a new `conv` or `stack` adapter to the LLM's embeddings, `ctc` trains the read-out of `grounded`. `ce` is the
+    paper's loss on the continuations; `kl` matches the whole next-token distribution of the text route. With --config,
+    a list `stages:` runs several stages one after another; each has the flags of the top level and starts from the
+    adapter of the previous stage. After a kill, the same command continues with the same bits; SIGTERM saves and exits.
 
         $ blsp train --data continued.jsonl --out runs/paper --audio-model openai/whisper-small --llm MODEL \
               --adapter conv --loss ce --cache features/
@@ -71,7 +71,8 @@ class TrainSettings:
     adapter: Adapter
     """the trained part; conv is the paper's; docs/training.md describes all"""
     loss: Loss
-    """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (spoken tokens; run `blsp align` first)"""
+    """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (spoken tokens; run `blsp align`
+    first), embed-ctc (spoken tokens, their times unknown)"""
     data_weights: tuple[float, ...] = ()
     """one weight per data file: 0.5 uses half of it per epoch, 2 all of it twice"""
     val_data: tuple[str, ...] = ()
@@ -119,7 +120,7 @@ class TrainSettings:
     embed_weight: float = 0.0
     """weight of the embed loss beside ce and kl, for an adapter that does not read out"""
     filler: str = " "
-    """for embed: the text of the token whose embedding is the target at places without a spoken token"""
+    """for embed and embed-ctc: the text of the token whose embedding is the target at places without a spoken token"""
     negatives: int = 0
     """for ctc and embed: tokens drawn per batch from those that are not in its transcripts; 0: all of them"""
     augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()

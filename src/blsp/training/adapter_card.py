@@ -21,7 +21,7 @@ PROBE_MEANINGS = {
     "kl": "next-token divergence from the text route, nats per token",
     "kl_shuffled": "the same with every clip exchanged for another one",
     "top1": "top-1 agreement with the text route",
-    "wer": "word error rate of the read-out",
+    "wer": "word error rate of the read-out, or of the tokens with the nearest embeddings",
     "tokens": "spoken tokens whose embedding is the nearest of all at their place",
 }
 METRICS = {"kl": "kl_divergence", "top1": "accuracy", "wer": "wer"}  # probes -> the hub's names

@@ -29,7 +29,7 @@ from blsp.training.augmentation import Kind, augment, hide_spans
 from blsp.training.dataset import ROW, Dataset, Measures, Refused
 from blsp.training.losses import can_align
 
-Need = Literal["continuation", "teacher", "readout", "token_times"]
+Need = Literal["continuation", "teacher", "readout", "token_times", "fits"]
 
 ANY_TEMPLATE = np.iinfo(np.uint32).max  # a row without its own instruction: it gets another row's prompt
 
@@ -43,6 +43,7 @@ class Example:
     teacher: ids and log-probabilities (n, K) of the text route at the response's positions.
     readout: the transcript as CTC classes; [] for no speech, None without a CTC term.
     places (U,): the adapter's place of each transcript token; empty for no speech, None without an embed term.
+    fits: whether the adapter has a place for each transcript token; False without an embed-ctc term.
     """
 
     id: str
@@ -57,6 +58,7 @@ class Example:
     teacher: tuple[NDArray[np.uint32], NDArray[np.float16]] | None = None
     readout: list[int] | None = None
     places: NDArray[np.int64] | None = None
+    fits: bool = False
     text: str = ""
 
     @property
@@ -166,7 +168,7 @@ class RowMeasurer:
             raise Refused("no audio")
         if row.no_speech:
             return 0, len(self.texts.no_speech)
-        if not row.text.strip() and any(need in self.targets for need in ("teacher", "readout", "token_times")):
+        if not row.text.strip() and any(need in self.targets for need in ("teacher", "readout", "token_times", "fits")):
             raise Refused("no transcript")
         if not self.targets.runs_llm:
             return max(1, len(row.text) // 4), 0  # an estimate, as only the length of the speech matters here
@@ -270,6 +272,7 @@ class ExampleReader:
                 raise Refused(f"stored top-k has {len(ids)} steps, its continuation {len(response)}")
             example = replace(example, teacher=(ids, logp))
         example = self._with_extra(example, "readout", self._readout)
+        example = self._with_extra(example, "fits", self._fitting)
         return self._with_extra(example, "token_times", lambda each: self._placed(each, utterance))
 
     def _speech(self, row: Utterance, key: tuple[int, ...]) -> dict[str, Any]:
@@ -310,6 +313,13 @@ class ExampleReader:
         if not can_align(room, target):
             raise Refused(f"{len(target)} tokens in {room} places: more text than its speech can hold")
         return replace(example, readout=target)
+
+    def _fitting(self, example: Example) -> Example:
+        """The example, if the adapter has a place for each token."""
+        room = int(self.num_audio_tokens(example.encoder_frames))
+        if len(example.transcript) > room:
+            raise Refused(f"{len(example.transcript)} tokens in {room} places: more text than its speech can hold")
+        return replace(example, fits=True)
 
     def _placed(self, example: Example, row: Utterance) -> Example:
         """The example with the adapter's place of each of its transcript's tokens."""

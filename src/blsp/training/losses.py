@@ -11,7 +11,7 @@ Flow: training/step.py -> **losses.py** -> training/loop.py
   student, or its top-k log-probabilities were stored. On held-out speech it predicts task scores (SALAD, 2510.13632).
   DiVA (2410.02678) uses the distance of the states before the head instead.
 - ``embed``: distance of the adapter's vectors from the embeddings of the tokens that are spoken there (SpeechMapper,
-  2601.20417, also trains a projector without the LLM).
+  2601.20417, also trains a projector without the LLM). ``embed-ctc``: the same if the tokens' times are not known.
 - ``ctc``: the transcript under the adapter's posteriors over the LLM's tokens (Graves et al. 2006).
 
 Shapes: N response positions, V vocabulary, K stored top-k, B batch, S adapter places,
@@ -80,10 +80,13 @@ def _teacher_with_rest(top_logp: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- on the adapter's own output --------------------------------------------------------------------------
-def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int) -> Tensor:
+def ctc_loss(
+    log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor, blank: int, *, repeats: bool = True
+) -> Tensor:
     """-log p(targets), for ``targets`` (B, U; right-padded) and ``log_probs`` (B, S, C) of true ``lengths`` (B,).
 
-    Every row must be possible (`can_align`).
+    Every row must be possible (`can_align`). repeats: whether a token may last several places, as in CTC; if not, it
+    takes exactly one, and equal tokens need no blank between them.
 
     Why not ``torch.nn.functional.ctc_loss``: this function uses only the U + 1 classes of a row, and not all C classes,
     for value and gradient. With 14,000 classes, 32 clips of 50 places and 12 tokens they take 0.32 s, with torch's
@@ -99,7 +102,7 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
     # Scores of those classes at each place
     index = labels[:, None, :].expand(-1, log_probs.shape[1], -1)  # (B, S, 1 + U)
     emissions = at_least_float32(log_probs.gather(-1, index))[:, :, label_of_state].transpose(0, 1)  # (S, B, X)
-    final = _forward_variables(emissions, lengths, labels[:, label_of_state])  # (B, X)
+    final = _forward_variables(emissions, lengths, labels[:, label_of_state], repeats)  # (B, X)
 
     # A path ends in the last token or in the blank after it; for an empty target only in the blank
     ends = torch.stack([2 * target_lengths, (2 * target_lengths - 1).clamp_min(0)], dim=1)  # (B, 2)
@@ -107,7 +110,7 @@ def ctc_loss(log_probs: Tensor, lengths: Tensor, targets: Tensor, target_lengths
     return -torch.logsumexp(final.gather(1, ends).masked_fill(no_token, IMPOSSIBLE), dim=1).sum()
 
 
-def _forward_variables(emissions: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
+def _forward_variables(emissions: Tensor, lengths: Tensor, labels: Tensor, repeats: bool) -> Tensor:
     """The CTC forward recursion: emissions (S, B, X), labels (B, X) -> log-probability of each state at the
     end (B, X).
     """
@@ -117,13 +120,15 @@ def _forward_variables(emissions: Tensor, lengths: Tensor, labels: Tensor) -> Te
 
     # A path may go from a token directly to the next one, unless they are equal: then it needs the blank between them
     skip = torch.zeros(batch, states, dtype=torch.bool, device=emissions.device)
-    skip[:, 3::2] = labels[:, 3::2] != labels[:, 1:-2:2]
+    skip[:, 3::2] = (labels[:, 3::2] != labels[:, 1:-2:2]) | (not repeats)
+    stay = torch.tensor([True, repeats], device=emissions.device).repeat(states)[:states]
 
     # Each state is reached from itself, from the state before it, or by skipping a blank
     for place in range(1, places):
         one_back = F.pad(alpha[:, :-1], (1, 0), value=IMPOSSIBLE)
         two_back = F.pad(alpha[:, :-2], (2, 0), value=IMPOSSIBLE).masked_fill(~skip, IMPOSSIBLE)[:, :states]
-        moved = torch.logsumexp(torch.stack([alpha, one_back, two_back]), dim=0) + emissions[place]
+        before = torch.stack([alpha.masked_fill(~stay, IMPOSSIBLE), one_back, two_back])
+        moved = torch.logsumexp(before, dim=0) + emissions[place]
         alpha = torch.where((place < lengths)[:, None], moved, alpha)  # rows that have ended do not change
     return alpha
 
@@ -150,6 +155,36 @@ def embed_loss(
     # Distance: the LLM gets the vector itself, so its length matters too
     distance = (vectors - candidates[classes]).square().mean(dim=-1) / variance  # (N,)
     return (weight * (wrong_token + distance)).sum()
+
+
+def embed_ctc_loss(
+    vectors: Tensor,
+    lengths: Tensor,
+    candidates: Tensor,
+    targets: Tensor,
+    target_lengths: Tensor,
+    mean: Tensor,
+    variance: float,
+) -> Tensor:
+    """`embed_loss` if it is not known where each token is spoken: the sum over all placements, as in CTC.
+
+    vectors (B, S, D) of true lengths (B,). candidates (C, D): the embedding of the filler, then of other tokens, among
+    them the targets (B, U; rows of `candidates`, right-padded). A placement gives each token one place, in order, and
+    the filler the others; its cost is `embed_loss`. The loss is -log sum exp(-cost) over the placements.
+    """
+    vectors, candidates = at_least_float32(vectors) - mean, at_least_float32(candidates) - mean
+
+    # The cost of each candidate at each place: which token it is, and its squared error
+    cosines = F.normalize(vectors, dim=-1) @ F.normalize(candidates, dim=-1).T  # (B, S, C)
+    right_token = (COSINE_SCALE * cosines).log_softmax(dim=-1)  # (B, S, C)
+    squares = vectors.square().mean(dim=-1, keepdim=True) + candidates.square().mean(dim=-1)  # (B, S, C)
+    distance = (squares - 2 * (vectors @ candidates.T) / vectors.shape[-1]) / variance  # (B, S, C)
+
+    # A place of the filler weighs less, as in `embed_loss`
+    weight = torch.ones_like(candidates[:, 0])  # (C,)
+    weight[0] = FILLER_WEIGHT
+    scores = weight * (right_token - distance)  # (B, S, C)
+    return ctc_loss(scores, lengths, targets, target_lengths, blank=0, repeats=False)
 
 
 def draw_others(own: Tensor, vocabulary: int, negatives: int, seed: int) -> Tensor:

@@ -113,9 +113,12 @@ def draw_examples(reader: ExampleReader, rows: NDArray[np.void], count: int) -> 
 # --- the figures ------------------------------------------------------------------------------------------
 @torch.no_grad()
 def measure(
-    probe: Probe, prefixes: PrefixCache, tokenizer: PreTrainedTokenizerBase, positions: int
+    probe: Probe, prefixes: PrefixCache, tokenizer: PreTrainedTokenizerBase, positions: int, filler: int = 0
 ) -> dict[str, float]:
-    """The probes of one part of the data ("train" or "held_out") for which it has examples."""
+    """The probes of one part of the data ("train" or "held_out") for which it has examples.
+
+    filler: the LLM's token at places without speech, for adapters that do not read out.
+    """
     adapter = prefixes.llm.model.multi_modal_projector
     was_training = adapter.training
     adapter.eval()
@@ -130,6 +133,12 @@ def measure(
     placed = [example for example in spoken.values() if example.places is not None]
     if placed:
         figures["tokens"] = tokens_found(placed, prefixes.llm)
+    fitting = [example for example in spoken.values() if example.fits]
+    if fitting:
+        spelled = [nearest_tokens(example, prefixes.llm).tolist() for example in fitting]
+        figures["wer"] = word_errors(
+            fitting, [[token for token in ids if token != filler] for ids in spelled], tokenizer
+        )
     adapter.train(was_training)
     return {f"{probe.part}_{name}": round(value, 6) for name, value in figures.items()}
 
@@ -172,31 +181,41 @@ def _text_states(probe: Probe, numbers: Sequence[int], batch: Sequence[Example],
 def readout_wer(
     examples: Sequence[Example], prefixes: PrefixCache, tokenizer: PreTrainedTokenizerBase, positions: int
 ) -> float:
-    """Word error rate of the adapter's read-out, lower case and without punctuation on both sides."""
-    normalise = basic_normaliser()
-    references, hypotheses = [], []
+    """Word error rate of the adapter's read-out."""
+    read: dict[int, list[int]] = {}
     for numbers in micro_batches(examples, positions):
         batch = [examples[number] for number in numbers]
         readouts = prefixes.llm.model.listen(*speech_states(prefixes.llm, batch)).readout or []
-        references += [normalise(example.text) for example in batch]
-        hypotheses += [normalise(tokenizer.decode(ids)) for ids in readouts]
-    kept = [i for i, reference in enumerate(references) if reference.strip()]
-    if not kept:
-        return 0.0
-    return float(jiwer.wer([references[i] for i in kept], [hypotheses[i] for i in kept]))
+        read |= dict(zip(numbers, readouts, strict=True))
+    return word_errors(examples, [read[number] for number in range(len(examples))], tokenizer)
+
+
+def word_errors(
+    examples: Sequence[Example], read: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> float:
+    """Word error rate of tokens that were read, lower case and without punctuation on both sides."""
+    normalise = basic_normaliser()
+    pairs = [(normalise(e.text), normalise(tokenizer.decode(ids))) for e, ids in zip(examples, read, strict=True)]
+    references, hypotheses = zip(*[pair for pair in pairs if pair[0].strip()] or [((), ())], strict=True)
+    return float(jiwer.wer(list(references), list(hypotheses))) if references[0] else 0.0
+
+
+def nearest_tokens(example: Example, llm: BlspForConditionalGeneration) -> Tensor:
+    """(S,) the token of the whole vocabulary whose embedding is the nearest to each of the clip's vectors."""
+    mean, _ = llm.model.embedding_moments()
+    table = torch.nn.functional.normalize(at_least_float32(llm.model.embedding_table()) - mean, dim=-1)  # (V, D)
+    audio = llm.model.listen(*speech_states(llm, [example]))
+    vectors = audio.vectors[0][audio.valid[0]]  # (S, D)
+    return ((vectors - mean).to(table.dtype) @ table.T).argmax(dim=-1).cpu()
 
 
 def tokens_found(examples: Sequence[Example], llm: BlspForConditionalGeneration) -> float:
     """Share of the spoken tokens that are the nearest of the whole vocabulary to the vector at their place."""
-    mean, _ = llm.model.embedding_moments()
-    table = torch.nn.functional.normalize(at_least_float32(llm.model.embedding_table()) - mean, dim=-1)  # (V, D)
     right, count = 0, 0
     for example in examples:
-        vectors = llm.model.listen(*speech_states(llm, [example])).vectors[0]  # (S, D)
-        places = torch.from_numpy(np.asarray(example.places)).to(vectors.device)
-        nearest = ((vectors[places] - mean).to(table.dtype) @ table.T).argmax(dim=-1)  # (U,)
-        right += int((nearest.cpu() == torch.tensor(example.transcript)).sum())
-        count += len(nearest)
+        found = nearest_tokens(example, llm)[torch.from_numpy(np.asarray(example.places))]  # (U,)
+        right += int((found == torch.tensor(example.transcript)).sum())
+        count += len(found)
     return right / max(1, count)
 
 

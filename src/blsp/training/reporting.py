@@ -70,7 +70,9 @@ def report(reporter: Reporter, bar: tqdm) -> None:
     if probing and (run.runtime.rank == 0 or settings.shard_llm):  # all ranks run a sharded LLM, or none
         with step.autocast(run.runtime):
             for probe in run.probes:
-                row |= probes.measure(probe, run.prefixes, run.processor.tokenizer, settings.batch_tokens)
+                row |= probes.measure(
+                    probe, run.prefixes, run.processor.tokenizer, settings.batch_tokens, run.objective.filler
+                )
     if run.runtime.rank != 0:
         return
     if probing:
@@ -143,7 +145,7 @@ INK, BLUE, ORANGE, GREY = "#000000", "#0072B2", "#D55E00", "#999999"
 PROBES = {
     "kl": ("divergence from the text route, nats per token", "lower is better"),
     "top1": ("top-1 agreement with the text route", "higher is better"),
-    "wer": ("read-out word error rate", "lower is better"),
+    "wer": ("word error rate of the read-out or of the nearest tokens", "lower is better"),
     "tokens": ("spoken tokens found at their place", "higher is better"),
 }
 SMOOTHING = 0.9  # a running mean over about ten logged points

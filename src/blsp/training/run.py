@@ -117,10 +117,10 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
         to_encode = [] if (settings.out / "table.json").exists() else [source.rows for source in [*sources, *others]]
         cache = open_features(settings.cache, model, processor, to_encode, runtime)
     times = TokenTimes(cache) if cache is not None and "token_times" in targets else None
-    if times is not None:
+    if "token_times" in targets or "fits" in targets:
         objective = replace(objective, filler=filler_token(settings, processor.tokenizer))
-        if not len(times):
-            raise SettingsError(f"{settings.cache}: no token times; run blsp align over the manifests first")
+    if times is not None and not len(times):
+        raise SettingsError(f"{settings.cache}: no token times; run blsp align over the manifests, or use embed-ctc")
     end = end_token(model, processor.tokenizer)
     texts = RowTexts(processor.tokenizer, end, model.config.no_speech_sentence)
     measurer = RowMeasurer(targets, texts, cache, settings.max_seconds)
@@ -166,12 +166,12 @@ def check_loss(settings: TrainSettings) -> None:
         )
     if "llm" in settings.lora and not LOSSES[settings.loss].runs_llm:
         raise SettingsError(f"--lora llm: --loss {settings.loss} does not run the LLM; give it in the stage that does")
-    timed = settings.embed_weight or "token_times" in LOSSES[settings.loss].needs
-    if timed and (reads_out or settings.cache is None):
+    if reads_out and (settings.embed_weight or LOSSES[settings.loss].needs & {"token_times", "fits"}):
         raise SettingsError(
-            "--loss embed and --embed-weight: are for adapters that do not read out (conv, stack), and need "
-            "--cache with token times: run blsp align first"
+            "--loss embed, embed-ctc and --embed-weight: for adapters that do not read out (conv, stack)"
         )
+    if settings.cache is None and (settings.embed_weight or "token_times" in LOSSES[settings.loss].needs):
+        raise SettingsError("--loss embed and --embed-weight: need --cache with token times: run blsp align first")
 
 
 def has_stored_teacher(settings: TrainSettings) -> bool:

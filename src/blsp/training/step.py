@@ -47,7 +47,8 @@ class Loss:
     the step's mean is the sum over all micro-batches and ranks, divided by the count over all of them.
     runs_llm: whether the LLM is run over a response; if not, a plain manifest is enough. needs: what an example must
     have: "continuation" (`response`), "teacher" (the text route, run here or stored), "readout" (CTC classes),
-    "token_times" (`places`). A row without one of them is skipped, with the reason.
+    "token_times" (`places`), "fits" (at most as many tokens as places). A row without one of them is skipped, with the
+    reason.
     """
 
     total: Callable[[MicroBatch], Tensor]
@@ -60,8 +61,9 @@ class Loss:
 class Objective:
     """What is minimised: the sum of weight x mean loss over `terms` (names in `LOSSES`).
 
-    temperature, stored_teacher: for kl. negatives: for ctc without the LLM and for embed, how many tokens are drawn
-    from those that are not in the micro-batch; 0: all of them. filler: for embed, the token at places without speech.
+    temperature, stored_teacher: for kl. negatives: for ctc without the LLM, embed and embed-ctc, how many tokens are
+    drawn from those that are not in the micro-batch; 0: all of them. filler: for embed and embed-ctc, the token at
+    places without speech.
     """
 
     terms: Mapping[str, float]
@@ -345,14 +347,51 @@ def _embed(batch: MicroBatch) -> Tensor:
     if not len(targets):
         return batch.zero
 
-    # Candidates: the tokens of the micro-batch, and a sample of other tokens, which depends only on the former. Unlike
-    # in `losses.shortlist`, they are only wrong choices beside the right token; they do not represent other tokens.
-    table = batch.model.model.embedding_table()  # (V, D)
     own, classes = targets.unique(return_inverse=True)
-    others = losses.draw_others(own, len(table), batch.objective.negatives, seed=int(own.sum()))
-    candidates = table[torch.cat([own, others])]  # (C, D)
+    candidates = _candidates(batch, own)
     weight = torch.ones_like(vectors[:, 0]).masked_fill(targets == filler, losses.FILLER_WEIGHT)  # (N,)
     return losses.embed_loss(vectors, classes, candidates, weight, *batch.model.model.embedding_moments())
+
+
+def _candidates(batch: MicroBatch, own: Tensor) -> Tensor:
+    """Embeddings (C, D) of the micro-batch's own tokens, and of a sample of others, which depends only on the former.
+
+    Unlike in `losses.shortlist`, they are only wrong choices beside the right token and represent no other tokens.
+    """
+    table = batch.model.model.embedding_table()  # (V, D)
+    others = losses.draw_others(own, len(table), batch.objective.negatives, seed=int(own.sum()))
+    return table[torch.cat([own, others])]
+
+
+# --- embed-ctc --------------------------------------------------------------------------------------------
+def _fitting_tokens(example: Example) -> int:
+    """Transcript tokens, if they fit into the clip's places; a clip without speech counts as one."""
+    return max(1, len(example.transcript)) if example.fits else 0
+
+
+def _embed_ctc(batch: MicroBatch) -> Tensor:
+    """Sum over the examples whose tokens fit into their places, each over all placements of its tokens."""
+    rows = [row for row, example in enumerate(batch.examples) if example.fits]
+    if not rows:
+        return batch.zero
+    vectors, valid = batch.audio.vectors[rows], batch.audio.valid[rows]  # (B, S, D), (B, S)
+    transcripts = [torch.tensor(batch.examples[row].transcript, dtype=torch.long) for row in rows]
+
+    # The filler first, then the micro-batch's tokens
+    filler = torch.tensor([batch.objective.filler])
+    spoken = torch.cat(transcripts).unique()
+    own = torch.cat([filler, spoken[spoken != filler]])
+    number = {token: column for column, token in enumerate(own.tolist())}
+    targets = [torch.tensor([number[token] for token in each.tolist()], dtype=torch.long) for each in transcripts]
+    device = vectors.device
+    return losses.embed_ctc_loss(
+        vectors,
+        valid.sum(dim=1),
+        _candidates(batch, own.to(device)),
+        nn.utils.rnn.pad_sequence(targets, batch_first=True).to(device),  # (B, U)
+        torch.tensor([len(each) for each in targets], device=device),
+        *batch.model.model.embedding_moments(),
+    )
 
 
 # --- the losses -------------------------------------------------------------------------------------------
@@ -361,6 +400,7 @@ LOSSES: dict[str, Loss] = {
     "ce": Loss(_ce, _response_tokens),
     "kl": Loss(_kl, _response_tokens, needs=frozenset({"continuation", "teacher"})),
     "ctc": Loss(_ctc, _readout_tokens, runs_llm=False, needs=frozenset({"readout"})),
+    "embed-ctc": Loss(_embed_ctc, _fitting_tokens, runs_llm=False, needs=frozenset({"fits"})),
     "embed": Loss(_embed, _spoken_tokens, runs_llm=False, needs=frozenset({"token_times"})),
 }
 
