@@ -94,7 +94,7 @@ def test_the_picture_holds_all_points_the_stages_and_the_verdict(tmp_path: Path,
     assert [axis.get_title() for axis in panels] == [
         "training loss",
         "divergence from the text route, nats per token",
-        "read-out word error rate",
+        "word error rate of the read-out or of the nearest tokens",
     ]
     for axis in panels:
         assert [text.get_text().strip() for text in axis.texts] == ["first", "second"]

@@ -10,7 +10,7 @@ and are small beside them. With several nodes each node holds the whole LLM, spr
 do not cross the network; with one device a node it is spread over all of them.
 
 Every rank must run the layers equally often, or the others wait for ever. Training arranges its passes
-(training/step.py); elsewhere `run_together` lets ranks that wait take part in the passes of the others.
+(training/loop.py); elsewhere `run_together` lets ranks that wait take part in the passes of the others.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfi
 
 from blsp.distributed import Runtime, announce_pass, share_passes
 from blsp.llm.language_model import UnsupportedModelError, decoder_of
+from blsp.llm.prefix import run_after_prefix
 from blsp.weights.folder import FolderError, open_tensors, weight_files
 
 
@@ -133,3 +134,10 @@ def run_together(llm: PreTrainedModel) -> None:
 
     decoder.register_forward_pre_hook(announce)
     share_passes(empty_pass)
+
+
+def dummy_pass(llm: PreTrainedModel) -> None:
+    """Forward and backward over one position, without using the result: this rank's part in the others' pass."""
+    weight = llm.get_input_embeddings().weight
+    embeds = torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
+    run_after_prefix(llm, None, embeds).last_hidden_state.sum().backward()

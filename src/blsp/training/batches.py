@@ -29,8 +29,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
+from blsp.distributed import Runtime
 from blsp.training.dataset import Refused
 from blsp.training.examples import Example
 
@@ -223,3 +226,11 @@ def _read_example(run: Run, place: tuple[np.void, int]) -> Example | tuple[str, 
     except Refused as refusal:
         utterance = run.dataset.utterance(row)
         return utterance.id, utterance.audio, str(refusal)
+
+
+def pad_micro_batches(batches: list[list[Example]], runtime: Runtime) -> Iterator[list[Example]]:
+    """`batches`, then empty ones up to the largest number of any rank, as all ranks run a sharded LLM together."""
+    most = torch.tensor(len(batches), device=runtime.device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    yield from batches
+    yield from ([] for _ in range(int(most) - len(batches)))

@@ -34,11 +34,12 @@ from blsp.distributed import (
     reduce_gradients,
     sum_across,
 )
+from blsp.llm.sharding import dummy_pass
 from blsp.model.checkpoint import save_adapter
 from blsp.settings import TrainSettings
 from blsp.training import run_state, step, verdict
 from blsp.training.adapter_card import model_card
-from blsp.training.batches import step_examples
+from blsp.training.batches import pad_micro_batches, step_examples
 from blsp.training.examples import Example
 from blsp.training.optimiser import State, add_to_average, begin_or_resume, learning_rate, save, time_to_save
 from blsp.training.reporting import Reporter, draw_curves, finish_stages, print_once, progress_bar, report
@@ -182,9 +183,9 @@ def learn(run: Run, state: State, number: int, batches: list[list[Example]]) -> 
 def micro_batches(run: Run, batches: list[list[Example]]) -> Iterable[list[Example]]:
     """This rank's micro-batches. All ranks run a sharded LLM together, so one with fewer of them adds dummy passes."""
     together = run.settings.shard_llm and run.runtime.world > 1 and run.objective.runs_llm
-    for batch in step.pad_micro_batches(batches, run.runtime) if together else batches:
+    for batch in pad_micro_batches(batches, run.runtime) if together else batches:
         if together and not any(example.response for example in batch):
-            step.dummy_pass(run.prefixes)
+            dummy_pass(run.prefixes.llm)
         if batch:
             yield batch
 

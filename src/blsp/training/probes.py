@@ -196,8 +196,8 @@ def word_errors(
     """Word error rate of tokens that were read, lower case and without punctuation on both sides."""
     normalise = basic_normaliser()
     pairs = [(normalise(e.text), normalise(tokenizer.decode(ids))) for e, ids in zip(examples, read, strict=True)]
-    references, hypotheses = zip(*[pair for pair in pairs if pair[0].strip()] or [((), ())], strict=True)
-    return float(jiwer.wer(list(references), list(hypotheses))) if references[0] else 0.0
+    kept = [pair for pair in pairs if pair[0].strip()]
+    return float(jiwer.wer([text for text, _ in kept], [found for _, found in kept])) if kept else 0.0
 
 
 def nearest_tokens(example: Example, llm: BlspForConditionalGeneration) -> Tensor:

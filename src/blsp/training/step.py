@@ -18,14 +18,13 @@ clip, L sequence after the prefix, N response positions, D LLM width, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from blsp.distributed import Runtime, send
@@ -303,11 +302,14 @@ def _ctc(batch: MicroBatch) -> Tensor:
             log_probs, lengths = log_probs[rows], lengths[rows]
     else:
         log_probs, lengths, targets = _posteriors(batch, targets)
-    padded = nn.utils.rnn.pad_sequence(
-        [torch.tensor(target, dtype=torch.long) for target in targets], batch_first=True
-    ).to(log_probs.device)  # (B, U)
-    sizes = torch.tensor([len(target) for target in targets], device=log_probs.device)  # (B,)
-    return losses.ctc_loss(log_probs, lengths, padded, sizes, BLANK)
+    return losses.ctc_loss(log_probs, lengths, *_padded(targets, log_probs.device), BLANK)
+
+
+def _padded(targets: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Targets (B, U), right-padded, and their lengths (B,)."""
+    rows = [torch.tensor(target, dtype=torch.long) for target in targets]
+    sizes = torch.tensor([len(target) for target in targets], device=device)
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), sizes
 
 
 def _posteriors(batch: MicroBatch, targets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Sequence[Sequence[int]]]:
@@ -374,24 +376,15 @@ def _embed_ctc(batch: MicroBatch) -> Tensor:
     rows = [row for row, example in enumerate(batch.examples) if example.fits]
     if not rows:
         return batch.zero
-    vectors, valid = batch.audio.vectors[rows], batch.audio.valid[rows]  # (B, S, D), (B, S)
-    transcripts = [torch.tensor(batch.examples[row].transcript, dtype=torch.long) for row in rows]
+    vectors, lengths = batch.audio.vectors[rows], batch.audio.valid[rows].sum(dim=1)  # (B, S, D), (B,)
 
-    # The filler first, then the micro-batch's tokens
-    filler = torch.tensor([batch.objective.filler])
-    spoken = torch.cat(transcripts).unique()
-    own = torch.cat([filler, spoken[spoken != filler]])
-    number = {token: column for column, token in enumerate(own.tolist())}
-    targets = [torch.tensor([number[token] for token in each.tolist()], dtype=torch.long) for each in transcripts]
-    device = vectors.device
-    return losses.embed_ctc_loss(
-        vectors,
-        valid.sum(dim=1),
-        _candidates(batch, own.to(device)),
-        nn.utils.rnn.pad_sequence(targets, batch_first=True).to(device),  # (B, U)
-        torch.tensor([len(each) for each in targets], device=device),
-        *batch.model.model.embedding_moments(),
-    )
+    # The filler is the first candidate, the micro-batch's tokens follow
+    transcripts = [batch.examples[row].transcript for row in rows]
+    own = [batch.objective.filler, *sorted(set().union(*transcripts) - {batch.objective.filler})]
+    number = {token: column for column, token in enumerate(own)}
+    targets = _padded([[number[token] for token in tokens] for tokens in transcripts], vectors.device)
+    candidates = _candidates(batch, torch.tensor(own, device=vectors.device))  # (C, D)
+    return losses.embed_ctc_loss(vectors, lengths, candidates, *targets, *batch.model.model.embedding_moments())
 
 
 # --- the losses -------------------------------------------------------------------------------------------
@@ -403,19 +396,3 @@ LOSSES: dict[str, Loss] = {
     "embed-ctc": Loss(_embed_ctc, _fitting_tokens, runs_llm=False, needs=frozenset({"fits"})),
     "embed": Loss(_embed, _spoken_tokens, runs_llm=False, needs=frozenset({"token_times"})),
 }
-
-
-# --- an LLM that is sharded over ranks --------------------------------------------------------------------
-def pad_micro_batches(batches: list[list[Example]], runtime: Runtime) -> Iterator[list[Example]]:
-    """`batches`, then empty ones up to the largest number of any rank, as all ranks run a sharded LLM together."""
-    most = torch.tensor(len(batches), device=runtime.device)
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    yield from batches
-    yield from ([] for _ in range(int(most) - len(batches)))
-
-
-def dummy_pass(prefixes: PrefixCache) -> None:
-    """Forward and backward over one position, without using the result: this rank's part in the others' pass."""
-    weight = prefixes.llm.get_input_embeddings().weight
-    embeds = torch.zeros(1, 1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True)
-    run_after_prefix(prefixes.llm, None, embeds).last_hidden_state.sum().backward()
