@@ -1,10 +1,8 @@
-"""Weights of the frozen LLM in 16, 8 or 4 bits.
+"""Weights of the frozen LLM in 16, 8 or 4 bits; the products stay in bfloat16.
 
 In:  a loaded LLM on its device, and a format: bfloat16, int8 (a scale for each row) or int4 (a scale and a zero point
      for each 32 weights).
-Out: the same LLM, whose linear layers hold their weights in the format; their kernels take and give bfloat16. All else
-     (embeddings, head, norms, attention) is bfloat16 too; with int8 and int4 it is float32 where the processor does
-     not compute in bfloat16.
+Out: the same LLM, whose linear layers hold their weights in the format. Embeddings, head and norms are bfloat16.
 Try: `blsp chat --weights int4`
 Flow: model/loading.py → **quantise.py**, once, after the weights are loaded and their digest is checked.
 
@@ -22,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blsp.distributed import computes_bfloat16
 from blsp.llm.language_model import UnsupportedModelError, decoder_of
 
 GROUP = 32  # weights that share a scale; 64 would not divide the width of small LLMs
@@ -34,7 +31,7 @@ log = logging.getLogger(__name__)
 class Int8Linear(nn.Module):
     """A linear layer on the CPU with int8 weights (N, K) and a scale for each row (N,).
 
-    torchao's own product converts all weights to 16 bits first, which was 4 times slower for one token (docs/log.md).
+    torchao's own product converts all weights to bfloat16 first, which was 4 times slower for one token (docs/log.md).
     """
 
     int8: Tensor
@@ -43,7 +40,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Any, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("int8", weight.qdata.contiguous())
-        self.register_buffer("scale", weight.scale.flatten().to(weight.dtype))
+        self.register_buffer("scale", weight.scale.flatten().to(torch.bfloat16))
         self.bias = bias
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -52,59 +49,29 @@ class Int8Linear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
 
-class Bfloat16Linear(nn.Module):
-    """A layer that computes in bfloat16, inside an LLM of float32.
-
-    With float32 inputs the kernels for int8 and int4 are 9 to 30 times slower on a CPU without AVX-512 (docs/log.md).
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.layer(inputs.to(torch.bfloat16)).to(inputs.dtype)
-
-
-def _emulates_bfloat16(device: torch.device) -> bool:
-    """A processor without bfloat16, as in most laptops: torch computes it there several times slower than float32."""
-    return device.type == "cpu" and not computes_bfloat16(device)
-
-
 def set_weights(llm: PreTrainedModel, weights: str) -> None:
     """Convert the weights of `llm` in place; raises UnsupportedModelError if the device has no kernel for them."""
-    decoder, emulated = decoder_of(llm), _emulates_bfloat16(llm.device)
-    if emulated and weights == "bfloat16":
-        log.warning("this processor emulates bfloat16, which is slow: --weights int8, int4 or none are faster")
-    packed = set() if weights == "bfloat16" else _pack(decoder, weights, emulated)
-    dtype = torch.float32 if emulated and weights != "bfloat16" else torch.bfloat16
+    decoder = decoder_of(llm)
     for part in (decoder, llm.get_output_embeddings()):
         for parameter in part.parameters():  # not `part.to`: the rotary frequencies stay in float32
-            if id(parameter) not in packed:
-                parameter.data = parameter.data.to(dtype)
-
-
-def _pack(decoder: nn.Module, weights: str, emulated: bool) -> set[int]:
-    """Give the linear layers of `decoder` their int8 or int4 weights; the ids of the new layers' parameters."""
+            parameter.data = parameter.data.to(torch.bfloat16)
+    if weights == "bfloat16":
+        return
     linear = {name: layer for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear)}
     fitting = {name: layer for name, layer in linear.items() if weights == "int8" or _fits_int4(layer)}
-    device = next(decoder.parameters()).device
-    convert, packed = _converter(weights, device.type), set()
+    convert = _converter(weights, llm.device.type)
     for number, (name, layer) in enumerate(fitting.items()):
         try:
-            converted = convert(layer.to(torch.bfloat16))
-            converted = Bfloat16Linear(converted) if emulated else converted
+            converted = convert(layer)
             if number == 0:  # find a missing kernel now, not in the first answer
-                converted(torch.zeros(1, layer.in_features, dtype=torch.bfloat16, device=device))
+                converted(torch.zeros(1, layer.in_features, dtype=torch.bfloat16, device=llm.device))
         except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
             raise UnsupportedModelError(
                 f"--weights {weights}: {name} ({layer.out_features} x {layer.in_features}) cannot be computed on "
-                f"{device}: {error}; take --weights bfloat16, or leave the flag out"
+                f"{llm.device}: {error}; take --weights bfloat16, or leave the flag out"
             ) from error
         decoder.set_submodule(name, converted)
-        packed |= {id(parameter) for parameter in converted.parameters()}
     log.info("%s: %d of the LLM's %d linear layers, without the head", weights, len(fitting), len(linear))
-    return packed
 
 
 def _fits_int4(layer: nn.Linear) -> bool:

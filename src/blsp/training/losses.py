@@ -121,14 +121,14 @@ def _forward_variables(emissions: Tensor, lengths: Tensor, labels: Tensor, repea
     # A path may go from a token directly to the next one, unless they are equal: then it needs the blank between them
     skip = torch.zeros(batch, states, dtype=torch.bool, device=emissions.device)
     skip[:, 3::2] = (labels[:, 3::2] != labels[:, 1:-2:2]) | (not repeats)
-    stay = torch.tensor([True, repeats], device=emissions.device).repeat(states)[:states]
+    leave = torch.arange(states, device=emissions.device) % 2 == 1  # tokens, which then take one place
 
     # Each state is reached from itself, from the state before it, or by skipping a blank
     for place in range(1, places):
         one_back = F.pad(alpha[:, :-1], (1, 0), value=IMPOSSIBLE)
         two_back = F.pad(alpha[:, :-2], (2, 0), value=IMPOSSIBLE).masked_fill(~skip, IMPOSSIBLE)[:, :states]
-        before = torch.stack([alpha.masked_fill(~stay, IMPOSSIBLE), one_back, two_back])
-        moved = torch.logsumexp(before, dim=0) + emissions[place]
+        stay = alpha if repeats else alpha.masked_fill(leave, IMPOSSIBLE)
+        moved = torch.logsumexp(torch.stack([stay, one_back, two_back]), dim=0) + emissions[place]
         alpha = torch.where((place < lengths)[:, None], moved, alpha)  # rows that have ended do not change
     return alpha
 

@@ -135,10 +135,8 @@ def measure(
         figures["tokens"] = tokens_found(placed, prefixes.llm)
     fitting = [example for example in spoken.values() if example.fits]
     if fitting:
-        spelled = [nearest_tokens(example, prefixes.llm).tolist() for example in fitting]
-        figures["wer"] = word_errors(
-            fitting, [[token for token in ids if token != filler] for ids in spelled], tokenizer
-        )
+        nearest = nearest_tokens(fitting, prefixes.llm)  # (S,) each
+        figures["wer"] = word_errors(fitting, [ids[ids != filler].tolist() for ids in nearest], tokenizer)
     adapter.train(was_training)
     return {f"{probe.part}_{name}": round(value, 6) for name, value in figures.items()}
 
@@ -200,20 +198,23 @@ def word_errors(
     return float(jiwer.wer([text for text, _ in kept], [found for _, found in kept])) if kept else 0.0
 
 
-def nearest_tokens(example: Example, llm: BlspForConditionalGeneration) -> Tensor:
-    """(S,) the token of the whole vocabulary whose embedding is the nearest to each of the clip's vectors."""
+def nearest_tokens(examples: Sequence[Example], llm: BlspForConditionalGeneration) -> list[Tensor]:
+    """For each clip (S,): the token of the whole vocabulary whose embedding is the nearest to each vector."""
     mean, _ = llm.model.embedding_moments()
     table = torch.nn.functional.normalize(at_least_float32(llm.model.embedding_table()) - mean, dim=-1)  # (V, D)
-    audio = llm.model.listen(*speech_states(llm, [example]))
-    vectors = audio.vectors[0][audio.valid[0]]  # (S, D)
-    return ((vectors - mean).to(table.dtype) @ table.T).argmax(dim=-1).cpu()
+    found = []
+    for example in examples:
+        audio = llm.model.listen(*speech_states(llm, [example]))
+        vectors = audio.vectors[0][audio.valid[0]]  # (S, D)
+        found.append(((vectors - mean).to(table.dtype) @ table.T).argmax(dim=-1).cpu())
+    return found
 
 
 def tokens_found(examples: Sequence[Example], llm: BlspForConditionalGeneration) -> float:
     """Share of the spoken tokens that are the nearest of the whole vocabulary to the vector at their place."""
     right, count = 0, 0
-    for example in examples:
-        found = nearest_tokens(example, llm)[torch.from_numpy(np.asarray(example.places))]  # (U,)
+    for example, nearest in zip(examples, nearest_tokens(examples, llm), strict=True):
+        found = nearest[torch.from_numpy(np.asarray(example.places))]  # (U,)
         right += int((found == torch.tensor(example.transcript)).sum())
         count += len(found)
     return right / max(1, count)
