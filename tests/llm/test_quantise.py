@@ -37,6 +37,15 @@ def test_the_llm_answers_nearly_as_before(
     assert 0 < kl_divergence(before, after).mean() < divergence
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_warns_where_the_processor_emulates_it(
+    tiny_llm: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has})
+    set_weights(AutoModelForCausalLM.from_pretrained(tiny_llm("llama")), "bfloat16")
+    assert ("emulates bfloat16" in caplog.text) == (not has)
+
+
 def test_int8_layers_multiply_as_their_weights_say() -> None:
     pytest.importorskip("torchao")
     layer = nn.Linear(64, 32).bfloat16()

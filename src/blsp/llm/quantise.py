@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blsp.distributed import computes_bfloat16
 from blsp.llm.language_model import UnsupportedModelError, decoder_of
 
 GROUP = 32  # weights that share a scale; 64 would not divide the width of small LLMs
@@ -56,6 +57,8 @@ def set_weights(llm: PreTrainedModel, weights: str) -> None:
         for parameter in part.parameters():  # not `part.to`: the rotary frequencies stay in float32
             parameter.data = parameter.data.to(torch.bfloat16)
     if weights == "bfloat16":
+        if llm.device.type == "cpu" and not computes_bfloat16(llm.device):
+            log.warning("this processor emulates bfloat16, so prompts are read slowly; --weights int8 is faster")
         return
     linear = {name: layer for name, layer in decoder.named_modules() if isinstance(layer, nn.Linear)}
     fitting = {name: layer for name, layer in linear.items() if weights == "int8" or _fits_int4(layer)}
