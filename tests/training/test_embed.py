@@ -44,7 +44,7 @@ def _metrics(out: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("adapter", ["conv", "stack"])
-def test_embed_then_kl_with_a_share_of_embed(settings, tmp_path: Path, tiny_models_folder, adapter: str) -> None:
+def test_embed_then_kl_with_a_share_of_embed_ctc(settings, tmp_path: Path, tiny_models_folder, adapter: str) -> None:
     aligner, processor = tiny_blsp(tiny_models_folder, adapter="grounded")
     save_adapter(aligner, processor, tmp_path / "grounded")
     options = {"conv": ("bottleneck=8",), "stack": ("hidden=16",)}[adapter]
@@ -59,6 +59,7 @@ def test_embed_then_kl_with_a_share_of_embed(settings, tmp_path: Path, tiny_mode
     assert 0 <= _metrics(tmp_path / "embed")[-1]["held_out_tokens"] <= 1
     start = (str(tmp_path / "embed" / "adapter"),)
     kept = replace(first, out=tmp_path / "kl", init_from=start, adapter_options=(), loss="kl", embed_weight=0.3)
+    kept = replace(kept, cache=tmp_path / "without_times")
     train(replace(kept, steps=2, log_every=1))
     without = replace(kept, out=tmp_path / "without", embed_weight=0.0, steps=2, log_every=1)
     train(without)

@@ -189,12 +189,12 @@ def test_embed_ctc_leaves_out_what_does_not_fit_and_hears_silence_as_filler(pair
 
 def test_embed_weight_is_counted_beside_the_response(pair_of) -> None:
     model, processor = pair_of("stack")
-    examples = [replace(e, readout=None, places=np.arange(1)) for e in make_examples(processor, 3)]
+    examples = [replace(e, readout=None, fits=True) for e in make_examples(processor, 3)]
     examples = [replace(e, transcript=e.transcript[:1]) for e in examples]
-    alone, both = Objective({"ce": 1.0}), Objective({"ce": 1.0, "embed": 0.2})
+    alone, both = Objective({"ce": 1.0}), Objective({"ce": 1.0, "embed-ctc": 0.2})
     prefixes = PrefixCache(model)
     sums, counts = step.run(model, examples, both, prefixes), step.counts_of(examples, both)
     plain = step.objective_value(sums, counts, alone)
     added = step.objective_value(sums, counts, both) - plain
-    torch.testing.assert_close(added, 0.2 * sums.terms["embed"] / 3, **TIGHT)
+    torch.testing.assert_close(added, 0.2 * sums.terms["embed-ctc"] / 3, **TIGHT)
     assert added.item() > 0

@@ -118,7 +118,7 @@ class TrainSettings:
     ctc_weight: float = 0.3
     """weight of the ctc loss beside ce and kl, for an adapter that reads out"""
     embed_weight: float = 0.0
-    """weight of the embed loss beside ce and kl, for an adapter that does not read out"""
+    """weight of the embed-ctc loss beside ce and kl, for an adapter that does not read out"""
     filler: str = " "
     """for embed and embed-ctc: the text of the token whose embedding is the target at places without a spoken token"""
     negatives: int = 0

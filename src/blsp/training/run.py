@@ -170,8 +170,8 @@ def check_loss(settings: TrainSettings) -> None:
         raise SettingsError(
             "--loss embed, embed-ctc and --embed-weight: for adapters that do not read out (conv, stack)"
         )
-    if settings.cache is None and (settings.embed_weight or "token_times" in LOSSES[settings.loss].needs):
-        raise SettingsError("--loss embed and --embed-weight: need --cache with token times: run blsp align first")
+    if settings.cache is None and "token_times" in LOSSES[settings.loss].needs:
+        raise SettingsError("--loss embed: needs --cache with token times: run blsp align first, or use embed-ctc")
 
 
 def has_stored_teacher(settings: TrainSettings) -> bool:
@@ -187,10 +187,10 @@ def has_stored_teacher(settings: TrainSettings) -> bool:
 
 
 def objective_of(settings: TrainSettings, stored: bool) -> Objective:
-    """The loss with weight 1; a loss of the LLM gets a second term: ctc (adapters that read out) or embed (others)."""
+    """The loss with weight 1; a loss of the LLM gets a second: ctc (adapters that read out) or embed-ctc (others)."""
     terms: dict[str, float] = {settings.loss: 1.0}
     reads_out = adapter_class(settings.adapter).reads_out
-    further, weight = ("ctc", settings.ctc_weight) if reads_out else ("embed", settings.embed_weight)
+    further, weight = ("ctc", settings.ctc_weight) if reads_out else ("embed-ctc", settings.embed_weight)
     if LOSSES[settings.loss].runs_llm and weight:
         terms[further] = weight
     return Objective(terms, settings.temperature, stored, settings.negatives)
