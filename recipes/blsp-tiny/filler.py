@@ -1,9 +1,9 @@
-"""Search for the token that an LLM should get at places without speech (`--filler` of `blsp train --loss embed`).
+"""Search for the token that an LLM should get at places without speech (`--filler` of `blsp train --loss embed-ctc`).
 
 In: the LLM, and continuations that it wrote (`blsp continue`); no speech is needed.
 Out: a line for each candidate, best first: how far the LLM's behaviour is from that on the plain transcript when its
 tokens stand apart, as an adapter of 6.25 places a second would set them, with the candidate between them.
-Where in the flow: before `blsp train --loss embed` with another LLM.
+Where in the flow: before `blsp train --loss embed-ctc` with another LLM.
 
 The gaps are drawn: as many places as 3.4 tokens a second leave free in English speech (Poisson, 0.84 after each token),
 and a pause of two places at either end. `zeros` is a vector of zeros; `another transcript` is what an adapter that does

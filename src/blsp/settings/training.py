@@ -37,7 +37,7 @@ Loss = Annotated[str, Choices("blsp.training.step", "LOSSES")]
 class TrainSettings:
     r"""Step 2: train the adapter until the LLM answers speech as it answers the transcript.
 
-    Encoder and LLM are frozen. Three losses need only a plain manifest and do not run the LLM: `embed` and `embed-ctc`
+    Encoder and LLM are frozen. Three losses need only a plain manifest and do not run the LLM: `embed-ctc` and `embed`
     bring a new `conv` or `stack` adapter to the LLM's embeddings, `ctc` trains the read-out of `grounded`. `ce` is the
     paper's loss on the continuations; `kl` matches the whole next-token distribution of the text route. With --config,
     a list `stages:` runs several stages one after another; each has the flags of the top level and starts from the
@@ -71,8 +71,8 @@ class TrainSettings:
     adapter: Adapter
     """the trained part; conv is the paper's; docs/training.md describes all"""
     loss: Loss
-    """ce (paper), kl (the teacher's distribution), ctc (grounding), embed (spoken tokens; run `blsp align`
-    first), embed-ctc (spoken tokens, their times unknown)"""
+    """ce (paper), kl (the teacher's distribution), ctc (grounding), embed-ctc (the embeddings of
+    spoken tokens), embed (the same at known times; run `blsp align` first)"""
     data_weights: tuple[float, ...] = ()
     """one weight per data file: 0.5 uses half of it per epoch, 2 all of it twice"""
     val_data: tuple[str, ...] = ()

@@ -146,5 +146,5 @@ def _way_out(run: Run) -> str:
         return "Give it more steps or more recordings, or a higher --lr (docs/adapt.md)."
     return (
         "Begin with an adapter that listens (--init-from models/blsp-tiny --adapter grounded), or with a stage "
-        f"without the LLM (--loss ctc or embed), and give it more than {run.steps} steps (docs/adapt.md)."
+        f"without the LLM (--loss ctc or embed-ctc), and give it more than {run.steps} steps (docs/adapt.md)."
     )
