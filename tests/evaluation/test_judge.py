@@ -71,14 +71,22 @@ def test_the_contracts_files(evaluation_of: MakeEvaluation, suite: Suite, tmp_pa
     assert "asr" in screen and "divergence" in screen
 
 
+@pytest.mark.parametrize("rescore", [False, True])
 def test_an_adapter_that_reads_out_is_judged_as_a_transcriber_too(
-    evaluation_of: MakeEvaluation, suite: Suite, tiny_models_folder: Path
+    evaluation_of: MakeEvaluation,
+    suite: Suite,
+    tiny_models_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rescore: bool,
 ) -> None:
     reader = Listener(*tiny_blsp(tiny_models_folder, adapter="grounded"))
+    reader.model.config.rescore = rescore
     task = suite.tasks[0]
-    results = judge(evaluation_of(listener=reader), Suite("recognition", (task,), None))
     rows = sorted(task.rows(), key=lambda row: row.id)
     written = reader.transcribe_all([load_clip(row) for row in rows])
+    if rescore:  # the speech route has written these transcripts
+        monkeypatch.setattr(reader, "transcribe_all", None)
+    results = judge(evaluation_of(listener=reader), Suite("recognition", (task,), None))
     expected = score_transcripts(task, rows, written).figures["wer"].point()
     assert figures(results, "tasks", "asr", "transcript", "wer") == pytest.approx(expected)
     report = write_report(results, evaluation_of().folder) and (evaluation_of().folder / "report.md").read_text()

@@ -223,7 +223,9 @@ def _speech(evaluation: Evaluation, result: TaskResult) -> None:
         result.answers["speech"] = evaluation.ask(task, rows, evaluation.speech_route, log)
     if task.kind == "asr" and evaluation.listener.reads_out:
         with evaluation.log(task, rows, "transcript", "speech") as log:
-            result.model_transcripts = transcribe_rows(evaluation.listener, rows, log, evaluation.batch_size)
+            result.model_transcripts = transcribe_rows(
+                evaluation.listener, rows, result.answers["speech"], log, evaluation.batch_size
+            )
 
 
 def _cascade(evaluation: Evaluation, result: TaskResult) -> None:

@@ -27,6 +27,7 @@ from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers, fill
 from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener, Question
+from blsp.inference.pauses import pieces_of
 from blsp.llm.decoding import Request, Result, decode
 from blsp.llm.teacher_forcing import option_scores
 from blsp.model.adapter_parts import AudioEmbeds
@@ -82,15 +83,24 @@ def ask(
     return {row.id: records[row.id] for row in rows}
 
 
-def transcribe_rows(listener: Listener, rows: Sequence[Utterance], log: AnswerLog, batch_size: int) -> dict[str, str]:
-    """The transcript of each row's clip by `blsp transcribe`, by the row's id."""
+def transcribe_rows(
+    listener: Listener, rows: Sequence[Utterance], answers: Answers, log: AnswerLog, batch_size: int
+) -> dict[str, str]:
+    """The transcript of each row's clip by `blsp transcribe`, by the row's id. answers: of the speech route.
+
+    If the LLM chose the read-out that it answered to, that is the transcript of a clip of one piece.
+    """
+    known: dict[str, str] = {}
+    if listener.model.config.rescore:
+        known = {row.id: answers[row.id].transcript or "" for row in rows if len(pieces_of(load_clip(row))) == 1}
+    others = [row for row in rows if row.id not in known]
 
     def transcripts(batch: Sequence[Utterance]) -> Answers:
         texts = listener.transcribe_all([load_clip(row) for row in batch])
         return {row.id: Answer(text) for row, text in zip(batch, texts, strict=True)}
 
-    records = fill(log, list(plan_batches(rows, batch_size)), _id, transcripts)
-    return {row.id: records[row.id].text for row in rows}
+    records = fill(log, list(plan_batches(others, batch_size)), _id, transcripts)
+    return known | {row.id: records[row.id].text for row in others}
 
 
 def _id(row: Utterance) -> str:
