@@ -11,24 +11,24 @@ Try: `python recipes/blsp-tiny/dialogues.py --root C --model blsp-small --out di
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from eval_data import line_for
+from rows import write_rows
 from synthesise import audio_path, synthesise
 from tqdm import tqdm
 
 from blsp.data.audio import load_audio
-from blsp.data.files import read_rows
 from blsp.evaluation.bootstrap import draws, interval, mean_figure
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.evaluation.scoring import plain_words
-from blsp.inference.conversation import Conversation
+from blsp.inference.conversation import Memory, lay_out, request_for, user_turn
 from blsp.inference.listener import Listener, load
+from blsp.llm.decoding import answer_text, decode
 
 ROUTES = ("text", "cascade", "speech")
 DIALOGUES: tuple[tuple[str, str, str, str], ...] = (  # three turns, and a word of the right last answer
@@ -63,19 +63,34 @@ def speak(root: Path, jobs: int) -> list[list[Path]]:
     return [[audio_path(root, line) for line in turns] for turns in lines]
 
 
-def turns_of(listener: Listener, recogniser: Recogniser, route: str, said: list[str], clips: list[Path]) -> list:
+def turns_of(listener: Listener, recogniser: Recogniser, route: str, said: Sequence[str], clips: list[Path]) -> list:
     """What stands for each of the user's turns in the conversation."""
     if route == "text":
-        return said
+        return list(said)
     if route == "cascade":
         return [recogniser.transcribe_clip(load_audio(clip), "en") for clip in clips]
-    return listener.embed_audio(clips)
+    return [listener.embed_audio([clip])[0] for clip in clips]
 
 
-def talk(listener: Listener, turns: list, max_new_tokens: int) -> list[str]:
-    """The answers to the turns, each given with all that was said before."""
-    conversation = Conversation(listener, decoding=replace(listener.decoding, max_new_tokens=max_new_tokens))
-    return ["".join(conversation.ask(turn)).strip() for turn in turns]
+def talk(listener: Listener, dialogues: list[list], max_new_tokens: int) -> list[list[str]]:
+    """The answers to each dialogue's turns, each given with all that was said before. The n-th turns of all dialogues
+    are answered together.
+    """
+    decoding = replace(listener.decoding, max_new_tokens=max_new_tokens)
+    said: list[list[dict]] = [[] for _ in dialogues]
+    answers: list[list[str]] = [[] for _ in dialogues]
+    for turns in zip(*dialogues, strict=True):
+        for messages, turn in zip(said, turns, strict=True):
+            messages.append(user_turn([turn]))
+        requests = [
+            request_for(listener, number, lay_out(listener, messages), decoding, Memory())
+            for number, messages in enumerate(said)
+        ]
+        results = decode(listener.model, requests, batch_size=len(requests))
+        for number, result in results.items():
+            said[number].append({"role": "assistant", "content": [tuple(result.ids)]})
+            answers[number].append(answer_text(listener.tokenizer, result.ids).strip())
+    return answers
 
 
 def is_right(answer: str, wanted: str) -> bool:
@@ -83,19 +98,23 @@ def is_right(answer: str, wanted: str) -> bool:
     return not {word.lower() for word in wanted.split("|")}.isdisjoint(plain_words(answer))
 
 
-def asked(listener: Listener, clips: list[list[Path]], max_new_tokens: int, done: int) -> Iterator[dict]:
-    """One row a dialogue and route, after the first `done`: what was understood, the answers, and whether the last one
-    is right.
-    """
+def asked(listener: Listener, route: str, clips: list[list[Path]], max_new_tokens: int) -> list[dict]:
+    """One row a dialogue: what was understood, the answers, and whether the last one is right."""
     recogniser = Recogniser(recogniser_of(listener.model.config.audio_model_id))
-    dialogues = list(zip(DIALOGUES, clips, strict=True))
-    for number, ((*said, wanted), spoken) in enumerate(tqdm(dialogues, unit="dialogue")):
-        for route in ROUTES[max(done - len(ROUTES) * number, 0) :]:
-            turns = turns_of(listener, recogniser, route, said, spoken)
-            answers = talk(listener, turns, max_new_tokens)
-            heard = turns if route != "speech" else listener.readout(turns) if listener.reads_out else None
-            right = is_right(answers[-1], wanted)
-            yield {"route": route, "said": said, "heard": heard, "answers": answers, "wanted": wanted, "right": right}
+    dialogues = [
+        turns_of(listener, recogniser, route, said, spoken)
+        for (*said, _), spoken in zip(DIALOGUES, tqdm(clips, desc=route, unit="dialogue"), strict=True)
+    ]
+    rows = []
+    for (*said, wanted), turns, answers in zip(
+        DIALOGUES, dialogues, talk(listener, dialogues, max_new_tokens), strict=True
+    ):
+        heard = turns if route != "speech" else listener.readout(turns) if listener.reads_out else None
+        right = is_right(answers[-1], wanted)
+        rows.append(
+            {"route": route, "said": said, "heard": heard, "answers": answers, "wanted": wanted, "right": right}
+        )
+    return rows
 
 
 def main() -> None:
@@ -108,13 +127,9 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     clips = speak(options.root, options.jobs)
-    done = [row for _, row in read_rows(options.out)] if options.out.exists() else []  # of a run that was stopped
     listener = load(options.model, dtype=options.dtype)
-    with options.out.open("a", encoding="utf-8") as file:
-        for row in asked(listener, clips, options.max_new_tokens, len(done)):
-            done.append(row)
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+    done = [row for route in ROUTES for row in asked(listener, route, clips, options.max_new_tokens)]
+    write_rows(options.out, done)
     for route in ROUTES:
         right = mean_figure(np.array([float(row["right"]) for row in done if row["route"] == route]))
         low, high = interval(right, draws(len(DIALOGUES), 1000, seed=0))

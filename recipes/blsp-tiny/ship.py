@@ -58,10 +58,15 @@ RESCORED = (  # of an adapter that reads out, where its configuration says `resc
 DID = {  # what a loss trains
     "ctc": "the read-out, on transcripts, without the LLM",
     "embed": "the LLM's embedding of the token spoken at each place, without the LLM",
+    "embed-ctc": "the LLM's embeddings of the spoken tokens, their times unknown, without the LLM",
     "ce": "the LLM's behaviour on text, along its own answers",
     "kl": "the LLM's behaviour on text, along its own answers",
 }
-PROBES = {"wer": "read-out WER", "tokens": "tokens found", "kl": "divergence"}  # of the runs' held-out clips
+PROBES = {  # of the runs' held-out clips
+    "wer": "WER (read-out, or nearest tokens)",
+    "tokens": "tokens found",
+    "kl": "divergence",
+}
 MOVED = """\
 ## Training
 
