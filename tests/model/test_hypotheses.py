@@ -13,6 +13,7 @@ from support.tiny_models import FAMILIES
 
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import compute_prefix
+from blsp.model import hypotheses as hypotheses_module
 from blsp.model.adapter_parts import Hypothesis
 from blsp.model.hypotheses import LANGUAGE, LENGTH, choose, log_likelihoods, n_best
 
@@ -62,9 +63,19 @@ def test_the_llm_decides_between_hypotheses_that_sound_alike(pair_of) -> None:
     hypotheses = [Hypothesis((token, 20), -1.0) for token in range(30, 60)]
     likelihoods = log_likelihoods(model, prefix, [each.tokens for each in hypotheses])
     best = likelihoods.index(max(likelihoods))
-    assert choose(model, prefix, hypotheses) == hypotheses[best].tokens
+    assert choose(model, prefix, [hypotheses]) == [hypotheses[best].tokens]
     louder = Hypothesis((3,), LANGUAGE * 1000 + LENGTH)
-    assert choose(model, prefix, [*hypotheses, louder]) == (3,)
+    assert choose(model, prefix, [[*hypotheses, louder]]) == [(3,)]
+
+
+@pytest.mark.parametrize("nodes", [1, 50, 10_000])
+@torch.no_grad()
+def test_clips_together_are_chosen_for_as_each_alone(pair_of, monkeypatch: pytest.MonkeyPatch, nodes: int) -> None:
+    monkeypatch.setattr(hypotheses_module, "NODES", nodes)
+    model, _ = pair_of("grounded")
+    prefix = compute_prefix(model, [5, 6, 7])
+    clips = [[Hypothesis((first, second), -1.0) for second in range(20, 40)] for first in (8, 9, 8, 10, 11)]
+    assert choose(model, prefix, clips) == [choose(model, prefix, [each])[0] for each in clips]
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers, fill
 from blsp.evaluation.recogniser import load_clip
-from blsp.evaluation.tasks import Task
+from blsp.evaluation.tasks import Clip, Task
 from blsp.inference.listener import Listener, Question
 from blsp.inference.pauses import pieces_of
 from blsp.llm.decoding import Request, Result, decode
@@ -37,7 +37,7 @@ from blsp.model.speech_encoder import knows_english_only
 RouteInput = str | AudioEmbeds  # the input in the place of the speech: words, or vectors
 RouteInputFn = Callable[[Sequence[Utterance]], list[RouteInput]]
 BATCHES_AT_A_TIME = 2  # planned and logged together: when a row ends early, the next one takes its slot
-CLIPS_KEPT = 2_000  # whose vectors are not computed again: 80 MB for 12 vectors of 1,536 in bfloat16
+BATCHES_KEPT = 32  # whose vectors are not computed again: 80 MB for 64 clips of 12 vectors of 1,536 in bfloat16
 OPTIONS_AT_A_TIME = 128  # answer options scored in one pass
 
 
@@ -49,15 +49,16 @@ def text_input(transcripts: dict[str, str]) -> RouteInputFn:
 def speech_input(listener: Listener) -> RouteInputFn:
     """The input of the speech route: the adapter's vectors.
 
-    Each clip is encoded alone, so that its vectors do not depend on the clips of its batch. Tasks share clips: the
-    vectors of the last `CLIPS_KEPT` are kept.
+    Tasks ask about the same clips, so the vectors of the last batches are kept. Only an equal batch is reused, as
+    rounding depends on the clips in a batch.
     """
 
-    @lru_cache(CLIPS_KEPT)
-    def vectors(audio: str, start: float | None, duration: float | None) -> RouteInput:
-        return listener.embed_audio([load_audio(audio, start=start or 0.0, duration=duration)])[0]
+    @lru_cache(BATCHES_KEPT)
+    def vectors(clips: tuple[Clip, ...]) -> list[AudioEmbeds]:
+        samples = [load_audio(audio, start=start or 0.0, duration=duration) for audio, start, duration in clips]
+        return listener.embed_audio(samples)
 
-    return lambda rows: [vectors(row.audio, row.start, row.duration) for row in rows]
+    return lambda rows: [*vectors(tuple((row.audio, row.start, row.duration) for row in rows))]
 
 
 def supports_language(listener: Listener, language: str) -> bool:

@@ -154,16 +154,21 @@ class Listener:
         clips: dict[int, AudioEmbeds] = {}
         for batch in batches_by_length([len(signal) for signal in samples], SECONDS_PER_BATCH * SAMPLE_RATE):
             states = self.encode([samples[i] for i in batch])
-            for i, state, clip in zip(batch, states, self.model.listen(states, BEAM if rescore else 0), strict=True):
-                heard = self._rescored(clip) if rescore and clip.speech else clip
-                heard = replace(heard, speech=heard.speech and not is_silent(samples[i]))
-                clips[i] = replace(heard, states=state) if keep_states else heard
+            heard = self.model.listen(states, BEAM if rescore else 0)
+            heard = self._rescored(heard) if rescore else heard
+            for i, state, clip in zip(batch, states, heard, strict=True):
+                clip = replace(clip, speech=clip.speech and not is_silent(samples[i]))
+                clips[i] = replace(clip, states=state) if keep_states else clip
         return [clips[i] for i in range(len(samples))]
 
-    def _rescored(self, clip: AudioEmbeds) -> AudioEmbeds:
-        """The clip with the hypothesis that has the best score of read-out and LLM together."""
+    def _rescored(self, clips: Sequence[AudioEmbeds]) -> list[AudioEmbeds]:
+        """The clips with the hypothesis that has the best score of read-out and LLM together."""
         prefix = self.prefixes.get(prompt_template(self.tokenizer, "", "speech-first").prefix_ids)
-        tokens = choose(self.model, prefix, clip.hypotheses)
+        chosen = iter(choose(self.model, prefix, [clip.hypotheses for clip in clips if clip.speech]))
+        return [self._with_tokens(clip, next(chosen)) if clip.speech else clip for clip in clips]
+
+    def _with_tokens(self, clip: AudioEmbeds, tokens: tuple[int, ...]) -> AudioEmbeds:
+        """The clip read out as `tokens`; its vectors are their embeddings."""
         vectors = embed(self.model, tokens) if tokens else clip.vectors
         return replace(clip, vectors=vectors, token_ids=list(tokens), hypotheses=())
 

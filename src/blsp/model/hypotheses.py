@@ -15,7 +15,7 @@ V vocabulary.
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,6 +31,7 @@ LANGUAGE = 0.8  # weight of the LLM's log-likelihood beside that of the read-out
 LENGTH = 2.5  # nats added for each token, since every token lowers both log-likelihoods
 BEAM = 24  # hypotheses that the LLM chooses from
 CLASSES = 16  # the likeliest classes of a frame; the others are left out of the search
+NODES = 256  # of the trees of several clips, which the LLM scores in one pass
 SURE = math.log(0.999)  # a frame with more blank than this changes no hypothesis
 
 # token prefix -> log-probability of its paths that end in blank, and of those that end in its last token
@@ -100,22 +101,39 @@ def hypotheses_of(
     return tuple(replace(h, tokens=tuple(token for i in h.tokens for token in vocabulary[i])) for h in hypotheses)
 
 
-def choose(llm: PreTrainedModel, prefix: Prefix | None, hypotheses: Sequence[Hypothesis]) -> tuple[int, ...]:
-    """The tokens of the hypothesis with the best weighted sum of read-out and LLM log-likelihoods."""
-    likelihoods = log_likelihoods(llm, prefix, [hypothesis.tokens for hypothesis in hypotheses])
-    scores = [
-        hypothesis.log_prob + LANGUAGE * likelihood + LENGTH * len(hypothesis.tokens)
-        for hypothesis, likelihood in zip(hypotheses, likelihoods, strict=True)
-    ]
-    return hypotheses[scores.index(max(scores))].tokens
+def choose(llm: PreTrainedModel, prefix: Prefix | None, clips: Sequence[Sequence[Hypothesis]]) -> list[tuple[int, ...]]:
+    """For each clip the tokens of the hypothesis with the best weighted sum of read-out and LLM log-likelihoods."""
+    chosen = []
+    for part in _passes(clips):
+        scored = log_likelihoods(llm, prefix, [hypothesis.tokens for hypotheses in part for hypothesis in hypotheses])
+        likelihoods = iter(scored)
+        for hypotheses in part:
+            scores = [each.log_prob + LANGUAGE * next(likelihoods) + LENGTH * len(each.tokens) for each in hypotheses]
+            chosen.append(hypotheses[scores.index(max(scores))].tokens)
+    return chosen
+
+
+def _passes(clips: Sequence[Sequence[Hypothesis]]) -> Iterator[list[Sequence[Hypothesis]]]:
+    """Clips whose hypotheses the LLM scores in one pass, of at most `NODES` nodes if there are several."""
+    part: list[Sequence[Hypothesis]] = []
+    nodes = 0
+    for hypotheses in clips:
+        own = len(_tree([each.tokens for each in hypotheses])[0])
+        if part and nodes + own > NODES:
+            yield part
+            part, nodes = [], 0
+        part.append(hypotheses)
+        nodes += own
+    if part:
+        yield part
 
 
 @torch.no_grad()
 def log_likelihoods(llm: PreTrainedModel, prefix: Prefix | None, sequences: Sequence[Sequence[int]]) -> list[float]:
     """log p(sequence | prefix) in nats of each of N sequences of the LLM's tokens; an empty one has 0.
 
-    Hypotheses differ in a word or two, so the LLM runs once over the tree of their tokens. Common beginnings are run
-    once; a sequence's last token predicts nothing and is not run.
+    Hypotheses of a clip differ in a word or two, so the LLM runs once over the tree of their tokens, which may hold
+    several clips. Common beginnings are run once; a sequence's last token predicts nothing and is not run.
 
         sequences  the cat sat, the cat is       tree  (root) → the → cat → sat
         inner nodes, which are run: root, the, cat                        ↘ is
