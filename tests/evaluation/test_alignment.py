@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,17 @@ def test_baselines_stand_in_the_place_of_the_speech(
     write_report(results, evaluation.folder)
     report = (evaluation.folder / "report.md").read_text()
     assert "| speech − cascade " in report and "| deaf " in report
+
+
+@pytest.mark.parametrize("adapter", ["conv", "grounded"])
+def test_a_model_in_bfloat16_is_analysed_and_shown(
+    evaluation_of: Callable[..., Evaluation], suite: Suite, tiny_models_folder: Path, adapter: str
+) -> None:
+    model, processor = tiny_blsp(tiny_models_folder, adapter=adapter)
+    evaluation = evaluation_of(listener=Listener(model.to(torch.bfloat16), processor))
+    write_report(judge(evaluation, Suite("alignment", (), suite.alignment)), evaluation.folder)
+    figures = json.loads((evaluation.folder / "results.json").read_text())["alignment"]
+    assert figures["kl"] > 0 and 0 <= figures["retrieval"] <= 1
 
 
 def test_the_deaf_control_does_not_depend_on_the_recording(listener: Listener) -> None:

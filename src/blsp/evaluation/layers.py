@@ -30,7 +30,7 @@ from blsp.evaluation.answers import Answers
 from blsp.evaluation.routes import RouteInput, RouteInputFn, request, text_input
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener
-from blsp.llm.language_model import UnsupportedModelError, decoder_of
+from blsp.llm.language_model import UnsupportedModelError, at_least_float32, decoder_of
 from blsp.llm.teacher_forcing import divergence, layer_states
 
 Array = NDArray[np.float64]
@@ -91,7 +91,8 @@ def analyse_layers(
             states = {"text": text, "speech": speech_states}
         # The last layer's state from which the answer begins: (A, L, D) -> (D,), stacked to (C, D).
         ends[behaviour] = {
-            route: torch.stack([question[-1, -1].clone() for question, _ in pairs]) for route, pairs in states.items()
+            route: torch.stack([at_least_float32(question[-1, -1]).clone() for question, _ in pairs])
+            for route, pairs in states.items()
         }
     return LayerAnalysis(**by_layer, **_picture(ends, [row.id for row in rows]), n=len(rows))
 
