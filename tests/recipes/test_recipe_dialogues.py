@@ -26,4 +26,5 @@ def test_dialogues_together_are_answered_as_each_alone(tiny_models_folder: Path)
 
 def test_one_of_the_wanted_words_must_stand_in_the_answer() -> None:
     assert is_right("You live in Great Britain.", "England|Britain")
+    assert is_right("You have six dollars left.", "six|6")
     assert not is_right("Birds of Englandia", "England|Britain")
