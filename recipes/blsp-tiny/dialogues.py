@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from eval_data import line_for
-from rows import write_rows
+from rows import read_rows, write_rows
 from synthesise import audio_path, synthesise
 from tqdm import tqdm
 
@@ -63,13 +62,15 @@ def speak(root: Path, jobs: int) -> list[list[Path]]:
     return [[audio_path(root, line) for line in turns] for turns in lines]
 
 
-def turns_of(listener: Listener, recogniser: Recogniser, route: str, said: Sequence[str], clips: list[Path]) -> list:
-    """What stands for each of the user's turns in the conversation."""
+def turns_of(listener: Listener, route: str, clips: list[list[Path]]) -> list[list]:
+    """By dialogue, what stands for each of the user's turns in the conversation."""
     if route == "text":
-        return list(said)
-    if route == "cascade":
-        return [recogniser.transcribe_clip(load_audio(clip), "en") for clip in clips]
-    return [listener.embed_audio([clip])[0] for clip in clips]
+        return [list(said) for *said, _ in DIALOGUES]
+    shown = tqdm(clips, desc=route, unit="dialogue")
+    if route == "speech":
+        return [listener.embed_audio(spoken) for spoken in shown]
+    recogniser = Recogniser(recogniser_of(listener.model.config.audio_model_id))
+    return [[recogniser.transcribe_clip(load_audio(clip), "en") for clip in spoken] for spoken in shown]
 
 
 def talk(listener: Listener, dialogues: list[list], max_new_tokens: int) -> list[list[str]]:
@@ -101,15 +102,10 @@ def is_right(answer: str, wanted: str) -> bool:
 
 def asked(listener: Listener, route: str, clips: list[list[Path]], max_new_tokens: int) -> list[dict]:
     """One row a dialogue: what was understood, the answers, and whether the last one is right."""
-    recogniser = Recogniser(recogniser_of(listener.model.config.audio_model_id))
-    dialogues = [
-        turns_of(listener, recogniser, route, said, spoken)
-        for (*said, _), spoken in zip(DIALOGUES, tqdm(clips, desc=route, unit="dialogue"), strict=True)
-    ]
+    dialogues = turns_of(listener, route, clips)
+    answered = talk(listener, dialogues, max_new_tokens)
     rows = []
-    for (*said, wanted), turns, answers in zip(
-        DIALOGUES, dialogues, talk(listener, dialogues, max_new_tokens), strict=True
-    ):
+    for (*said, wanted), turns, answers in zip(DIALOGUES, dialogues, answered, strict=True):
         heard = turns if route != "speech" else listener.readout(turns) if listener.reads_out else None
         right = is_right(answers[-1], wanted)
         rows.append(
@@ -128,9 +124,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     clips = speak(options.root, options.jobs)
+    done = read_rows(options.out) if options.out.exists() else []  # of a run that was stopped: whole routes
     listener = load(options.model, dtype=options.dtype)
-    done = [row for route in ROUTES for row in asked(listener, route, clips, options.max_new_tokens)]
-    write_rows(options.out, done)
+    for route in ROUTES[len(done) // len(DIALOGUES) :]:
+        done += asked(listener, route, clips, options.max_new_tokens)
+        write_rows(options.out, done)
     for route in ROUTES:
         right = mean_figure(np.array([float(row["right"]) for row in done if row["route"] == route]))
         low, high = interval(right, draws(len(DIALOGUES), 1000, seed=0))
