@@ -89,7 +89,7 @@ class Task:
             texts = {_prompt_name(row.id): row.text for row in Manifest(self._path(self.references))}
             pairs = [(row, texts.get(_prompt_name(row.id))) for row in rows]
             rows = [replace(row, reference=text) for row, text in pairs if text is not None]
-        rows = [row for row in _draw(rows, self.samples)[:limit] if _clip(row) not in self.unreadable]
+        rows = [row for row in _draw(rows, self.samples)[:limit] if clip_of(row) not in self.unreadable]
         if not rows:
             raise TaskError(f"task {self.name!r}: {self._path(self.manifest)} has no row that it could ask")
         return [self._with_question(row) for row in rows]
@@ -228,7 +228,7 @@ def leave_out_unreadable(suite: Suite, limit: int | None) -> tuple[Suite, list[L
         for row, reason in zip(rows, reasons, strict=True):
             if reason:
                 left_out.append(LeftOut(task.name, row.id, row.audio, reason))
-                unreadable.add(_clip(row))
+                unreadable.add(clip_of(row))
     clips = frozenset(unreadable)
     tasks = tuple(replace(task, unreadable=clips) for task in suite.tasks)
     return Suite(suite.name, tasks, suite.alignment and replace(suite.alignment, unreadable=clips)), left_out
@@ -243,7 +243,8 @@ def _trouble(row: Utterance) -> str | None:
     return None
 
 
-def _clip(row: Utterance) -> Clip:
+def clip_of(row: Utterance) -> Clip:
+    """Which part of which file the row's recording is."""
     return row.audio, row.start, row.duration
 
 
