@@ -1,7 +1,8 @@
 """Ask a running `blsp serve` with the `openai` package: a recording in, text out.
 
 Try: `blsp serve` in one terminal, `python examples/serving/ask.py question.wav "Answer in one short sentence."` in
-another. Any OpenAI client works; nothing here is special to this server.
+another. After `make small`, `blsp serve --model blsp-small` also translates: give it "Translate the following text into
+French. Write only the translation:". Any OpenAI client works; nothing here is special to this server.
 """
 
 from __future__ import annotations
