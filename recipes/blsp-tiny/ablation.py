@@ -1,13 +1,15 @@
 """The ablation: every arm of ablation.yaml trained and evaluated in the same way, and the table of results.
 
-In:  the corpus with its features and continuations, the recipe's last grounding stage (`--grounded`).
+In:  the corpus with its features and continuations, the recipe's last grounding stage (`--grounded`), and an adapter
+     of the paper's kind after its stage without the LLM (`--embedded`).
 Out: under --out, a run folder an arm and seed, judged on fotaq's development part, and `table.md`: the mean over the
      seeds that are done, with the lowest and the highest.
 Where in the flow: beside the recipe; nothing that is shipped comes from here.
 
 After a kill, the same command continues. Seeds may run in parallel, one process and core each.
 
-Try: `python recipes/blsp-tiny/ablation.py --root corpus --grounded runs/blsp-tiny/stages/grounding-4/adapter --out out`
+Try: `python recipes/blsp-tiny/ablation.py --root corpus --grounded runs/blsp-tiny/stages/grounding-4/adapter \
+        --embedded runs/blsp-conv/stages/embed/adapter --out out`
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from blsp.evaluation.summary import table
 
 ARMS = Path(__file__).with_suffix(".yaml")
 ASKED = ("kokoro", "kokoro_augmented", "piper", "piper_augmented", "flite")  # who speaks the quiz's questions
-BEFORE = "before"
+STARTS = ("grounded", "embedded")  # what an arm may start from; the table has each as it is, too
 COLUMNS = {  # of the table: the name of a figure, and where it lies in results.json
     "read-out WER": ("tasks", "repeat", "readout", "wer"),
     "divergence": ("alignment", "kl"),
@@ -39,6 +41,8 @@ COLUMNS = {  # of the table: the name of a figure, and where it lies in results.
     "another clip's": ("alignment", "kl_shuffled"),
     "repeat WER": ("tasks", "repeat", "speech", "wer"),
     "answer chrF": ("tasks", "answer", "speech", "chrf"),
+    "spoken questions": ("tasks", "sqa", "speech", "accuracy"),
+    "instruction following": ("alignment", "instruction_following"),
 }
 
 
@@ -63,10 +67,11 @@ def _answered(row: dict, answer: str) -> dict:
     }
 
 
-def settings_of(arm: dict[str, Any], root: Path, grounded: Path, out: Path, seed: int) -> dict[str, Any]:
-    """What `blsp train --config` reads for this arm and seed."""
+def settings_of(arm: dict[str, Any], root: Path, starts: dict[str, Path], out: Path, seed: int) -> dict[str, Any]:
+    """What `blsp train --config` reads for this arm and seed. starts: name -> the adapter that `start` means."""
     arm = arm | {"out": str(out), "seed": seed, "data": [str(root / name) for name in arm["data"]]}
-    return arm | {"init-from": str(grounded)} if arm.pop("grounded", False) else arm
+    start = arm.pop("start", None)
+    return arm | {"init-from": str(starts[start])} if start else arm
 
 
 def run(name: str, settings: dict[str, Any], suite: Path) -> None:
@@ -103,10 +108,10 @@ def figures(folder: Path) -> dict[str, float]:
 
 
 def written(out: Path, arms: Sequence[str]) -> str:
-    """The table over all arms of which a seed is judged, below what step 2 starts from."""
+    """The table over all arms of which a seed is judged, below what they start from."""
     rows = []
     columns = [*COLUMNS, "minutes"]
-    for name in (BEFORE, *arms):
+    for name in (*STARTS, *arms):
         done = [figures(path.parents[1]) for path in sorted(out.glob(f"{name}-seed*/judged/results.json"))]
         if done:
             cells = [_cell([each[column] for each in done if column in each]) for column in columns]
@@ -125,7 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arms = yaml.safe_load(ARMS.read_text(encoding="utf-8"))
     parser.add_argument("--root", type=Path, required=True, help="the corpus folder; run it where features/ lies")
-    parser.add_argument("--grounded", type=Path, required=True, help="the adapter that step 2 starts from")
+    parser.add_argument("--grounded", type=Path, help="a grounded adapter, from which step 2 starts")
+    parser.add_argument("--embedded", type=Path, help="a conv adapter after embed-ctc, from which step 2 starts")
     parser.add_argument("--out", type=Path, required=True, help="runs, judgements and table.md")
     parser.add_argument("--arms", nargs="+", choices=list(arms["arms"]), help="these alone, in this order")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
@@ -135,10 +141,16 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     suite = options.root / "ablation_suite.yaml"  # its manifests lie beside it
     suite.write_text(yaml.safe_dump(arms["judge"]), encoding="utf-8")
-    judge(options.grounded, options.out / f"{BEFORE}-seed0", suite)
-    for name, seed in itertools.product(options.arms or arms["arms"], options.seeds):
+    starts = {name: folder for name in STARTS if (folder := getattr(options, name))}
+    names = options.arms or list(arms["arms"])
+    for name in names:
+        if (start := arms["arms"][name].get("start", name)) in STARTS and start not in starts:
+            parser.error(f"{name} starts from an adapter: name it with --{start}")
+    for name, folder in starts.items():
+        judge(folder, options.out / f"{name}-seed0", suite)
+    for name, seed in itertools.product(names, options.seeds):
         out = options.out / f"{name}-seed{seed}"
-        run(name, settings_of(arms["arms"][name], options.root, options.grounded, out, seed), suite)
+        run(name, settings_of(arms["arms"][name], options.root, starts, out, seed), suite)
         report = written(options.out, list(arms["arms"]))
         (options.out / "table.md").write_text(report + "\n", encoding="utf-8")
     print(report)

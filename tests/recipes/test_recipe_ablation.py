@@ -14,24 +14,26 @@ from blsp.settings import TrainSettings
 from blsp.settings.flags import read_settings
 
 PLAN = yaml.safe_load(ARMS.read_text(encoding="utf-8"))
-STARTED = {"kl", "ce", "ce-continuation", "ce-repeat", "ce-answers"}  # from a grounded adapter
+STARTS = {"grounded": Path("grounded"), "embedded": Path("embedded")}
+STARTED = {"kl", "ce", "ce-continuation", "ce-repeat", "ce-answers"}  # of an adapter; with embed- before it, of another
 
 
 @pytest.mark.parametrize("name", PLAN["arms"])
 def test_every_arm_is_a_training_run(name: str, tmp_path: Path) -> None:
     config = tmp_path / "arm.yaml"
-    arm = settings_of(PLAN["arms"][name], tmp_path, tmp_path / "adapter", tmp_path / "out", 2)
+    arm = settings_of(PLAN["arms"][name], tmp_path, STARTS, tmp_path / "out", 2)
     config.write_text(yaml.safe_dump(arm))
     settings = read_settings(TrainSettings, ["--config", str(config)], "blsp train")
     assert settings.seed == 2 and settings.out == tmp_path / "out"
-    assert (settings.init_from == (str(tmp_path / "adapter"),)) == (name in STARTED)
+    start = "grounded" if name in STARTED else "embedded" if name.startswith("embed-") else None
+    assert settings.init_from == ((start,) if start else ())
     assert all(Path(data).parent == tmp_path for data in settings.data)
 
 
 def test_the_judge_reads_the_plan(tmp_path: Path) -> None:
     suite = tmp_path / "suite.yaml"
     suite.write_text(yaml.safe_dump(PLAN["judge"]))
-    assert [task.name for task in load_suite(str(suite), tmp_path).tasks] == ["repeat", "answer"]
+    assert [task.name for task in load_suite(str(suite), tmp_path).tasks] == ["repeat", "answer", "sqa"]
 
 
 def test_the_table_has_mean_and_spread_of_the_seeds_that_are_done(tmp_path: Path) -> None:
