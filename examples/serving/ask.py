@@ -17,7 +17,7 @@ from openai import OpenAI
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("recording", type=Path, help="wav, flac, ogg, opus or mp3")
+    parser.add_argument("recording", type=Path, help="wav, mp3, m4a, … (docs/data.md lists all)")
     parser.add_argument("instruction", nargs="?", default="", help="words to go with the speech")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
     parser.add_argument("--transcribe", action="store_true", help="write down what was said instead")

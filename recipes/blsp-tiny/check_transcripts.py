@@ -3,7 +3,7 @@
 In: a manifest of the recipe and the weights of a small Whisper (faster-whisper). Out: `agreement.jsonl` in
 the corpus folder: id, wer (Whisper's English normaliser), heard. Resumable: clips that are in the file are
 not heard again.
-Where in the flow: a side path after `fetch.py`; `examples/speech/make_clips.py` picks clips by it. A high
+Where in the flow: a side path after `fetch.py`; `recipes/blsp-tiny/make_clips.py` picks clips by it. A high
 figure may be the recogniser's fault (accents, shouting): it says "look here", not "wrong".
 
 Try: `python recipes/blsp-tiny/check_transcripts.py --root /tmp/corpus --manifest dev_fotaq.jsonl --model FOLDER`

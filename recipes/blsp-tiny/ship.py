@@ -71,7 +71,7 @@ MOVED = """\
 ## Training
 
 None for this LLM. It is the adapter [{origin}](../{origin}/README.md), whose card says what it learnt from, moved
-with all its {tokens:,} words and parts of words (`blsp move`, [docs/adapt.md](../../docs/adapt.md)):
+with {tokens:,} words and parts of words (`blsp move`, [docs/adapt.md](../../docs/adapt.md)):
 
     blsp move --model {origin} --llm {llm} --out runs/moved
     python recipes/blsp-tiny/ship.py --moved runs/moved --origin {origin} --out models/{name}
@@ -82,8 +82,8 @@ LIMITS = """\
 It hears read and acted {languages} with the vocabulary of its transcripts; a token that never occurred there is hardly
 ever read out. Noisy rooms, several speakers at once, other languages and accents far from the training voices are heard
 badly. What it then says is what a small language model says: check facts. On silence, noise and
-music it is trained to say “{no_speech}”; how often it does is in the table (`no-speech`). Not for decisions about
-people.
+music it is trained to say “{no_speech}”; how often it does is the row `no-speech`, if it was measured. Not for
+decisions about people.
 """
 
 
@@ -237,12 +237,13 @@ def _results(results: dict, name: str) -> str:
                 rows.append([task, route, NAMES[metric], shown(metric, found[metric]), interval, str(found["n"])])
     alignment = {name: value for name, value in results["alignment"].items() if isinstance(value, float)}
     figures = table(["alignment", "value"], [[name, f"{value:.3f}"] for name, value in alignment.items()])
+    figures = f"\n\n{figures}" if alignment else ""
     head = ["task", "route", "metric", "value", "95 % interval", "n"]
     limit = results["environment"]["limit"]
     asked = "--suite tiny" if results["suite"] == "tiny" else f"--task {' '.join(results['tasks'])}"
     command = f"blsp evaluate --model {name} {asked} --out results/{name}"
     command += f" --limit {limit}" if limit else ""
-    return f"## Measured\n\n`{command}`, this file.\n\n{table(head, rows)}\n\n{figures}"
+    return f"## Measured\n\n`{command}`, this file.\n\n{table(head, rows)}{figures}"
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ The LLM continues transcripts; an adapter is trained until the LLM answers speec
 
 FOOTER = """\
 Start with `blsp tour`; then `blsp chat --model runs/tour/train/adapter`.
-Every command but chat, export and tour also reads its flags from a YAML file: --config FILE.
+Every command but chat, move, export and tour also reads its flags from a YAML file: --config FILE.
 BLSP_PLUGINS=FILE,… imports Python files that add adapters, losses or corpora.
 BLSP_TRACEBACK=1 shows where an error came from.
 """

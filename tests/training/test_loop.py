@@ -233,6 +233,9 @@ def test_stages_follow_each_other(settings: TrainSettings, tmp_path: Path) -> No
     ]  # fmt: skip
     assert Verdict.read(out / "stages" / "ground").finding == "not judged"  # the LLM was not run
     assert Verdict.read(out) == Verdict.read(out / "stages" / "align") and Verdict.read(out).clips == 2
+    held_out, of_last = (list(Manifest(str(path / "heldout.jsonl"))) for path in (out, out / "stages" / "align"))
+    assert [row.id for row in held_out] == [row.id for row in of_last]
+    assert len(held_out) == 2 and all(Path(row.audio).exists() for row in held_out)
     assert "held_out_wer" in _metrics(out)[0] and "held_out_kl" in _metrics(out)[-1]
     first = torch.cat([tensor.flatten() for tensor in grounded.values()])
     last = torch.cat([tensor.flatten() for tensor in aligned.values()])

@@ -61,7 +61,7 @@ class TrainSettings:
     }
 
     data: tuple[str, ...]
-    """continuations (for ctc and embed: manifests), files or globs"""
+    """continuations (for ctc, embed and embed-ctc: manifests), files or globs"""
     out: Path
     """the run folder: settings, metrics, curves, checkpoints, adapter"""
     audio_model: str
@@ -122,7 +122,7 @@ class TrainSettings:
     filler: str = " "
     """for embed and embed-ctc: the text of the token whose embedding is the target at places without a spoken token"""
     negatives: int = 0
-    """for ctc and embed: tokens drawn per batch from those that are not in its transcripts; 0: all of them"""
+    """for ctc, embed, embed-ctc: tokens drawn per batch from those that are not in its transcripts; 0: all of them"""
     augment: tuple[Literal["speed", "volume", "noise", "mask"], ...] = ()
     """change the speech (without --cache), or set short spans of its features to zero: mask (with --cache)"""
     no_speech: float = 0.0

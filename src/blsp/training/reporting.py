@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from blsp.data.files import naming_full_disk, read_rows, write_atomically, write_text
+from blsp.data.manifest import Manifest, write_manifest
 from blsp.distributed import Runtime
 from blsp.settings import TrainSettings
 from blsp.training import probes, step, tracking
@@ -113,9 +114,12 @@ def print_once(runtime: Runtime, text: str) -> None:
 
 
 def finish_stages(settings: TrainSettings) -> None:
-    """Write the last stage's adapter, all stages' metrics and one picture into the folder of the whole recipe."""
+    """Write the last stage's adapter and held-out clips, all stages' metrics and one picture into the run folder."""
+    last = settings.stages[-1].out
     with write_atomically(settings.out / "adapter") as partial:
-        shutil.copytree(settings.stages[-1].out / "adapter", partial)
+        shutil.copytree(last / "adapter", partial)
+    if (last / "heldout.jsonl").exists():  # an older version wrote none
+        write_manifest(settings.out / "heldout.jsonl", Manifest(last / "heldout.jsonl"), relative_to=settings.out)
     lines, steps_before = [], 0
     for stage in settings.stages:
         rows = [row for _, row in read_rows(stage.out / "metrics.jsonl")]
@@ -123,8 +127,8 @@ def finish_stages(settings: TrainSettings) -> None:
             lines.append(json.dumps(row | {"step": row["step"] + steps_before, "stage": stage.out.name}) + "\n")
         steps_before += rows[-1]["step"]
     write_text(settings.out / "metrics.jsonl", "".join(lines), durable=True)
-    found = Verdict.read(settings.stages[-1].out)
-    if found is not None:  # an older version wrote none
+    found = Verdict.read(last)
+    if found is not None:  # as above
         found.write(settings.out)
     draw(settings.out / "metrics.jsonl", settings.out / "curves.png", str(found or ""))
     stages = []
