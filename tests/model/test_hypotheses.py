@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import FAMILIES
 
-from blsp.llm.language_model import stop_ids
+from blsp.llm import language_model
+from blsp.llm.language_model import log_probabilities, stop_ids
 from blsp.llm.prefix import compute_prefix
 from blsp.model import hypotheses as hypotheses_module
 from blsp.model.adapter_parts import Hypothesis
@@ -54,6 +55,24 @@ def test_likelihoods_are_those_of_the_plain_llm(pair_of, family: str) -> None:
         logits = model(input_ids=torch.tensor([[5, 6, 7, *ids]])).logits[0].float().log_softmax(dim=-1)
         expected = sum(float(logits[2 + i, token]) for i, token in enumerate(ids))
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_a_large_tree_never_has_all_its_logits_at_once(pair_of, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    model, _ = pair_of("grounded")
+    prefix = compute_prefix(model, [5, 6, 7])
+    sequences = [[8, 9, 10, 11], [11, 8], [], [12, 13, 14], [8, 9, 14, 15], [9, 10]]
+    whole, seen = log_likelihoods(model, prefix, sequences), []
+
+    def counted(llm, hidden: torch.Tensor) -> torch.Tensor:
+        seen.append(len(hidden))
+        return log_probabilities(llm, hidden)
+
+    monkeypatch.setattr(hypotheses_module, "log_probabilities", counted)
+    monkeypatch.setattr(language_model, "CHUNK_LOGITS", rows * model.config.text_config.vocab_size)
+    assert log_likelihoods(model, prefix, sequences) == pytest.approx(whole, abs=1e-9)
+    assert max(seen) == rows and sum(seen) == 9  # the root, and every token that another one follows
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from blsp.llm.language_model import embed, log_probabilities, stop_ids
+from blsp.llm.language_model import embed, log_probabilities, rows_per_chunk, stop_ids
 from blsp.llm.prefix import Prefix, run_after_prefix
 from blsp.model.adapter_parts import BLANK, AdapterOutput, Hypothesis
 
@@ -156,13 +156,30 @@ def log_likelihoods(llm: PreTrainedModel, prefix: Prefix | None, sequences: Sequ
     additive = torch.zeros_like(mask, dtype=embeds.dtype).masked_fill(~mask, torch.finfo(embeds.dtype).min)
     offsets = torch.tensor([[depths[node] for node in inner]], device=device)  # (1, I)
     hidden = run_after_prefix(llm, before, embeds, mask=additive[None, None], offsets=offsets)
-    scores = log_probabilities(llm, hidden.last_hidden_state[0])  # (I, V)
+    scores = _edge_scores(llm, hidden.last_hidden_state[0], [row_of[parent] for parent in parents], tokens)
     # a node's log-likelihood is its parent's, plus the log-probability of its token after the parent
     totals = [0.0]
-    edges = scores[[row_of[parent] for parent in parents], tokens].tolist()
-    for parent, score in zip(parents, edges, strict=True):
+    for parent, score in zip(parents, scores, strict=True):
         totals.append(totals[parent] + score)
     return [totals[end] for end in ends]
+
+
+def _edge_scores(llm: PreTrainedModel, hidden: Tensor, rows: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    """log p(token | its parent) of each edge of the tree; rows: where its parent lies in hidden (I, D).
+
+    The head runs over a part of the inner nodes at a time: the logits of a long clip's tree would be gigabytes.
+    """
+    edges: dict[int, list[int]] = defaultdict(list)  # part -> its edges
+    size = rows_per_chunk(llm.get_output_embeddings().weight.shape[0])
+    for edge, row in enumerate(rows):
+        edges[row // size].append(edge)
+    scores = [0.0] * len(rows)
+    for part, chosen in edges.items():
+        log_probs = log_probabilities(llm, hidden[part * size : (part + 1) * size])  # (at most `size`, V)
+        found = log_probs[[rows[edge] % size for edge in chosen], [tokens[edge] for edge in chosen]].tolist()
+        for edge, score in zip(chosen, found, strict=True):
+            scores[edge] = score
+    return scores
 
 
 def _tree(sequences: Sequence[Sequence[int]]) -> tuple[list[int], list[int], list[int]]:
