@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from itertools import groupby, product
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from support.tiny_models import FAMILIES
 
 from blsp.llm import language_model
-from blsp.llm.language_model import log_probabilities, stop_ids
+from blsp.llm.attention import use_cpu_attention
+from blsp.llm.language_model import UnsupportedModelError, log_probabilities, stop_ids
 from blsp.llm.prefix import compute_prefix
 from blsp.model import hypotheses as hypotheses_module
 from blsp.model.adapter_parts import Hypothesis
@@ -73,6 +75,24 @@ def test_a_large_tree_never_has_all_its_logits_at_once(pair_of, monkeypatch: pyt
     monkeypatch.setattr(language_model, "CHUNK_LOGITS", rows * model.config.text_config.vocab_size)
     assert log_likelihoods(model, prefix, sequences) == pytest.approx(whole, abs=1e-9)
     assert max(seen) == rows and sum(seen) == 9  # the root, and every token that another one follows
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa", "cpu"])
+def test_likelihoods_do_not_depend_on_the_attention(pair_of, name: str) -> None:
+    model = copy.deepcopy(pair_of("grounded")[0])
+    prefix, sequences = compute_prefix(model, [5, 6, 7]), [[8, 9], [8, 10, 11], [12]]
+    expected = log_likelihoods(model, prefix, sequences)
+    use_cpu_attention(model.get_decoder())
+    model.get_decoder().set_attn_implementation(name)
+    assert log_likelihoods(model, prefix, sequences) == pytest.approx(expected, abs=1e-5)
+
+
+def test_attention_that_would_misread_the_tree_s_mask_is_refused(pair_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair_of("grounded")
+    prefix = compute_prefix(model, [5, 6, 7])
+    monkeypatch.setattr(model.get_decoder().config, "_attn_implementation", "flash_attention_2")
+    with pytest.raises(UnsupportedModelError, match=r"flash_attention_2.*--rescore never, or .* sdpa"):
+        log_likelihoods(model, prefix, [[8, 9], [8, 10]])
 
 
 @torch.no_grad()

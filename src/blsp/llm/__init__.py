@@ -9,7 +9,7 @@ decoding.py         the decode loop: greedy and sampled, rows join and leave; th
 kv_cache.py         key/values of a running batch
 teacher_forcing.py  scores and hidden states of given answers
 quantise.py         weights in 16, 8 or 4 bits
-attention.py        attention on a CPU, where torch's own is slow
+attention.py        attention on a CPU; which kinds take a mask of one's own
 sharding.py         an LLM spread over several processes, each reading its own part
 servers.py          LLMs behind OpenAI-compatible URLs: the least busy first, one that fails left out for a while
 """

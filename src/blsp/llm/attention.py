@@ -1,6 +1,6 @@
-"""Attention of the LLM on a CPU, where torch's own is slow in two cases.
+"""Attention of the LLM: on a CPU, where torch's own is slow in two cases; and which kinds take a mask of one's own.
 
-In:  a frozen LLM. Out: the same LLM, with `cpu_attention` as its attention.
+In:  a frozen LLM. Out: the same LLM, with `cpu_attention` as its attention; an error where a mask would be misread.
 Try: `use_cpu_attention(llm)`
 Flow: model/loading.py (`load_language_model`) → **attention.py** → every pass of the LLM
 
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+from blsp.llm.language_model import UnsupportedModelError
 
 NAME = "cpu"
 MOST_KEYS = 256  # beyond it the kept weights, 8 bytes a query, key and head, are too much memory
@@ -31,6 +33,19 @@ def use_cpu_attention(llm: PreTrainedModel) -> None:
         AttentionInterface.register(NAME, cpu_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         llm.set_attn_implementation(NAME)
+
+
+def check_takes_masks(decoder: Any) -> None:
+    """Raise UnsupportedModelError unless the decoder's attention takes an additive mask (1, 1, L, K).
+
+    Those that do have the masks of `sdpa` or `eager`; flash attention would take it for a mask of padding.
+    """
+    name = decoder.config._attn_implementation
+    if AttentionMaskInterface().get(name) not in (sdpa_mask, eager_mask):
+        raise UnsupportedModelError(
+            f"--attn-implementation {name}: the LLM cannot choose among read-outs with it, since it takes no mask for "
+            "their tree; pass --rescore never, or --attn-implementation sdpa"
+        )
 
 
 def cpu_attention(

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from blsp.llm.attention import check_takes_masks
 from blsp.llm.language_model import UnsupportedModelError, decoder_of, embed
 
 
@@ -121,6 +122,8 @@ def run_after_prefix(
     every_layer: return the states of all layers, in `hidden_states`.
     """
     decoder, batch = decoder_of(llm), len(embeds)
+    if mask is not None:
+        check_takes_masks(decoder)
     checkpointing = _checkpoints_activations(decoder)
     again = len(prefix) if prefix and (checkpointing or not prefix.layers) else 0
 
