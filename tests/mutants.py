@@ -262,7 +262,7 @@ MUTANTS = (
     Mutant(
         "probes: exchanged clips are the own ones",
         "training/probes.py",
-        "partner = next((other for other in others if not text or other.transcript != text), None)",
+        "partner = next((other for other in others if other.transcript != example.transcript), None)",
         "partner = example",
         "tests/training/test_probes.py",
     ),

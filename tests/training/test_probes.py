@@ -66,6 +66,17 @@ def test_measure_names_what_it_found_and_leaves_the_adapter_learning(tmp_path) -
     assert probes.measure(Probe("train", []), PrefixCache(model), processor.tokenizer, 500) == {}
 
 
+def test_a_clip_without_a_transcript_has_no_text_route_to_be_compared_with(pair_of) -> None:
+    model, processor = pair_of("grounded")
+    examples = make_examples(processor, 4)
+    untold = [replace(example, id=f"untold-{example.id}", transcript=[], text="") for example in examples]
+    llm, tokenizer = PrefixCache(model), processor.tokenizer
+    mixed = [example for pair in zip(untold, examples, strict=True) for example in pair]
+    found, plain = (probes.measure(Probe("held_out", each), llm, tokenizer, 500) for each in (mixed, examples))
+    assert found == pytest.approx(plain, abs=1e-6)
+    assert probes.measure(Probe("held_out", untold), llm, tokenizer, 500) == {}
+
+
 def test_tokens_are_found_where_the_speech_is_their_embeddings(pair_of, monkeypatch) -> None:
     model, processor = pair_of("conv")
     examples = [replace(e, places=np.arange(len(e.transcript))) for e in make_examples(processor, 3)]

@@ -54,6 +54,7 @@ class Probe:
     """The clips of one part of the data, and the states of their text route, which are computed once.
 
     text: last hidden states (n, D) at the response of each answered example.
+    answered: those whose routes can be compared. Without a transcript there is no text route.
     """
 
     part: str
@@ -62,7 +63,7 @@ class Probe:
 
     @property
     def answered(self) -> list[Example]:
-        return [example for example in self.examples if example.response and not example.no_speech]
+        return [example for example in self.examples if example.response and example.transcript]
 
 
 # --- the clips --------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def measure(
         figures["kl"], figures["top1"] = divergence(probe, probe.answered, prefixes, positions)
         if others := exchange_speech(probe.answered):
             figures["kl_shuffled"], _ = divergence(probe, others, prefixes, positions)
-    spoken = {example.id: example for example in probe.examples if not example.no_speech}
+    spoken = {example.id: example for example in probe.examples if example.transcript}
     if spoken and prefixes.llm.model.reads_out:
         figures["wer"] = readout_wer(list(spoken.values()), prefixes, tokenizer, positions)
     placed = [example for example in spoken.values() if example.places is not None]
@@ -225,8 +226,7 @@ def exchange_speech(examples: Sequence[Example]) -> list[Example]:
     exchanged = []
     for number, example in enumerate(examples):
         others = [other for other in (*examples[number + 1 :], *examples[:number]) if other.id != example.id]
-        text = example.transcript  # if it is not known, any other clip is used
-        partner = next((other for other in others if not text or other.transcript != text), None)
+        partner = next((other for other in others if other.transcript != example.transcript), None)
         if partner is None:
             return []
         exchanged.append(replace(example, features=partner.features, mel=partner.mel, mel_frames=partner.mel_frames))
