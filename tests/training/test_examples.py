@@ -24,7 +24,7 @@ from blsp.training.dataset import (
     open_sources,
     text_hash,
 )
-from blsp.training.examples import ExampleReader, RowMeasurer, RowTexts, Targets
+from blsp.training.examples import ExampleReader, Need, RowMeasurer, RowTexts, Targets
 
 CE = Targets(frozenset({"continuation"}))
 KL = Targets(frozenset({"continuation", "teacher"}))
@@ -142,6 +142,28 @@ def test_ctc_targets_are_classes_and_what_cannot_be_spelled_is_refused_with_its_
     assert strict.example(last, 0).readout
     # beside another loss such a row has no CTC term
     assert lenient.example(long, 0).readout is None and lenient.example(last, 0).readout
+
+
+@pytest.mark.parametrize("extra", ["readout", "fits"])
+def test_a_row_without_a_transcript_is_learnt_from_where_the_loss_needs_none(tmp_path: Path, extra: Need) -> None:
+    path = write_data(tmp_path, rows=5)
+    _rewrite(path, lambda number, row: row | {"text": "" if number == 2 else "hello world"})
+    targets = replace(CE, extras=frozenset({extra}), reads_out=extra == "readout")
+    dataset = _dataset(path, tmp_path / "ce", targets)
+    classes = {token: 1 + token for token in transcript_ids(TOKENIZER, "hello world")}
+    reader = _reader(dataset, targets, classes)
+    untold, told = reader.example(dataset.rows[2], 0), reader.example(dataset.rows[1], 0)
+    assert untold.response and told.response
+    # the further term leaves it out: as a target, "" says that nothing is spoken
+    assert (untold.readout, untold.fits) == (None, False) and (told.readout or told.fits)
+    frames, after = (int(dataset.rows[name][2]) for name in ("encoder_frames", "tokens_after_audio"))
+    assert reader.lengths(dataset.rows)[2] == after + (frames // 8 if extra == "readout" else -(-frames // 4))
+
+    own = Targets(frozenset({extra}), runs_llm=False)  # but a loss that needs one refuses it
+    assert len(_dataset(path, tmp_path / extra, own).rows) == 4
+    assert "no transcript" in (tmp_path / extra / "run.skipped.jsonl").read_text()
+    with pytest.raises(Refused, match="no transcript"):
+        _reader(dataset, own, classes).example(dataset.rows[2], 0)
 
 
 def test_stored_teacher_must_fit(tmp_path: Path) -> None:

@@ -163,12 +163,13 @@ class RowMeasurer:
         return Measures(self._template_number(row), frames, transcript, after_audio, row.no_speech)
 
     def text_lengths(self, row: Utterance) -> tuple[int, int]:
-        """(transcript tokens, tokens after the audio) of a row."""
+        """(transcript tokens, tokens after the audio) of a row; 0 transcript tokens if it is not known."""
         if not row.audio:
             raise Refused("no audio")
         if row.no_speech:
             return 0, len(self.texts.no_speech)
-        if not row.text.strip() and any(need in self.targets for need in ("teacher", "readout", "token_times", "fits")):
+        told = bool(row.text.strip())
+        if not told and self.targets.needs - {"continuation"}:  # every other target is made of the transcript
             raise Refused("no transcript")
         if not self.targets.runs_llm:
             return max(1, len(row.text) // 4), 0  # an estimate, as only the length of the speech matters here
@@ -179,7 +180,7 @@ class RowMeasurer:
             transcript = len(self.texts.transcript(row))
         else:  # `blsp continue` counted the whole prompt
             transcript = int(prompt_tokens) - len(template.prefix_ids) - len(template.suffix_ids)
-        return max(1, transcript), len(template.suffix_ids) + len(response) - 1
+        return max(1, transcript) if told else 0, len(template.suffix_ids) + len(response) - 1
 
     def _template_number(self, row: Utterance) -> int:
         """Index of the row's (instruction, order) pair; a new pair gets the next one."""
@@ -233,7 +234,8 @@ class ExampleReader:
         if not self.targets.runs_llm:
             return frames
         if self.targets.reads_out:  # one vector a token that is read out
-            speech = np.where(rows["no_speech"], frames // 8, rows["transcript_tokens"])
+            tokens = rows["transcript_tokens"]
+            speech = np.where(tokens == 0, frames // 8, tokens)  # no speech, or no transcript: an estimate
         else:
             speech = self.num_audio_tokens(frames)
         return speech + rows["tokens_after_audio"]
@@ -296,6 +298,8 @@ class ExampleReader:
         if need not in self.targets:
             return example
         try:
+            if not (example.transcript or example.no_speech):  # an empty target would say that nothing is spoken
+                raise Refused("no transcript")
             return add(example)
         except Refused:
             if need in self.targets.needs:
