@@ -20,6 +20,7 @@ from blsp.training.run_state import (
     Checkpoint,
     Progress,
     add_to_window,
+    begin_folder,
     check_environment,
     complete_checkpoints,
     cut_metrics,
@@ -114,6 +115,34 @@ def test_another_number_of_processes_goes_on_and_says_so(tmp_path: Path, capsys:
     here = environment(HERE)
     check_environment(here | {"processes": 8}, here, tmp_path, inexact=False)
     assert "continues with 1 processes after 8" in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    """Nothing that was measured for another loss is kept; what lies beside it and is of other runs stays."""
+    settings = TrainSettings(("rows.jsonl",), tmp_path / "run", "whisper", "llm", "grounded", loss="ctc")
+    begin_folder(settings, HERE)
+    measured = [tmp_path / "run" / name for name in ("table.json", "validation/x/table.json", "validation/x/rows.npy")]
+    skipped = [tmp_path / f"run{rank}.skipped.jsonl" for rank in ("", ".rank1", ".rank12")]
+    others = [tmp_path / name for name in ("run-2.skipped.jsonl", "other.rank1.skipped.jsonl")]
+    for path in (*measured, *skipped, *others):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}\n")
+    begin_folder(replace(settings, loss="ce"), HERE)
+    assert not any(path.exists() for path in (*measured, *skipped, tmp_path / "run" / "validation"))
+    assert all(path.exists() for path in others)
+    assert "loss: ce" in (tmp_path / "run" / "settings.yaml").read_text()
+
+
+def test_a_run_with_a_checkpoint_keeps_what_it_measured(tmp_path: Path) -> None:
+    settings = TrainSettings(("rows.jsonl",), tmp_path / "run", "whisper", "llm", "grounded", loss="ctc")
+    begin_folder(settings, HERE)
+    _save(tmp_path / "run" / "checkpoints", 2)
+    kept = [tmp_path / name for name in ("run/table.json", "run/validation/table.json", "run.skipped.jsonl")]
+    (tmp_path / "run" / "validation").mkdir()
+    for path in kept:
+        path.write_text("{}\n")
+    begin_folder(settings, HERE)
+    assert all(path.exists() for path in kept)
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -15,6 +15,7 @@ error unless --resume-inexact is given; only the number of processes may differ:
     OUT/adapter/        the result                                           state.json
 """
 
+import glob
 import json
 import os
 import platform
@@ -202,7 +203,8 @@ MAY_CHANGE = frozenset(
     }
 )  # settings that may differ when a run is resumed
 NOT_WRITTEN = frozenset({"config", "stages"})
-MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl")
+FILES_MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl")
+FOLDERS_MADE_AT_START = ("checkpoints", "validation")
 
 
 def as_flags(settings: TrainSettings) -> dict[str, Any]:
@@ -227,12 +229,26 @@ def begin_folder(settings: TrainSettings, runtime: Runtime) -> None:
         settings.out.mkdir(parents=True, exist_ok=True)
         if newest_complete(settings.out / "checkpoints") is not None:
             _refuse_other_settings(settings)
-        elif (settings.out / "settings.yaml").exists():  # killed before its first checkpoint: start again
-            for name in MADE_AT_START:
-                (settings.out / name).unlink(missing_ok=True)
-            shutil.rmtree(settings.out / "checkpoints", ignore_errors=True)
+        else:
+            _remove_beginning(settings.out)
         write_text(settings.out / "settings.yaml", dump_flags(as_flags(settings)), durable=True)
     barrier(runtime)
+
+
+def _remove_beginning(out: Path) -> None:
+    """Remove what a run left that was killed before its first checkpoint: it may begin again with other settings."""
+    if (out / "settings.yaml").exists():
+        for name in FILES_MADE_AT_START:
+            (out / name).unlink(missing_ok=True)
+        for name in FOLDERS_MADE_AT_START:
+            shutil.rmtree(out / name, ignore_errors=True)
+    # they lie beside the folder, so they outlive it
+    for path in [Path(f"{out}{SKIPPED_SUFFIX}"), *_skipped_of_other_ranks(out)]:
+        path.unlink(missing_ok=True)
+
+
+def _skipped_of_other_ranks(out: Path) -> list[Path]:
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.rank*{SKIPPED_SUFFIX}"))
 
 
 def _refuse_other_settings(settings: TrainSettings) -> None:
@@ -265,7 +281,7 @@ def is_finished(settings: TrainSettings) -> bool:
 
 def merge_skipped(skipped: SkippedLog, out: Path) -> None:
     """Move the rows of the other ranks' skip lists into the first rank's."""
-    for path in sorted(out.parent.glob(f"{out.name}.rank*{SKIPPED_SUFFIX}")):
+    for path in _skipped_of_other_ranks(out):
         for _, row in read_rows(path):
             skipped.add(row["id"], row["audio"], row["reason"])
         path.unlink()
