@@ -6,7 +6,8 @@ Out: under --out, a run folder an arm and seed, judged on fotaq's development pa
      seeds that are done, with the lowest and the highest.
 Where in the flow: beside the recipe; nothing that is shipped comes from here.
 
-After a kill, the same command continues. Seeds may run in parallel, one process and core each.
+After a kill, the same command continues; what was made of other settings or another adapter it names and leaves alone.
+Seeds may run in parallel, one process and core each.
 
 Try: `python recipes/blsp-tiny/ablation.py --root corpus --grounded runs/blsp-tiny/stages/grounding-4/adapter \
         --embedded runs/blsp-conv/stages/embed/adapter --out out`
@@ -26,10 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 from heldout import read_list
 from rows import read_rows, write_rows
 
+from blsp.data.files import write_text
+from blsp.data.jobs import differences
 from blsp.evaluation.summary import table
+from blsp.weights.shipped import model_digest
 
 ARMS = Path(__file__).with_suffix(".yaml")
 ASKED = ("kokoro", "kokoro_augmented", "piper", "piper_augmented", "flite")  # who speaks the quiz's questions
@@ -77,9 +82,11 @@ def settings_of(arm: dict[str, Any], root: Path, starts: dict[str, Path], out: P
 def run(name: str, settings: dict[str, Any], suite: Path) -> None:
     """Train the arm and judge it, or go on where it stands."""
     out = Path(settings["out"])
+    start = settings.get("init-from")
+    note_made_of(out, settings | {"start's digest": model_digest(start) if start else None})
     out.mkdir(parents=True, exist_ok=True)
     config = out.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_text(config, yaml.safe_dump(settings))
     if not (out / "adapter").is_dir():
         blsp("train", "--config", str(config))
     judge(out / "adapter", out, suite)
@@ -87,9 +94,25 @@ def run(name: str, settings: dict[str, Any], suite: Path) -> None:
 
 
 def judge(adapter: Path, out: Path, suite: Path) -> None:
-    if not (out / "judged" / "results.json").exists():
-        judged = ["--out", str(out / "judged"), "--routes", "text", "speech"]
-        blsp("evaluate", "--model", str(adapter), "--suite", str(suite), *judged)
+    """Judge the adapter unless that is done. What arms start from is judged by the first process; the others wait."""
+    out.mkdir(parents=True, exist_ok=True)
+    judged = out / "judged"
+    with FileLock(out / ".judged.lock"):
+        tasks = yaml.safe_load(suite.read_text(encoding="utf-8"))
+        note_made_of(judged, tasks | {"adapter's digest": model_digest(str(adapter))})
+        if not (judged / "results.json").exists():
+            routes = ["--routes", "text", "speech"]
+            blsp("evaluate", "--model", str(adapter), "--suite", str(suite), "--out", str(judged), *routes)
+
+
+def note_made_of(folder: Path, facts: dict[str, Any]) -> None:
+    """Write beside the folder what it is made of; exit if it is there already and was made of something else."""
+    note = folder.with_name(f"{folder.name}.made-of.yaml")
+    noted = yaml.safe_load(note.read_text(encoding="utf-8")) if note.exists() else {}
+    changed = differences(noted, dict.fromkeys(noted) | facts)
+    if changed and folder.exists():
+        raise SystemExit(f"{folder}: was made of something else ({changed}); remove it to make it again")
+    write_text(note, yaml.safe_dump(facts))
 
 
 def blsp(*arguments: str) -> None:
@@ -140,7 +163,7 @@ def main() -> None:
         write_data(options.root)
     options.out.mkdir(parents=True, exist_ok=True)
     suite = options.root / "ablation_suite.yaml"  # its manifests lie beside it
-    suite.write_text(yaml.safe_dump(arms["judge"]), encoding="utf-8")
+    write_text(suite, yaml.safe_dump(arms["judge"]))
     starts = {name: folder for name in STARTS if (folder := getattr(options, name))}
     names = options.arms or list(arms["arms"])
     for name in names:
@@ -152,7 +175,7 @@ def main() -> None:
         out = options.out / f"{name}-seed{seed}"
         run(name, settings_of(arms["arms"][name], options.root, starts, out, seed), suite)
         report = written(options.out, list(arms["arms"]))
-        (options.out / "table.md").write_text(report + "\n", encoding="utf-8")
+        write_text(options.out / "table.md", report + "\n")
     print(report)
 
 
