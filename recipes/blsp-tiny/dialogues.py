@@ -2,7 +2,7 @@
 
 In:  the corpus folder of `eval_data.py` (the held-out Kokoro voices), and a model.
 Out: for each route (text, cascade, speech) the share of right last answers, with its 95 % interval, and all turns as
-     JSONL. Right is an answer in which the wanted word stands.
+     JSONL. Right is an answer in which the wanted word stands. A run that was stopped goes on with the next route.
 Where in the flow: beside the tiny suite, whose tasks have one turn each.
 
 Try: `python recipes/blsp-tiny/dialogues.py --root C --model blsp-small --out dialogues.jsonl`
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from synthesise import audio_path, synthesise
 from tqdm import tqdm
 
 from blsp.data.audio import load_audio
+from blsp.data.jobs import differences
 from blsp.evaluation.bootstrap import draws, interval, mean_figure
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.inference.conversation import Memory, lay_out, request_for, user_turn
 from blsp.inference.listener import Listener, load
 from blsp.llm.decoding import answer_text, decode
+from blsp.weights.shipped import model_digest
 
 ROUTES = ("text", "cascade", "speech")
 DIALOGUES: tuple[tuple[str, str, str, str], ...] = (  # three turns, and a word of the right last answer
@@ -114,6 +117,24 @@ def asked(listener: Listener, route: str, clips: list[list[Path]], max_new_token
     return rows
 
 
+def earlier_rows(out: Path, settings: dict) -> list[dict]:
+    """The rows of a run that was stopped, whole routes; exits if they were asked of another model or otherwise."""
+    rows = read_rows(out) if out.exists() else []
+    for row in rows:
+        if changed := differences(row, settings):
+            raise SystemExit(f"{out}: was written with other settings ({changed}); choose another --out or remove it")
+    return rows
+
+
+def share_right(route: str, rows: Sequence[dict]) -> str:
+    """How many last answers of a route are right, and the share with its interval."""
+    right = mean_figure(np.array([float(row["right"]) for row in rows]))
+    low, high = interval(right, draws(len(rows), 1000, seed=0))
+    count = sum(row["right"] for row in rows)
+    share = f"{right.point():.2f}, 95 % interval {low:.2f} to {high:.2f}"
+    return f"{route}: {count} of {len(rows)} last answers are right ({share})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, required=True, help="the corpus folder")
@@ -123,16 +144,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="all turns, as JSONL")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
+    settings = {"model": options.model, "sha256": model_digest(options.model)}
+    settings |= {"dtype": options.dtype, "max_new_tokens": options.max_new_tokens}
+    done = earlier_rows(options.out, settings)
     clips = speak(options.root, options.jobs)
-    done = read_rows(options.out) if options.out.exists() else []  # of a run that was stopped: whole routes
     listener = load(options.model, dtype=options.dtype)
     for route in ROUTES[len(done) // len(DIALOGUES) :]:
-        done += asked(listener, route, clips, options.max_new_tokens)
+        done += [settings | row for row in asked(listener, route, clips, options.max_new_tokens)]
         write_rows(options.out, done)
     for route in ROUTES:
-        right = mean_figure(np.array([float(row["right"]) for row in done if row["route"] == route]))
-        low, high = interval(right, draws(len(DIALOGUES), 1000, seed=0))
-        print(f"{route}: {right.point():.2f} of {len(DIALOGUES)} last answers are right ({low:.2f} to {high:.2f})")
+        print(share_right(route, [row for row in done if row["route"] == route]))
 
 
 if __name__ == "__main__":
