@@ -18,7 +18,6 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from blsp.distributed import find_runtime
-from blsp.llm.decoding import Request
+from blsp.llm.decoding import Request, Result
 from blsp.llm.language_model import embed
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import prompt_template, text_ids, transcript_ids
@@ -41,14 +40,6 @@ FREE_PLACES = 6.25 / 3.4 - 1  # after each token, on average
 PAUSE = 2  # places before the first token and after the last
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What the LLM wrote on reading."""
-
-    ids: list[int]
-    finish: str
-
-
 def spaced_out(tokens: Tensor, filler: Tensor, generator: np.random.Generator) -> Tensor:
     """Embeddings (U, D) at their places, the filler (D,) at the others: (S, D)."""
     gaps = generator.poisson(FREE_PLACES, len(tokens))
@@ -59,12 +50,18 @@ def spaced_out(tokens: Tensor, filler: Tensor, generator: np.random.Generator) -
     return torch.cat(pieces)
 
 
+def of_another_text(rows: Sequence[dict], number: int) -> int:
+    """The next row with another text; the same text may be in several rows, one after another."""
+    after = (*range(number + 1, len(rows)), *range(number))
+    return next(other for other in after if rows[other]["text"] != rows[number]["text"])
+
+
 def measure(
     llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], candidates: Sequence[str]
 ) -> dict[str, float]:
     """Divergence from the text route in nats a token, by candidate, best first."""
     tokens = [embed(llm, transcript_ids(tokenizer, row["text"])) for row in rows]  # (U, D) each
-    answers = [Answer(row["continuation_ids"], row["finish"]) for row in rows]
+    answers = [Result(row["continuation_ids"], row["finish"]) for row in rows]
     prefixes = PrefixCache(llm)
 
     def states(number: int, speech: Tensor) -> Tensor:
@@ -85,7 +82,7 @@ def measure(
             fillers[repr(candidate)] = embed(llm, ids)[0]
         else:
             print(f"{candidate!r}: is {len(ids)} tokens of this LLM, left out")
-    figures = {"another transcript": mean(lambda number: tokens[(number + 1) % len(tokens)])}
+    figures = {"another transcript": mean(lambda number: tokens[of_another_text(rows, number)])}
     for name, filler in fillers.items():
         # every candidate gets the same gaps
         figures[name] = mean(lambda n, filler=filler: spaced_out(tokens[n], filler, np.random.default_rng(n)))
@@ -99,10 +96,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=50, help="rows that are read")
     parser.add_argument("--candidates", nargs="+", default=CANDIDATES, help="texts of one token each")
     options = parser.parse_args()
-    llm, tokenizer = load_language_model(find_weights(options.llm), find_runtime("auto", "auto"))
     rows = [row for row in read_rows(options.data) if row.get("continuation_ids") and row["text"].strip()]
+    rows = rows[: options.limit]
+    if len({row["text"] for row in rows}) < 2:
+        parser.error(f"--data {options.data}: needs two texts with continuation_ids (blsp continue --llm)")
+    llm, tokenizer = load_language_model(find_weights(options.llm), find_runtime("auto", "auto"))
     with torch.no_grad():
-        figures = measure(llm, tokenizer, rows[: options.limit], options.candidates)
+        figures = measure(llm, tokenizer, rows, options.candidates)
     for name, nats in figures.items():
         print(f"{name:>20}  {nats:.3f} nats a token")
     print(json.dumps(figures))
