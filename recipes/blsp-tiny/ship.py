@@ -98,11 +98,16 @@ def write_weights(run: Path | None, out: Path, adapters: Sequence[Path]) -> None
     tokenizer = out / "tokenizer.json"  # half of it is indentation
     content = json.loads(tokenizer.read_text(encoding="utf-8"))
     tokenizer.write_text(json.dumps(content, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
-    for stage in sorted((run / "stages").iterdir()) if run else ():
+    for stage in stages_of(run) if run else ():
         target = out / "training" / stage.name
         target.mkdir(parents=True)
         for name in ("settings.yaml", "metrics.jsonl", "curves.png"):
             shutil.copy(stage / name, target / name)
+
+
+def stages_of(run: Path) -> list[Path]:
+    """The folders of the run's stages; the run itself if it has none. Skip lists and locks lie beside the stages."""
+    return sorted(path for path in (run / "stages").glob("*") if path.is_dir()) or [run]
 
 
 def card(
@@ -158,16 +163,13 @@ def _is_aligned(out: Path) -> bool:
 def _stages(training: Path, shipped: Sequence[str]) -> str:
     """What each stage trained, with how many samples, and what that changed on the clips that it held out."""
     rows, samples = [], defaultdict(int)
-    read = [(stage, yaml.safe_load((stage / "settings.yaml").read_text())) for stage in training.iterdir()]
-    seen = {
-        name
-        for stage, _ in read
-        for line in (stage / "metrics.jsonl").read_text().splitlines()
-        for name in json.loads(line)
-    }
+    read = [
+        (stage, yaml.safe_load((stage / "settings.yaml").read_text()), read_rows(stage / "metrics.jsonl"))
+        for stage in training.iterdir()
+    ]
+    seen = set().union(*(line for _, _, lines in read for line in lines))
     probes = {name: title for name, title in PROBES.items() if f"held_out_{name}" in seen}
-    for stage, settings in sorted(read, key=lambda each: (each[1]["loss"] in ("ce", "kl"), each[0].name)):
-        lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    for stage, settings, lines in sorted(read, key=lambda each: (each[1]["loss"] in ("ce", "kl"), each[0].name)):
         last = lines[-1]
         samples[settings["loss"]] += last["samples"]
         rows.append(

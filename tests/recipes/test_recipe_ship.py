@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from ship import _stages, card, write_weights
+from ship import _stages, card, stages_of, write_weights
 from support.tiny_models import tiny_blsp
 
 from blsp.distributed import find_runtime
@@ -37,6 +37,18 @@ def test_the_mean_of_the_stages_is_shipped(run: Path, tmp_path: Path, stages: li
     model, _ = load_blsp(tmp_path / "out", PLACE)
     assert all((weight == value).all() for weight in model.model.multi_modal_projector.parameters())
     assert (tmp_path / "out" / "training" / "first" / "metrics.jsonl").read_text() == "first"
+
+
+def test_a_run_without_stages_is_shipped_with_its_own_logs(run: Path, tmp_path: Path) -> None:
+    plain = run / "stages" / "first"
+    write_weights(plain, tmp_path / "out", [plain / "adapter"])
+    assert (tmp_path / "out" / "training" / "first" / "metrics.jsonl").read_text() == "first"
+
+
+def test_only_folders_are_stages(run: Path) -> None:
+    for name in ("first.skipped.jsonl", ".second.lock"):
+        (run / "stages" / name).touch()
+    assert [stage.name for stage in stages_of(run)] == ["first", "second"]
 
 
 def test_an_old_adapter_gets_the_names_of_its_parts(run: Path, tmp_path: Path) -> None:
