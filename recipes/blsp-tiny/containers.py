@@ -17,6 +17,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from blsp.data.files import write_atomically
+
 RATE = 16_000
 DRASCULA_RATE = 11_025
 _QUEEN_ENTRY = struct.Struct(">12sBII")  # name, bundle, offset, size
@@ -67,6 +69,5 @@ def to_rate(samples: np.ndarray, rate: int) -> np.ndarray:
 def write_flac(path: Path, samples: np.ndarray) -> None:
     """(N,) float32 -> 16-bit FLAC at 16 kHz, under a temporary name first: a file that exists is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    soundfile.write(partial, np.clip(samples, -1, 1), RATE, format="FLAC", subtype="PCM_16")
-    partial.rename(path)
+    with write_atomically(path) as partial:
+        soundfile.write(partial, np.clip(samples, -1, 1), RATE, format="FLAC", subtype="PCM_16")

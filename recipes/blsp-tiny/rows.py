@@ -11,21 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from blsp.data.files import write_atomically
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> int:
     """Replace `path` in one step; returns the number of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
+    with write_atomically(path) as partial, partial.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    partial.rename(path)
     return count
 
 

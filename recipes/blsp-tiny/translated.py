@@ -25,6 +25,7 @@ from heldout import TEXTS, HeldOut
 from lines import CULTURES
 from packages import download_wheel, unpack_debian
 
+from blsp.data.files import write_atomically
 from blsp.evaluation.scoring import is_in_other_language
 
 MIRROR = "http://deb.debian.org/debian/dists/bookworm/main/i18n"
@@ -41,9 +42,8 @@ def descriptions(language: str, root: Path) -> Iterator[str]:
     path = root / "packages" / f"Translation-{language}.bz2"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")  # a download that breaks off is begun again
-        urllib.request.urlretrieve(f"{MIRROR}/Translation-{language}.bz2", partial)
-        partial.rename(path)
+        with write_atomically(path) as partial:  # a download that breaks off is begun again
+            urllib.request.urlretrieve(f"{MIRROR}/Translation-{language}.bz2", partial)
     for entry in bz2.decompress(path.read_bytes()).decode("utf-8").split("\n\n"):
         body = entry.split(f"Description-{language}: ", 1)[-1].split("\n", 1)
         if len(body) == 2:
