@@ -73,6 +73,14 @@ def test_what_cannot_be_meant_is_refused_by_name(tmp_path: Path, content: str, m
         load_suite(str(tmp_path / "t.yaml"), tmp_path)
 
 
+def test_two_files_with_a_task_of_one_name_are_refused(tmp_path: Path) -> None:
+    for kind in ("asr", "chat"):
+        (tmp_path / f"{kind}.yaml").write_text(f"{{name: mine, kind: {kind}, manifest: {kind}.jsonl}}")
+    files = [str(tmp_path / "asr.yaml"), str(tmp_path / "chat.yaml")]
+    with pytest.raises(TaskError, match="two tasks are called 'mine'; rename one"):
+        select(None, files, tmp_path)
+
+
 @pytest.mark.parametrize(
     "kind, row, message",
     [

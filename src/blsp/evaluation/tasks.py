@@ -184,6 +184,7 @@ def select(suite: str | None, names: Sequence[str], data: Path) -> Suite:
             chosen.append(by_name[name])
         else:
             raise TaskError(f"--task {name}: {whole.name} has {', '.join(by_name)}; or name a YAML file")
+    _check_names(chosen, "--task")
     return Suite(whole.name if suite else "+".join(task.name for task in chosen), tuple(chosen), alignment)
 
 
@@ -253,15 +254,20 @@ def _suite(name: str, content: dict[str, Any], where: str, folder: Path) -> Suit
     if not isinstance(mappings, list) or not mappings:
         raise TaskError(f"{where}: holds neither one task (name, kind, manifest) nor a list `tasks:` of them")
     tasks = tuple(_task(mapping, where, folder) for mapping in mappings)
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise TaskError(f"{where}: two tasks are called {max(names, key=names.count)!r}")
+    _check_names(tasks, where)
     plan = None
     if "alignment" in content:
         mapping = _checked(AlignmentPlan, content["alignment"], f"{where}, alignment")
         mapping["behaviours"] = tuple(mapping.get("behaviours", AlignmentPlan.behaviours))
         plan = AlignmentPlan(**mapping, folder=folder)
     return Suite(name, tasks, plan)
+
+
+def _check_names(tasks: Sequence[Task], where: str) -> None:
+    """Raise `TaskError` for two tasks of one name: rows, logs and results are found by it."""
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise TaskError(f"{where}: two tasks are called {max(names, key=names.count)!r}; rename one")
 
 
 def _task(mapping: Any, where: str, folder: Path) -> Task:
