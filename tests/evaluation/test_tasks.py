@@ -87,6 +87,7 @@ def test_two_files_with_a_task_of_one_name_are_refused(tmp_path: Path) -> None:
         ("st", {}, "no reference"),
         ("sqa", {}, "neither options nor a reference"),
         ("slu", {"options": ["a", "b"], "reference": "c"}, "not among its options"),
+        ("slu", {"options": ["yes", ""], "reference": "yes"}, "task 't': row 'a': its option '' is empty"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_refused(tmp_path: Path, kind: str, row: dict, message: str) -> None:

@@ -110,6 +110,8 @@ class Task:
             if not wrong or row.reference is None:
                 raise TaskError(f"task {self.name!r}: row {row.id!r} lists no wrong answers under {self.distractors!r}")
             row = replace(row, options=tuple(sorted({row.reference, *wrong})))
+        if empty := [option for option in row.options or () if not option.strip()]:
+            raise TaskError(f"task {self.name!r}: row {row.id!r}: its option {empty[0]!r} is empty")
         if row.options is not None and row.reference not in row.options:
             raise TaskError(f"task {self.name!r}: row {row.id!r}: its reference is not among its options")
         return replace(row, instruction=self.wording if row.instruction is None else row.instruction)
