@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.speech_copies import shuffled, transcripts_as_speech
-from support.tiny_models import tiny_blsp
+from support.tiny_models import CHAT_TEMPLATE, tiny_blsp
 from transformers import AutoModelForCausalLM
 
 from blsp.data.manifest import write_manifest
@@ -20,10 +20,11 @@ from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
-from blsp.evaluation.routes import speech_input
+from blsp.evaluation.routes import speech_fingerprint, speech_input, text_fingerprint
 from blsp.evaluation.scoring import score_transcripts
 from blsp.evaluation.tasks import AlignmentPlan, Suite, Task, TaskError
 from blsp.inference.listener import Listener
+from blsp.llm.prompt import fix_template
 
 MakeEvaluation = Callable[..., Evaluation]
 
@@ -139,6 +140,22 @@ def test_answers_of_another_model_are_not_reused(
     assert "started again" in capsys.readouterr().out
     assert figures(changed, "alignment", "kl") != figures(results, "alignment", "kl")
     assert figures(changed, "tasks", "chat", "text") == figures(results, "tasks", "chat", "text")
+
+
+@pytest.mark.parametrize("change", ["chat template", "sentence for silence", "attention"])
+def test_what_changes_the_answers_changes_the_fingerprints(listener: Listener, change: str) -> None:
+    """A results folder of an adapter of the same LLM, prompted or run in another way, is asked again."""
+    other = copy.deepcopy(listener)
+    if change == "chat template":
+        thinking = CHAT_TEMPLATE + "{% if enable_thinking %}<think>{% endif %}"
+        other.tokenizer.chat_template = fix_template(thinking, {"enable_thinking": False})
+    elif change == "sentence for silence":
+        other.model.config.no_speech_sentence = "I hear nothing."
+    else:
+        other.model.config.text_config._attn_implementation = "eager"
+    same = copy.deepcopy(listener)
+    for fingerprint in (text_fingerprint, speech_fingerprint):
+        assert fingerprint(same) == fingerprint(listener) != fingerprint(other)
 
 
 def test_transcripts_as_speech_give_divergence_zero_and_the_text_routes_scores(

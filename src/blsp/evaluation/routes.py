@@ -183,10 +183,19 @@ def _transcript(listener: Listener, route_input: RouteInput) -> str | None:
 
 # --- digests for the logs -----------------------------------------------------------------------------------
 def text_fingerprint(listener: Listener) -> str:
-    """Only the LLM: text route and cascade do not depend on the adapter, so a new adapter needs no new answers."""
-    config = listener.model.config
-    lora = f" {_digest(lora_weights(listener.model))}" if has_lora(config, "llm") else ""
-    return f"{config.text_model_id} {config.text_model_sha256} {listener.model.lm_head.weight.dtype}{lora}"
+    """The LLM, its prompt and how it is run; not the adapter: a new one needs no new answers of text and cascade."""
+    model, config = listener.model, listener.model.config
+    lora = f" {_digest(lora_weights(model))}" if has_lora(config, "llm") else ""
+    weight = model.lm_head.weight
+    asked = digest_of(
+        {
+            "chat_template": listener.tokenizer.chat_template,
+            "no_speech_sentence": config.no_speech_sentence,
+            "device": weight.device.type,
+            "attention": config.text_config._attn_implementation,
+        }
+    )
+    return f"{config.text_model_id} {config.text_model_sha256} {weight.dtype}{lora} {asked}"
 
 
 def speech_fingerprint(listener: Listener) -> str:
