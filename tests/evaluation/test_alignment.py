@@ -11,15 +11,17 @@ import pytest
 import torch
 from support.speech_copies import TEXTS, Exact, shuffled, transcripts_as_speech
 from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.alignment import Comparison, baseline_inputs, by_position, summarise
 from blsp.evaluation.answers import Answer
 from blsp.evaluation.judge import Evaluation, judge
-from blsp.evaluation.layers import linear_cka, project
+from blsp.evaluation.layers import lens, linear_cka, project
 from blsp.evaluation.report import write_report
 from blsp.evaluation.tasks import Suite
 from blsp.inference.listener import Listener, Question
+from blsp.llm.language_model import final_norm
 from blsp.llm.teacher_forcing import answer_states, answer_tokens, divergence, layer_states
 from blsp.model.adapter_parts import AudioEmbeds
 
@@ -90,6 +92,23 @@ def test_cka_ignores_rotation_and_scale_and_sees_noise() -> None:
     turned = 3 * states @ torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0] + 5
     assert linear_cka(states, turned) == pytest.approx(1.0)
     assert linear_cka(states, torch.randn(200, 8, generator=generator, dtype=torch.float64)) < 0.2
+
+
+@pytest.mark.parametrize("family", ["phi", "gpt2", "gpt_neox", "falcon", "bloom", "mpt", "llama"])
+@torch.no_grad()
+def test_the_lens_finds_the_final_norm_of_every_family(family: str) -> None:
+    """What it finds gives the decoder's last states; equal states have distance 0 in every layer."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "initializer_range": 0.3}
+    config = AutoConfig.for_model(family, **sizes, num_hidden_layers=2, intermediate_size=32)
+    llm = AutoModelForCausalLM.from_config(config).double().eval()
+    output = llm.get_decoder()(torch.arange(12)[None], output_hidden_states=True)
+    states = torch.stack(output.hidden_states)[:, 0]  # (A, N, D)
+    assert lens(llm, states, states) == [0.0] * 3
+    assert min(lens(llm, states, states.flip(1))) > 0
+    first = {}
+    final_norm(llm).register_forward_hook(lambda norm, args, result: first.setdefault("states", result))
+    llm.get_decoder()(torch.arange(12)[None])
+    torch.testing.assert_close(first["states"][0], states[-1])
 
 
 def test_the_projection_keeps_clusters_apart_and_is_always_the_same() -> None:

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answers
 from blsp.evaluation.routes import RouteInput, RouteInputFn, request, text_input
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener
-from blsp.llm.language_model import UnsupportedModelError, at_least_float32, decoder_of
+from blsp.llm.language_model import at_least_float32, final_norm
 from blsp.llm.teacher_forcing import divergence, layer_states
 
 Array = NDArray[np.float64]
@@ -125,7 +126,7 @@ def _by_layer(
         "cka": [
             linear_cka(one, other) for one, other in zip(text_answers.double(), speech_answers.double(), strict=True)
         ],
-        "kl": _lens(listener, text_answers, speech_answers),
+        "kl": lens(listener.model, text_answers, speech_answers),
     }
 
 
@@ -136,19 +137,20 @@ def linear_cka(one: Tensor, other: Tensor) -> float:
     return float(shared / (torch.linalg.matrix_norm(one.T @ one) * torch.linalg.matrix_norm(other.T @ other)))
 
 
-def _lens(listener: Listener, text: Tensor, speech: Tensor) -> list[float]:
-    """Mean divergence of each layer's predictions, at up to `LENS_POSITIONS` of the N tokens, at equal distances."""
-    norm = getattr(decoder_of(listener.model), "norm", None)
-    if norm is None:
-        raise UnsupportedModelError(f"{listener.model.config.text_config.model_type}: its decoder has no final `norm`")
-    device = listener.model.get_output_embeddings().weight.device
+def lens(llm: PreTrainedModel, text: Tensor, speech: Tensor) -> list[float]:
+    """Mean divergence of each layer's predictions from states (A, N, D), at up to `LENS_POSITIONS` equidistant tokens.
+
+    The last layer's states have been through the decoder's final norm; those of the others are put through it here.
+    """
+    norm = final_norm(llm)
+    device = llm.get_output_embeddings().weight.device
     positions = torch.linspace(0, text.shape[1] - 1, min(LENS_POSITIONS, text.shape[1])).round().long()
     means = []
     for layer in range(len(text)):
         pair = [states[layer, positions].to(device) for states in (text, speech)]
-        if layer < len(text) - 1:  # the last layer's states have been through the norm
+        if layer < len(text) - 1:
             pair = [norm(states) for states in pair]
-        means.append(float(np.mean(divergence(listener.model, *pair)[0])))
+        means.append(float(np.mean(divergence(llm, *pair)[0])))
     return means
 
 

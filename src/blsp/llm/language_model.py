@@ -21,6 +21,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from blsp.distributed import send
 
 PLAIN_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+# Llama and most others; Phi; GPT-NeoX; GPT-2, Falcon and BLOOM; MPT
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f")
 CHUNK_LOGITS = 2**24  # the most logits in memory at once: 64 MiB in float32
 
 
@@ -56,6 +58,16 @@ def head_has_bias(config: PretrainedConfig) -> bool:
 def decoder_of(llm: PreTrainedModel) -> nn.Module:
     """The transformer without its head: `decoder(inputs_embeds=…).last_hidden_state` is (B, L, D)."""
     return llm.get_decoder()
+
+
+def final_norm(llm: PreTrainedModel) -> nn.Module:
+    """The norm between the decoder's last layer and the head; raises UnsupportedModelError if its name is unknown."""
+    decoder = decoder_of(llm)
+    for name in FINAL_NORMS:
+        if isinstance(norm := getattr(decoder, name, None), nn.Module):
+            return norm
+    family = llm.config.get_text_config().model_type
+    raise UnsupportedModelError(f"{family}: its decoder has no final norm called {', '.join(FINAL_NORMS)}")
 
 
 def embed(llm: PreTrainedModel, ids: Any) -> Tensor:
