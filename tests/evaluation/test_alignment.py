@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,13 @@ from support.speech_copies import TEXTS, Exact, shuffled, transcripts_as_speech
 from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from blsp.data.manifest import Utterance
+from blsp.data.manifest import Utterance, write_manifest
 from blsp.evaluation.alignment import Comparison, baseline_inputs, by_position, summarise
 from blsp.evaluation.answers import Answer
 from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.layers import lens, linear_cka, project
 from blsp.evaluation.report import write_report
-from blsp.evaluation.tasks import Suite
+from blsp.evaluation.tasks import AlignmentPlan, Suite
 from blsp.inference.listener import Listener, Question
 from blsp.llm.language_model import final_norm
 from blsp.llm.teacher_forcing import answer_states, answer_tokens, divergence, layer_states
@@ -84,6 +85,27 @@ def test_instructions_that_are_ignored_are_seen(
     wrong = judge(evaluation_of(speech=shuffled(transcripts_as_speech(listener))), only).to_json()["alignment"]
     assert right["retrieval"] == 1.0 and wrong["retrieval"] < 0.5
     assert np.mean(wrong["layers"]["cosine"][1:]) < np.mean(right["layers"]["cosine"][1:])
+
+
+def test_rows_may_have_instructions_of_their_own(evaluation_of: Callable[..., Evaluation], corpus: Path) -> None:
+    rows = [json.loads(line) for line in (corpus / "speech.jsonl").read_text().splitlines()]
+    own = [row | ({"instruction": f"Number {i // 2}:"} if i < 4 else {}) for i, row in enumerate(rows)]
+    write_manifest(corpus / "own.jsonl", own)
+    plan = AlignmentPlan("own.jsonl", ("repeat",), layer_samples=6, max_new_tokens=12, folder=corpus)
+    figures = judge(evaluation_of(), Suite("alignment", (), plan)).to_json()["alignment"]
+    assert figures["layers"]["n"] == 6 and figures["n"] == 7
+
+
+def test_without_layer_samples_the_rest_is_measured_and_shown(
+    evaluation_of: Callable[..., Evaluation], suite: Suite
+) -> None:
+    assert suite.alignment is not None
+    plan = replace(suite.alignment, behaviours=("repeat",), layer_samples=0)
+    results, evaluation = judge(evaluation_of(), Suite("alignment", (), plan)), evaluation_of()
+    write_report(results, evaluation.folder)
+    figures = json.loads((evaluation.folder / "results.json").read_text())["alignment"]
+    assert figures["kl"] > 0 and "layers" not in figures and "retrieval" not in figures
+    assert "layers.png" not in (evaluation.folder / "report.md").read_text()
 
 
 def test_cka_ignores_rotation_and_scale_and_sees_noise() -> None:

@@ -18,7 +18,7 @@ speech vectors:
 Shapes: N answer tokens, D LLM width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,16 @@ from blsp.evaluation.answers import Answer, Answers, answer_log, fill
 from blsp.evaluation.bootstrap import Figure, drawn_units, draws_of, grouped, interval, known_speakers, ratio
 from blsp.evaluation.following import Following, judge_following
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
-from blsp.evaluation.routes import RouteInput, RouteInputFn, ask, plan_batches, request, route_fingerprint, text_input
+from blsp.evaluation.routes import (
+    RouteInput,
+    RouteInputFn,
+    ask,
+    plan_batches,
+    request,
+    route_fingerprint,
+    slices,
+    text_input,
+)
 from blsp.evaluation.tasks import AlignmentPlan, Task
 from blsp.inference.listener import Listener
 from blsp.llm.language_model import embed
@@ -144,7 +153,8 @@ def measure(
             spoken[behaviour] = ask(listener, task, rows, routes.speech, speech_log, batch_size)
     if len(tasks) > 1:
         alignment.following = judge_following(answers, spoken, list(alignment.comparisons[plan.behaviours[0]]))
-    alignment.layers = analyse_layers(listener, tasks, routes.text, routes.speech, answers, plan.layer_samples)
+    if plan.layer_samples:
+        alignment.layers = analyse_layers(listener, tasks, routes.text, routes.speech, answers, plan.layer_samples)
     return alignment
 
 
@@ -184,7 +194,7 @@ def compare(
 ) -> dict[str, Comparison]:
     """Each clip's divergence along the text route's answer. inputs_of: of text, speech and each baseline."""
     inputs, comparisons = inputs_of(rows), {}
-    for part in _slices(rows):
+    for part in slices(rows, ROWS_AT_A_TIME):
         batch, targets = rows[part], [answers[row.id] for row in rows[part]]
         states = {name: _states(listener, task, batch, items[part], targets) for name, items in inputs.items()}
         text, speech = states.pop("text"), states.pop("speech")  # for each row (N, D)
@@ -204,16 +214,6 @@ def _states(
     """For each row the last hidden states (N, D) from which the answer's tokens are predicted."""
     requests = [request(listener, task, row, item) for row, item in zip(rows, inputs, strict=True)]
     return answer_states(listener.model, requests, answers)
-
-
-def _slices(rows: Sequence[Utterance]) -> Iterator[slice]:
-    """Slices of at most `ROWS_AT_A_TIME` rows with the same instruction (`plan_batches` sorts by instruction)."""
-    start = 0
-    for end in range(1, len(rows) + 1):
-        full = end - start == ROWS_AT_A_TIME
-        if end == len(rows) or full or rows[end].instruction != rows[start].instruction:
-            yield slice(start, end)
-            start = end
 
 
 def summarise(

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.routes import RouteInput, RouteInputFn, request, text_input
+from blsp.evaluation.routes import RouteInput, RouteInputFn, request, slices, text_input
 from blsp.evaluation.tasks import Task
 from blsp.inference.listener import Listener
 from blsp.llm.language_model import at_least_float32, final_norm
@@ -102,8 +102,7 @@ def _states(
     listener: Listener, task: Task, rows: Sequence[Utterance], inputs: Sequence[RouteInput], answers: Answers
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each row, the states of all layers at the question's positions (A, L, D) and the answer's (A, N, D)."""
-    for start in range(0, len(rows), ROWS_AT_A_TIME):
-        part = slice(start, start + ROWS_AT_A_TIME)
+    for part in slices(rows, ROWS_AT_A_TIME):
         requests = [request(listener, task, row, item) for row, item in zip(rows[part], inputs[part], strict=True)]
         pairs = layer_states(listener.model, requests, [answers[row.id] for row in rows[part]])
         yield from ((question.cpu(), answer.cpu()) for question, answer in pairs)

@@ -115,6 +115,16 @@ def plan_batches(rows: Sequence[Utterance], batch_size: int) -> Iterator[list[Ut
         yield ordered[start : start + BATCHES_AT_A_TIME * batch_size]
 
 
+def slices(rows: Sequence[Utterance], size: int) -> Iterator[slice]:
+    """Slices of at most `size` neighbouring rows with the same instruction: the rows of one pass share their prefix."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        full = end - start == size
+        if end == len(rows) or full or rows[end].instruction != rows[start].instruction:
+            yield slice(start, end)
+            start = end
+
+
 @torch.no_grad()
 def _answer(
     listener: Listener, task: Task, rows: Sequence[Utterance], inputs: Sequence[RouteInput], batch_size: int

@@ -131,7 +131,7 @@ class AlignmentPlan:
     samples: int | None = None
     min_words: int = 0
     layer_samples: int = 24
-    """clips looked at layer by layer and in the picture of instructions"""
+    """clips looked at layer by layer and in the picture of instructions; 0: without both"""
     max_new_tokens: int = 64
     folder: Path = field(default=Path("."), compare=False, repr=False)
     unreadable: frozenset[Clip] = field(default=frozenset(), compare=False, repr=False)
