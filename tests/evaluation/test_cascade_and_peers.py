@@ -5,11 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +34,13 @@ from blsp.evaluation.judge import Evaluation, judge
 from blsp.evaluation.recogniser import Recogniser, RecogniserError, recogniser_of
 from blsp.evaluation.tasks import Suite
 from blsp.weights.embedded import resolve_weights
+
+
+class Unwritten:
+    """A speech recognition pipeline without a tokenizer."""
+
+    tokenizer = ()
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=2))
 
 
 @pytest.fixture
@@ -73,6 +83,39 @@ def test_faster_whisper_on_real_speech(tmp_path: Path) -> None:
     assert not recogniser.supports_language("fr")
     shared = [set(a.lower().split()) & set(b.text.lower().split()) for a, b in zip(written, spoken, strict=True)]
     assert sum(map(bool, shared)) >= len(spoken) / 2
+
+
+@pytest.mark.parametrize(
+    "device, place",
+    [("cpu", {"device": "cpu"}), ("mps", {"device": "cpu"}), ("cuda:1", {"device": "cuda", "device_index": 1})],
+)
+def test_the_recogniser_is_loaded_where_the_llm_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str, place: dict[str, Any]
+) -> None:
+    """CTranslate2 knows CUDA and the CPU only; transformers' pipeline takes every device."""
+    asked: dict[str, Any] = {}
+
+    def stub(folder: str, **options: Any) -> Any:
+        asked.update(options)
+        return SimpleNamespace(model=SimpleNamespace(is_multilingual=False))
+
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=stub))
+    (tmp_path / "model.bin").touch()
+    recogniser = Recogniser(str(tmp_path), "int8", torch.device(device))
+    assert {name: asked[name] for name in asked if name.startswith("device")} == place
+    assert (recogniser.workers == 1) == (device == "cuda:1" or os.cpu_count() == 1)
+    (tmp_path / "model.bin").unlink()
+    monkeypatch.setattr("transformers.pipeline", lambda task, **options: asked.update(options) or Unwritten())
+    with pytest.raises(RecogniserError, match="no tokenizer"):
+        Recogniser(str(tmp_path), "int8", torch.device(device))
+    assert asked["device"] == torch.device(device)
+
+
+def test_the_cascades_recogniser_gets_the_llms_device(
+    evaluation_of: Callable[..., Evaluation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blsp.evaluation.judge.Recogniser", lambda name, compute, device: device)
+    assert evaluation_of(asr="any").load_recogniser() == torch.device("cpu")
 
 
 @pytest.mark.embedded

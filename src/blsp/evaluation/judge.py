@@ -107,7 +107,7 @@ class Evaluation:
         if self.recogniser is None:
             model = self.listener.model
             name = self.asr or recogniser_of(model.config.audio_model_id)
-            self.recogniser = Recogniser(name, self.asr_compute, model.lm_head.weight.device.type)
+            self.recogniser = Recogniser(name, self.asr_compute, model.lm_head.weight.device)
         return self.recogniser
 
     def recognise(self, rows: Sequence[Utterance]) -> dict[str, str]:

@@ -28,6 +28,7 @@ from blsp.weights.embedded import PREFIX, resolve_weights
 COMPUTE_TYPES = ("int8", "float32")
 CLIPS_AT_A_TIME = 32  # clips whose transcripts are logged together
 WINDOW_SECONDS = 30
+CPU = torch.device("cpu")
 
 Transcribe = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcript
 
@@ -47,14 +48,15 @@ class Recogniser:
     name: an `embedded:…:ct2` name, a CTranslate2 folder, a name that faster-whisper knows (`large-v3`), or a
     folder or hub id that transformers' speech recognition pipeline loads.
     compute: of CTranslate2; `auto` measures the types and takes the faster one.
+    device: of the LLM; CTranslate2 knows CUDA's and the CPU, which it takes instead of any other.
     """
 
-    def __init__(self, name: str, compute: str = "int8", device: str = "cpu") -> None:
+    def __init__(self, name: str, compute: str = "int8", device: torch.device = CPU) -> None:
         self.name, self.compute = name, compute
         folder = resolve_weights(name)
         faster = Path(folder, "model.bin").is_file() or not ("/" in folder or Path(folder).is_dir())
         self._transcribe, self.multilingual = (_faster if faster else _transformers)(folder, compute, device)
-        self.workers = (os.cpu_count() or 1) if faster and device == "cpu" else 1
+        self.workers = (os.cpu_count() or 1) if faster and device.type != "cuda" else 1
 
     def supports_language(self, language: str) -> bool:
         return self.multilingual or language == "en"
@@ -91,7 +93,7 @@ def _clip_key(row: Utterance) -> str:
     return f"{row.audio}#{part}@{row.language or 'en'} {audio_size(row.audio)} B"
 
 
-def _faster(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:
+def _faster(folder: str, compute: str, device: torch.device) -> tuple[Transcribe, bool]:
     try:
         from faster_whisper import WhisperModel
     except ImportError as error:
@@ -99,9 +101,10 @@ def _faster(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:
             "the cascade needs faster-whisper: pip install 'blsp[cascade]', or leave out --routes cascade"
         ) from error
     cores = os.cpu_count() or 1
+    place = {"device": "cuda", "device_index": device.index or 0} if device.type == "cuda" else {"device": "cpu"}
 
     def load(kind: str) -> Any:
-        return WhisperModel(folder, device=device, compute_type=kind, cpu_threads=1, num_workers=cores)
+        return WhisperModel(folder, **place, compute_type=kind, cpu_threads=1, num_workers=cores)
 
     def transcribe(model: Any, clip: np.ndarray, language: str) -> str:
         segments, _ = model.transcribe(
@@ -133,7 +136,7 @@ def _faster_type(load: Callable[[str], Any], transcribe: Callable[[Any, np.ndarr
     return min(seconds, key=lambda kind: seconds[kind])
 
 
-def _transformers(folder: str, compute: str, device: str) -> tuple[Transcribe, bool]:
+def _transformers(folder: str, compute: str, device: torch.device) -> tuple[Transcribe, bool]:
     from transformers import pipeline
 
     recognise = pipeline("automatic-speech-recognition", model=folder, device=device, trust_remote_code=False)
