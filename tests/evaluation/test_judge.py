@@ -94,6 +94,21 @@ def test_an_adapter_that_reads_out_is_judged_as_a_transcriber_too(
     assert "**transcript**" in report and "`blsp transcribe`, with the model's help" in report
 
 
+def test_a_clip_of_one_trimmed_piece_is_transcribed_without_what_is_left_out(
+    evaluation_of: MakeEvaluation, suite: Suite, tiny_models_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The speech route heard the whole clip; `blsp transcribe` hears the half that the detector keeps."""
+    monkeypatch.setattr("blsp.inference.pauses._searches", lambda audio, vad: True)
+    monkeypatch.setattr("blsp.inference.pauses.speech_regions", lambda audio: [(0, len(audio) // 2)])
+    reader = Listener(*tiny_blsp(tiny_models_folder, adapter="grounded"))
+    reader.model.config.rescore = True
+    rows = suite.tasks[0].rows()
+    expected = reader.transcribe_all([load_clip(row) for row in rows])
+    result = judge(evaluation_of(listener=reader, routes=("speech",)), Suite("one", suite.tasks[:1])).tasks[0]
+    assert [result.model_transcripts[row.id] for row in rows] == expected
+    assert expected != [result.answers["speech"][row.id].transcript for row in rows]
+
+
 def test_two_runs_are_equal_to_the_digit(evaluation_of: MakeEvaluation, suite: Suite, tmp_path: Path) -> None:
     first, second = (judge(evaluation_of(folder=tmp_path / name), suite) for name in "ab")
     for part in ("tasks", "gaps", "alignment", "signatures"):

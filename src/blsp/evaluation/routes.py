@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -89,11 +90,11 @@ def transcribe_rows(
 ) -> dict[str, str]:
     """The transcript of each row's clip by `blsp transcribe`, by the row's id. answers: of the speech route.
 
-    If the LLM chose the read-out that it answered to, that is the transcript of a clip of one piece.
+    If the LLM chose the read-out that it answered to, that is the transcript of a clip that is heard as a whole.
     """
     known: dict[str, str] = {}
     if listener.model.config.rescore:
-        known = {row.id: answers[row.id].transcript or "" for row in rows if len(pieces_of(load_clip(row))) == 1}
+        known = {row.id: answers[row.id].transcript or "" for row in rows if _is_whole(load_clip(row))}
     others = [row for row in rows if row.id not in known]
 
     def transcripts(batch: Sequence[Utterance]) -> Answers:
@@ -102,6 +103,11 @@ def transcribe_rows(
 
     records = fill(log, list(plan_batches(others, batch_size)), _id, transcripts)
     return known | {row.id: records[row.id].text for row in others}
+
+
+def _is_whole(clip: np.ndarray) -> bool:
+    """Whether `blsp transcribe` hears a clip (N,) in one piece, with nothing left out before or after it."""
+    return [len(piece.audio) for piece in pieces_of(clip)] == [len(clip)]
 
 
 def _id(row: Utterance) -> str:
