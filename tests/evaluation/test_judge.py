@@ -24,6 +24,7 @@ from blsp.evaluation.routes import speech_fingerprint, speech_input, text_finger
 from blsp.evaluation.scoring import score_transcripts
 from blsp.evaluation.tasks import AlignmentPlan, Suite, Task, TaskError
 from blsp.inference.listener import Listener
+from blsp.llm.decoding import Result
 from blsp.llm.prompt import fix_template
 
 MakeEvaluation = Callable[..., Evaluation]
@@ -226,6 +227,23 @@ def test_the_text_route_is_the_plain_llm(
         )
         written = plain.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
         assert listener.tokenizer.decode(written, skip_special_tokens=True).strip() == answers[row.id].text
+
+
+def test_an_answer_keeps_its_spaces_as_the_other_commands_do(
+    evaluation_of: MakeEvaluation, suite: Suite, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some tokenizers take spaces before punctuation away unless told not to."""
+    ids = listener.tokenizer.encode("hello , world !", add_special_tokens=False)
+    tidy = copy.deepcopy(listener)
+    tidy.tokenizer.clean_up_tokenization_spaces = True
+    tidy.tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    monkeypatch.setattr(
+        "blsp.evaluation.routes.decode",
+        lambda llm, requests, size: {request.key: Result(ids, "stop") for request in requests},
+    )
+    task = next(task for task in suite.tasks if task.name == "chat")
+    answers = judge(evaluation_of(listener=tidy, routes=("text",)), Suite("one", (task,))).tasks[0].answers["text"]
+    assert {answer.text for answer in answers.values()} == {"hello , world !"}
 
 
 def test_silence_is_answered_with_the_set_sentence(evaluation_of: MakeEvaluation, suite: Suite) -> None:

@@ -29,7 +29,7 @@ from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.tasks import Clip, Task, clip_of
 from blsp.inference.listener import Listener, Question
 from blsp.inference.pauses import pieces_of
-from blsp.llm.decoding import Request, Result, decode
+from blsp.llm.decoding import Request, Result, answer_text, decode
 from blsp.llm.teacher_forcing import option_scores
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.lora import has_lora, lora_weights
@@ -38,7 +38,7 @@ from blsp.model.speech_encoder import knows_english_only
 RouteInput = str | AudioEmbeds  # the input in the place of the speech: words, or vectors
 RouteInputFn = Callable[[Sequence[Utterance]], list[RouteInput]]
 BATCHES_AT_A_TIME = 2  # planned and logged together: when a row ends early, the next one takes its slot
-BATCHES_KEPT = 8  # whose vectors are not computed again: 250 MB for 64 clips of 62 vectors of 4,096 in bfloat16
+BATCHES_KEPT = 8  # whose vectors are not computed again: 1 GB for 256 clips of 62 vectors of 4,096 in bfloat16
 OPTIONS_AT_A_TIME = 128  # answer options scored in one pass
 
 
@@ -171,7 +171,7 @@ def _as_answer(
     option_scores = None if scores is None else tuple(scores)
     if result is None:
         return Answer("", option_scores=option_scores, transcript=transcript)
-    text = listener.tokenizer.decode(result.ids, skip_special_tokens=True).strip()
+    text = answer_text(listener.tokenizer, result.ids).strip()
     # An adapter without a read-out cannot recognise silence; then the LLM writes the fixed sentence.
     silent = isinstance(route_input, AudioEmbeds) and text == sentence
     return Answer(text, NO_SPEECH if silent else result.finish, tuple(result.ids), option_scores, transcript)
