@@ -262,8 +262,8 @@ MUTANTS = (
     Mutant(
         "probes: exchanged clips are the own ones",
         "training/probes.py",
-        "partner = next((other for other in others if other.transcript != example.transcript), None)",
-        "partner = example",
+        "(examples[other] for other in others)",
+        "examples",
         "tests/training/test_probes.py",
     ),
     Mutant(

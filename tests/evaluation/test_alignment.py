@@ -15,10 +15,10 @@ from support.tiny_models import FAMILIES, TOLERANCE, tiny_blsp
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from blsp.data.manifest import Utterance, write_manifest
-from blsp.evaluation.alignment import Comparison, baseline_inputs, by_position, summarise
+from blsp.evaluation.alignment import Comparison, baseline_inputs, by_position, exchanged_speech, summarise
 from blsp.evaluation.answers import Answer
 from blsp.evaluation.judge import Evaluation, judge
-from blsp.evaluation.layers import lens, linear_cka, project
+from blsp.evaluation.layers import lens, linear_cka, project, retrieval
 from blsp.evaluation.report import write_report
 from blsp.evaluation.tasks import AlignmentPlan, Suite
 from blsp.inference.listener import Listener, Question
@@ -174,10 +174,34 @@ def test_a_model_in_bfloat16_is_analysed_and_shown(
     assert figures["kl"] > 0 and 0 <= figures["retrieval"] <= 1
 
 
+def test_exchanged_speech_is_of_another_text(listener: Listener) -> None:
+    """Of the next such clip in the batch; where the batch has none, of the first one outside it."""
+    texts = ["yes", "yes", "no", "maybe", "maybe"]
+    everyone = [Utterance(str(number), "", text) for number, text in enumerate(texts)]
+    transcripts = {row.id: row.text for row in everyone}
+
+    def heard(rows: list[Utterance]) -> list[str]:
+        return [row.id for row in rows]
+
+    assert exchanged_speech(heard, everyone, everyone, transcripts) == ["2", "2", "3", "0", "0"]
+    assert exchanged_speech(heard, everyone[3:], everyone, transcripts) == ["0", "0"]
+    assert exchanged_speech(heard, everyone[:1], everyone, transcripts) == ["2"]
+    assert exchanged_speech(heard, everyone[1:4], everyone, transcripts) == ["2", "3", "1"]
+    assert exchanged_speech(heard, everyone[:2], everyone[:2], transcripts) == ["1", "0"]  # nothing else was said
+
+
+def test_a_clip_is_found_again_by_what_was_said_in_it() -> None:
+    """Two speakers read one sentence: the nearest text state may be that of either clip."""
+    text = torch.tensor([[0.0, 0], [0.1, 0], [5, 5]])
+    ends = {"repeat": {"speech": torch.tensor([[0.1, 0], [0.0, 0], [5, 5]]), "text": text}}
+    assert retrieval(ends, ["yes", "yes", "no"]) == 1.0
+    assert retrieval(ends, ["yes", "no", "maybe"]) == pytest.approx(1 / 3)
+
+
 def test_the_deaf_control_does_not_depend_on_the_recording(listener: Listener) -> None:
     speech = transcripts_as_speech(listener)([Utterance(str(i), "", text) for i, text in enumerate(TEXTS[:3])])
     inputs = baseline_inputs(listener, speech)
-    assert set(inputs) == {"shuffled", "deaf"}  # conv has no read-out
+    assert set(inputs) == {"deaf"}  # conv has no read-out
     vectors = [clip.vectors for clip in inputs["deaf"] if isinstance(clip, AudioEmbeds)]
     assert [len(rows) for rows in vectors] == [len(clip.vectors) for clip in speech if not isinstance(clip, str)]
     assert len(torch.cat(vectors).unique(dim=0)) == 1

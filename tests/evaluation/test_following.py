@@ -26,7 +26,7 @@ TEXT: dict[str, Answers] = {
 
 
 def _figures(speech: dict[str, Answers]) -> dict:
-    return judge_following(TEXT, speech, list(WORDS)).figures(np.arange(len(WORDS)), samples=50, seed=0)
+    return judge_following(TEXT, speech, WORDS).figures(np.arange(len(WORDS)), samples=50, seed=0)
 
 
 def test_the_text_routes_own_answers_follow() -> None:
@@ -48,8 +48,18 @@ def test_an_empty_answer_follows_nothing() -> None:
 
 def test_one_text_answer_to_two_instructions_tells_nothing() -> None:
     text = TEXT | {"answer": TEXT["repeat"]}
-    nearest = judge_following(text, text, list(WORDS)).nearest
+    nearest = judge_following(text, text, WORDS).nearest
     assert len(nearest["continue"]) == 3 and not nearest["repeat"] and not nearest["answer"]
+
+
+def test_the_exchanged_answer_is_of_another_text() -> None:
+    """Clips a and d are of one text; d's answers to it must not stand for those of another clip."""
+    both = {asked: {"a": answers["a"], "d": answers["a"], "b": answers["b"]} for asked, answers in TEXT.items()}
+    found = judge_following(both, both, {clip: WORDS[{"d": "a"}.get(clip, clip)] for clip in "adb"})
+    only = judge_following(TEXT, TEXT, {clip: WORDS[clip] for clip in "ab"})
+    for asked in TEXT:
+        assert found.exchanged[asked]["a"] == found.exchanged[asked]["d"] == only.exchanged[asked]["a"]
+    assert found.exchanged != found.nearest
 
 
 def test_the_alignment_analysis_holds_it(

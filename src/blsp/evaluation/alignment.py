@@ -10,7 +10,7 @@ text route's greedy answer, with its end. Both routes use the same prefix and su
 embeddings would give 0. Baselines are measured on the same clips and answers, with another input in the place of the
 speech vectors:
 
-    kl_shuffled   the vectors of another clip: the value of an adapter that does not listen
+    kl_shuffled   the vectors of a clip of another text: the value of an adapter that does not listen
     kl_cascade    the words of the cascade's recogniser
     kl_readout    the adapter's own transcript as text, if it has one
     kl_deaf       as many copies of one vector, the LLM's embedding of a space
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from blsp.data.jobs import RecordLog
 from blsp.data.manifest import Utterance
+from blsp.data.partners import partners
 from blsp.evaluation.answers import Answer, Answers, answer_log, fill
 from blsp.evaluation.bootstrap import Figure, drawn_units, draws_of, grouped, interval, known_speakers, ratio
 from blsp.evaluation.following import Following, judge_following
@@ -142,7 +143,7 @@ def measure(
         route += f" baselines {recognised and sorted(recognised.items())}"
         mark = route_fingerprint(routes.speech_id, task, rows, route, batch_size)
         with RecordLog(folder / f"{task.name}.jsonl", mark, _from_row, _to_row) as log:
-            inputs = partial(_inputs, listener, routes.speech, transcripts, recognised)
+            inputs = partial(_inputs, listener, routes.speech, rows, transcripts, recognised)
             measured = partial(compare, listener, task, inputs, answers[behaviour])
             batches = list(plan_batches(rows, batch_size))
             records = fill(log, batches, lambda row: row.id, measured, progress)
@@ -152,7 +153,7 @@ def measure(
         with answer_log(folder / f"{task.name}.speech.jsonl", mark) as speech_log:
             spoken[behaviour] = ask(listener, task, rows, routes.speech, speech_log, batch_size)
     if len(tasks) > 1:
-        alignment.following = judge_following(answers, spoken, list(alignment.comparisons[plan.behaviours[0]]))
+        alignment.following = judge_following(answers, spoken, {row.id: transcripts[row.id] for row in rows})
     if plan.layer_samples:
         alignment.layers = analyse_layers(listener, tasks, routes.text, routes.speech, answers, plan.layer_samples)
     return alignment
@@ -161,21 +162,36 @@ def measure(
 def _inputs(
     listener: Listener,
     speech: RouteInputFn,
+    everyone: Sequence[Utterance],
     transcripts: dict[str, str],
     recognised: dict[str, str] | None,
     rows: Sequence[Utterance],
 ) -> dict[str, list[RouteInput]]:
-    """By route and baseline, the inputs in the place of the speech."""
+    """By route and baseline, the inputs in the place of the speech of a batch. everyone: the rows of all batches."""
     inputs = {"text": text_input(transcripts)(rows), "speech": speech(rows)}
+    inputs["shuffled"] = exchanged_speech(speech, rows, everyone, transcripts)
     inputs |= baseline_inputs(listener, inputs["speech"])
     if recognised is not None:
         inputs["cascade"] = text_input(recognised)(rows)
     return inputs
 
 
+def exchanged_speech(
+    speech: RouteInputFn, rows: Sequence[Utterance], everyone: Sequence[Utterance], transcripts: dict[str, str]
+) -> list[RouteInput]:
+    """For each row of a batch, the speech of another text: of the next such clip in the batch, or the first of all."""
+    heard, texts = speech(rows), [transcripts[row.id] for row in rows]
+    exchanged = []
+    for text, partner in zip(texts, partners(texts), strict=True):
+        same = texts[partner] == text  # one text fills the batch; a last batch may be a single row
+        stranger = next((row for row in everyone if transcripts[row.id] != text), None) if same else None
+        exchanged.append(speech([stranger])[0] if stranger else heard[partner])
+    return exchanged
+
+
 def baseline_inputs(listener: Listener, speech: Sequence[RouteInput]) -> dict[str, list[RouteInput]]:
-    """By baseline, the inputs in the place of the speech."""
-    inputs: dict[str, list[RouteInput]] = {"shuffled": [*speech[1:], *speech[:1]]}
+    """By baseline that is made of the clips themselves, the inputs in the place of the speech."""
+    inputs: dict[str, list[RouteInput]] = {}
     clips = [clip for clip in speech if isinstance(clip, AudioEmbeds)]
     if listener.reads_out and all(clip.token_ids is not None for clip in clips):
         inputs["readout"] = [*listener.readout(clips)]

@@ -8,7 +8,7 @@ Flow: evaluation/ — called by alignment.py.
 An answer to speech follows its instruction if it is most similar (chrF) to the text route's answer to the same
 instruction, among the text route's answers to this clip. If an adapter has collapsed, the LLM repeats the words under
 every instruction, and its answers are nearest to `repeat`: with three instructions the figure is 1 in 3. Answers can
-also be similar just by their form; the same figure with another clip's answers shows how much. If two instructions have
+also be similar just by their form; the same figure with another text's answers shows how much. If two instructions have
 the same text answer, these cannot be distinguished and are left out.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sacrebleu.metrics import CHRF
 
+from blsp.data.partners import partners
 from blsp.evaluation.answers import Answers
 from blsp.evaluation.bootstrap import Figure, draws_of, grouped, interval, ratio
 
@@ -28,7 +29,7 @@ Nearest = dict[str, dict[str, str | None]]  # instruction -> clip -> the instruc
 
 @dataclass(frozen=True)
 class Following:
-    """nearest: of each speech answer; None if two are equally near. exchanged: of the next clip's speech answer."""
+    """nearest: of each speech answer; None if two are equally near. exchanged: of the speech answer to another text."""
 
     clips: Sequence[str]
     nearest: Nearest
@@ -54,9 +55,9 @@ class Following:
         return figures | {"nearest_answer": shares}
 
 
-def judge_following(text: dict[str, Answers], speech: dict[str, Answers], clips: Sequence[str]) -> Following:
-    """text, speech: by instruction, the answers by clip."""
-    chrf = CHRF(lowercase=True)
+def judge_following(text: dict[str, Answers], speech: dict[str, Answers], transcripts: dict[str, str]) -> Following:
+    """text, speech: by instruction, the answers by clip. transcripts: by clip."""
+    chrf, clips = CHRF(lowercase=True), list(transcripts)
 
     def nearest(answer: str, clip: str) -> str | None:
         scores = {asked: chrf.sentence_score(answer, [answers[clip].text]).score for asked, answers in text.items()}
@@ -72,5 +73,6 @@ def judge_following(text: dict[str, Answers], speech: dict[str, Answers], clips:
             for asked in text
         }
 
-    others = dict(zip(clips, [*clips[1:], *clips[:1]], strict=True))
-    return Following(clips, all_nearest({clip: clip for clip in clips}), all_nearest(others))
+    others = [clips[number] for number in partners(list(transcripts.values()))]
+    own, exchanged = (dict(zip(clips, heard, strict=True)) for heard in (clips, others))
+    return Following(clips, all_nearest(own), all_nearest(exchanged))

@@ -59,7 +59,7 @@ class LayerAnalysis:
         """This module's part of results.json.
 
         retrieval: share of the speech states whose nearest text state under the same instruction is that of their own
-        transcript.
+        transcript, whichever clip it is of.
         """
         lists = {name: getattr(self, name) for name in ("cosine", "cosine_question", "cka", "kl")}
         return {"layers": lists | {"n": self.n}, "retrieval": self.retrieval}
@@ -81,7 +81,8 @@ def analyse_layers(
     ends: EndStates = {}
     for behaviour, task in tasks.items():
         rows = task.rows()[:samples]
-        inputs = {"text": text_input(transcripts(rows))(rows), "speech": speech}
+        texts = transcripts(rows)
+        inputs = {"text": text_input(texts)(rows), "speech": speech}
         states: dict[str, Iterable[tuple[Tensor, Tensor]]] = {
             route: _states(listener, task, rows, route_inputs, answers[behaviour])
             for route, route_inputs in inputs.items()
@@ -95,7 +96,8 @@ def analyse_layers(
             route: torch.stack([at_least_float32(question[-1, -1]).clone() for question, _ in pairs])
             for route, pairs in states.items()
         }
-    return LayerAnalysis(**by_layer, **_picture(ends, [row.id for row in rows]), n=len(rows))
+    picture, found = _picture(ends, [row.id for row in rows]), retrieval(ends, [texts[row.id] for row in rows])
+    return LayerAnalysis(**by_layer, **picture, retrieval=found, n=len(rows))
 
 
 def _states(
@@ -154,7 +156,7 @@ def lens(llm: PreTrainedModel, text: Tensor, speech: Tensor) -> list[float]:
 
 
 def _picture(ends: EndStates, clips: list[str]) -> dict[str, Any]:
-    """Projected points with their labels, and the retrieval of the states before the projection."""
+    """Projected points with their labels."""
     labels = [(behaviour, route) for behaviour, routes in ends.items() for route in routes for _ in clips]
     states = torch.cat([points for routes in ends.values() for points in routes.values()]).double().numpy()
     return {
@@ -162,17 +164,19 @@ def _picture(ends: EndStates, clips: list[str]) -> dict[str, Any]:
         "behaviours": [behaviour for behaviour, _ in labels],
         "routes": [route for _, route in labels],
         "clips": clips * (len(labels) // len(clips)),
-        "retrieval": _retrieval(ends),
     }
 
 
-def _retrieval(ends: EndStates) -> float:
-    """Share of speech states whose nearest text state under the same instruction is of the same clip."""
+def retrieval(ends: EndStates, texts: Sequence[str]) -> float:
+    """Share of speech states whose nearest text state under the same instruction is of the same text.
+
+    texts: of the C clips; several speakers may read one text.
+    """
     hits = []
     for routes in ends.values():
-        distances = torch.cdist(routes["speech"], routes["text"])  # (C, C)
-        hits.append(distances.argmin(dim=1) == torch.arange(len(distances)))
-    return float(torch.cat(hits).double().mean())
+        nearest = torch.cdist(routes["speech"], routes["text"]).argmin(dim=1).tolist()  # (C,)
+        hits += [texts[number] == text for number, text in zip(nearest, texts, strict=True)]
+    return sum(hits) / len(hits)
 
 
 def project(states: Array) -> Array:

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from blsp.data.jobs import SkippedLog
 from blsp.data.normalisation import basic_normaliser
+from blsp.data.partners import partners
 from blsp.distributed import Runtime
 from blsp.llm import teacher_forcing
 from blsp.llm.language_model import at_least_float32
@@ -223,14 +224,12 @@ def tokens_found(examples: Sequence[Example], llm: BlspForConditionalGeneration)
 
 def exchange_speech(examples: Sequence[Example]) -> list[Example]:
     """Each example with the speech of another text; empty if an example has no such partner."""
-    exchanged = []
-    for number, example in enumerate(examples):
-        others = [other for other in (*examples[number + 1 :], *examples[:number]) if other.id != example.id]
-        partner = next((other for other in others if other.transcript != example.transcript), None)
-        if partner is None:
-            return []
-        exchanged.append(replace(example, features=partner.features, mel=partner.mel, mel_frames=partner.mel_frames))
-    return exchanged
+    texts = [tuple(example.transcript) for example in examples]
+    others = partners(texts)
+    if any(texts[number] == texts[other] for number, other in enumerate(others)):
+        return []
+    pairs = zip(examples, (examples[other] for other in others), strict=True)
+    return [replace(one, features=other.features, mel=other.mel, mel_frames=other.mel_frames) for one, other in pairs]
 
 
 def micro_batches(examples: Sequence[Example], positions: int) -> Iterator[list[int]]:
