@@ -76,7 +76,7 @@ The other columns are along the same answers, with something else in the place o
 FOLLOWING = """\
 **Does the answer do what was asked?** Each clip is asked under each instruction. Its answer follows the instruction if,
 of the answers to the same clip's text, the one to the same instruction is the most similar (chrF): {own} of the answers
-do. By their form alone, with another clip's answers, {other} do. Where everything is nearest to `repeat`, the adapter
+do. By their form alone, with answers to another text, {other} do. Where everything is nearest to `repeat`, the adapter
 has collapsed to recognition.
 """
 INSTRUCTIONS = """\
