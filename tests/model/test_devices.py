@@ -12,7 +12,7 @@ from transformers import AutoModelForMultimodalLM
 
 import blsp
 from blsp.distributed import find_runtime
-from blsp.model.checkpoint import export_merged, save_adapter
+from blsp.model.checkpoint import export_merged, load_blsp, save_adapter
 from blsp.model.configuration_blsp import AUDIO_TOKEN
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
 
@@ -68,6 +68,12 @@ def test_the_attention_is_the_one_that_was_asked_for(saved, load: Any) -> None:
     parts = (loaded, loaded.model, loaded.model.audio_tower, loaded.model.language_model)
     assert {part.config._attn_implementation for part in parts} == {"eager"}
     assert written(loaded, inputs) == written(model, inputs)
+
+
+def test_a_new_model_keeps_the_attention_of_a_cpu(saved) -> None:
+    model, _, folder = saved
+    loaded = load_blsp(folder, find_runtime("cpu", "float32"))[0] if folder.name == "adapter" else model
+    assert {part.model.language_model.config._attn_implementation for part in (model, loaded)} == {"cpu"}
 
 
 @pytest.mark.parametrize("load", [BlspForConditionalGeneration, AutoModelForMultimodalLM])

@@ -6,6 +6,7 @@ Try: `model, processor = load_blsp("models/blsp-tiny", find_runtime())`
 Flow: training/ → **checkpoint.py** → inference/, evaluation/, serving/
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def new_blsp(
     parts.tokenizer.add_tokens([AUDIO_TOKEN], special_tokens=True)
     config = BlspConfig(
         audio_config=parts.tower.config,
-        text_config=parts.llm.config,
+        text_config=copy.deepcopy(parts.llm.config),  # the whole model's configuration sets its own attention in it
         audio_token_id=parts.tokenizer.convert_tokens_to_ids(AUDIO_TOKEN),
         audio_model_id=audio_model.name,
         text_model_id=text_model.name,

@@ -218,8 +218,6 @@ def assemble(model_class: Any, config: BlspConfig, parts: FrozenParts, adapter: 
         model = model_class(config)
     model.model.audio_tower = parts.tower
     model.model.language_model = parts.llm.get_decoder()
-    if runtime.attention is not None:  # the configuration of the whole model has set its own in that of the LLM
-        model.model.language_model.set_attn_implementation(runtime.attention)
     model.lm_head = parts.llm.get_output_embeddings()
     model.model.multi_modal_projector = adapter.to(runtime.device)
     model.generation_config = parts.llm.generation_config
