@@ -168,7 +168,7 @@ def test_what_changes_the_answers_changes_the_fingerprints(listener: Listener, c
     elif change == "sentence for silence":
         other.model.config.no_speech_sentence = "I hear nothing."
     else:
-        other.model.config.text_config._attn_implementation = "eager"
+        other.model.model.language_model.set_attn_implementation("eager")  # as loading does, of the LLM alone
     same = copy.deepcopy(listener)
     for fingerprint in (text_fingerprint, speech_fingerprint):
         assert fingerprint(same) == fingerprint(listener) != fingerprint(other)
