@@ -26,6 +26,7 @@ from rows import read_rows
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from blsp.data.partners import partners
 from blsp.distributed import find_runtime
 from blsp.llm.decoding import Request, Result
 from blsp.llm.language_model import embed
@@ -48,12 +49,6 @@ def spaced_out(tokens: Tensor, filler: Tensor, generator: np.random.Generator) -
     for token, gap in zip(tokens, gaps.tolist(), strict=True):
         pieces += [token[None], filler.expand(gap, -1)]
     return torch.cat(pieces)
-
-
-def of_another_text(rows: Sequence[dict], number: int) -> int:
-    """The next row with another text; the same text may be in several rows, one after another."""
-    after = (*range(number + 1, len(rows)), *range(number))
-    return next(other for other in after if rows[other]["text"] != rows[number]["text"])
 
 
 def measure(
@@ -82,7 +77,8 @@ def measure(
             fillers[repr(candidate)] = embed(llm, ids)[0]
         else:
             print(f"{candidate!r}: is {len(ids)} tokens of this LLM, left out")
-    figures = {"another transcript": mean(lambda number: tokens[of_another_text(rows, number)])}
+    others = partners([row["text"] for row in rows])
+    figures = {"another transcript": mean(lambda number: tokens[others[number]])}
     for name, filler in fillers.items():
         # every candidate gets the same gaps
         figures[name] = mean(lambda n, filler=filler: spaced_out(tokens[n], filler, np.random.default_rng(n)))

@@ -41,11 +41,6 @@ def test_candidates_are_sorted_and_must_be_one_token(tiny_models_folder, capsys,
         assert filler.measure(model, processor.tokenizer, rows, [])["zeros"] == pytest.approx(0, abs=1e-9)
 
 
-def test_another_transcript_is_one_with_another_text() -> None:
-    rows = [{"text": text} for text in ("a", "a", "b", "b", "a")]
-    assert [rows[filler.of_another_text(rows, number)]["text"] for number in range(5)] == ["b", "b", "a", "a", "b"]
-
-
 @pytest.mark.parametrize("rows", [[], [{"text": "a"}, {"text": "b"}], [{"text": "a", "continuation_ids": [5]}] * 2])
 def test_data_without_two_usable_texts_is_named(tmp_path, capsys, monkeypatch, rows: list[dict]) -> None:
     data = tmp_path / "continued.jsonl"
