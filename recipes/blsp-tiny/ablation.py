@@ -10,7 +10,7 @@ After a kill, the same command continues; what was made of other settings or ano
 Seeds may run in parallel, one process and core each.
 
 Try: `python recipes/blsp-tiny/ablation.py --root corpus --grounded runs/blsp-tiny/stages/grounding-4/adapter \
-        --embedded runs/blsp-conv/stages/embed/adapter --out out`
+        --embedded runs/blsp-conv/stages/embed-2/adapter --out out`
 """
 
 from __future__ import annotations

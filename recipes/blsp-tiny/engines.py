@@ -138,6 +138,7 @@ def _run(command: list[str], package: str) -> str:
 SPEAK: dict[str, Callable[[list[Line], Path], Spoken]] = {
     "flite": speak_flite,
     "words": speak_flite,
+    "quiz": speak_flite,
     "piper": speak_piper,
     "kokoro": speak_kokoro,
     "kokoro_romance": speak_kokoro,

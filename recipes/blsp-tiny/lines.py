@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from drills import drills
-from heldout import TEXTS, HeldOut
+from heldout import TEXTS, HeldOut, read_list
 from rows import fraction
 from voices import KOKORO_ROMANCE, KOKORO_TRAINING
 
@@ -50,11 +50,12 @@ SHARES: dict[str, dict[str, tuple[float, float]]] = {
 SOONER = {("kokoro", "spoken"): 0.2}  # the lines for voice assistants come in the first fifth of the plan
 FLITE = (*("slt", "rms", "awb") * 3, "kal16")  # kal16 is the robotic one
 VOICES = {
-    "flite": FLITE, "words": FLITE, "piper": ("joe",), "kokoro": KOKORO_TRAINING, "pico": ("pico",),
+    "flite": FLITE, "words": FLITE, "quiz": FLITE, "piper": ("joe",), "kokoro": KOKORO_TRAINING, "pico": ("pico",),
     "kokoro_romance": (*KOKORO_TRAINING, *KOKORO_ROMANCE * 3),
 }  # fmt: skip
 CULTURES = {"fr": "fr-FR", "es": "es-ES", "it": "it-IT"}  # of the languages besides English
 SPEAKS = {"pico": tuple(CULTURES), "kokoro_romance": tuple(CULTURES)}  # others speak English
+QUIZ_ROUNDS = 4  # how often each question of the quiz's training half is spoken, in voices drawn anew
 BLENDED = 0.4  # share of Kokoro's lines that are spoken by the mean of two training voices
 TEMPO = (0.85, 1.2)  # over the voice's own
 PITCH = (0.9, 1.12)  # pitch and formants together: a smaller or larger speaker (flite and pico)
@@ -98,6 +99,13 @@ def plan(engine: str, seed: int) -> list[Line]:
     """All lines of `engine` in the order of speaking: a random one, so that any beginning is varied."""
     if engine == "words":
         return [_line(engine, "words", text, position, seed) for text, position in drills(seed)]
+    if engine == "quiz":
+        asked = [row["text"] for row in read_list("split") if (row["kind"], row["part"]) == ("quiz", "train")]
+        return [
+            _line(engine, "spoken", text, (turn + number / len(asked)) / QUIZ_ROUNDS, seed * QUIZ_ROUNDS + turn)
+            for turn in range(QUIZ_ROUNDS)
+            for number, text in enumerate(asked)
+        ]
     lines = []
     held_out = HeldOut.load()
     for language, (list_name, (low, high)) in product(SPEAKS.get(engine, ("en",)), SHARES[engine].items()):

@@ -28,8 +28,8 @@ CHUNK = 40  # lines a worker takes at a time: a Kokoro chunk is two minutes' wor
 SPEECH_RATE = 13.5  # characters a second: how many lines make the hours asked for
 FESTVOX = "BSD-4-Clause-like (Festvox)"
 VOICE_LICENCE = {
-    "flite": FESTVOX, "words": FESTVOX, "piper": "CC0-1.0", "kokoro": "Apache-2.0", "kokoro_romance": "Apache-2.0",
-    "pico": "Apache-2.0",
+    "flite": FESTVOX, "words": FESTVOX, "quiz": FESTVOX, "piper": "CC0-1.0", "kokoro": "Apache-2.0",
+    "kokoro_romance": "Apache-2.0", "pico": "Apache-2.0",
 }  # fmt: skip
 
 
