@@ -30,7 +30,6 @@ from blsp.evaluation.tasks import Clip, Task, clip_of
 from blsp.inference.listener import Listener, Question
 from blsp.inference.pauses import pieces_of
 from blsp.llm.decoding import Request, Result, answer_text, decode
-from blsp.llm.language_model import decoder_of
 from blsp.llm.teacher_forcing import option_scores
 from blsp.model.adapter_parts import AudioEmbeds
 from blsp.model.lora import has_lora, lora_weights
@@ -209,7 +208,7 @@ def text_fingerprint(listener: Listener) -> str:
             "chat_template": listener.tokenizer.chat_template,
             "no_speech_sentence": config.no_speech_sentence,
             "device": weight.device.type,
-            "attention": decoder_of(model).config._attn_implementation,
+            "attention": model.model.language_model.config._attn_implementation,
         }
     )
     return f"{config.text_model_id} {config.text_model_sha256} {weight.dtype}{lora} {asked}"
