@@ -1,6 +1,7 @@
 """The plan of the synthetic speech: which sentence is spoken by which engine and voice.
 
-In: the sentence lists under `texts/` and a seed. Out: `Line`s (text, voice, tempo, pitch) with a stable id.
+In: the sentence lists under `texts/`, the quiz's training half, and a seed. Out: `Line`s (text, voice, tempo, pitch)
+with a stable id.
 Where in the flow: between the texts and `synthesise.py`. A sentence belongs to one engine, so that words, not
 voices, repeat least; adding sentences never moves those that are there.
 
