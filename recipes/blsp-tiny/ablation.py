@@ -2,8 +2,8 @@
 
 In:  the corpus with its features and continuations, the recipe's last grounding stage (`--grounded`), and an adapter
      of the paper's kind after its stage without the LLM (`--embedded`).
-Out: under --out, a run folder an arm and seed, judged on fotaq's development part, and `table.md`: the mean over the
-     seeds that are done, with the lowest and the highest.
+Out: under --out, a run folder an arm and seed, judged on fotaq's development part and on the suite's spoken questions
+     (held out: choose nothing by them), and `table.md`: the mean over the seeds that are done, the lowest, the highest.
 Where in the flow: beside the recipe; nothing that is shipped comes from here.
 
 After a kill, the same command continues; what was made of other settings or another adapter it names and leaves alone.
@@ -31,7 +31,7 @@ from filelock import FileLock
 from heldout import read_list
 from rows import read_rows, write_rows
 
-from blsp.data.files import write_text
+from blsp.data.files import file_digest, write_text
 from blsp.data.jobs import differences
 from blsp.evaluation.summary import table
 from blsp.weights.shipped import model_digest
@@ -52,14 +52,20 @@ COLUMNS = {  # of the table: the name of a figure, and where it lies in results.
 
 
 def write_data(root: Path) -> None:
-    """The continuations of one behaviour alone, and questions with their right answers: speech-instruction pairs."""
-    continued = read_rows(root / "behaviours_voices_continued.jsonl")
+    """The continuations of one behaviour alone, and questions with their right answers: speech-instruction pairs.
+
+    Nothing is done if they are there and newer than the continuations.
+    """
+    source, last = root / "behaviours_voices_continued.jsonl", root / "ablation_answers.jsonl"
+    if last.exists() and last.stat().st_mtime > source.stat().st_mtime:
+        return
+    continued = read_rows(source)
     for behaviour in ("continue", "repeat"):
         write_rows(root / f"ablation_{behaviour}.jsonl", (r for r in continued if r["behaviour"] == behaviour))
     quiz = [r for r in read_list("split") if (r["kind"], r["part"]) == ("quiz", "train")]
     answers = {r["text"]: r["answers"][0] for r in quiz}
     spoken = [r for name in ASKED for r in read_rows(root / f"train_{name}.jsonl") if r["text"] in answers]
-    write_rows(root / "ablation_answers.jsonl", (_answered(row, answers[row["text"]]) for row in spoken))
+    write_rows(last, (_answered(row, answers[row["text"]]) for row in spoken))
 
 
 def _answered(row: dict, answer: str) -> dict:
@@ -83,7 +89,11 @@ def run(name: str, settings: dict[str, Any], suite: Path) -> None:
     """Train the arm and judge it, or go on where it stands."""
     out = Path(settings["out"])
     start = settings.get("init-from")
-    note_made_of(out, settings | {"start's digest": model_digest(start) if start else None})
+    made_of = {
+        "start's digest": model_digest(start) if start else None,
+        "data's digest": file_digest(*map(Path, settings["data"])),
+    }
+    note_made_of(out, settings | made_of)
     out.mkdir(parents=True, exist_ok=True)
     config = out.with_suffix(".yaml")
     write_text(config, yaml.safe_dump(settings))
@@ -159,8 +169,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(arms["arms"]), help="these alone, in this order")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2])
     options = parser.parse_args()
-    if not (options.root / "ablation_answers.jsonl").exists():
-        write_data(options.root)
+    write_data(options.root)
     options.out.mkdir(parents=True, exist_ok=True)
     suite = options.root / "ablation_suite.yaml"  # its manifests lie beside it
     write_text(suite, yaml.safe_dump(arms["judge"]))

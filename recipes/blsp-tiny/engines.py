@@ -141,12 +141,14 @@ SPEAK: dict[str, Callable[[list[Line], Path], Spoken]] = {
     "quiz": speak_flite,
     "piper": speak_piper,
     "kokoro": speak_kokoro,
+    "kokoro_quiz": speak_kokoro,
     "kokoro_romance": speak_kokoro,
     "pico": speak_pico,
 }
 VOICES: dict[str, Callable[[Path], Path]] = {
     "piper": piper_folder,
     "kokoro": kokoro_folder,
+    "kokoro_quiz": kokoro_folder,
     "kokoro_romance": kokoro_folder,
 }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from containers import RATE, decode, read_als, read_g722, read_queen, write_flac
-from heldout import SHORTEST, HeldOut, read_list, words
+from heldout import SHORTEST, TEXTS, HeldOut, read_list, words
 from packages import file_digest, tree_digest, unpack_debian, verify
 from rows import fraction, read_rows, summary, write_rows
 
@@ -170,9 +170,13 @@ DEFAULT_SOURCES = ("fotaq", "asterisk_en", "drascula", "music")
 
 
 def fetch(source: str, root: Path) -> list[dict]:
-    """All rows of one source; `<root>/<source>.jsonl` exists only when every clip of it does."""
+    """All rows of one source; `<root>/<source>.jsonl` exists only when every clip of it does.
+
+    It is written again if a list of texts is newer: transcripts get corrected.
+    """
     manifest = root / f"{source}.jsonl"
-    if not manifest.exists():
+    corrected = max(path.stat().st_mtime for path in TEXTS.glob("*.gz"))
+    if not manifest.exists() or manifest.stat().st_mtime < corrected:
         write_rows(manifest, SOURCES[source](root))
     rows = read_rows(manifest)
     return assign_splits(rows, HeldOut.load()) if source == "fotaq" else rows

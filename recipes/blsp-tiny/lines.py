@@ -52,7 +52,7 @@ SOONER = {("kokoro", "spoken"): 0.2}  # the lines for voice assistants come in t
 FLITE = (*("slt", "rms", "awb") * 3, "kal16")  # kal16 is the robotic one
 VOICES = {
     "flite": FLITE, "words": FLITE, "quiz": FLITE, "piper": ("joe",), "kokoro": KOKORO_TRAINING, "pico": ("pico",),
-    "kokoro_romance": (*KOKORO_TRAINING, *KOKORO_ROMANCE * 3),
+    "kokoro_quiz": KOKORO_TRAINING, "kokoro_romance": (*KOKORO_TRAINING, *KOKORO_ROMANCE * 3),
 }  # fmt: skip
 CULTURES = {"fr": "fr-FR", "es": "es-ES", "it": "it-IT"}  # of the languages besides English
 SPEAKS = {"pico": tuple(CULTURES), "kokoro_romance": tuple(CULTURES)}  # others speak English
@@ -100,7 +100,7 @@ def plan(engine: str, seed: int) -> list[Line]:
     """All lines of `engine` in the order of speaking: a random one, so that any beginning is varied."""
     if engine == "words":
         return [_line(engine, "words", text, position, seed) for text, position in drills(seed)]
-    if engine == "quiz":
+    if engine in ("quiz", "kokoro_quiz"):
         asked = [row["text"] for row in read_list("split") if (row["kind"], row["part"]) == ("quiz", "train")]
         return [
             _line(engine, "spoken", text, (turn + number / len(asked)) / QUIZ_ROUNDS, seed * QUIZ_ROUNDS + turn)

@@ -241,10 +241,12 @@ def _results(results: dict, name: str) -> str:
     figures = table(["alignment", "value"], [[name, f"{value:.3f}"] for name, value in alignment.items()])
     figures = f"\n\n{figures}" if alignment else ""
     head = ["task", "route", "metric", "value", "95 % interval", "n"]
-    limit = results["environment"]["limit"]
+    environment = results["environment"]
+    limit, dtype = environment["limit"], environment["dtype"]
     asked = "--suite tiny" if results["suite"] == "tiny" else f"--task {' '.join(results['tasks'])}"
     command = f"blsp evaluate --model {name} {asked} --out results/{name}"
     command += f" --limit {limit}" if limit else ""
+    command += f" --dtype {dtype}" if dtype != "float32" else ""
     return f"## Measured\n\n`{command}`, this file.\n\n{table(head, rows)}{figures}"
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ SPEECH_RATE = 13.5  # characters a second: how many lines make the hours asked f
 FESTVOX = "BSD-4-Clause-like (Festvox)"
 VOICE_LICENCE = {
     "flite": FESTVOX, "words": FESTVOX, "quiz": FESTVOX, "piper": "CC0-1.0", "kokoro": "Apache-2.0",
-    "kokoro_romance": "Apache-2.0", "pico": "Apache-2.0",
+    "kokoro_quiz": "Apache-2.0", "kokoro_romance": "Apache-2.0", "pico": "Apache-2.0",
 }  # fmt: skip
 
 
@@ -55,16 +54,14 @@ def speak_chunk(engine: str, root: Path, chunk: list[Line]) -> int:
     return len(chunk)
 
 
-def synthesise(engine: str, root: Path, lines: list[Line], jobs: int) -> float:
-    """Make what is missing; returns the CPU-bound wall seconds times jobs, for the cost table."""
+def synthesise(engine: str, root: Path, lines: list[Line], jobs: int) -> None:
+    """Make what is missing."""
     chunks = [lines[i : i + CHUNK] for i in range(0, len(lines), CHUNK)]
     chunks = [chunk for chunk in chunks if not all(audio_path(root, line).exists() for line in chunk)]
     fetch_voices(engine, root)
-    began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(jobs) as pool, tqdm(total=sum(map(len, chunks)), desc=engine) as bar:
         for count in pool.imap_unordered(partial(speak_chunk, engine, root), chunks):
             bar.update(count)
-    return (time.monotonic() - began) * jobs
 
 
 def finished_rows(engine: str, root: Path, lines: list[Line], shortest: float = 0.3) -> Iterator[dict]:

@@ -96,7 +96,9 @@ def test_what_all_seeds_start_from_is_judged_once(tmp_path: Path, commands: list
 
 def test_an_arm_goes_on_only_with_what_it_was_made_of(tmp_path: Path, commands: list[str], suite: Path) -> None:
     start, out = write_adapter(tmp_path / "start", "a"), tmp_path / "kl-seed1"
-    settings = {"out": str(out), "seed": 1, "loss": "kl", "init-from": str(start)}
+    data = tmp_path / "continued.jsonl"
+    data.write_text("{}\n")
+    settings = {"out": str(out), "seed": 1, "loss": "kl", "init-from": str(start), "data": [str(data)]}
     for _ in range(2):
         run("kl", settings, suite)
     assert commands == ["train", "evaluate"]
@@ -107,6 +109,9 @@ def test_an_arm_goes_on_only_with_what_it_was_made_of(tmp_path: Path, commands: 
         run("kl", settings, suite)
     shutil.rmtree(out)
     run("kl", settings, suite)
+    data.write_text("{}\n{}\n")
+    with pytest.raises(SystemExit, match=r"kl-seed1: .*data's digest was"):
+        run("kl", settings, suite)
     assert commands == ["train", "evaluate"] * 2
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 from eval_data import LANGUAGES, SPOKEN, answered_in, line_for, questions  # noqa: E402
 from fetch import assign_splits  # noqa: E402
 from heldout import HELD_OUT_VOICES, HeldOut, part_of, read_list, words  # noqa: E402
-from lines import SHARES, SPEAKS, sentences  # noqa: E402
+from lines import SHARES, SPEAKS, plan, sentences  # noqa: E402
 from voices import KOKORO_TRAINING  # noqa: E402
 
 SPEECH = ROOT / "examples" / "speech"
@@ -95,6 +95,13 @@ def test_no_spoken_sentence_shares_its_words_with_a_judged_text(
     texts = sentences(name, held_out, language)
     assert len(texts) > 100
     assert not [(text, judged.shared(text)) for text in texts if judged.shared(text)]
+
+
+@pytest.mark.parametrize("engine", ["quiz", "words"])
+def test_no_line_of_these_engines_touches_a_held_out_text(engine: str, held_out: HeldOut) -> None:
+    lines = plan(engine, seed=0)
+    assert len(lines) > 100
+    assert not [line.text for line in lines if held_out.touches(line.text)]
 
 
 def test_what_is_judged_is_spoken_by_held_out_voices() -> None:
