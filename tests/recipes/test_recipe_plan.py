@@ -12,7 +12,7 @@ def test_every_engine_has_a_plan_in_order(engine: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(HeldOut, "touches", lambda self, text: False)  # slow, and tested in test_recipe_split.py
     monkeypatch.setattr(lines, "drills", lambda seed: [("one two", 0.0), ("three four", 0.5)])
     planned = plan(engine, seed=0)
-    assert len(planned) > {"words": 1, "quiz": 900, "kokoro_romance": 2_000}.get(engine, 5_000)
+    assert len(planned) > {"words": 1, "quiz": 900, "kokoro_quiz": 900, "kokoro_romance": 2_000}.get(engine, 5_000)
     assert [line.position for line in planned] == sorted(line.position for line in planned)
     assert len({line.id for line in planned}) == len(planned)
 
