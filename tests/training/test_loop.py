@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -150,6 +151,20 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(settings: TrainSe
     train(replace(saving, out=tmp_path / "undisturbed"))
     ours, theirs = _weights(saving.out), _weights(tmp_path / "undisturbed")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_signal_is_caught_in_the_steps_and_not_while_the_run_is_prepared(settings, monkeypatch) -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def watched(name: str):
+        original = getattr(loop, name)
+        return lambda *given: (seen.append((name, signal.getsignal(signal.SIGTERM))), original(*given))[1]
+
+    for name in ("prepare", "learn"):
+        monkeypatch.setattr(loop, name, watched(name))
+    train(replace(settings, steps=1))
+    (_, prepared), (_, learning) = seen
+    assert prepared == before and learning != before and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_loss_falls_and_the_curve_is_the_seed_s(settings: TrainSettings, tmp_path: Path) -> None:

@@ -64,19 +64,19 @@ def train(settings: TrainSettings) -> None:
         dry_run(settings, runtime)
         leave(runtime)
         return
-    with run_state.StopSignal() as stop:
-        for stage in settings.stages or (settings,):
-            if run_state.is_finished(stage):
-                print_once(runtime, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
-                continue
-            stage.out.mkdir(parents=True, exist_ok=True)
-            with lock_job(stage.out, runtime.rank), run_state.deterministic(stage.deterministic):
-                train_stage(stage, runtime, stop)
-            if stop.requested:
-                break
-        else:
-            if settings.stages and runtime.rank == 0:
-                finish_stages(settings)
+    stop = run_state.StopSignal()
+    for stage in settings.stages or (settings,):
+        if run_state.is_finished(stage):
+            print_once(runtime, f"{stage.out}: is finished; the adapter is {stage.out / 'adapter'}")
+            continue
+        stage.out.mkdir(parents=True, exist_ok=True)
+        with lock_job(stage.out, runtime.rank), run_state.deterministic(stage.deterministic):
+            train_stage(stage, runtime, stop)
+        if stop.requested:
+            break
+    else:
+        if settings.stages and runtime.rank == 0:
+            finish_stages(settings)
     leave(runtime)
     stop.raise_if_interrupted()
 
@@ -113,6 +113,13 @@ def train_stage(settings: TrainSettings, runtime: Runtime, stop: run_state.StopS
     run_state.begin_folder(settings, runtime)
     run = prepare(settings, runtime)
     state = begin_or_resume(run)
+    with stop:  # not before: a signal while the run is prepared ends it at once, as there is nothing to save
+        take_steps(run, state, stop)
+
+
+def take_steps(run: Run, state: State, stop: run_state.StopSignal) -> None:
+    """The steps that are left, with reports and checkpoints; after the last one the adapter is written."""
+    settings, runtime = run.settings, run.runtime
     if runtime.rank == 0 and not state.progress.step:
         for warning in verdict.warnings(run):
             print(f"{settings.out}: {warning}", file=sys.stderr)
