@@ -272,16 +272,17 @@ def test_broken_and_unusable_rows_are_listed_and_the_rest_is_learnt(settings, tm
     write_wav(folder / "5.wav", 0.1 * np.random.default_rng(5).standard_normal(16_000 * 3).astype(np.float32))
     header = (folder / "6.wav").read_bytes()
     (folder / "6.wav").write_bytes(header[:-300])
+    write_wav(folder / "7.wav", np.zeros(16_000, np.float32))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = replace(settings, data=(str(path),), steps=2, max_seconds=2.0, held_out=0)
     for chosen in (run, replace(run, out=tmp_path / "cached", cache=tmp_path / "features")):
         train(chosen)
         listed = [json.loads(line) for line in Path(f"{chosen.out}.skipped.jsonl").read_text().splitlines()]
         reasons = {row["id"]: row["reason"] for row in listed}
-        assert set(reasons) == {f"clip-{number}" for number in range(7)}
+        assert set(reasons) == {f"clip-{number}" for number in range(8)}
         assert "continuation" in reasons["clip-3"] and "no audio" in reasons["clip-4"]
         assert "--max-seconds 2" in reasons["clip-5"]
-        assert _metrics(chosen.out)[-1]["samples"] == 2 * 3
+        assert _metrics(chosen.out)[-1]["samples"] == 2 * 2
 
 
 def test_nothing_to_learn_from_is_an_error(settings, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, probe_audio
+from blsp.data.audio import SAMPLE_RATE, AudioError, is_silent, load_audio, probe_audio
 from blsp.data.manifest import Utterance
 from blsp.features.align import TokenTimes, token_places
 from blsp.features.cache import FeatureCache
@@ -288,6 +288,8 @@ class ExampleReader:
             audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)  # (samples,)
         except AudioError as error:
             raise Refused(str(error)) from error
+        if row.text.strip() and not row.no_speech and is_silent(audio):  # `blsp encode` leaves it out, too
+            raise Refused(f"silence under a transcript: {row.text}")
         if self.augmentation:
             audio = augment(audio, self.augmentation, key)
         mel, _ = mel_features(self.extractor, [audio], full_window=self.full_window)  # (1, M, Tm)
