@@ -121,7 +121,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) ->
     """Nothing that was measured for another loss is kept; what lies beside it and is of other runs stays."""
     settings = TrainSettings(("rows.jsonl",), tmp_path / "run", "whisper", "llm", "grounded", loss="ctc")
     begin_folder(settings, HERE)
-    measured = [tmp_path / "run" / name for name in ("table.json", "validation/x/table.json", "validation/x/rows.npy")]
+    names = ("table.json", "validation/x/table.json", "validation/x/rows.npy", "no_speech/no_speech.jsonl")
+    measured = [tmp_path / "run" / name for name in names]
     skipped = [tmp_path / f"run{rank}.skipped.jsonl" for rank in ("", ".rank1", ".rank12")]
     others = [tmp_path / name for name in ("run-2.skipped.jsonl", "other.rank1.skipped.jsonl")]
     for path in (*measured, *skipped, *others):

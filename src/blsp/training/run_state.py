@@ -204,7 +204,7 @@ MAY_CHANGE = frozenset(
 )  # settings that may differ when a run is resumed
 NOT_WRITTEN = frozenset({"config", "stages"})
 FILES_MADE_AT_START = ("rows.npy", "held_out.npy", "table.json", "vocabulary.json", "metrics.jsonl")
-FOLDERS_MADE_AT_START = ("checkpoints", "validation")
+FOLDERS_MADE_AT_START = ("checkpoints", "validation", "no_speech")
 
 
 def as_flags(settings: TrainSettings) -> dict[str, Any]:
