@@ -330,6 +330,16 @@ def test_init_from_goes_on_with_an_adapter_of_its_kind(settings, tmp_path: Path,
         train(replace(settings, out=tmp_path / "y", init_from=(start,), adapter_options=(), llm=other))
 
 
+def test_init_from_takes_options_that_the_adapter_has_and_names_both_values_of_others(settings, tmp_path: Path) -> None:
+    train(replace(settings, adapter="grounded", loss="ctc", steps=1))
+    start = (str(settings.out / "adapter"),)
+    on = replace(settings, out=tmp_path / "on", init_from=start, adapter="grounded", loss="ctc", steps=1)
+    same = ("bottleneck=8", "embedding_std=1", "layers=0", "strides=[2,2,1]")  # the last two are defaults
+    train(replace(on, adapter_options=same))
+    with pytest.raises(SettingsError, match=r"built with bottleneck=8, not 512;.*\(--adapter-options, --paper\)"):
+        train(replace(on, out=tmp_path / "x", adapter_options=("bottleneck=512",)))
+
+
 def test_init_from_several_starts_at_their_mean(settings, tmp_path: Path) -> None:
     train(settings)
     train(replace(settings, out=tmp_path / "other", seed=5))

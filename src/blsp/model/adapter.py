@@ -135,10 +135,15 @@ def adapter_class(name: str) -> Any:
     return ADAPTERS[name]
 
 
-def check_options(adapter: str, names: Iterable[str]) -> None:
-    """Raise AdapterError for an option that the adapter's class does not have. Users cannot set `classes`."""
+def default_options(adapter: str) -> dict[str, Any]:
+    """The options of the adapter's class with their defaults. Users cannot set `classes`."""
     parameters = list(inspect.signature(adapter_class(adapter)).parameters.values())[2:]
-    allowed = {item.name: item.default for item in parameters if item.name != "classes"}
+    return {item.name: item.default for item in parameters if item.name != "classes"}
+
+
+def check_options(adapter: str, names: Iterable[str]) -> None:
+    """Raise AdapterError for an option that the adapter's class does not have."""
+    allowed = default_options(adapter)
     if unknown := [name for name in names if name not in allowed]:
         listed = ", ".join(f"{name}={value}" for name, value in allowed.items())
         raise AdapterError(f"adapter {adapter!r} has no option {unknown[0]!r}; it has {listed}")

@@ -28,7 +28,7 @@ from blsp.llm.instructions import NO_SPEECH_SENTENCE
 from blsp.llm.language_model import stop_ids
 from blsp.llm.prefix import PrefixCache
 from blsp.llm.prompt import text_ids, transcript_ids
-from blsp.model.adapter import ADAPTERS, AdapterError, adapter_class, check_options, widen_readout
+from blsp.model.adapter import ADAPTERS, AdapterError, adapter_class, check_options, default_options, widen_readout
 from blsp.model.adapter_parts import num_audio_tokens, place_centres
 from blsp.model.checkpoint import load_mean, new_blsp, set_template_args
 from blsp.model.loading import load_tokenizer, warn_of_languages
@@ -309,9 +309,14 @@ def _check_start(settings: TrainSettings, model: BlspForConditionalGeneration, o
     start, config = " ".join(settings.init_from), model.config
     if config.adapter != settings.adapter:
         raise SettingsError(f"--init-from {start}: is a {config.adapter} adapter, not {settings.adapter}")
-    differing = {name for name, value in options.items() if (config.adapter_options or {}).get(name) != value}
-    if differing:
-        raise SettingsError(f"--init-from {start}: has other {', '.join(differing)}; leave out --adapter-options")
+    built = default_options(config.adapter) | (config.adapter_options or {})
+    for name, value in options.items():
+        has = list(built[name]) if isinstance(built[name], tuple) else built[name]
+        if name != "embedding_std" and has != value:  # that one sets only the first values
+            raise SettingsError(
+                f"--init-from {start}: was built with {name}={has}, not {value}; name another adapter, or leave out "
+                f"{name} (--adapter-options, --paper)"
+            )
     if config.full_window != settings.pad_to_30s:
         raise SettingsError(f"--init-from {start}: was trained with --pad-to-30s {config.full_window}")
     if config.lora not in (None, lora_options(settings.lora, settings.lora_rank)):
