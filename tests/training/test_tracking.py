@@ -51,7 +51,7 @@ def test_a_validation_file_has_probes_of_its_own(train, tmp_path: Path) -> None:
     probed = [row for row in rows if "clean_kl" in row]
     assert [row["step"] for row in probed] == [1, 3, 5]
     assert all(row["clean_kl"] == row["again_kl"] > 0 and "train_kl" in row for row in probed)
-    assert all(set(CLOCKED) <= set(row) and row["grad_norm"] > 0 for row in rows)
+    assert all(set(CLOCKED) <= set(row) and row["grad_norm"] > 0 < row["positions_per_second"] for row in rows)
 
 
 def test_the_trace_and_the_tracker(train, tmp_path: Path) -> None:
@@ -88,6 +88,12 @@ def test_speed_is_counted_work_over_time() -> None:
     assert (figures["flops"], figures["flops_fraction"]) == (4 * 5 * 500, 0.25)
     assert "flops" not in speed(0, before, now, 1.0)
     assert product_flops(find_runtime("cpu")) > 1e8
+
+
+def test_the_first_line_after_a_checkpoint_counts_the_work_since_it() -> None:
+    before = Progress(seconds=90.0, window_positions=9500, window_padding=500)
+    now = Progress(seconds=100.0, window_positions=10600, window_padding=600)
+    assert speed(0, before, now, 1.0)["positions_per_second"] == 100.0
 
 
 def test_only_the_layers_are_counted(pair_of) -> None:

@@ -36,7 +36,7 @@ CURVES_SECONDS = 60  # at least this long between two drawings of curves.png
 
 
 class Reporter:
-    """The run, the trackers, and the progress at the last line of metrics.jsonl, from which the speed is computed."""
+    """The run, the trackers, and the progress that speed is counted from: after the last line, or of the checkpoint."""
 
     def __init__(self, run: Run, state: State, trackers: tracking.Trackers) -> None:
         self.run, self.state, self.trackers = run, state, trackers
@@ -55,7 +55,7 @@ def report(reporter: Reporter, bar: tqdm) -> None:
     if not (probing or progress.step % settings.log_every == 0):
         return
     state.progress = empty_window(progress)
-    before, reporter.last = reporter.last, progress
+    before, reporter.last = reporter.last, state.progress
     row = {
         "step": progress.step,
         "loss": progress.window_loss / progress.window_steps,

@@ -68,13 +68,14 @@ def layer_weights(llm: torch.nn.Module) -> int:
 
 
 def speed(weights: int, before: Progress, now: Progress, device_flops: float) -> dict[str, float]:
-    """Speed since the last line of metrics.jsonl, over all processes.
+    """Speed since the last line of metrics.jsonl, or since the checkpoint, over all processes.
 
     flops: of the LLM's layers on positions that are not padding, 2 for each weight forward and 2 backward. Encoder,
     adapter, head and a teacher beside the student are not counted. weights: 0 if the LLM is not run.
     """
     seconds = max(1e-9, now.seconds - before.seconds)
-    positions = now.window_positions - now.window_padding
+    # a checkpoint may lie within a window: its part of the work was done before its seconds
+    positions = now.window_positions - before.window_positions - (now.window_padding - before.window_padding)
     figures = {
         "positions_per_second": round(positions / seconds, 1),
         "audio_hours_per_hour": round((now.audio_seconds - before.audio_seconds) / seconds, 2),
