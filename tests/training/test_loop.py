@@ -317,6 +317,12 @@ def test_an_unknown_option_of_the_adapter_is_refused_with_those_that_there_are(s
         train(replace(settings, adapter_options=("hiden=12",)))
 
 
+def test_an_option_whose_value_is_not_yaml_is_refused_by_name(settings) -> None:
+    with pytest.raises(SettingsError, match=r"--adapter-options strides=\[2,2: its value is not YAML"):
+        train(replace(settings, adapter="grounded", adapter_options=("strides=[2,2",)))
+    assert not settings.out.exists()
+
+
 def test_init_from_goes_on_with_an_adapter_of_its_kind(settings, tmp_path: Path, tiny_llm) -> None:
     train(settings)
     start = str(settings.out / "adapter")

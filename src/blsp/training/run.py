@@ -262,7 +262,7 @@ def open_model(
         raise SettingsError("--dtype float16: its gradients overflow; train in bfloat16 or float32")
     audio_model, llm = find_weights(settings.audio_model), find_weights(settings.llm)
     args = shared_template_args(sources, read_template_args(settings.template_arg, settings.no_thinking))
-    options = {name: yaml.safe_load(value) for name, value in map(_option, settings.adapter_options)}
+    options = dict(map(_option, settings.adapter_options))
     if not settings.init_from:
         reads_out = adapter_class(settings.adapter).reads_out
         vocabulary = _readout_vocabulary(settings, llm, runtime, sources) if reads_out else None
@@ -297,11 +297,16 @@ def open_model(
     return model, processor
 
 
-def _option(flag: str) -> tuple[str, str]:
+def _option(flag: str) -> tuple[str, Any]:
+    """The name and the value of a flag of --adapter-options."""
     name, equals, value = flag.partition("=")
     if not equals:
         raise SettingsError(f"--adapter-options {flag}: must read NAME=VALUE, as in strides=[2,2,1]")
-    return name.replace("-", "_"), value
+    try:
+        return name.replace("-", "_"), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "a special character"
+        raise SettingsError(f"--adapter-options {flag}: its value is not YAML ({problem})") from error
 
 
 def _check_start(settings: TrainSettings, model: BlspForConditionalGeneration, options: dict[str, Any]) -> None:
