@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from blsp.training import loop, reporting
 from blsp.training.probes import validation_sources
 from blsp.training.run_state import Progress
 from blsp.training.tracking import CLOCKED, Trackers, layer_weights, product_flops, speed
+from blsp.weights.folder import WeightsNotFoundError
 
 
 @pytest.fixture
@@ -78,6 +80,31 @@ def test_a_dry_run_tells_rows_time_and_memory_and_writes_nothing(
     told = capsys.readouterr().out
     assert "100 steps of" in told and "hours" in told and "GB of memory" in told
     assert not out.exists() and not list(tmp_path.glob("*dry-run*"))
+
+
+def _staged(tmp_path: Path, tiny_llm, tiny_whisper, init_from: tuple[str, ...]) -> TrainSettings:
+    """A dry run of two stages in a folder that does not exist yet; the second begins where the first ends."""
+    data = str(write_data(tmp_path / "data", rows=8))
+    (tmp_path / "data" / "0.wav").write_bytes(b"not audio")
+    out = tmp_path / "runs" / "staged"
+    parts = {"audio_model": tiny_whisper, "llm": tiny_llm("llama"), "adapter": "conv", "loss": "ce"}
+    whole = TrainSettings(data=(data,), out=out, batch_size=4, steps=9, dtype="float32", dry_run=True, **parts)
+    first = replace(whole, out=out / "stages" / "first", init_from=init_from)
+    second = replace(whole, out=out / "stages" / "second", init_from=(str(first.out / "adapter"),))
+    return replace(whole, stages=(first, second))
+
+
+def test_a_dry_run_of_stages_leaves_nothing_behind(tmp_path: Path, tiny_llm, tiny_whisper, capsys) -> None:
+    loop.train(_staged(tmp_path, tiny_llm, tiny_whisper, ()))
+    told = capsys.readouterr().out
+    assert "stages/first: 7 rows, 1 left out; 9 steps" in told and "stages/second: 7 rows" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_dry_run_refuses_a_wrong_start_and_leaves_nothing_behind(tmp_path: Path, tiny_llm, tiny_whisper) -> None:
+    with pytest.raises(WeightsNotFoundError, match="no-adapter"):
+        loop.train(_staged(tmp_path, tiny_llm, tiny_whisper, (str(tmp_path / "no-adapter"),)))
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_speed_is_counted_work_over_time() -> None:

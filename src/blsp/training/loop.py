@@ -84,28 +84,37 @@ def train(settings: TrainSettings) -> None:
 def dry_run(settings: TrainSettings, runtime: Runtime) -> None:
     """Prepare each stage in a temporary folder, run three steps, and print the time and memory that a run needs.
 
-    With --cache, missing clips are encoded and kept.
+    With --cache, missing clips are encoded and kept. What an earlier stage would have trained begins as a new adapter.
     """
-    for stage in settings.stages or (settings,):
-        home = stage.out.absolute().parent  # all nodes can read it
-        home.mkdir(parents=True, exist_ok=True)
-        folder = from_first(lambda home=home: tempfile.mkdtemp(prefix=".dry-run-", dir=home))  # type: ignore[misc]
-        run = prepare(replace(stage, out=Path(folder), init_from=stage.init_from if stage is settings else ()), runtime)
-        state, seconds = begin_or_resume(run), []
-        with closing(step_examples(run, 0)) as steps:
-            for number, batches in islice(steps, DRY_STEPS):
-                began = time.monotonic()
-                learn(run, state, number, batches)
-                seconds.append(time.monotonic() - began)
-        hours = min(seconds) * run.steps / 3600  # the first step is slower than the others
-        print_once(
-            runtime,
-            f"{stage.out}: {len(run.dataset.rows)} rows, {run.skipped.count} left out; {run.steps} steps of "
-            f"{min(seconds):.2f} s: {hours:.2f} hours; {peak_memory() / 1e9:.2f} GB of memory in the first process",
-        )
+    home = next(folder for folder in settings.out.absolute().parents if folder.is_dir())  # all nodes can read it
+    folder = Path(from_first(lambda: tempfile.mkdtemp(prefix=".dry-run-", dir=home)))
+    made = {str(stage.out / "adapter") for stage in settings.stages}
+    try:
+        for stage in settings.stages or (settings,):
+            start = tuple(name for name in stage.init_from if name not in made)
+            told = dry_stage(replace(stage, out=folder / stage.out.name, init_from=start), runtime)
+            print_once(runtime, f"{stage.out}: {told}")
         barrier(runtime)
+    finally:
         if runtime.rank == 0:
             shutil.rmtree(folder)
+
+
+def dry_stage(settings: TrainSettings, runtime: Runtime) -> str:
+    """Three steps of one stage, and what they say about the whole of it."""
+    settings.out.mkdir(exist_ok=True)
+    run = prepare(settings, runtime)
+    state, seconds = begin_or_resume(run), []
+    with closing(step_examples(run, 0)) as steps:
+        for number, batches in islice(steps, DRY_STEPS):
+            began = time.monotonic()
+            learn(run, state, number, batches)
+            seconds.append(time.monotonic() - began)
+    hours = min(seconds) * run.steps / 3600  # the first step is slower than the others
+    return (
+        f"{len(run.dataset.rows)} rows, {run.skipped.count} left out; {run.steps} steps of {min(seconds):.2f} s: "
+        f"{hours:.2f} hours; {peak_memory() / 1e9:.2f} GB of memory in the first process"
+    )
 
 
 def train_stage(settings: TrainSettings, runtime: Runtime, stop: run_state.StopSignal) -> None:
