@@ -135,6 +135,14 @@ def test_a_wrong_validation_flag_is_named(flag: str) -> None:
         validation_sources((flag,))
 
 
+def test_a_validation_pattern_of_several_files_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"id": "x", "audio": "x.wav", "text": "x"}\n')
+    assert list(validation_sources((f"dev={tmp_path}/a*.jsonl",))) == ["dev"]
+    with pytest.raises(SettingsError, match=r"--val-data dev=.*: matches 2 files; name one"):
+        validation_sources((f"dev={tmp_path}/*.jsonl",))
+
+
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import tracking
 

@@ -75,7 +75,10 @@ def validation_sources(flags: Sequence[str]) -> dict[str, Source]:
         name, _, path = flag.partition("=")
         if not path or not name.isidentifier() or name in (*OWN_PARTS, *sources):
             raise SettingsError(f"--val-data {flag}: must read NAME=FILE, each NAME once and none {OWN_PARTS}")
-        (sources[name],) = open_sources([path])
+        found = open_sources([path])
+        if len(found) > 1:
+            raise SettingsError(f"--val-data {flag}: matches {len(found)} files; name one")
+        (sources[name],) = found
     return sources
 
 
