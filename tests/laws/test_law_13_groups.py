@@ -17,7 +17,7 @@ from blsp.data.manifest import Utterance
 from blsp.distributed import find_runtime
 from blsp.training.dataset import (
     Dataset,
-    choose_held_out,
+    choose_groups,
     group_keys,
     group_rows,
     learnt_from,
@@ -82,6 +82,16 @@ def test_the_manifest_s_own_groups_win(tmp_path: Path, rows: list[dict]) -> None
     assert len(groups[1]) == 2 and len(dataset.held_out) == 4 and not groups[0] & groups[1]
 
 
+def test_a_clip_without_speech_is_not_learnt_from_where_its_group_is_held_out(tmp_path: Path, rows: list[dict]) -> None:
+    pauses = [row | {"id": f"{row['id']}-pause", "text": "", "no_speech": True} for row in rows]
+    for row, pause in zip(rows, pauses, strict=True):
+        row["group"] = pause["group"] = f"recording of {row['id']}"
+    dataset = _dataset(_write(tmp_path / "continued.jsonl", rows + pauses), tmp_path, hold_out=4)
+    learnt, held_out = _sides(dataset, "id")
+    assert len(held_out) == 4 and not any(id.endswith("-pause") for id in held_out)
+    assert len(learnt) == 2 * 36 and not {f"{id}-pause" for id in held_out} & learnt
+
+
 def test_at_most_a_tenth_of_the_groups_and_of_the_rows_is_held_out(tmp_path: Path, rows: list[dict]) -> None:
     path = _write(tmp_path / "continued.jsonl", rows)
     assert len(_dataset(path, tmp_path / "a", hold_out=64).held_out) == 4
@@ -99,11 +109,10 @@ def test_at_most_a_tenth_of_the_groups_and_of_the_rows_is_held_out(tmp_path: Pat
 def test_no_chain_of_shared_keys_crosses_the_split(rows: list[tuple[int, int, bool]]) -> None:
     recordings, texts, silent = (np.array(column) for column in zip(*rows, strict=True))
     groups = group_rows(recordings.astype(np.uint64), texts.astype(np.uint64))
-    held_out = choose_held_out(groups, silent, hold_out=4)
-    assert not (held_out & silent).any()
+    chosen = choose_groups(groups, silent, hold_out=4)
     for keys in (recordings, texts):
         for key in set(keys.tolist()):
-            sides = held_out[(keys == key) & ~silent]
+            sides = chosen[keys == key]
             assert sides.all() or not sides.any()
     # groups are no larger than necessary: as many as if sets that share a recording or text are joined one by one
     joined = [{row} for row in range(len(rows))]

@@ -248,9 +248,10 @@ def _measure_sources(
         scan.flush()
         measured = np.memmap(scan, MEASURED, "r", shape=(count,)) if count else np.empty(0, MEASURED)
         groups = group_rows(measured["recording"], measured["text"])
-        held_out = choose_held_out(groups, measured["values"]["no_speech"], hold_out)
-        _write_rows(folder / "rows.npy", measured, ~held_out)
-        _write_rows(folder / "held_out.npy", measured, held_out)
+        no_speech = measured["values"]["no_speech"]
+        chosen = choose_groups(groups, no_speech, hold_out)
+        _write_rows(folder / "rows.npy", measured, ~chosen)
+        _write_rows(folder / "held_out.npy", measured, chosen & ~no_speech)
 
 
 def _measure_block(
@@ -326,11 +327,11 @@ def group_rows(recordings: NDArray[np.uint64], texts: NDArray[np.uint64]) -> NDA
             return groups
 
 
-def choose_held_out(groups: NDArray[np.uint64], no_speech: NDArray[np.bool_], hold_out: int) -> NDArray[np.bool_]:
-    """True at the rows of the first `hold_out` groups, at most a tenth of all groups and of all rows.
+def choose_groups(groups: NDArray[np.uint64], no_speech: NDArray[np.bool_], hold_out: int) -> NDArray[np.bool_]:
+    """True at the rows of the first `hold_out` groups, at most a tenth of all groups and of all rows with speech.
 
-    Clips without speech are never held out. A group that is too large for the rest of the tenth, such as a text that
-    thousands of clips share, is skipped.
+    A group that is too large for the rest of the tenth, such as a text that thousands of clips share, is skipped.
+    Nothing is learnt from a chosen group, but only its clips with speech can be measured, and so are held out.
     """
     names, sizes = np.unique(groups[~no_speech], return_counts=True)  # in the order of the hashes
     groups_left, rows_left, chosen = min(hold_out, len(names) // 10), int(sizes.sum()) // 10, []
@@ -338,12 +339,12 @@ def choose_held_out(groups: NDArray[np.uint64], no_speech: NDArray[np.bool_], ho
         if groups_left and size <= rows_left:
             chosen.append(name)
             groups_left, rows_left = groups_left - 1, rows_left - size
-    return np.isin(groups, np.array(chosen, dtype=np.uint64)) & ~no_speech
+    return np.isin(groups, np.array(chosen, dtype=np.uint64))
 
 
 def learnt_from(utterances: Sequence[Utterance], hold_out: int) -> list[Utterance]:
     """The rows of a manifest that a run on only this manifest learns from."""
     keys = np.array([group_keys(utterance) for utterance in utterances], dtype=np.uint64).reshape(-1, 2)
     no_speech = np.array([utterance.no_speech for utterance in utterances], dtype=bool)
-    held_out = choose_held_out(group_rows(keys[:, 0], keys[:, 1]), no_speech, hold_out)
-    return [utterance for utterance, held in zip(utterances, held_out, strict=True) if not held]
+    chosen = choose_groups(group_rows(keys[:, 0], keys[:, 1]), no_speech, hold_out)
+    return [utterance for utterance, held in zip(utterances, chosen, strict=True) if not held]
