@@ -360,8 +360,8 @@ MUTANTS = (
     Mutant(
         "dataset: copies of a recording are groups of their own",
         "training/dataset.py",
-        "utterance.id.split('/augmented-')[0]",
-        "utterance.id",
+        'id.split("/augmented-")[0]',
+        "id",
         "tests/laws/test_law_13_groups.py",
     ),
     Mutant(

@@ -134,3 +134,9 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows_nor_on_other_rows_mu
 def test_a_row_without_a_text_is_its_recording_s() -> None:
     first, copy, other = (group_keys(Utterance(id=id, audio="a.wav", text="")) for id in ("a", "a/augmented-1", "b"))
     assert first == copy and set(first).isdisjoint(other)
+
+
+def test_words_that_differ_in_a_vowel_sign_are_other_texts() -> None:
+    texts = ("दिन", "दान", " दिन! ")
+    first, other, same = (group_keys(Utterance(id=text, audio="a.wav", text=text))[1] for text in texts)
+    assert first == same != other

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from blsp.continuation.topk import TopKStore, topk_folder
 from blsp.data.files import read_ends, take_room, write_atomically, write_json
 from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance, find_manifests, read_rows
+from blsp.data.normalisation import split_words
 from blsp.distributed import Runtime, barrier
 from blsp.llm.prompt import show_args
 
@@ -295,16 +295,18 @@ def text_hash(text: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def group_keys(utterance: Utterance) -> tuple[int, int]:
-    """Hashes of an utterance's recording and of its normalised text; of its field `group` instead, if it has one.
+def recording_of(id: str) -> str:
+    """The id of the recording that a clip is a copy of, or its own: "clip-7/augmented-2" is a copy of "clip-7"."""
+    return id.split("/augmented-")[0]
 
-    Copies of a recording have its id with a suffix: "clip-7/augmented-2" is a copy of "clip-7".
-    """
+
+def group_keys(utterance: Utterance) -> tuple[int, int]:
+    """Hashes of an utterance's recording and of its words; of its field `group` instead, if it has one."""
     group = utterance.extra.get("group")
     if group is not None:
         return (text_hash(f"group {group}"),) * 2
-    recording = text_hash(f"recording {utterance.id.split('/augmented-')[0]}")
-    words = " ".join(re.findall(r"\w+", utterance.text.casefold()))
+    recording = text_hash(f"recording {recording_of(utterance.id)}")
+    words = " ".join(split_words(utterance.text.casefold()))
     return recording, text_hash(f"text {words}") if words else recording
 
 

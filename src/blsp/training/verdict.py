@@ -24,6 +24,7 @@ from blsp.data.files import write_json
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.model.lora import lora_note
 from blsp.training import probes, step
+from blsp.training.dataset import recording_of
 from blsp.training.run import Run
 
 Array = NDArray[np.float64]
@@ -117,7 +118,7 @@ def judge(run: Run) -> Verdict:
     sums: dict[str, Array] = defaultdict(lambda: np.zeros(3))  # several responses and copies of a clip count as one
     for example, *tokens in zip(probe.answered, own, exchanged, strict=True):
         nats = [sum(kl for kl, _ in route) for route in tokens]
-        sums[example.id.split("/augmented-")[0]] += [*nats, len(example.response)]
+        sums[recording_of(example.id)] += [*nats, len(example.response)]
     return compare(np.array(list(sums.values())), _way_out(run))
 
 
