@@ -97,7 +97,9 @@ def test_the_run_folder_is_what_the_contract_says(settings: TrainSettings, capsy
     assert len(held_out) == 2 and all(Path(row.audio).exists() and row.instruction is None for row in held_out)
     assert newest_complete(out / "checkpoints").name == "step-6"
     card = (out / "adapter" / "README.md").read_text()
-    assert "library_name: transformers" in card and "held-out" in card and str(verdict) in card
+    assert "library_name: transformers" in card and "held-out" in card and f"## Measured\n\n{verdict}\n" in card
+    shown = {line.split(" | ")[0] for line in card.splitlines() if "next-token divergence" in line and line[0] == "|"}
+    assert shown == {"| not learnt from", "| learnt from"}
     model, _ = load_blsp(out / "adapter", find_runtime("cpu"))
     stored = load_file(out / "checkpoints" / "step-6" / "adapter.safetensors")
     for name, tensor in model.model.multi_modal_projector.state_dict().items():

@@ -59,7 +59,7 @@ by digest.
 {dump_flags(as_flags(settings)).strip()}
 ```
 
-## Measured on clips that were not learnt from
+## Measured
 
 {verdict}
 
@@ -94,8 +94,8 @@ def held_out_results(datasets: list[str], probes: dict[str, float]) -> list[Eval
 
 def _probes(last: dict[str, float]) -> str:
     rows = [
-        f"| {part.replace('_', '-')} | {meaning} | {last[f'{part}_{name}']:.4f} |"
-        for part in ("held_out", "train")
+        f"| {clips} | {meaning} | {last[f'{part}_{name}']:.4f} |"
+        for part, clips in (("held_out", "not learnt from"), ("train", "learnt from"))
         for name, meaning in PROBE_MEANINGS.items()
         if f"{part}_{name}" in last
     ]
