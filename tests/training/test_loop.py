@@ -287,6 +287,22 @@ def test_broken_and_unusable_rows_are_listed_and_the_rest_is_learnt(settings, tm
         assert _metrics(chosen.out)[-1]["samples"] == 2 * 2
 
 
+def test_clips_of_two_files_that_have_one_id_are_two_clips(settings, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        rows = [json.loads(line) for line in write_data(tmp_path / name, rows=20).read_text().splitlines()]
+        rows = [row | {"text": f"{name} {number}"} for number, row in enumerate(rows)]
+        asked_twice = [row | {"behaviour": "repeat"} for row in rows]
+        lines = [json.dumps(row) + "\n" for row in rows + asked_twice]
+        (tmp_path / name / f"{name}.jsonl").write_text("".join(lines))
+    data = tuple(str(tmp_path / name / f"{name}.jsonl") for name in ("first", "second"))
+    train(replace(settings, data=data, steps=1, held_out=2))
+    held_out = list(Manifest(settings.out / "heldout.jsonl"))
+    of_first, of_second = ([row.id for row in held_out if row.text.startswith(name)] for name in ("first", "second"))
+    assert len(of_first) == 2 and of_second == [f"second/{id}" for id in of_first]
+    assert len({row.audio for row in held_out}) == 4
+    assert Verdict.read(settings.out).clips == 4
+
+
 def test_nothing_to_learn_from_is_an_error(settings, tmp_path: Path) -> None:
     path = write_data(tmp_path / "none", rows=2)
     path.write_text("".join(json.dumps(json.loads(line) | {"audio": ""}) + "\n" for line in path.open()))

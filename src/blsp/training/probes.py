@@ -132,7 +132,8 @@ def measure(
         figures["kl"], figures["top1"] = divergence(probe, probe.answered, prefixes, positions)
         if others := exchange_speech(probe.answered):
             figures["kl_shuffled"], _ = divergence(probe, others, prefixes, positions)
-    spoken = {example.id: example for example in probe.examples if example.transcript}
+    # Several rows of a clip count as one. Two data files may give one id to clips of two texts
+    spoken = {(example.id, example.text): example for example in probe.examples if example.transcript}
     if spoken and prefixes.llm.model.reads_out:
         figures["wer"] = readout_wer(list(spoken.values()), prefixes, tokenizer, positions)
     placed = [example for example in spoken.values() if example.places is not None]

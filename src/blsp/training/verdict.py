@@ -86,12 +86,18 @@ def warnings(run: Run) -> list[str]:
 
 # --- after the last step ----------------------------------------------------------------------------------
 def write_held_out(run: Run) -> None:
-    """Write heldout.jsonl: each held-out utterance once, without the fields of step 1."""
+    """Write heldout.jsonl: each held-out utterance once, without the fields of step 1.
+
+    Where two data files give one id to two clips, the second one's gets the name of its file before it.
+    """
     rows: dict[str, Utterance] = {}
     for row in run.dataset.held_out:
         utterance = run.dataset.utterance(row)
         extra = {name: value for name, value in utterance.extra.items() if name not in STEP_1_FIELDS}
-        rows.setdefault(utterance.id, replace(utterance, instruction=None, extra=extra))
+        id, clip = utterance.id, (utterance.audio, utterance.start)
+        if id in rows and (rows[id].audio, rows[id].start) != clip:
+            id = f"{run.dataset.sources[int(row['source'])].path.stem}/{id}"
+        rows.setdefault(id, replace(utterance, id=id, instruction=None, extra=extra))
     write_manifest(run.settings.out / "heldout.jsonl", rows.values(), relative_to=run.settings.out)
 
 
@@ -115,10 +121,11 @@ def judge(run: Run) -> Verdict:
             probes.token_divergences(probe, examples, run.prefixes, settings.batch_tokens)
             for examples in (probe.answered, others)
         )
-    sums: dict[str, Array] = defaultdict(lambda: np.zeros(3))  # several responses and copies of a clip count as one
+    # Several responses and copies of a clip count as one. Two data files may give one id to clips of two texts
+    sums: dict[tuple[str, str], Array] = defaultdict(lambda: np.zeros(3))
     for example, *tokens in zip(probe.answered, own, exchanged, strict=True):
         nats = [sum(kl for kl, _ in route) for route in tokens]
-        sums[recording_of(example.id)] += [*nats, len(example.response)]
+        sums[recording_of(example.id), example.text] += [*nats, len(example.response)]
     return compare(np.array(list(sums.values())), _way_out(run))
 
 
