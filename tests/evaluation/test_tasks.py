@@ -51,6 +51,22 @@ def test_a_rows_own_instruction_wins(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_are_in_the_language_of_their_task_unless_they_say_another(tmp_path: Path) -> None:
+    """The recogniser and `--normalise` read the rows' language, also in the alignment analysis."""
+    rows = [
+        {"id": "a", "audio": "a.wav", "text": "hallo"},
+        {"id": "b", "audio": "b.wav", "text": "hi", "language": "en"},
+    ]
+    write_manifest(tmp_path / "m.jsonl", rows)
+    task = {"name": "t", "kind": "chat", "manifest": "m.jsonl", "language": "de"}
+    plan = {"manifest": "m.jsonl", "language": "de"}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"tasks": [task], "alignment": plan}))
+    suite = load_suite(str(tmp_path / "t.yaml"), tmp_path)
+    assert suite.alignment is not None
+    for asked in (suite.tasks[0], suite.alignment.task("repeat")):
+        assert [row.language for row in asked.rows()] == ["de", "en"]
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -63,7 +63,7 @@ class Task:
     max_new_tokens: int = 128
     """the paper's zero-shot setting"""
     language: str = "en"
-    """ISO 639-1 of the speech"""
+    """ISO 639-1 of the speech; a row's own language wins"""
     answer_language: str = "en"
     """ISO 639-1 in which an answer is expected"""
     samples: int | None = None
@@ -83,7 +83,7 @@ class Task:
     """recordings that are left out (`leave_out_unreadable`)"""
 
     def rows(self, limit: int | None = None) -> list[Utterance]:
-        """The first `limit` questions, each with its instruction (and reference) filled in."""
+        """The first `limit` questions, each with its instruction, language (and reference) filled in."""
         rows = [row for row in Manifest(self._path(self.manifest)) if len(row.text.split()) >= self.min_words]
         if self.references is not None:
             texts = {_prompt_name(row.id): row.text for row in Manifest(self._path(self.references))}
@@ -114,7 +114,8 @@ class Task:
             raise TaskError(f"task {self.name!r}: row {row.id!r}: its option {empty[0]!r} is empty")
         if row.options is not None and row.reference not in row.options:
             raise TaskError(f"task {self.name!r}: row {row.id!r}: its reference is not among its options")
-        return replace(row, instruction=self.wording if row.instruction is None else row.instruction)
+        instruction = self.wording if row.instruction is None else row.instruction
+        return replace(row, instruction=instruction, language=row.language or self.language)
 
     def _path(self, name: str) -> Path:
         return self.folder / Path(name).expanduser()
@@ -133,6 +134,8 @@ class AlignmentPlan:
     layer_samples: int = 24
     """clips looked at layer by layer and in the picture of instructions; 0: without both"""
     max_new_tokens: int = 64
+    language: str = "en"
+    """ISO 639-1 of the speech; a row's own language wins"""
     folder: Path = field(default=Path("."), compare=False, repr=False)
     unreadable: frozenset[Clip] = field(default=frozenset(), compare=False, repr=False)
 
