@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from blsp.data.manifest import Manifest
+from blsp.data.manifest import Manifest, Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer, answer_log
 from blsp.evaluation.endpoints import Endpoint, PeerError, parse_endpoint, parse_peers, read_mark
 from blsp.evaluation.judge import Evaluation, judge
@@ -226,6 +226,25 @@ def test_a_judge_rates_open_answers_only(evaluation_of: Callable[..., Evaluation
     assert tasks["chat"]["speech"]["judge"] == 7.0 and "judge" not in tasks["sqa"]["speech"]
     assert len(requests) == 2 * 7 and "model" not in requests[0]
     assert "Rating:" in requests[0]["messages"][0]["content"]
+
+
+def test_marks_are_compared_over_the_questions_that_have_one_on_every_route(
+    evaluation_of: Callable[..., Evaluation], suite: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge gives 3 to one route's first answer and to the other's no mark; all else is 7."""
+    calls: list[int] = []
+
+    def rate(rater: Endpoint, rows: Sequence[Utterance], *_: Any) -> dict[str, float]:
+        calls.append(len(rows))
+        return {row.id: 7.0 for row in rows} | {rows[0].id: 3.0 if len(calls) == 1 else float("nan")}
+
+    monkeypatch.setattr("blsp.evaluation.judge.rate", rate)
+    only = Suite("rated", tuple(task for task in suite.tasks if task.name == "chat"))
+    routes = judge(evaluation_of(rater=Endpoint("", "http://x/v1")), only).to_json()["tasks"]["chat"]
+    assert {route: (found["judge"], found["unmarked"]) for route, found in routes.items()} == {
+        "text": (7.0, 1),
+        "speech": (7.0, 1),
+    }
 
 
 def test_endpoints_and_marks() -> None:

@@ -267,8 +267,8 @@ def _score(evaluation: Evaluation, result: TaskResult) -> None:
     task, rows = result.task, result.rows
     for route, answers in result.answers.items():
         result.scores[route] = score(task, rows, answers, result.answers.get("text"))
-        if evaluation.rater and task.kind == "chat":
-            _rate(evaluation, evaluation.rater, result, route)
+    if evaluation.rater and task.kind == "chat":
+        _rate(evaluation, evaluation.rater, result)
     if task.kind != "asr":
         return
     readout = {name: answer.transcript for name, answer in result.answers.get("speech", {}).items()}
@@ -282,13 +282,23 @@ def _score(evaluation: Evaluation, result: TaskResult) -> None:
             result.scores[column] = score_transcripts(task, rows, [texts[row.id] or "" for row in rows])
 
 
-def _rate(evaluation: Evaluation, rater: Endpoint, result: TaskResult, route: str) -> None:
+def _rate(evaluation: Evaluation, rater: Endpoint, result: TaskResult) -> None:
+    """The judge's marks, compared over the questions that have one on every route."""
+    marks = {route: _marks(evaluation, rater, result, route) for route in result.answers}
+    unmarked = np.isnan([*marks.values()]).any(axis=0)
+    for route, values in marks.items():
+        figure = mean_figure(np.where(unmarked, np.nan, values))
+        result.scores[route].add("judge", result.rows, figure, [*values])
+        result.scores[route].counts["unmarked"] = int(unmarked.sum())
+
+
+def _marks(evaluation: Evaluation, rater: Endpoint, result: TaskResult, route: str) -> np.ndarray:
+    """(N,) the judge's mark for each answer of a route; nan where it gave none."""
     answers = result.answers[route]
     kind = f"{rater.model}@{rater.url} {sorted((name, answer.text) for name, answer in answers.items())}"
     with evaluation.log(result.task, result.rows, f"{route}.judge", kind) as log:
         marks = from_first(lambda: rate(rater, result.rows, answers, log))
-    values = [marks[row.id] for row in result.rows]
-    result.scores[route].add("judge", result.rows, mean_figure(np.array(values, dtype=float)), values)
+    return np.array([marks[row.id] for row in result.rows], dtype=float)
 
 
 def judge_alignment(evaluation: Evaluation, suite: Suite) -> Alignment:
