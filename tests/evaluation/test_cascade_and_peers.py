@@ -111,6 +111,44 @@ def test_the_recogniser_is_loaded_where_the_llm_is(
     assert asked["device"] == torch.device(device)
 
 
+@pytest.fixture
+def whisper_stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a recogniser whose weights faster-whisper does not read."""
+    heard = SimpleNamespace(transcribe=lambda *_, **__: ((), None), model=SimpleNamespace(is_multilingual=False))
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=lambda *_, **__: heard))
+    (tmp_path / "model.bin").write_bytes(b"weights")
+    return tmp_path
+
+
+def test_a_changed_recogniser_has_another_mark(whisper_stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mark(device: str = "cpu", compute: str = "int8") -> str:
+        return Recogniser(str(whisper_stub), compute, torch.device(device)).mark
+
+    first = mark()
+    assert mark() == mark("mps") == first  # CTranslate2 takes the CPU instead
+    changed = {mark("cuda"), mark(compute="float32")}
+    monkeypatch.setattr("blsp.evaluation.recogniser.version", lambda name: "0.0")
+    changed.add(mark())
+    os.utime(whisper_stub / "model.bin", (0, 0))
+    changed.add(mark())
+    (whisper_stub / "model.bin").write_bytes(b"others")
+    os.utime(whisper_stub / "model.bin", (0, 0))
+    changed.add(mark())
+    assert len(changed - {first}) == 5
+
+
+def test_the_number_format_that_was_chosen_is_the_one_that_is_stored(
+    whisper_stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the transcripts of a resumed run could be of two formats."""
+    chosen = []
+    for kind in ("int8", "float32"):
+        monkeypatch.setattr("blsp.evaluation.recogniser._faster_type", lambda *_, kind=kind: kind)
+        chosen.append(Recogniser(str(whisper_stub), "auto"))
+    assert [recogniser.compute for recogniser in chosen] == ["int8", "float32"]
+    assert chosen[0].mark == Recogniser(str(whisper_stub), "int8").mark != chosen[1].mark
+
+
 def test_the_cascades_recogniser_gets_the_llms_device(
     evaluation_of: Callable[..., Evaluation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +192,7 @@ def test_a_whisper_in_transformers_format_recognises_too(tmp_path: Path, corpus:
         with answer_log(tmp_path / f"{name}.jsonl", "x") as log:
             written.append(recogniser.transcribe(rows, log))
     assert written[0] == written[1] and all(isinstance(text, str) for text in written[0])
+    assert recogniser.compute == "float32"
     assert not recogniser.supports_language("fr")
 
 

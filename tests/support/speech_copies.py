@@ -50,7 +50,7 @@ def shuffled(speech: RouteInputFn) -> RouteInputFn:
 class Parrot:
     """A recogniser that writes the transcript, but "misheard" for the first row and nothing for the second."""
 
-    name, compute, multilingual = "parrot", "int8", False
+    name, compute, mark, multilingual = "parrot", "int8", "parrot", False
 
     def supports_language(self, language: str) -> bool:
         return language == "en"

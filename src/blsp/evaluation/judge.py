@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from blsp.data.files import digest_of
 from blsp.data.jobs import lock_job
 from blsp.data.manifest import Utterance
 from blsp.distributed import Runtime, find_runtime, from_first, leave
@@ -113,8 +112,7 @@ class Evaluation:
     def recognise(self, rows: Sequence[Utterance]) -> dict[str, str]:
         """The recogniser's transcripts by the row's id; those in the log are not computed again."""
         recogniser = self.load_recogniser()
-        mark = digest_of({"name": recogniser.name, "compute": recogniser.compute})
-        with answer_log(self.folder / "log" / "recogniser.jsonl", mark) as log:
+        with answer_log(self.folder / "log" / "recogniser.jsonl", recogniser.mark) as log:
             return dict(zip([row.id for row in rows], recogniser.transcribe(rows, log), strict=True))
 
     def ask(self, task: Task, rows: Sequence[Utterance], inputs: RouteInputFn, log: AnswerLog) -> Answers:

@@ -12,6 +12,8 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 
 from blsp.data.addresses import audio_size
 from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
 from blsp.distributed import from_first
 from blsp.evaluation.answers import Answer, AnswerLog, Answers, fill
@@ -28,6 +31,7 @@ from blsp.weights.embedded import PREFIX, resolve_weights
 COMPUTE_TYPES = ("int8", "float32")
 CLIPS_AT_A_TIME = 32  # clips whose transcripts are logged together
 WINDOW_SECONDS = 30
+WEIGHTS = (".bin", ".safetensors")
 CPU = torch.device("cpu")
 
 Transcribe = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcript
@@ -42,20 +46,33 @@ class RecogniserError(ValueError):
     """A recogniser that cannot be used; the message says why and which one to use."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A recogniser's function. compute: the number format in use. origin: what else decides the transcripts."""
+
+    transcribe: Transcribe
+    multilingual: bool
+    compute: str
+    origin: dict[str, Any]
+
+
 class Recogniser:
     """A loaded recogniser.
 
     name: an `embedded:…:ct2` name, a CTranslate2 folder, a name that faster-whisper knows (`large-v3`), or a
     folder or hub id that transformers' speech recognition pipeline loads.
-    compute: of CTranslate2; `auto` measures the types and takes the faster one.
+    compute: of CTranslate2; `auto` measures the types and takes the faster one, which `self.compute` then names.
     device: of the LLM; CTranslate2 knows CUDA's and the CPU, which it takes instead of any other.
+    mark: a digest of what decides the transcripts; those with another mark are not reused.
     """
 
     def __init__(self, name: str, compute: str = "int8", device: torch.device = CPU) -> None:
-        self.name, self.compute = name, compute
         folder = resolve_weights(name)
         faster = Path(folder, "model.bin").is_file() or not ("/" in folder or Path(folder).is_dir())
-        self._transcribe, self.multilingual = (_faster if faster else _transformers)(folder, compute, device)
+        loaded = (_faster if faster else _transformers)(folder, compute, device)
+        self.name, self.compute, self.multilingual = name, loaded.compute, loaded.multilingual
+        self.mark = digest_of({"name": name, "compute": loaded.compute, **loaded.origin})
+        self._transcribe = loaded.transcribe
         self.workers = (os.cpu_count() or 1) if faster and device.type != "cuda" else 1
 
     def supports_language(self, language: str) -> bool:
@@ -93,18 +110,29 @@ def _clip_key(row: Utterance) -> str:
     return f"{row.audio}#{part}@{row.language or 'en'} {audio_size(row.audio)} B"
 
 
-def _faster(folder: str, compute: str, device: torch.device) -> tuple[Transcribe, bool]:
+def _origin(weights: Any, device: str, *packages: str) -> dict[str, Any]:
+    return {"weights": weights, "device": device, "versions": {name: version(name) for name in packages}}
+
+
+def _weight_files(folder: str) -> list[str]:
+    """Name, size and time of each file of weights; a file that was exchanged under its name has others."""
+    files = sorted(path for path in Path(folder).iterdir() if path.suffix in WEIGHTS)
+    return [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+
+
+def _faster(folder: str, compute: str, device: torch.device) -> Loaded:
     try:
-        from faster_whisper import WhisperModel
+        import faster_whisper
     except ImportError as error:
         raise ImportError(
             "the cascade needs faster-whisper: pip install 'blsp[cascade]', or leave out --routes cascade"
         ) from error
+    folder = folder if Path(folder).is_dir() else faster_whisper.download_model(folder)
     cores = os.cpu_count() or 1
     place = {"device": "cuda", "device_index": device.index or 0} if device.type == "cuda" else {"device": "cpu"}
 
     def load(kind: str) -> Any:
-        return WhisperModel(folder, **place, compute_type=kind, cpu_threads=1, num_workers=cores)
+        return faster_whisper.WhisperModel(folder, **place, compute_type=kind, cpu_threads=1, num_workers=cores)
 
     def transcribe(model: Any, clip: np.ndarray, language: str) -> str:
         segments, _ = model.transcribe(
@@ -118,9 +146,16 @@ def _faster(folder: str, compute: str, device: torch.device) -> tuple[Transcribe
         return " ".join(segment.text.strip() for segment in segments).strip()
 
     threads = torch.get_num_threads()
-    model = load(_faster_type(load, transcribe) if compute == "auto" else compute)
+    if compute == "auto":
+        compute = from_first(lambda: _faster_type(load, transcribe))  # ranks share the clips
+    model = load(compute)
     torch.set_num_threads(threads)  # loading CTranslate2 changes the number of threads, which the LLM uses too
-    return lambda clip, language: transcribe(model, clip, language), bool(model.model.is_multilingual)
+    return Loaded(
+        transcribe=lambda clip, language: transcribe(model, clip, language),
+        multilingual=bool(model.model.is_multilingual),
+        compute=compute,
+        origin=_origin(_weight_files(folder), place["device"], "faster-whisper", "ctranslate2"),
+    )
 
 
 def _faster_type(load: Callable[[str], Any], transcribe: Callable[[Any, np.ndarray, str], str]) -> str:
@@ -136,7 +171,7 @@ def _faster_type(load: Callable[[str], Any], transcribe: Callable[[Any, np.ndarr
     return min(seconds, key=lambda kind: seconds[kind])
 
 
-def _transformers(folder: str, compute: str, device: torch.device) -> tuple[Transcribe, bool]:
+def _transformers(folder: str, compute: str, device: torch.device) -> Loaded:
     from transformers import pipeline
 
     recognise = pipeline("automatic-speech-recognition", model=folder, device=device, trust_remote_code=False)
@@ -156,4 +191,6 @@ def _transformers(folder: str, compute: str, device: torch.device) -> tuple[Tran
         windows = len(clip) > WINDOW_SECONDS * SAMPLE_RATE  # Whisper needs timestamps to find the next window
         return str(recognise(audio, return_timestamps=windows, generate_kwargs=options)["text"]).strip()
 
-    return transcribe_clip, multilingual
+    weights = _weight_files(folder) if Path(folder).is_dir() else recognise.model.config._commit_hash
+    compute = str(recognise.model.dtype).removeprefix("torch.")
+    return Loaded(transcribe_clip, multilingual, compute, _origin(weights, device.type, "transformers", "torch"))
