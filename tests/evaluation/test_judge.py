@@ -93,6 +93,9 @@ def test_an_adapter_that_reads_out_is_judged_as_a_transcriber_too(
     assert figures(results, "tasks", "asr", "transcript", "wer") == pytest.approx(expected)
     report = write_report(results, evaluation_of().folder) and (evaluation_of().folder / "report.md").read_text()
     assert "**transcript**" in report and "`blsp transcribe`, with the model's help" in report
+    assert ("whose read-outs the language model chooses among" in report) == rescore
+    assert figures(results, "environment", "rescore") == rescore
+    assert {"attention", "full_window"} <= set(figures(results, "environment"))
 
 
 def test_a_clip_of_one_trimmed_piece_is_transcribed_without_what_is_left_out(

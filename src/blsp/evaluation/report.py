@@ -272,7 +272,8 @@ def _measured(results: Results) -> str:
     lines = [
         f"{about['machine']}; {about['threads']} threads, {about['dtype']}; blsp {about['blsp']}, {packages}.",
         f"Speech encoder `{about['audio_model']}`, language model `{about['text_model']}`, adapter "
-        f"`{about['adapter']}`; recogniser of the cascade: {about['recogniser'] or 'none'}.",
+        f"`{about['adapter']}`{', whose read-outs the language model chooses among' if about['rescore'] else ''}; "
+        f"recogniser of the cascade: {about['recogniser'] or 'none'}.",
         f"{about['date']}; {about['seconds'] / 60:.1f} minutes in this run. Intervals: {results.bootstrap} "
         f"bootstrap samples, seed {results.seed}. Every question and answer: `samples.jsonl`; every figure: "
         "`results.json`.",

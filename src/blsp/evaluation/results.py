@@ -200,6 +200,9 @@ def describe(listener: Listener) -> dict[str, Any]:
         "audio_model_sha256": config.audio_model_sha256,
         "text_model": config.text_model_id,
         "text_model_sha256": config.text_model_sha256,
+        "attention": listener.model.model.language_model.config._attn_implementation,
+        "rescore": config.rescore,
+        "full_window": config.full_window,
         "no_speech_sentence": config.no_speech_sentence,
     }
 
