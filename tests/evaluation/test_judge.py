@@ -16,7 +16,7 @@ from support.tiny_models import CHAT_TEMPLATE, tiny_blsp
 from transformers import AutoModelForCausalLM
 
 from blsp.data.manifest import write_manifest
-from blsp.evaluation.judge import Evaluation, judge
+from blsp.evaluation.judge import Evaluation, evaluate, judge
 from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
@@ -26,6 +26,7 @@ from blsp.evaluation.tasks import AlignmentPlan, Suite, Task, TaskError
 from blsp.inference.listener import Listener
 from blsp.llm.decoding import Result
 from blsp.llm.prompt import fix_template
+from blsp.settings import EvaluateSettings
 
 MakeEvaluation = Callable[..., Evaluation]
 
@@ -263,6 +264,28 @@ def test_the_set_sentence_counts_when_the_llm_says_it(evaluation_of: MakeEvaluat
     monkeypatch.setattr(judged.listener.model.config, "no_speech_sentence", answer.text)
     again = judge(evaluation_of(routes=("speech",), folder=judged.folder / "again"), only).tasks[0].answers["speech"]
     assert answer.finish != "no-speech" and again[name].finish == "no-speech" and again[name].ids == answer.ids
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"compare": ("gone",)}, r"results\.json: cannot be read .*--compare"),
+        ({"compare": ("torn",)}, r"results\.json: cannot be read .*--compare"),
+        ({"compare": ("other",)}, r"results\.json: holds no results of `blsp evaluate`"),
+        ({"peer": ("ultravox",)}, "MODEL@URL"),
+        ({"judge": "gpt"}, "MODEL@URL"),
+    ],
+)
+def test_what_the_report_would_miss_is_refused_before_the_model_is_loaded(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("blsp.evaluation.judge.load", None)
+    for name, content in {"torn": '{"tasks": {', "other": '{"loss": 1.0}'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(content)
+    flags = flags | {"compare": tuple(tmp_path / name for name in flags.get("compare", ()))}
+    with pytest.raises(ValueError, match=message):
+        evaluate(EvaluateSettings(suite=str(corpus / "suite.yaml"), out=tmp_path / "out", device="cpu", **flags))
 
 
 def test_a_task_without_a_readable_recording_is_refused_before_anything_is_asked(

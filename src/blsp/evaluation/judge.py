@@ -24,7 +24,7 @@ from blsp.evaluation.bootstrap import mean_figure
 from blsp.evaluation.endpoints import Endpoint, ask_peer, parse_endpoint, parse_peers, rate
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.evaluation.report import write_report
-from blsp.evaluation.results import Results, TaskResult, describe
+from blsp.evaluation.results import Results, TaskResult, describe, read_results
 from blsp.evaluation.routes import (
     RouteInputFn,
     ask,
@@ -134,6 +134,9 @@ def _evaluate(settings: EvaluateSettings, folder: Path, runtime: Runtime) -> Non
     data = settings.data or cache_root() / "corpus"
     suite = select(settings.suite, settings.task, data)
     check_manifests(suite)
+    peers, rater = parse_peers(settings.peer), parse_endpoint(settings.judge) if settings.judge else None
+    for other in settings.compare:
+        read_results(other)  # a wrong folder is refused now, and not after the questions
     evaluation = Evaluation(
         listener=load(settings.model, **load_options(settings)),
         folder=folder,
@@ -141,8 +144,8 @@ def _evaluate(settings: EvaluateSettings, folder: Path, runtime: Runtime) -> Non
         asr=settings.asr,
         asr_compute=settings.asr_compute,
         normalise=settings.normalise,
-        peers=parse_peers(settings.peer),
-        rater=parse_endpoint(settings.judge) if settings.judge else None,
+        peers=peers,
+        rater=rater,
         limit=settings.limit,
         batch_size=settings.batch_size,
         seed=settings.seed,

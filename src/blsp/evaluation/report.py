@@ -5,7 +5,6 @@ Try: `print(write_report(results, Path("results/tiny")))`
 Flow: evaluation/ — judge.py → **report**; the end of `blsp evaluate`.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from blsp.data.files import write_text
 from blsp.evaluation import pictures
 from blsp.evaluation.answers import Answer
 from blsp.evaluation.bootstrap import ENOUGH_SPEAKERS
-from blsp.evaluation.results import TRANSCRIPTS, Results, TaskResult, write_results
+from blsp.evaluation.results import TRANSCRIPTS, Results, TaskResult, read_results, write_results
 from blsp.evaluation.scoring import LOWER_IS_BETTER
 from blsp.evaluation.summary import NAMES, UNKNOWN, change, shown, summarise, table, with_interval
 
@@ -363,7 +362,7 @@ def _checkpoints(figures: Figures, folder: Path, others: Sequence[Path]) -> str:
     """Divergence against scores over this result and `others`."""
     if not others:
         return ""
-    earlier = [json.loads((path / "results.json").read_text(encoding="utf-8")) for path in others]
+    earlier = [read_results(path) for path in others]
     names = [path.name for path in (*others, folder)]
     points = [
         {"name": name, "kl": result["alignment"]["kl"], "scores": _ratios(result["tasks"])}

@@ -9,6 +9,7 @@ results.json: {"suite", "tasks": {task: {route: {metric, metric_ci, "n", faults}
 digit in every run; "environment" holds what differs between runs.
 """
 
+import json
 import math
 import os
 import platform
@@ -139,6 +140,22 @@ def write_results(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", _plain(results.to_json()))
     write_manifest(folder / "samples.jsonl", (sample for task in results.tasks for sample in _samples(task)))
+
+
+class ResultsError(ValueError):
+    """A results.json that cannot be read; the message names it."""
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The content of another evaluation's results.json."""
+    path = folder / "results.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{path}: cannot be read ({error}); --compare takes the folders of earlier runs") from error
+    if not isinstance(content, dict) or not {"tasks", "alignment"} <= set(content):
+        raise ResultsError(f"{path}: holds no results of `blsp evaluate`; --compare takes the folders of earlier runs")
+    return content
 
 
 def _samples(result: TaskResult) -> list[dict[str, Any]]:
