@@ -64,7 +64,7 @@ def test_the_list_of_what_was_skipped(tmp_path: Path) -> None:
     assert [row["reason"] for _, row in read_rows(skipped.path)] == ["no such file", "is empty"]
 
 
-def test_records_of_other_settings_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_of_other_settings_are_kept_as_old(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "log" / "task.jsonl"
     with RecordLog(path, "one") as log:
         log.write({"a": {"n": 1}, "b": {"n": 2}})
@@ -74,8 +74,16 @@ def test_records_of_other_settings_are_dropped(tmp_path: Path, capsys: pytest.Ca
         log.write({"c": {"n": 3}})
         assert list(log.records) == ["a", "b", "c"]
     with RecordLog(path, "two") as log:
-        assert log.records == {} and "started again" in capsys.readouterr().out
-    assert path.read_text() == '{"fingerprint": "two"}\n'
+        assert log.records == {}
+        log.write({"a": {"n": 4}})
+    old = path.with_name("task.jsonl.old")
+    message = capsys.readouterr().out
+    assert "limit, batch size, number of threads" in message and f"kept as {old} and begun again" in message
+    assert path.read_text() == '{"fingerprint": "two"}\n{"id": "a", "n": 4}\n'
+    with RecordLog(old, "one") as log:
+        assert list(log.records) == ["a", "b", "c"]
+    with RecordLog(path.with_name("empty.jsonl"), "one"), RecordLog(path.with_name("empty.jsonl"), "two"):
+        assert not path.with_name("empty.jsonl.old").exists()  # there is nothing to keep
 
 
 # --- headers and rows that are done -----------------------------------------------------------------------

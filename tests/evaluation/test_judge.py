@@ -157,7 +157,7 @@ def test_answers_of_another_model_are_not_reused(
         for parameter in other.model.model.multi_modal_projector.parameters():
             parameter.mul_(-1.5)
     changed = judge(evaluation_of(listener=other), suite)
-    assert "started again" in capsys.readouterr().out
+    assert "begun again" in capsys.readouterr().out
     assert figures(changed, "alignment", "kl") != figures(results, "alignment", "kl")
     assert figures(changed, "tasks", "chat", "text") == figures(results, "tasks", "chat", "text")
 

@@ -122,7 +122,7 @@ class SkippedLog:
 
 
 class RecordLog(RowLog, Generic[Record]):
-    """Records by their id. The first line holds the job's digest; records of another job are dropped.
+    """Records by their id. The first line holds the job's digest; a log of another job is kept as `<path>.old`.
 
     from_row, to_row: convert a record from and to its JSON object; by default a record is the object.
     """
@@ -143,9 +143,20 @@ class RecordLog(RowLog, Generic[Record]):
             self.records = {row["id"]: from_row(row) for row in earlier[1:]}
             return
         if len(earlier) > 1:
-            print(f"{path}: belongs to another model, task or version; it is started again")
+            self._begin_again()
         self._file.truncate(0)
         self.append({"fingerprint": fingerprint})
+
+    def _begin_again(self) -> None:
+        """Rename the file, whose records may have taken hours, and open a new one."""
+        old = self.path.with_name(f"{self.path.name}.old")
+        self.close()
+        os.replace(self.path, old)
+        super().__init__(self.path)
+        print(
+            f"{self.path}: was made with another model, task, limit, batch size, number of threads or version; "
+            f"it is kept as {old} and begun again"
+        )
 
     def write(self, records: dict[str, Record]) -> None:
         """Store a finished batch, in one system call."""

@@ -3,7 +3,7 @@
 In:  batches of answers. Out: `OUT/log/TASK.ROUTE.jsonl`; its first line is a digest of what was asked of which model.
 Try: `answer_log(Path("log/sqa.speech.jsonl"), fingerprint).records`
 Flow: evaluation/ — routes.py writes and reads them; scoring.py and report.py get `Answer`s.
-      A log of another model, task, batch plan or version is started again, so that results never mix.
+      A log of another model, task, batch plan or version is renamed to *.old, so that results never mix.
 """
 
 from collections.abc import Callable, Sequence
