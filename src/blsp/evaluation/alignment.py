@@ -18,6 +18,7 @@ speech vectors:
 Shapes: N answer tokens, D LLM width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,7 +33,18 @@ from blsp.data.jobs import RecordLog
 from blsp.data.manifest import Utterance
 from blsp.data.partners import partners
 from blsp.evaluation.answers import Answer, Answers, answer_log, fill
-from blsp.evaluation.bootstrap import Figure, drawn_units, draws_of, grouped, interval, known_speakers, ratio
+from blsp.evaluation.bootstrap import (
+    NEVER_NEGATIVE,
+    SHARE,
+    Figure,
+    drawn_units,
+    draws_of,
+    grouped,
+    interval,
+    known_speakers,
+    ratio,
+    widening,
+)
 from blsp.evaluation.following import Following, judge_following
 from blsp.evaluation.layers import LayerAnalysis, analyse_layers
 from blsp.evaluation.routes import (
@@ -102,9 +114,9 @@ class Alignment:
 
     def figures(self, samples: int, seed: int) -> dict[str, Any]:
         """The object "alignment" of results.json; `samples` and `seed` are the bootstrap's."""
-        units = drawn_units(self.speakers)
+        units, factor = drawn_units(self.speakers), widening(self.speakers)
         behaviours = {
-            behaviour: summarise(list(clips.values()), samples, seed, units)
+            behaviour: summarise(list(clips.values()), samples, seed, units, factor)
             for behaviour, clips in self.comparisons.items()
         }
         first = next(iter(behaviours))
@@ -112,7 +124,7 @@ class Alignment:
             "behaviour": first,
             **behaviours[first],
             "speakers": known_speakers(self.speakers),
-            **(self.following.figures(units, samples, seed) if self.following else {}),
+            **(self.following.figures(units, samples, seed, factor) if self.following else {}),
             **(self.layers.figures() if self.layers else {}),
             "by_position": by_position(self.headline),
             "behaviours": behaviours,
@@ -233,11 +245,16 @@ def _states(
 
 
 def summarise(
-    comparisons: Sequence[Comparison], samples: int, seed: int, units: NDArray[np.int64] | None = None
+    comparisons: Sequence[Comparison],
+    samples: int,
+    seed: int,
+    units: NDArray[np.int64] | None = None,
+    factor: float = 1.0,
 ) -> dict[str, Any]:
     """Means over tokens with intervals: kl, top1_agreement, kl_NAME of each baseline, and kl_minus_cascade (paired).
 
-    units: resampled as a whole, with the same draws for every figure; None: clips.
+    units: resampled as a whole, with the same draws for every figure; None: clips. factor: of the intervals
+    (`bootstrap.widening`).
     """
     tokens = np.array([len(clip.kl) for clip in comparisons], dtype=float)
     sums: dict[str, list[float]] = {
@@ -254,8 +271,9 @@ def summarise(
     rows = draws_of(units, samples, seed)
     figures: dict[str, Any] = {}
     for name, values in sums.items():
-        figure = Figure(np.stack([np.array(values, dtype=float), tokens], axis=1), ratio)
-        figures |= {name: figure.point(), f"{name}_ci": list(interval(grouped(figure, units), rows))}
+        limits = {"top1_agreement": SHARE, "kl_minus_cascade": (-math.inf, math.inf)}.get(name, NEVER_NEGATIVE)
+        figure = Figure(np.stack([np.array(values, dtype=float), tokens], axis=1), ratio, limits)
+        figures |= {name: figure.point(), f"{name}_ci": list(interval(grouped(figure, units), rows, factor))}
     return figures | {"n": len(comparisons), "tokens": int(tokens.sum())}
 
 

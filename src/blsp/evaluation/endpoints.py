@@ -30,6 +30,7 @@ from blsp.llm.decoding import Decoding
 from blsp.llm.servers import ServerError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+MARKS = (1.0, 10.0)  # the judge's least and best
 OWN_COLUMNS = ("text", "cascade", "speech", "transcript", "recogniser", "readout")
 JUDGE = """\
 Rate how well an assistant answered a spoken question, from 1 (useless) to 10 (excellent): is the answer \

@@ -22,7 +22,7 @@ from sacrebleu.metrics import CHRF
 
 from blsp.data.partners import partners
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.bootstrap import Figure, draws_of, grouped, interval, ratio
+from blsp.evaluation.bootstrap import SHARE, Figure, draws_of, grouped, interval, ratio
 
 Nearest = dict[str, dict[str, str | None]]  # instruction -> clip -> the instruction of the nearest text answer
 
@@ -35,8 +35,11 @@ class Following:
     nearest: Nearest
     exchanged: Nearest
 
-    def figures(self, units: NDArray[np.int64], samples: int, seed: int) -> dict[str, Any]:
-        """Shares with intervals; and for each instruction, how often each text answer is the nearest."""
+    def figures(self, units: NDArray[np.int64], samples: int, seed: int, factor: float = 1.0) -> dict[str, Any]:
+        """Shares with intervals; and for each instruction, how often each text answer is the nearest.
+
+        factor: of the intervals (`bootstrap.widening`).
+        """
         rows, row_of = draws_of(units, samples, seed), {clip: row for row, clip in enumerate(self.clips)}
         figures: dict[str, Any] = {}
         named = {"instruction_following": self.nearest, "instruction_following_shuffled": self.exchanged}
@@ -45,8 +48,8 @@ class Following:
             for asked, found in nearest.items():
                 for clip, near in found.items():
                     counts[row_of[clip]] += [near == asked, 1]
-            figure = grouped(Figure(counts, ratio), units)
-            figures |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows))}
+            figure = grouped(Figure(counts, ratio, SHARE), units)
+            figures |= {name: figure.point(), f"{name}_ci": list(interval(figure, rows, factor))}
         shares = {
             asked: {near: float(np.mean([item == near for item in found.values()])) for near in self.nearest}
             for asked, found in self.nearest.items()

@@ -21,7 +21,7 @@ from blsp.distributed import Runtime, find_runtime, from_first, leave
 from blsp.evaluation.alignment import Alignment, Routes, measure
 from blsp.evaluation.answers import AnswerLog, Answers, answer_log
 from blsp.evaluation.bootstrap import mean_figure
-from blsp.evaluation.endpoints import Endpoint, ask_peer, parse_endpoint, parse_peers, rate
+from blsp.evaluation.endpoints import MARKS, Endpoint, ask_peer, parse_endpoint, parse_peers, rate
 from blsp.evaluation.recogniser import Recogniser, recogniser_of
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results, TaskResult, describe, read_results
@@ -288,7 +288,7 @@ def _rate(evaluation: Evaluation, rater: Endpoint, result: TaskResult) -> None:
     marks = {route: _marks(evaluation, rater, result, route) for route in result.answers}
     unmarked = np.isnan([*marks.values()]).any(axis=0)
     for route, values in marks.items():
-        figure = mean_figure(np.where(unmarked, np.nan, values))
+        figure = mean_figure(np.where(unmarked, np.nan, values), MARKS)
         result.scores[route].add("judge", result.rows, figure, [*values])
         result.scores[route].counts["unmarked"] = int(unmarked.sum())
 

@@ -26,7 +26,7 @@ from blsp.data.files import write_json
 from blsp.data.manifest import Utterance, write_manifest
 from blsp.evaluation.alignment import Alignment
 from blsp.evaluation.answers import Answers
-from blsp.evaluation.bootstrap import drawn_units, draws_of, grouped, interval, known_speakers, relative_gap
+from blsp.evaluation.bootstrap import drawn_units, draws_of, grouped, interval, known_speakers, relative_gap, widening
 from blsp.evaluation.scoring import MAIN_METRIC, Score
 from blsp.evaluation.tasks import LeftOut, Task
 from blsp.inference.listener import Listener
@@ -108,19 +108,22 @@ class Results:
 
     def _scores(self, result: TaskResult) -> dict[str, Any]:
         """By route: all metrics with intervals, the number of questions, and counts of faults."""
-        units = drawn_units([row.speaker for row in result.rows])
+        speakers = [row.speaker for row in result.rows]
+        units, factor = drawn_units(speakers), widening(speakers)
         rows = draws_of(units, self.bootstrap, self.seed)
         routes: dict[str, Any] = {}
         for route, score in result.scores.items():
             routes[route] = {}
             for name, figure in score.figures.items():
-                routes[route] |= {name: figure.point(), f"{name}_ci": list(interval(grouped(figure, units), rows))}
+                bounds = interval(grouped(figure, units), rows, factor)
+                routes[route] |= {name: figure.point(), f"{name}_ci": list(bounds)}
             routes[route] |= {"n": len(result.rows), **score.counts}
         return routes | {route: {"n": 0, "unavailable": why} for route, why in result.unavailable.items()}
 
     def _gaps(self, result: TaskResult) -> dict[str, Any]:
         """By metric: how much larger one route's figure is than another's, in percent."""
-        units = drawn_units([row.speaker for row in result.rows])
+        speakers = [row.speaker for row in result.rows]
+        units, factor = drawn_units(speakers), widening(speakers)
         rows = draws_of(units, self.bootstrap, self.seed)
         gaps: dict[str, Any] = {}
         for route, other in COMPARED:
@@ -129,7 +132,8 @@ class Results:
             for name, figure in result.scores[route].figures.items():
                 other_figure = result.scores[other].figures.get(name)
                 if other_figure is not None and name != "agreement":
-                    percent, bounds = relative_gap(grouped(figure, units), grouped(other_figure, units), rows)
+                    pair = grouped(figure, units), grouped(other_figure, units)
+                    percent, bounds = relative_gap(*pair, rows, factor)
                     gaps.setdefault(name, {})[f"{route}_vs_{other}"] = percent
                     gaps[name][f"{route}_vs_{other}_ci"] = list(bounds)
         return gaps

@@ -28,7 +28,7 @@ from sacrebleu.metrics.base import Metric
 from blsp.data.manifest import Utterance
 from blsp.data.normalisation import UNSPACED, count_words, normaliser, split_words
 from blsp.evaluation.answers import NO_SPEECH, Answer, Answers
-from blsp.evaluation.bootstrap import Figure, mean_figure, ratio
+from blsp.evaluation.bootstrap import NEVER_NEGATIVE, SHARE, Figure, mean_figure, ratio
 from blsp.evaluation.tasks import Task
 
 LOWER_IS_BETTER = frozenset({"wer", "cer"})
@@ -64,9 +64,11 @@ class Score:
         for row, value in zip(rows, values, strict=True):
             self.rows.setdefault(row.id, {})[name] = value
 
-    def add_mean(self, name: str, rows: Sequence[Utterance], values: Values) -> None:
+    def add_mean(
+        self, name: str, rows: Sequence[Utterance], values: Values, limits: tuple[float, float] = SHARE
+    ) -> None:
         """Set a metric whose corpus figure is the mean of the rows' values."""
-        self.add(name, rows, mean_figure(np.array(values, dtype=float)), values)
+        self.add(name, rows, mean_figure(np.array(values, dtype=float), limits), values)
 
 
 def score(task: Task, rows: Sequence[Utterance], answers: Answers, text_answers: Answers | None) -> Score:
@@ -106,7 +108,7 @@ def _add_word_errors(language: str, rows: Sequence[Utterance], texts: Sequence[s
         values = [errors / max(length, 1) for errors, length in counts]
         # If no reference has a word, every written word is an error, and the figure is their number.
         rate = ratio if any(length for _, length in counts) else lambda total: float(total[0])
-        result.add(name, rows, Figure(np.array(counts, dtype=float), rate), values)
+        result.add(name, rows, Figure(np.array(counts, dtype=float), rate, NEVER_NEGATIVE), values)
 
 
 def _errors(align: Callable, reference: str, transcript: str) -> tuple[int, int]:
@@ -145,7 +147,7 @@ def _add_sacrebleu(
     def corpus_score(sums: np.ndarray) -> float:
         return float(metric._compute_score_from_stats([int(count) for count in sums]).score)
 
-    result.add(name, rows, Figure(statistics, corpus_score), values)
+    result.add(name, rows, Figure(statistics, corpus_score, (0.0, 100.0)), values)
     result.signatures[name] = str(metric.get_signature())
 
 
@@ -225,7 +227,8 @@ def _score_open(
         _add_sacrebleu("chrf", CHRF(), CHRF(), rows, texts, references, result)
         same = [float(text == reference) for text, reference in zip(texts, references, strict=True)]
         result.add_mean("agreement", rows, same)
-    result.add_mean("words", rows, [float(count_words(text, task.answer_language)) for text in texts])
+    lengths = [float(count_words(text, task.answer_language)) for text in texts]
+    result.add_mean("words", rows, lengths, NEVER_NEGATIVE)
 
 
 SCORERS: dict[str, Callable[[Task, Sequence[Utterance], Sequence[Answer], Score], None]] = {
