@@ -129,7 +129,9 @@ def _faster(folder: str, compute: str, device: torch.device) -> Loaded:
         ) from error
     folder = folder if Path(folder).is_dir() else faster_whisper.download_model(folder)
     cores = os.cpu_count() or 1
-    place = {"device": "cuda", "device_index": device.index or 0} if device.type == "cuda" else {"device": "cpu"}
+    place: dict[str, Any] = (
+        {"device": "cuda", "device_index": device.index or 0} if device.type == "cuda" else {"device": "cpu"}
+    )
 
     def load(kind: str) -> Any:
         return faster_whisper.WhisperModel(folder, **place, compute_type=kind, cpu_threads=1, num_workers=cores)
