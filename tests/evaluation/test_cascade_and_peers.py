@@ -63,8 +63,18 @@ def test_a_language_that_nobody_hears_is_not_available(evaluation_of: Callable[.
     french = Suite("fr", tuple(replace(task, language="fr") for task in chat.tasks))
     results = judge(evaluation_of(routes=("text", "cascade", "speech"), recogniser=Parrot()), french)
     tasks = results.to_json()["tasks"]["chat"]
-    assert tasks["text"]["n"] == 7 and tasks["speech"]["n"] == tasks["cascade"]["n"] == 0
-    assert "English only" in tasks["speech"]["unavailable"]
+    assert tasks["speech"]["n"] == tasks["cascade"]["n"] == 0 and "English only" in tasks["speech"]["unavailable"]
+    assert tasks["text"]["n"] == 0 and "nothing to compare" in tasks["text"]["unavailable"]
+
+
+@pytest.mark.parametrize("routes", [("text",), ("text", "speech", "cascade")])
+def test_text_is_asked_alone_or_beside_a_recogniser_of_the_language(
+    evaluation_of: Callable[..., Evaluation], chat: Suite, monkeypatch: pytest.MonkeyPatch, routes: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(Parrot, "supports_language", lambda self, language: True)
+    french = Suite("fr", tuple(replace(task, language="fr") for task in chat.tasks))
+    tasks = judge(evaluation_of(routes=routes, recogniser=Parrot()), french).to_json()["tasks"]["chat"]
+    assert tasks["text"]["n"] == 7 and tasks.get("cascade", {"n": 7})["n"] == 7
 
 
 def test_the_default_recogniser_is_the_models_own_whisper() -> None:

@@ -45,6 +45,7 @@ from blsp.weights.embedded import cache_root
 ROUTES = ("text", "cascade", "speech")
 ENGLISH_ENCODER = "the speech encoder knows English only"
 ENGLISH_RECOGNISER = "the recogniser knows English only"
+NOTHING_HEARD = "there is nothing to compare it with: nothing here hears the language"
 NO_SENTENCE = "a peer has no set sentence for silence"
 
 
@@ -198,15 +199,17 @@ def _answer_count(evaluation: Evaluation, suite: Suite, rows: dict[str, list[Utt
 
 def judge_task(evaluation: Evaluation, task: Task, rows: list[Utterance]) -> TaskResult:
     """One task on every route."""
-    result = TaskResult(task, rows)
+    result = TaskResult(task, rows, unavailable=_unavailable(evaluation, task))
     evaluation.bar.set_description(task.name)
-    if "text" in evaluation.routes and task.kind != "no-speech":
+    evaluation.bar.update(len(result.unavailable) * len(rows))
+    routes = set(evaluation.routes) - set(result.unavailable)
+    if "text" in routes and task.kind != "no-speech":
         with evaluation.log(task, rows, "text", f"text {evaluation.normalise}") as log:
             inputs = text_input(evaluation.transcripts(rows))
             result.answers["text"] = evaluation.ask(task, rows, inputs, log)
-    if "cascade" in evaluation.routes:
+    if "cascade" in routes:
         _cascade(evaluation, result)
-    if "speech" in evaluation.routes:
+    if "speech" in routes:
         _speech(evaluation, result)
     for peer in evaluation.peers:
         _peer(evaluation, result, peer)
@@ -214,12 +217,20 @@ def judge_task(evaluation: Evaluation, task: Task, rows: list[Utterance]) -> Tas
     return result
 
 
+def _unavailable(evaluation: Evaluation, task: Task) -> dict[str, str]:
+    """By route, why the task is not asked on it. Text alone is not asked where it was to be compared with speech."""
+    reasons = {}
+    if "cascade" in evaluation.routes and not evaluation.load_recogniser().supports_language(task.language):
+        reasons["cascade"] = ENGLISH_RECOGNISER
+    if "speech" in evaluation.routes and not supports_language(evaluation.listener, task.language):
+        reasons["speech"] = ENGLISH_ENCODER
+    if reasons and not evaluation.peers and set(evaluation.routes) == {"text", *reasons}:
+        reasons["text"] = NOTHING_HEARD
+    return reasons
+
+
 def _speech(evaluation: Evaluation, result: TaskResult) -> None:
     task, rows = result.task, result.rows
-    if not supports_language(evaluation.listener, task.language):
-        result.unavailable["speech"] = ENGLISH_ENCODER
-        evaluation.bar.update(len(rows))
-        return
     with evaluation.log(task, rows, "speech", "speech") as log:
         result.answers["speech"] = evaluation.ask(task, rows, evaluation.speech_route, log)
     if task.kind == "asr" and evaluation.listener.reads_out:
@@ -235,10 +246,6 @@ def _cascade(evaluation: Evaluation, result: TaskResult) -> None:
     If the recogniser wrote the exact transcript, the text route's answer is used.
     """
     task, rows = result.task, result.rows
-    if not evaluation.load_recogniser().supports_language(task.language):
-        result.unavailable["cascade"] = ENGLISH_RECOGNISER
-        evaluation.bar.update(len(rows))
-        return
     recognised = result.recogniser_transcripts = evaluation.recognise(rows)
     text_answers, transcripts = result.answers.get("text", {}), evaluation.transcripts(rows)
     answers = {
