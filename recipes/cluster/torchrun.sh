@@ -12,6 +12,6 @@ launch() {           # restarts after a lost process, command …
         --rdzv-backend c10d --rdzv-id blsp --rdzv-endpoint "$RANK0:29500" -m blsp "$@"
 }
 launch 3 continue --manifest "$MANIFEST" --out data/continued.jsonl --llm "$LLM" --top-k 32
-launch 0 train --config "$CONFIG" --out "$OUT" --dry-run
-launch 3 train --config "$CONFIG" --out "$OUT"
+launch 0 train --config "$CONFIG" --llm "$LLM" --out "$OUT" --dry-run
+launch 3 train --config "$CONFIG" --llm "$LLM" --out "$OUT"
 launch 0 evaluate --model "$OUT/adapter" --suite "$SUITE" --out "$OUT/evaluation"
