@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.watched_connections import WatchedConnection
 
 from blsp.data import row_index
 from blsp.data.files import read_rows
@@ -191,6 +192,16 @@ def test_threads_and_forked_processes_share_an_open_manifest(path: Path) -> None
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0, 0]
+
+
+def test_threads_take_turns_in_the_index(path: Path) -> None:
+    write_manifest(path, rows(200))
+    read = Manifest(path)
+    (index,) = read._indexes
+    index._table = watched = WatchedConnection(index._table)
+    with ThreadPoolExecutor(8) as threads:
+        assert [row.id for row in threads.map(read.__getitem__, range(200))] == [row.id for row in rows(200)]
+    assert watched.most == 1
 
 
 def test_an_index_stays_right_when_both_files_are_renamed(path: Path) -> None:

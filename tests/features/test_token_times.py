@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.tiny_models import tiny_blsp
 from support.training_examples import write_data
+from support.watched_connections import WatchedConnection
 
 from blsp.features.align import AlignError, TokenTimes, align, best_path, token_places
 from blsp.features.cache import FeatureCache
@@ -102,6 +104,16 @@ def test_the_store_tells_transcripts_and_clips_apart(tiny_whisper, tmp_path) -> 
     assert store.get(b"a" * 16, [1, 2]).tolist() == [4, 9]
     assert store.get(b"a" * 16, [1, 3]) is None
     assert store.get(b"b" * 16, [1, 2]) is None
+
+
+def test_threads_take_turns_in_the_store(tiny_whisper, tmp_path) -> None:
+    store = TokenTimes(FeatureCache(tmp_path, encoder_id(find_weights(tiny_whisper).sha256)))
+    store.add([(b"a" * 16, [token], np.array([token], np.int16)) for token in range(200)])
+    store._database = watched = WatchedConnection(store._database)
+    with ThreadPoolExecutor(8) as threads:
+        times = threads.map(lambda token: store.get(b"a" * 16, [token]).tolist(), range(200))
+        assert list(times) == [[token] for token in range(200)]
+    assert watched.most == 1
 
 
 def test_a_clip_that_cannot_hold_its_transcript_is_listed(grounded_folder, tmp_path, capsys) -> None:

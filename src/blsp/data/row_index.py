@@ -18,6 +18,7 @@ import json
 import os
 import sqlite3
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -45,6 +46,7 @@ class RowIndex:
     def __init__(self, path: Path, key: tuple[str, ...], table: sqlite3.Connection, rows: int, size: int) -> None:
         self.path, self.key, self.size = path, key, size  # size in bytes
         self._table, self._rows = table, rows
+        self._turn = threading.Lock()  # threads that run one statement at once get each other's rows
 
     def __len__(self) -> int:
         return self._rows
@@ -52,10 +54,11 @@ class RowIndex:
     def starts(self, first: int, last: int) -> list[int]:
         """First byte of each existing row from `first` to `last` (excluded)."""
         query = "SELECT start FROM rows WHERE row >= ? AND row < ? ORDER BY row"
-        return [start for (start,) in self._table.execute(query, (first, last))]
+        with self._turn:
+            return [start for (start,) in self._table.execute(query, (first, last))]
 
     def keys(self, number: int) -> Iterator[tuple[bytes, int, int]]:
-        """(digest of the key, `number`, row), sorted."""
+        """(digest of the key, `number`, row), sorted; for one thread."""
         for key, row in self._table.execute("SELECT key, row FROM rows ORDER BY key"):
             yield key, number, row
 
@@ -113,7 +116,7 @@ def _load(database: Path, path: Path, key: tuple[str, ...], stamp: str) -> RowIn
     """The index in `database`, or None if it is missing, damaged, or of another version of the file."""
     try:
         uri = f"file:{quote(os.fspath(database.absolute()))}?mode=ro&immutable=1"
-        table = sqlite3.connect(uri, uri=True, check_same_thread=False)  # SQLite lets threads take turns
+        table = sqlite3.connect(uri, uri=True, check_same_thread=False)  # RowIndex lets threads take turns
         ((pages,),) = table.execute("PRAGMA page_count")
         ((page_bytes,),) = table.execute("PRAGMA page_size")
         ((begun, rows, size),) = table.execute("SELECT stamp, rows, bytes FROM source")

@@ -16,6 +16,7 @@ U transcript tokens, S places of an adapter, D LLM width.
 """
 
 import sqlite3
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -179,24 +180,28 @@ class TokenTimes:
     """The store: (features of a clip, transcript ids) → the encoder frame at which each token is spoken."""
 
     def __init__(self, cache: FeatureCache) -> None:
-        # check_same_thread: the thread that prepares training examples uses this connection too
+        # check_same_thread: the threads that prepare training examples use this connection too. They do so in turn:
+        # threads that run one statement at once get each other's rows
         self._path = cache.folder / "token_times.sqlite"
         self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
+        self._turn = threading.Lock()
         self._database.execute("create table if not exists times (key blob primary key, frames blob) without rowid")
 
     def __len__(self) -> int:
-        return int(self._database.execute("select count(*) from times").fetchone()[0])
+        with self._turn:
+            return int(self._database.execute("select count(*) from times").fetchone()[0])
 
     def get(self, feature_key: bytes, tokens: Sequence[int]) -> Times | None:
         """(U,) encoder frames, or None if this transcript has not been aligned with this clip."""
         query = "select frames from times where key = ?"
-        found = self._database.execute(query, [_key(feature_key, tokens)]).fetchone()
+        with self._turn:
+            found = self._database.execute(query, [_key(feature_key, tokens)]).fetchone()
         return None if found is None else np.frombuffer(found[0], dtype="<i2")
 
     def add(self, entries: Sequence[tuple[bytes, Sequence[int], Times]]) -> None:
         """Add (feature key, tokens, times) of several clips in one transaction."""
         rows = [(_key(key, tokens), times.astype("<i2").tobytes()) for key, tokens, times in entries]
-        with naming_full_disk(self._path), self._database:
+        with self._turn, naming_full_disk(self._path), self._database:
             self._database.executemany("insert or replace into times values (?, ?)", rows)
 
 
