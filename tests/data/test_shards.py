@@ -45,6 +45,32 @@ def test_shards_behind_a_url(kind: str, store: str, tmp_path: Path) -> None:
             read(f"{bucket}/{tmp_path.name}")
 
 
+@pytest.mark.parametrize(
+    ("corpus", "root"),
+    [
+        ("webdataset", "shards/train-{000..001}.tar"),
+        ("webdataset", "shards/train-000.tar"),
+        ("webdataset", "shards/train-*.tar"),
+        ("webdataset", "shards"),
+        ("shar", "shards/dev/cuts.{000000..000001}.jsonl.gz"),
+        ("shar", "shards/dev"),
+    ],
+)
+def test_a_root_in_the_working_folder(corpus: str, root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    {"webdataset": webdataset, "shar": shar}[corpus](tmp_path / "shards")
+    monkeypatch.chdir(tmp_path)
+    prepare(PrepareSettings(corpus, Path("out/m.jsonl"), root=root))
+    rows = list(Manifest("out/m.jsonl"))
+    assert rows and all(len(load_audio(row.audio)) == 16_000 for row in rows)
+
+
+def test_cuts_in_the_working_folder_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shar(tmp_path)
+    monkeypatch.chdir(tmp_path / "dev")
+    prepare(PrepareSettings("shar", tmp_path / "m.jsonl", root="cuts.{000000,000001}.jsonl.gz"))
+    assert len(Manifest(tmp_path / "m.jsonl")) == 5
+
+
 def test_a_damaged_shard_gives_the_rows_before_the_damage(tmp_path: Path) -> None:
     for number in range(3):
         files = [(f"{n}.{ending}", data) for n in range(3) for ending, data in (("txt", b"word"), ("flac", SAMPLE))]

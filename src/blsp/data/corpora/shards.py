@@ -156,7 +156,7 @@ def _cut_rows(cut: dict[str, Any], audio: dict[str, Member], path: str) -> Rows:
 def find_files(root: str, splits: list[str], pattern: str) -> list[str]:
     """The sorted files (paths or URLs) of a folder or its subfolder SPLIT, or those that the pattern `root` matches."""
     if "{" in root or "*" in root or re.search(r"\.tar(\.\w+)?$", root):
-        return [path for name in expand_braces(root) for path in (_glob(name) if "*" in name else [name])]
+        return [path for name in expand_braces(root) for path in (_glob(name) if "*" in name else [_whole(name)])]
     folders = [f"{root.rstrip('/')}/{split}" for split in splits]
     within = [path for folder in folders for path in _glob(f"{folder}/{pattern}")]
     return within or _glob(f"{root.rstrip('/')}/{pattern}")
@@ -176,11 +176,14 @@ def expand_braces(pattern: str) -> list[str]:
     return [whole for name in names for whole in expand_braces(begin + name + end)]
 
 
+def _whole(path: str) -> str:
+    """A URL as it is, or an absolute path: a manifest's relative paths begin in its own folder."""
+    return path if is_url(path) else os.path.abspath(path)
+
+
 def _glob(pattern: str) -> list[str]:
     try:
-        if not is_url(pattern):
-            pattern = os.path.abspath(pattern)
-        system, path = fsspec.url_to_fs(pattern)
+        system, path = fsspec.url_to_fs(_whole(pattern))
         names = sorted(str(name) for name in system.glob(path))
     except Exception as error:  # every file system of fsspec has its own errors
         raise CorpusError(f"{pattern}: cannot be listed ({error})") from error
