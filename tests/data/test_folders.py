@@ -142,6 +142,13 @@ def test_tables_as_people_have_them(
     assert left_out.keys() == broken.keys() and all(reason in left_out[where] for where, reason in broken.items())
 
 
+def test_the_first_segment_of_a_nemo_recording(tmp_path: Path) -> None:
+    row = {"audio_filepath": "a.wav", "text": "one", "offset": 0.0, "duration": 0.5}
+    (tmp_path / "m.json").write_text(json.dumps(row))
+    ((found,), _) = prepared(tmp_path / "m.json", tmp_path / "out.jsonl", "nemo")
+    assert (found["start"], found["duration"]) == (0.0, 0.5)
+
+
 def test_a_table_that_is_compressed_and_one_that_is_an_array(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"audio": "a.wav", "text": "one"}\n'))
     ((row,), _) = prepared(tmp_path / "a.jsonl.gz", tmp_path / "out.jsonl", "jsonl")

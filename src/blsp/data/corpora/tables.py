@@ -145,7 +145,7 @@ def _nemo_rows(path: Path, members: Lookup | None = None) -> Numbered:
     for line, values in read_objects(path):
         if not isinstance(values, Dropped):
             start, duration = values.pop("offset", None), values.pop("duration", None)
-            values |= {"start": start, "duration": duration} if start else {}
+            values |= {"start": start, "duration": duration} if start is not None else {}
             if members is not None:
                 values = _nemo_address(values, members)
         yield line, values
