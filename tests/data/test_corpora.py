@@ -247,10 +247,12 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
 def test_a_row_with_the_id_of_an_earlier_one_is_left_out(tmp_path: Path) -> None:
     tone(tmp_path / "mine" / "a.wav")
     (tmp_path / "mine" / "wav.scp").write_text("a a.wav\n")
-    (tmp_path / "mine" / "text").write_text("a once\na twice\n")
+    (tmp_path / "mine" / "text").write_text("a once\na twice\na\na thrice\n")
     prepare(PrepareSettings("kaldi", tmp_path / "m.jsonl", root=str(tmp_path / "mine")))
     assert [row.text for row in Manifest(tmp_path / "m.jsonl")] == ["once"]
-    assert skipped(tmp_path / "m.jsonl") == {"a": "repeated id: an earlier row has it"}
+    repeated = "repeated id: an earlier row has it"
+    assert skipped(tmp_path / "m.jsonl") == {"a (2)": repeated, "a (3)": "no transcript", "a (4)": repeated}
+    assert json.loads((tmp_path / "m.jsonl.meta.json").read_text())["skipped"] == {"repeated id": 2, "no transcript": 1}
 
 
 def test_check_audio_lists_what_cannot_be_decoded(tmp_path: Path) -> None:

@@ -54,14 +54,14 @@ def test_a_text_that_is_not_utf8_leaves_out_its_row(tmp_path: Path, text: bytes)
     recording(tmp_path / "r", "a.wav")
     recording(tmp_path / "r", "b.wav", text)
     rows, left_out = prepared(tmp_path / "r", tmp_path / "out.jsonl")
-    assert [row["id"] for row in rows] == ["a"] and "is not UTF-8" in left_out["b"]
+    assert [row["id"] for row in rows] == ["a"] and "is not UTF-8" in left_out["b.wav"]
 
 
 def test_a_file_name_that_is_not_utf8_leaves_out_its_row(tmp_path: Path) -> None:
     recording(tmp_path / "r", "a.wav")
     shutil.copy(CLIP, os.path.join(os.fsencode(tmp_path / "r"), b"caf\xe9.wav"))
     rows, left_out = prepared(tmp_path / "r", tmp_path / "out.jsonl")
-    assert [row["id"] for row in rows] == ["a"] and left_out == {"caf\\xe9": "file name: it is not UTF-8"}
+    assert [row["id"] for row in rows] == ["a"] and left_out == {"caf\\xe9.wav": "file name: it is not UTF-8"}
 
 
 def test_two_recordings_of_one_name(tmp_path: Path) -> None:
@@ -69,7 +69,14 @@ def test_two_recordings_of_one_name(tmp_path: Path) -> None:
     recording(tmp_path / "r", "a.flac", None)
     recording(tmp_path / "r", "b.wav")
     rows, left_out = prepared(tmp_path / "r", tmp_path / "out.jsonl")
-    assert [row["id"] for row in rows] == ["a", "b"] and "a.flac is used" in left_out["a"]
+    assert [row["id"] for row in rows] == ["a", "b"] and "a.flac is used" in left_out["a.wav"]
+
+
+def test_every_recording_of_one_name_is_listed(tmp_path: Path) -> None:
+    for name in ("a.ape", "a.flac", "a.wav", "a.wv"):
+        recording(tmp_path / "r", name)
+    ((row,), left_out) = prepared(tmp_path / "r", tmp_path / "out.jsonl")
+    assert row["audio"].endswith("a.flac") and list(left_out) == ["a.ape", "a.wav", "a.wv"]
 
 
 def test_suffixes_in_capitals_and_formats_of_phones(tmp_path: Path) -> None:
@@ -78,7 +85,7 @@ def test_suffixes_in_capitals_and_formats_of_phones(tmp_path: Path) -> None:
         (tmp_path / "r" / f"{name[0]}.TXT").write_text("Hello.")
     recording(tmp_path / "r", "f.m4a", None)
     rows, left_out = prepared(tmp_path / "r", tmp_path / "out.jsonl")
-    assert [row["id"] for row in rows] == list("abcde") and "no transcript" in left_out["f"]
+    assert [row["id"] for row in rows] == list("abcde") and "no transcript" in left_out["f.m4a"]
 
 
 def test_recordings_that_no_decoder_reads_are_counted(tmp_path: Path) -> None:
@@ -88,8 +95,8 @@ def test_recordings_that_no_decoder_reads_are_counted(tmp_path: Path) -> None:
     rows, left_out = prepared(tmp_path / "r", tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == ["a", "b"]
     assert left_out == {
-        "c": "format: .wv files are not read; convert it to wav or flac",
-        "d": "format: .AC3 files are not read; convert it to wav or flac",
+        "c.wv": "format: .wv files are not read; convert it to wav or flac",
+        "d.AC3": "format: .AC3 files are not read; convert it to wav or flac",
     }
 
 

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,20 @@ def _read(settings: PrepareSettings, out: Path, facts: dict[str, Any]) -> Rows:
 
 
 def _unique(rows: Rows) -> Rows:
-    """The rows, with `Dropped` instead of a row whose id was used before. The ids are in a temporary database."""
+    """The rows, with `Dropped` instead of a row whose id was used before. The ids are in a temporary database.
+
+    The second row with the id `a` is listed as `a (2)` if it is left out, as the skip list holds an id once.
+    """
     with closing(sqlite3.connect("")) as seen:
-        seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, rows INTEGER, used INTEGER) WITHOUT ROWID")
         for row in rows:
-            fresh = isinstance(row, Dropped) or seen.execute("INSERT OR IGNORE INTO ids VALUES (?)", (row.id,)).rowcount
-            yield row if fresh else Dropped(row.id, row.audio, "repeated id: an earlier row has it")
+            known = seen.execute("SELECT rows, used FROM ids WHERE id = ?", (row.id,)).fetchone()
+            before, used = known or (0, False)
+            kept = isinstance(row, Utterance)
+            seen.execute("REPLACE INTO ids VALUES (?, ?, ?)", (row.id, before + 1, used or kept))
+            if kept and used:
+                row = Dropped(row.id, row.audio, "repeated id: an earlier row has it")
+            yield replace(row, id=f"{row.id} ({before + 1})") if before and isinstance(row, Dropped) else row
 
 
 def _rows_left(rows: Rows, part: Path) -> Rows:

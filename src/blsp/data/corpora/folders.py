@@ -60,24 +60,25 @@ def audio_and_text(request: ReadRequest) -> Rows:
 
 
 def _pairs(root: Path, folder: Path, language: str | None) -> Rows:
-    """A row for each recording; `Dropped` with the reason for one that cannot be used."""
+    """A row for each recording; `Dropped` with the reason for one that cannot be used, whose id has the suffix."""
     last: dict[str, Path] = {}  # id -> recording
     for path, texts in _recordings(folder):
         id = path.relative_to(root).with_suffix("").as_posix()
+        file = path.relative_to(root).as_posix()  # tells a.wav from a.ape, whose id would be the same
         name = os.fsencode(path).decode("utf-8", "backslashreplace")
         if name != str(path):
-            yield Dropped(os.fsencode(id).decode("utf-8", "backslashreplace"), name, "file name: it is not UTF-8")
+            yield Dropped(os.fsencode(file).decode("utf-8", "backslashreplace"), name, "file name: it is not UTF-8")
         elif not texts:
-            yield Dropped(id, name, f"no transcript: {path.with_suffix(TEXT_SUFFIXES[0]).name} is missing")
+            yield Dropped(file, name, f"no transcript: {path.with_suffix(TEXT_SUFFIXES[0]).name} is missing")
         elif path.suffix.lower() in UNREAD_SUFFIXES:
-            yield Dropped(id, name, f"format: {path.suffix} files are not read; convert it to wav or flac")
+            yield Dropped(file, name, f"format: {path.suffix} files are not read; convert it to wav or flac")
         elif (first := last.setdefault(id, path)) != path:
-            yield Dropped(id, name, f"two recordings of one name: {first.name} is used")
+            yield Dropped(file, name, f"two recordings of one name: {first.name} is used")
         else:
             try:
                 text = " ".join(line.strip() for _, line in read_lines(texts[0], FOLDER))
             except CorpusError as error:
-                yield Dropped(id, name, f"transcript: {error}")
+                yield Dropped(file, name, f"transcript: {error}")
             else:
                 yield make_row(id, path, text, language=language)
 
