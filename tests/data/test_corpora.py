@@ -11,6 +11,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from blsp.data import prepare as preparation
 from blsp.data.addresses import read_address
 from blsp.data.audio import is_silent, load_audio, write_wav
 from blsp.data.corpora import no_speech
-from blsp.data.corpora.reading import Corpus, CorpusError, Lookup, ReadRequest, iso, make_row
+from blsp.data.corpora.reading import Corpus, CorpusError, Dropped, Lookup, ReadRequest, iso, make_row
 from blsp.data.corpora.recognition import read_json_array
 from blsp.data.files import read_rows
 from blsp.data.jobs import Job, JobError, Parts
@@ -326,6 +328,30 @@ def test_a_second_run_does_nothing_and_other_settings_are_refused(tmp_path: Path
     assert (tmp_path / "m.jsonl").stat().st_mtime_ns == before.st_mtime_ns
     with pytest.raises(JobError, match=r"m\.jsonl: was started with other settings .split was 'dev-clean'"):
         prepare(settings_of("librispeech", tmp_path, tmp_path / "m.jsonl", {"split": "train-clean-100"}))
+
+
+def test_a_run_stopped_after_a_row_with_the_id_of_one_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.ape", "a.txt", "b.txt"):
+        (tmp_path / name).write_text("word")
+    for name in ("a.wav", "b.wav"):
+        tone(tmp_path / name)
+    read = preparation.READERS["folder"]
+
+    def of_one_id(request: ReadRequest) -> Iterator[Any]:
+        yield from (replace(row, id="a") if isinstance(row, Dropped) else row for row in read(request))
+
+    def stopped(request: ReadRequest) -> Iterator[Any]:
+        yield from islice(of_one_id(request), 2)
+        raise KeyboardInterrupt
+
+    settings = PrepareSettings("folder", tmp_path / "m.jsonl", root=str(tmp_path))
+    monkeypatch.setitem(preparation.READERS, "folder", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(settings)
+    monkeypatch.setitem(preparation.READERS, "folder", of_one_id)
+    prepare(settings)
+    assert [row.id for row in Manifest(tmp_path / "m.jsonl")] == ["a", "b"]
+    assert skipped(tmp_path / "m.jsonl").keys() == {"a"}
 
 
 @pytest.mark.parametrize("name", ["librispeech", "gigaspeech", "kaldi", "folder"])
