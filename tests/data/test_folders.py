@@ -165,6 +165,29 @@ def test_a_table_that_is_compressed_and_one_that_is_an_array(tmp_path: Path) -> 
         prepare(PrepareSettings("jsonl", tmp_path / "b.jsonl", root=str(tmp_path / "b.json")))
 
 
+def test_a_column_with_the_name_of_a_field_is_that_field(tmp_path: Path) -> None:
+    rows = [
+        {"id": 0, "audio": "a.wav", "text": "one", "options": ["yes", "no"], "instruction": "Choose."},
+        {"id": "b", "audio": "b.wav", "text": "", "no_speech": True},
+        {"id": "c", "audio": "c.wav", "text": "two", "options": "yes|no", "no_speech": False},
+        {"id": "", "audio": "d.wav", "text": "three", "options": [1, 2]},
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared(tmp_path / "m.jsonl", tmp_path / "out.jsonl", "jsonl")
+    first, silent, third, last = Manifest(tmp_path / "out.jsonl")
+    assert (first.id, first.options, first.instruction) == ("0", ("yes", "no"), "Choose.")
+    assert silent.no_speech and not third.no_speech
+    assert third.extra["source_options"] == "yes|no" and last.extra == {"source_options": [1, 2]}
+    assert last.id == "m-00000004"
+
+
+def test_no_speech_in_a_table_without_types(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("id,audio,text,no_speech\na,a.wav,one,false\nb,b.wav,,True\nc,c.wav,,0\n")
+    rows, left_out = prepared(tmp_path / "m.csv", tmp_path / "out.jsonl", "csv")
+    assert [(row["id"], row["no_speech"]) for row in rows] == [("a", False), ("b", True)]
+    assert left_out == {"c": "no transcript"}
+
+
 def test_the_end_of_a_segment_gives_its_duration(tmp_path: Path) -> None:
     """Without it, a word would stand under all that follows."""
     rows = ["1,a.wav,0.5,2.25,one", "2,a.wav,,0.5,two", "3,a.wav,2,1,three", "4,a.wav,1,,four"]

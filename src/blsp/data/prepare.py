@@ -149,7 +149,7 @@ def _check(row: Row) -> Row:
         audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
     except AudioError as error:
         return Dropped(row.id, row.audio, f"audio: {error}")
-    if row.text.strip() and is_silent(audio):  # the clips of `no-speech` have no text
+    if row.text.strip() and not row.no_speech and is_silent(audio):
         return Dropped(row.id, row.audio, f"silence under a transcript: {row.text}")
     return row
 

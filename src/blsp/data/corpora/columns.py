@@ -43,7 +43,8 @@ def table_row(
 ) -> Row:
     """The utterance in a table's row. folder: where relative paths start."""
     audio_column, text_column = columns
-    id, audio = str(values.get("id") or made_id), values.get(audio_column)
+    id = made_id if values.get("id") in (None, "") else str(values["id"])
+    audio = values.get(audio_column)
     if not isinstance(audio, str) or not audio.strip():
         return Dropped(id, "", f"no audio: column {audio_column} is empty")
     if folder is not None and not is_url(audio) and not audio.startswith("data:"):
@@ -71,10 +72,18 @@ def table_row(
     }
     if isinstance(values.get("instruction"), str):
         fields["instruction"] = values["instruction"]
+    if _is_texts(values.get("options")):
+        fields["options"] = tuple(values["options"])
     extra = {name: value for name, value in values.items() if name not in taken | set(fields) and name}
     extra = {f"source_{name}" if name in FIELD_SET else name: value for name, value in extra.items()}
+    if "no_speech" in extra:  # tables without types hold it as a word
+        extra["no_speech"] = str(extra["no_speech"]).strip().lower() in ("true", "1")
     text = values.get(text_column)
     return make_row(id, audio, "" if text is None else str(text), extra=extra, **times, **fields)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def first_text(values: Values, names: Sequence[str]) -> str | None:

@@ -129,10 +129,14 @@ def iso(language: str | None) -> str | None:
 
 
 def make_row(id: str, audio: Path | str, text: str, *, tags: Iterable[str] = (), **fields: Any) -> Row:
-    """The utterance, or `Dropped` with the reason. tags: words of the transcript that are not speech."""
+    """The utterance, or `Dropped` with the reason. tags: words of the transcript that are not speech.
+
+    A clip that is marked as `no_speech` needs no transcript.
+    """
     ignored = set(tags)
     words = [word for word in text.split() if word not in ignored]
-    if not any(letter.isalnum() for word in words for letter in word):
+    silent = fields.get("extra", {}).get("no_speech")
+    if not silent and not any(letter.isalnum() for word in words for letter in word):
         reason = f"tags only: {text.strip()}" if text.strip() else "no transcript"
         return Dropped(id, str(audio), reason)
     length = fields.get("duration")
