@@ -106,6 +106,17 @@ def test_the_store_tells_transcripts_and_clips_apart(tiny_whisper, tmp_path) -> 
     assert store.get(b"b" * 16, [1, 2]) is None
 
 
+def test_a_clip_that_cannot_be_encoded_is_listed_with_the_reason(grounded_folder, tmp_path) -> None:
+    data = write_data(tmp_path / "data", rows=3)
+    (data.parent / "0.wav").write_bytes(b"not audio")
+    for _ in range(2):
+        align(AlignSettings(str(data), tmp_path / "features", grounded_folder))
+        (skip_list,) = (tmp_path / "features").glob("*.skipped.jsonl")
+        (listed,) = skip_list.read_text().splitlines()
+        assert skip_list.name == "continued.align.skipped.jsonl"
+        assert json.loads(listed)["id"] == "clip-0" and "0.wav" in json.loads(listed)["reason"]
+
+
 def test_threads_take_turns_in_the_store(tiny_whisper, tmp_path) -> None:
     store = TokenTimes(FeatureCache(tmp_path, encoder_id(find_weights(tiny_whisper).sha256)))
     store.add([(b"a" * 16, [token], np.array([token], np.int16)) for token in range(200)])

@@ -285,6 +285,12 @@ def test_broken_and_unusable_rows_are_listed_and_the_rest_is_learnt(settings, tm
         assert "continuation" in reasons["clip-3"] and "no audio" in reasons["clip-4"]
         assert "--max-seconds 2" in reasons["clip-5"]
         assert _metrics(chosen.out)[-1]["samples"] == 2 * 2
+    # why clips were not encoded is the run's own list: another run on the cache, and a resume, leave it as it is
+    not_encoded = (chosen.out / "features.skipped.jsonl").read_bytes()
+    assert b"missing.wav" in not_encoded and not list(chosen.cache.glob("*.skipped.jsonl"))
+    train(replace(chosen, out=tmp_path / "second"))
+    train(chosen)
+    assert (chosen.out / "features.skipped.jsonl").read_bytes() == not_encoded
 
 
 def test_clips_of_two_files_that_have_one_id_are_two_clips(settings, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blsp.data.files import naming_full_disk
-from blsp.data.jobs import SKIPPED_SUFFIX, Job, SkippedLog
+from blsp.data.jobs import Job, SkippedLog
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
 from blsp.distributed import find_runtime, leave
 from blsp.features.cache import FeatureCache, key_of
@@ -59,12 +59,11 @@ def _align(settings: AlignSettings) -> None:
         raise AlignError(f"{settings.model}: is a {model.config.adapter} adapter; --model needs one that reads out")
     rows: Sequence[Utterance] = Manifest(settings.manifest, CONTINUATION_KEY)
     rows = rows if settings.limit is None else rows[: settings.limit]
-    cache = open_features(settings.cache, model, processor, [rows], runtime)
+    out = settings.cache / f"{skip_name(settings.manifest)}.align"
+    cache = open_features(settings.cache, model, processor, [rows], runtime, out)
     store = TokenTimes(cache)
-    name = skip_name(settings.manifest)
-    (settings.cache / f"{name}.align{SKIPPED_SUFFIX}").unlink(missing_ok=True)
     aligned = known = 0
-    with SkippedLog(settings.cache / f"{name}.align") as skipped:
+    with SkippedLog(out) as skipped:  # goes on with the list of clips that could not be encoded
         for start in tqdm(range(0, len(rows), ROWS_AT_A_TIME), unit="batch", mininterval=10):
             spoken = [row for row in rows[start : start + ROWS_AT_A_TIME] if row.audio and row.text.strip()]
             batch = [row for row in spoken if not row.no_speech]

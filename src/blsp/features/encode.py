@@ -113,8 +113,12 @@ def open_features(
     processor: BlspProcessor,
     sources: Sequence[Sequence[Utterance]],
     runtime: Runtime,
+    skip_list: Path,
 ) -> FeatureCache:
-    """The cache for a model's encoder; clips of `sources` that it does not have are encoded first."""
+    """The cache for a model's encoder; clips of `sources` that it does not have are encoded first.
+
+    skip_list: of this run alone, without its suffix; other runs may be at work on the same cache.
+    """
     if has_lora(model.config, "encoder"):
         raise JobError(
             f"{folder}: holds features of the encoder without the LoRA that this model has: leave out --cache"
@@ -123,9 +127,10 @@ def open_features(
     encoder = Encoder(model.model.audio_tower, processor.feature_extractor, runtime, full_window)
     identity = encoder_id(str(model.config.audio_model_sha256), full_window=full_window)
     cache = _open_cache(folder, identity, runtime)
-    with _new_skip_list(folder / "training", runtime) as skipped:
-        for rows in sources:
-            encode_manifest(cache, rows, encoder, skipped)
+    if sources:
+        with _new_skip_list(skip_list, runtime) as skipped:
+            for rows in sources:
+                encode_manifest(cache, rows, encoder, skipped)
     return _open_cache(folder, identity, runtime)
 
 

@@ -115,7 +115,7 @@ def prepare(settings: TrainSettings, runtime: Runtime) -> Run:
     cache = None
     if settings.cache is not None:
         to_encode = [] if (settings.out / "table.json").exists() else [source.rows for source in [*sources, *others]]
-        cache = open_features(settings.cache, model, processor, to_encode, runtime)
+        cache = open_features(settings.cache, model, processor, to_encode, runtime, settings.out / "features")
     times = TokenTimes(cache) if cache is not None and "token_times" in targets else None
     if "token_times" in targets or "fits" in targets:
         objective = replace(objective, filler=filler_token(settings, processor.tokenizer))
