@@ -11,10 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_models import tiny_blsp
+from support.tiny_models import speech_like, tiny_blsp
 from support.training_examples import write_data
 from support.watched_connections import WatchedConnection
 
+from blsp.data.audio import write_wav
+from blsp.features import align as alignment
 from blsp.features.align import AlignError, TokenTimes, align, best_path, token_places
 from blsp.features.cache import FeatureCache
 from blsp.features.encode import encoder_id
@@ -104,6 +106,20 @@ def test_the_store_tells_transcripts_and_clips_apart(tiny_whisper, tmp_path) -> 
     assert store.get(b"a" * 16, [1, 2]).tolist() == [4, 9]
     assert store.get(b"a" * 16, [1, 3]) is None
     assert store.get(b"b" * 16, [1, 2]) is None
+
+
+def test_a_clip_whose_times_cannot_be_stored_is_listed(grounded_folder, tmp_path, monkeypatch, capsys) -> None:
+    assert np.int16(alignment.MOST_FRAMES) == alignment.MOST_FRAMES
+    data = write_data(tmp_path / "data", rows=3)
+    write_wav(data.parent / "1.wav", speech_like(3.0, seed=1))
+    settings = AlignSettings(str(data), tmp_path / "features", grounded_folder)
+    align(settings)  # as a version did that stored times of any length
+    monkeypatch.setattr(alignment, "MOST_FRAMES", 100)
+    capsys.readouterr()
+    align(settings)
+    assert "aligned 0 clips, 2 were aligned before; 1 could not be" in capsys.readouterr().out
+    (listed,) = (tmp_path / "features" / "continued.align.skipped.jsonl").read_text().splitlines()
+    assert json.loads(listed)["id"] == "clip-1" and "it is longer than 2 s" in listed
 
 
 def test_a_clip_that_cannot_be_encoded_is_listed_with_the_reason(grounded_folder, tmp_path) -> None:

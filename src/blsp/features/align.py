@@ -35,11 +35,13 @@ from blsp.llm.prompt import transcript_ids
 from blsp.model.adapter_parts import BLANK, IMPOSSIBLE, place_centres
 from blsp.model.checkpoint import load_blsp
 from blsp.model.modeling_blsp import BlspForConditionalGeneration
+from blsp.model.speech_encoder import FRAMES_PER_SECOND
 from blsp.settings import AlignSettings
 
 ROWS_AT_A_TIME = 64
 LONG_FRAMES = 1500  # 30 s: a longer clip is aligned alone, so that short ones are not padded to it
 Times = NDArray[np.int16]  # (U,) encoder frames, 50/s
+MOST_FRAMES = int(np.iinfo(np.int16).max)  # 655 s: times in a longer clip cannot be stored
 
 
 class AlignError(ValueError):
@@ -70,12 +72,13 @@ def _align(settings: AlignSettings) -> None:
             tokens = [transcript_ids(processor.tokenizer, row.text) for row in batch]
             keys = cache.keys(batch, check=False)
             frames = cache.lengths(keys)
-            missing = [i for i in range(len(batch)) if frames[i] and store.get(keys[i], tokens[i]) is None]
-            known += int((frames > 0).sum()) - len(missing)
-            reasons = {i: "its audio could not be encoded" for i in range(len(batch)) if not frames[i]}
+            reasons = {i: reason for i, count in enumerate(frames) if (reason := _why_unfit(count))}
+            usable = [i for i in range(len(batch)) if i not in reasons]
+            missing = [i for i in usable if store.get(keys[i], tokens[i]) is None]
+            known += len(usable) - len(missing)
             short = [i for i in missing if frames[i] <= LONG_FRAMES]
             long = [[i] for i in missing if frames[i] > LONG_FRAMES]
-            for part in [short, *long] if short else long:
+            for part in ([short] if short else []) + long:
                 times = align_batch(model, [cache.get(keys[i]) for i in part], [tokens[i] for i in part])
                 fitted = [(i, frames_of) for i, frames_of in zip(part, times, strict=True) if frames_of is not None]
                 unfitted = set(part) - {i for i, _ in fitted}
@@ -89,6 +92,15 @@ def _align(settings: AlignSettings) -> None:
             raise AlignError(f"{summary}: {skipped.path} says why")
         print(summary)
     leave(runtime)
+
+
+def _why_unfit(frames: int) -> str | None:
+    """Why a clip of so many encoder frames cannot be aligned, or None."""
+    if not frames:
+        return "its audio could not be encoded"
+    if frames > MOST_FRAMES:
+        return f"it is longer than {MOST_FRAMES // FRAMES_PER_SECOND} s: cut it with start and duration"
+    return None
 
 
 def align_batch(
