@@ -2,7 +2,7 @@
 
 import { models, recording, setKey } from "./api.js";
 import { notice } from "./cards.js";
-import { allowRecogniser, ask, askSpoken, forget, interrupt, question, running } from "./conversation.js";
+import { allowRecogniser, ask, askSpoken, forget, interrupt, question, running, WAIT } from "./conversation.js";
 import { decode, Recorder, toWav } from "./recorder.js";
 import * as settings from "./settings.js";
 import { BEFORE, Turns } from "./turns.js";
@@ -224,6 +224,7 @@ addEventListener("drop", (event) => {
 
 $("ask").onsubmit = (event) => {
   event.preventDefault();
+  if (running) return notice(WAIT);
   const asked = question({});
   if (!asked.text) return notice("Type something, or hold the button and speak.");
   $("text").value = "";

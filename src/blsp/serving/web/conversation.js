@@ -5,6 +5,7 @@ import { addAnswer, addTurn, follow, notice, offer, write } from "./cards.js";
 import { toWav } from "./recorder.js";
 import * as settings from "./settings.js";
 
+export const WAIT = "An answer is being given: stop it first, or wait.";
 const $ = (id) => document.getElementById(id);
 
 let messages = []; // the speech route's conversation
@@ -20,6 +21,7 @@ function busy(controller) {
   $("talk").disabled = Boolean(controller) && !$("handsfree").checked;
   $("file").disabled = Boolean(controller);
   document.querySelectorAll(".example, .retry").forEach((button) => (button.disabled = Boolean(controller)));
+  if (!controller && $("notice").textContent === WAIT) notice("");
 }
 
 // Streams one answer into its card; returns the text, or null where it failed.
@@ -184,6 +186,7 @@ function transcriptField(card, question, past, heard) {
 export const question = (more) => ({ text: $("text").value.trim(), instruction: settings.instruction(), ...more });
 
 export function askSpoken(blob, samples) {
+  if (running) return notice(WAIT);
   const asked = question({ blob, samples });
   $("text").value = "";
   return ask(asked);

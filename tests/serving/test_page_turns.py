@@ -1,0 +1,57 @@
+"""The page while an answer is given: what stays typed, where the focus is, what each route is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from conftest import Running
+from test_page import ANSWERS, CHROMIUM, QUIET_START, RECORDING, UNFINISHED, answered, playwright, pytestmark, visit
+
+__all__ = ["pytestmark"]  # skipped where there is no Chromium
+EXAMPLE = RECORDING / "questions" / "capital-of-canada.opus"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with (
+        playwright.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=CHROMIUM, args=QUIET_START) as chromium,
+    ):
+        yield chromium
+
+
+@pytest.fixture
+def page(browser: Any, server: Running) -> Iterator[Any]:
+    """The page, open; the test fails if a script does."""
+    opened = browser.new_page()
+    errors: list[str] = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    visit(opened, server)
+    yield opened
+    opened.close()
+    assert errors == []
+
+
+def write(page: Any, text: str) -> None:
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+
+
+def begin(page: Any) -> None:
+    """Ask something whose answer goes on until it is stopped."""
+    page.evaluate(UNFINISHED)
+    write(page, "Hello?")
+    playwright.expect(page.locator(".answer .text")).to_have_text("partly")
+
+
+def test_what_is_typed_during_an_answer_stays(page) -> None:
+    begin(page)
+    write(page, "typed meanwhile")
+    playwright.expect(page.locator("#notice")).to_contain_text("An answer is being given")
+    page.evaluate("async () => (await import('./conversation.js')).askSpoken(new Blob(['dropped']))")
+    assert page.input_value("#text") == "typed meanwhile"
+    page.click("#stop")
+    playwright.expect(page.locator("#notice")).to_be_hidden()
+    assert page.locator(".turn").count() == 1
