@@ -55,3 +55,13 @@ def test_what_is_typed_during_an_answer_stays(page) -> None:
     page.click("#stop")
     playwright.expect(page.locator("#notice")).to_be_hidden()
     assert page.locator(".turn").count() == 1
+
+
+def test_escape_in_the_settings_only_closes_them(page) -> None:
+    begin(page)
+    page.click("#options")
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator("#settings")).to_be_hidden()
+    assert page.locator("#stop").is_visible(), "the answer goes on"
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator(".answer .timing")).to_have_text("stopped")

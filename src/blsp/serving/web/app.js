@@ -184,7 +184,7 @@ talk.addEventListener("click", (event) => {
 });
 talk.addEventListener("blur", () => pressed && !tapped && release());
 addEventListener("keydown", (event) => {
-  if (event.key !== "Escape") return;
+  if (event.key !== "Escape" || $("settings").open) return;
   if (pressed) discard();
   else if (open && !running) endHandsFree();
   else interrupt();
