@@ -65,3 +65,30 @@ def test_escape_in_the_settings_only_closes_them(page) -> None:
     assert page.locator("#stop").is_visible(), "the answer goes on"
     page.keyboard.press("Escape")
     playwright.expect(page.locator(".answer .timing")).to_have_text("stopped")
+
+
+FOCUSED = "document.activeElement.id || document.activeElement.className"
+
+
+def test_the_keyboard_keeps_its_place_while_an_answer_is_given(page) -> None:
+    page.evaluate(UNFINISHED)
+    page.locator(".example").first.press("Enter")
+    playwright.expect(page.locator(".answer .text")).to_have_text("partly")
+    assert page.evaluate(FOCUSED) == "talk", "the examples are gone"
+    assert page.get_attribute("#talk", "aria-disabled") == "true"
+    page.keyboard.press("Space")
+    assert page.inner_text("#talklabel") == "Hold to talk", "nothing is recorded"
+    page.locator("#stop").press("Enter")
+    playwright.expect(page.locator("#stop")).to_be_hidden()
+    assert page.evaluate(FOCUSED) == "talk"
+    assert page.get_attribute("#talk", "aria-disabled") == "false"
+    page.locator(".retry").press("Enter")
+    playwright.expect(page.locator("#stop")).to_be_visible()
+    page.wait_for_timeout(100)
+    assert page.evaluate(FOCUSED) == "retry"
+
+
+def test_the_switch_is_the_browsers_own_in_forced_colours(page) -> None:
+    page.emulate_media(forced_colors="active")
+    style = "(e) => [getComputedStyle(e).appearance, getComputedStyle(e, '::before').content]"
+    assert page.locator("#compare").evaluate(style) == ["auto", "none"]

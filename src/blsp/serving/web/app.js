@@ -157,7 +157,12 @@ $("settings").addEventListener("close", () => {
 });
 
 const talk = $("talk");
-const begin = () => (open ? endHandsFree() : pressed && tapped ? release() : press());
+function begin() {
+  if (open) endHandsFree();
+  else if (running) return; // the button is not disabled, so that it keeps the focus
+  else if (pressed && tapped) release();
+  else press();
+}
 talk.addEventListener("pointerdown", (event) => {
   if (event.button !== 0) return;
   talk.setPointerCapture(event.pointerId);

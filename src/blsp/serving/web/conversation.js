@@ -14,13 +14,17 @@ export let running = null; // AbortController while an answer comes
 
 export const allowRecogniser = (there) => (recogniser = there);
 
+// The focus stays where it is: a disabled button would lose it, and a hidden one hands it to Talk.
 function busy(controller) {
+  const focused = document.activeElement;
   running = controller;
   $("stop").hidden = !controller;
   $("send").hidden = Boolean(controller);
-  $("talk").disabled = Boolean(controller) && !$("handsfree").checked;
+  $("talk").setAttribute("aria-disabled", Boolean(controller) && !$("handsfree").checked);
   $("file").disabled = Boolean(controller);
-  document.querySelectorAll(".example, .retry").forEach((button) => (button.disabled = Boolean(controller)));
+  document.querySelectorAll(".example").forEach((button) => (button.disabled = Boolean(controller)));
+  document.querySelectorAll(".retry").forEach((button) => button.setAttribute("aria-disabled", Boolean(controller)));
+  if (focused.disabled || !focused.getClientRects().length) $("talk").focus();
   if (!controller && $("notice").textContent === WAIT) notice("");
 }
 
