@@ -92,3 +92,52 @@ def test_the_switch_is_the_browsers_own_in_forced_colours(page) -> None:
     page.emulate_media(forced_colors="active")
     style = "(e) => [getComputedStyle(e).appearance, getComputedStyle(e, '::before').content]"
     assert page.locator("#compare").evaluate(style) == ["auto", "none"]
+
+
+ROUTES = """async () => {
+    (await import('./conversation.js')).allowRecogniser(true);
+    let number = 0;
+    window.asked = [];
+    window.fetch = async (url, options) => {
+        if (!url.includes('chat')) return new Response(JSON.stringify({ text: 'heard' }));
+        window.asked.push(JSON.parse(options.body).messages.map((turn) => turn.content));
+        const chunk = { choices: [{ delta: { content: `answer ${++number}` } }] };
+        return new Response(`data: ${JSON.stringify(chunk)}\\n\\ndata: [DONE]\\n\\n`);
+    };
+}"""
+
+
+def test_each_compared_route_has_its_own_past(page) -> None:
+    page.evaluate(ROUTES)
+    page.check("#compare")
+    page.set_input_files("#file", EXAMPLE)
+    answered(page, 3)
+    page.fill(".transcript input", "mended")
+    page.press(".transcript input", "Enter")
+    answered(page, 3)
+    page.set_input_files("#file", EXAMPLE)
+    answered(page, 6)
+    speech, cascade, text = page.evaluate("window.asked.slice(-3)")
+    assert speech[1] == "answer 1" and isinstance(speech[0], list) and isinstance(speech[2], list)
+    assert cascade == ["heard", "answer 2", "heard"]
+    assert text == ["mended", "answer 4", "heard"], "as it was corrected"
+    write(page, "And now?")
+    answered(page, 7)
+    assert page.evaluate("window.asked.at(-1).slice(1)")[0] == "answer 1"
+    page.set_input_files("#file", EXAMPLE)
+    answered(page, 10)
+    assert page.evaluate("window.asked.at(-1)") == [*text, "answer 7", "And now?", "answer 8", "heard"]
+
+
+def test_a_correction_that_is_sent_twice_is_answered_once_and_can_be_stopped(page) -> None:
+    page.evaluate(ROUTES)
+    page.check("#compare")
+    page.set_input_files("#file", EXAMPLE)
+    answered(page, 3)
+    page.evaluate(UNFINISHED)
+    page.press(".transcript input", "Enter")
+    page.press(".transcript input", "Enter")
+    playwright.expect(page.locator(".answer .text").last).to_have_text("partly")
+    assert len(page.evaluate("window.asked")) == 1
+    page.click("#stop")
+    playwright.expect(page.locator(".answer .timing").last).to_have_text("stopped")

@@ -8,7 +8,7 @@ import * as settings from "./settings.js";
 export const WAIT = "An answer is being given: stop it first, or wait.";
 const $ = (id) => document.getElementById(id);
 
-let messages = []; // the speech route's conversation
+let exchanges = []; // the turns: the question, the turns before it, and the messages of each route
 let recogniser = false;
 export let running = null; // AbortController while an answer comes
 
@@ -86,34 +86,41 @@ async function content({ text, instruction, blob }) {
 const written = (question, transcript) =>
   [question.instruction, question.text, transcript].filter(Boolean).join("\n");
 
+// What was said before, as `route` was asked and answered. A turn that went one way only is in every route's past.
+const past = (exchange, route) => exchange.before.flatMap((earlier) => earlier[route] ?? earlier.speech);
+
 export async function ask(question) {
   if (running) return;
   notice("");
   const turn = addTurn(question);
   const comparing = $("compare").checked && question.blob;
   const card = addAnswer(turn, comparing ? "speech" : "only");
-  const begun = messages; // "New conversation" puts another list in its place
+  const exchange = { question, before: exchanges, speech: [], ...(comparing && { cascade: [], text: [] }) };
+  exchanges = [...exchanges, exchange];
   if ($("compare").checked && !question.blob) remark(card, "Nothing was compared: a written question takes one way only.");
-  card.querySelector(".retry").onclick = () => messages === begun.next && respond(card, question, begun);
-  await respond(card, question, begun, (signal) => comparing && compare(turn, question, begun, signal));
+  card.querySelector(".retry").onclick = () => exchanges.at(-1) === exchange && respond(card, exchange);
+  await respond(card, exchange, (signal) => comparing && compare(turn, exchange, signal));
 }
 
-// Streams the answer to `question` after the turns `past`, then what `more(signal)` adds.
-async function respond(card, question, past, more = () => {}) {
+// Streams the answer to the question, then what `more(signal)` adds.
+const respond = (card, exchange, more = () => {}) =>
+  alone(async (signal) => {
+    const { question } = exchange;
+    const [said, answer] = await answerTo(card, exchange, signal);
+    if (answer && !signal.aborted) settings.readOut(card.querySelector(".text").innerText);
+    exchange.speech = asMessages(said, answer);
+    if (question.blob) tellHeard(card, question.blob);
+    if (!signal.aborted) await more(signal);
+  });
+
+// One answer at a time: `work(signal)` is not begun while another goes on.
+async function alone(work) {
   if (running) return;
   const controller = new AbortController();
-  const before = messages;
   busy(controller);
   try {
     settings.hush();
-    const [said, answer] = await answerTo(card, question, past, controller.signal);
-    if (answer && !controller.signal.aborted) settings.readOut(card.querySelector(".text").innerText);
-    if (messages === before) {
-      messages = answer ? [...past, said, { role: "assistant", content: answer }] : [...past];
-      past.next = messages; // as long as this is the conversation, the answer can be asked for again
-    }
-    if (question.blob) tellHeard(card, question.blob);
-    if (!controller.signal.aborted) await more(controller.signal);
+    await work(controller.signal);
   } catch (error) {
     notice(error.message);
   } finally {
@@ -121,11 +128,15 @@ async function respond(card, question, past, more = () => {}) {
   }
 }
 
+// The messages of a turn: none where there is no answer.
+const asMessages = (said, answer) => (answer ? [said, { role: "assistant", content: answer }] : []);
+
 // The user's turn and the answer. A recording that the server cannot decode is sent once more, as the browser decoded it.
-async function answerTo(card, question, past, signal) {
+async function answerTo(card, exchange, signal) {
+  const { question } = exchange;
   for (;;) {
     const said = { role: "user", content: await content(question) };
-    const answer = await stream(card, [...past, said], signal);
+    const answer = await stream(card, [...past(exchange, "speech"), said], signal);
     if (card.dataset.code !== "invalid_audio" || !question.samples || question.decoded) return [said, answer];
     question.blob = toWav(question.samples);
     question.decoded = true;
@@ -149,7 +160,8 @@ async function tellHeard(card, blob) {
   }
 }
 
-async function compare(turn, question, past, signal) {
+async function compare(turn, exchange, signal) {
+  const { question } = exchange;
   const cascade = addAnswer(turn, "cascade");
   const began = performance.now();
   let heard = "";
@@ -159,19 +171,26 @@ async function compare(turn, question, past, signal) {
     try {
       heard = await transcribe(question.blob, "recogniser", signal);
       remark(cascade, heard ? `It wrote down: “${heard}”` : "It wrote nothing down.");
-      await stream(cascade, [...past, { role: "user", content: written(question, heard) }], signal, began);
+      await answerWritten(cascade, exchange, heard, signal, began);
     } catch (error) {
       fail(cascade, error);
     }
   }
   const text = addAnswer(turn, "text");
-  text.querySelector(".text").before(transcriptField(text, question, past, heard));
-  if (heard) await stream(text, [...past, { role: "user", content: written(question, heard) }], signal);
+  text.querySelector(".text").before(transcriptField(text, exchange, heard));
+  if (heard) await answerWritten(text, exchange, heard, signal);
   else text.querySelector(".text").setAttribute("aria-busy", "false");
 }
 
+// The answer of a route that reads `words` instead of hearing them.
+async function answerWritten(card, exchange, words, signal, began) {
+  const { route } = card.dataset;
+  const said = { role: "user", content: written(exchange.question, words) };
+  exchange[route] = asMessages(said, await stream(card, [...past(exchange, route), said], signal, began));
+}
+
 // The text route needs what was really said: the user corrects the recogniser's transcript.
-function transcriptField(card, question, past, heard) {
+function transcriptField(card, exchange, heard) {
   const holder = document.createElement("form");
   holder.className = "transcript";
   const label = document.createElement("label");
@@ -182,7 +201,9 @@ function transcriptField(card, question, past, heard) {
   holder.append(label);
   holder.onsubmit = (event) => {
     event.preventDefault();
-    if (field.value.trim()) stream(card, [...past, { role: "user", content: written(question, field.value.trim()) }]);
+    if (running) return notice(WAIT);
+    const words = field.value.trim();
+    if (words) alone((signal) => answerWritten(card, exchange, words, signal));
   };
   return holder;
 }
@@ -204,5 +225,5 @@ export function interrupt() {
 
 export function forget() {
   interrupt();
-  messages = [];
+  exchanges = [];
 }
