@@ -94,6 +94,33 @@ def test_the_switch_is_the_browsers_own_in_forced_colours(page) -> None:
     assert page.locator("#compare").evaluate(style) == ["auto", "none"]
 
 
+def test_damaged_settings_are_taken_as_none(page, server: Running) -> None:
+    for damaged in ("{", "null", "7"):
+        page.evaluate("(text) => localStorage.setItem('settings', text)", damaged)
+        visit(page, server)
+        page.click("#options")
+        assert page.input_value("#length") == "256"
+        page.fill("#length", "33")
+        page.click("#done")
+        visit(page, server)
+        assert page.input_value("#length") == "33"
+
+
+def test_a_new_conversation_silences_and_frees_its_recordings(page) -> None:
+    page.evaluate(f"({ANSWERS})('yes')")
+    page.evaluate("""() => {
+        const Real = window.Audio;
+        window.Audio = function (address) { return (window.sound = new Real(address)); };
+    }""")
+    page.set_input_files("#file", EXAMPLE)
+    answered(page, 1)
+    page.evaluate("() => { window.sound.loop = true; return window.sound.play(); }")
+    page.click("#fresh")
+    assert page.evaluate("window.sound.paused")
+    gone = "new Promise((done) => Object.assign(new Audio(window.sound.src), { onerror: () => done(true) }))"
+    assert page.evaluate(gone)
+
+
 ROUTES = """async () => {
     (await import('./conversation.js')).allowRecogniser(true);
     let number = 0;

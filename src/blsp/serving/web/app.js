@@ -1,7 +1,7 @@
 // The page's controls: the microphone, held or hands-free; files, examples, text; the connection.
 
 import { models, recording, setKey } from "./api.js";
-import { notice } from "./cards.js";
+import { clear, notice } from "./cards.js";
 import { allowRecogniser, ask, askSpoken, forget, interrupt, question, running, WAIT } from "./conversation.js";
 import { decode, Recorder, toWav } from "./recorder.js";
 import * as settings from "./settings.js";
@@ -246,7 +246,7 @@ $("fresh").onclick = () => {
   forget();
   $("spoken").textContent = "";
   $("text").focus();
-  $("turns").replaceChildren();
+  clear();
   $("hint").hidden = false;
   notice("");
 };

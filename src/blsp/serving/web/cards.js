@@ -43,6 +43,17 @@ export function addTurn(question) {
   return turn;
 }
 
+const sounds = []; // the recordings of the turns
+
+// Takes every turn away; its recording falls silent and is no longer kept.
+export function clear() {
+  for (const sound of sounds.splice(0)) {
+    sound.pause();
+    URL.revokeObjectURL(sound.src);
+  }
+  $("turns").replaceChildren();
+}
+
 function clip({ blob, samples }) {
   const holder = document.createElement("div");
   holder.className = "clip";
@@ -54,6 +65,7 @@ function clip({ blob, samples }) {
   };
   show(false);
   const sound = new Audio(URL.createObjectURL(blob));
+  sounds.push(sound);
   play.onclick = () => (sound.paused ? sound.play() : sound.pause());
   sound.onplay = () => show(true);
   sound.onpause = sound.onended = () => show(false);

@@ -2,7 +2,14 @@
 
 const $ = (id) => document.getElementById(id);
 const FIELDS = ["preset", "system", "temperature", "length", "readout", "voice"];
-const kept = JSON.parse(localStorage.getItem("settings") || "{}");
+const kept = stored();
+function stored() {
+  try {
+    return { ...JSON.parse(localStorage.getItem("settings")) };
+  } catch {
+    return {}; // damaged, or this browser keeps nothing
+  }
+}
 const holds = (field) => (field.type === "checkbox" ? "checked" : "value");
 
 for (const name of FIELDS) {
