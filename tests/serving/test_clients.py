@@ -123,9 +123,11 @@ def test_unknown_routes_are_not_wrong_methods(server: Running) -> None:
         for method in ("GET", "POST", "DELETE", "PUT"):
             answer = server.http().request(method, path)
             assert refused(answer, 404)["code"] == "unknown_url", (method, path)
-    for path in ("/chat/completions", "/v1/chat/completions/", "/v1/v1/chat/completions"):
+    for path in ("/chat/completions", "/v1/v1/chat/completions"):
         message = refused(server.http().post(path, json={}), 404)["message"]
         assert message.endswith("it is /v1/chat/completions, so the client's base URL ends in /v1")
+    message = refused(server.http().post("/v1/chat/completions/", json={}), 404)["message"]
+    assert message.endswith("it is /v1/chat/completions, without the slash at its end")
     answer = server.http().get("/v1/chat/completions")
     assert refused(answer, 405)["message"].endswith("takes POST, not GET") and answer.headers["allow"] == "POST"
     assert server.http().post("/v1/models").headers["allow"] == "GET"

@@ -38,6 +38,11 @@ class ApiError(Exception):
         return {"error": {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}}
 
 
+def refusal(param: str, text: str, code: str) -> ApiError:
+    """The refusal of one field; its message begins with the field's name."""
+    return ApiError(400, f"{param}: {text}", param=param, code=code)
+
+
 def late() -> ApiError:
     return ApiError(504, "the request's deadline passed", code="deadline_exceeded")
 
@@ -129,5 +134,8 @@ def no_route(method: str, path: str, offered: Mapping[str, str]) -> tuple[ApiErr
         if path == beginning or path.startswith(beginning + "/"):
             return ApiError(404, f"{path}: {advice}", code="not_offered"), {}
     near = f"/v1/{path.strip('/').removeprefix('v1').strip('/').removeprefix('v1/')}"
-    meant = f"; it is {near}, so the client's base URL ends in /v1" if near in offered else ""
+    if path.rstrip("/") in offered:
+        meant = f"; it is {near}, without the slash at its end"
+    else:
+        meant = f"; it is {near}, so the client's base URL ends in /v1" if near in offered else ""
     return ApiError(404, f"{method} {path:.80}: there is no such route{meant}", code="unknown_url"), {}

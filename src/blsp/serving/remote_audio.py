@@ -17,7 +17,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-from blsp.serving.errors import ApiError, late
+from blsp.serving.errors import ApiError, late, refusal
 
 FETCH_SECONDS = 20.0  # for a whole file
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # addresses that contain an IPv4 address are checked separately
@@ -31,9 +31,9 @@ async def fetch(url: str, *, most_bytes: int, end: float) -> bytes:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
-        raise _refusal(str(error), "invalid_url") from error
+        raise refusal("audio_url", str(error), "invalid_url") from error
     if parts.scheme not in ("http", "https") or not host:
-        raise _refusal("must be a data-URI or an http(s) URL", "invalid_url")
+        raise refusal("audio_url", "must be a data-URI or an http(s) URL", "invalid_url")
     if end <= time.monotonic():
         raise late()
     headers = {"Host": host if port in (80, 443) else f"{host}:{port}", "Accept-Encoding": "identity"}
@@ -44,7 +44,7 @@ async def fetch(url: str, *, most_bytes: int, end: float) -> bytes:
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         if end <= time.monotonic():
             raise late() from error
-        raise _refusal(f"{host} could not be read ({type(error).__name__})", "fetch_failed") from error
+        raise refusal("audio_url", f"{host} could not be read ({type(error).__name__})", "fetch_failed") from error
 
 
 async def _read(url: Any, host: str, headers: dict[str, str], most_bytes: int) -> bytes:
@@ -56,9 +56,11 @@ async def _read(url: Any, host: str, headers: dict[str, str], most_bytes: int) -
         client.stream("GET", url, headers=headers, extensions={"sni_hostname": host}) as answer,
     ):
         if answer.status_code != 200:
-            raise _refusal(f"{host} answered {answer.status_code}; redirects are not followed", "fetch_failed")
+            raise refusal(
+                "audio_url", f"{host} answered {answer.status_code}; redirects are not followed", "fetch_failed"
+            )
         if answer.headers.get("content-encoding", "identity").lower() != "identity":
-            raise _refusal(f"{host} sent a compressed body, which was not asked for", "fetch_failed")
+            raise refusal("audio_url", f"{host} sent a compressed body, which was not asked for", "fetch_failed")
         async for block in answer.aiter_raw():
             received += block
             if len(received) > most_bytes:
@@ -71,11 +73,11 @@ async def public_address(host: str, port: int) -> str:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise _refusal(f"{host} is not known", "fetch_failed") from error
+        raise refusal("audio_url", f"{host} is not known", "fetch_failed") from error
     names = {str(entry[4][0]).partition("%")[0] for entry in found}
     addresses = [ipaddress.ip_address(name) for name in names]
     if not addresses or not all(map(_is_public, addresses)):
-        raise _refusal(f"{host} is not a public address", "private_address")
+        raise refusal("audio_url", f"{host} is not a public address", "private_address")
     return str(min(addresses, key=lambda address: address.version))
 
 
@@ -86,7 +88,3 @@ def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
         if address not in PUBLIC_IPV6 or contains_ipv4:
             return False
     return address.is_global and not address.is_multicast
-
-
-def _refusal(text: str, code: str) -> ApiError:
-    return ApiError(400, f"audio_url: {text}", param="audio_url", code=code)

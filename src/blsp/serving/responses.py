@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from blsp.serving import api
 from blsp.serving.api import ChatRequest
-from blsp.serving.errors import ApiError, refusal_of
+from blsp.serving.errors import ApiError, refusal, refusal_of
 from blsp.serving.exchange import Exchange, joined, while_connected
 from blsp.serving.remote import FormattedRequest, first_choice
 
@@ -55,17 +55,17 @@ def as_chat(body: dict[str, Any], formatted: bool = False) -> ChatRequest:
     body = api.without_nulls(body)
     for name, neutral in NEUTRAL.items():
         if name in body and not api.asks_nothing(body.pop(name), neutral):
-            raise _refusal(name, "is not supported by this server; leave it out")
+            raise refusal(name, "is not supported by this server; leave it out", "unsupported_parameter")
     if "input" not in body:
-        raise _refusal("input", "is missing", "missing_required_parameter")
+        raise refusal("input", "is missing", "missing_required_parameter")
     given, instructions = body.pop("input"), body.pop("instructions", None)
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if not isinstance(items, list):
-        raise _refusal("input", "must be text or a list of messages", "invalid_type")
+        raise refusal("input", "must be text or a list of messages", "invalid_type")
     messages = [_message(number, item) for number, item in enumerate(items)]
     if instructions is not None:
         if not isinstance(instructions, str):
-            raise _refusal("instructions", "must be text", "invalid_type")
+            raise refusal("instructions", "must be text", "invalid_type")
         messages.insert(0, {"role": "system", "content": instructions})
     body["messages"] = messages
     body["max_completion_tokens"] = body.pop("max_output_tokens", None)
@@ -73,8 +73,8 @@ def as_chat(body: dict[str, Any], formatted: bool = False) -> ChatRequest:
     try:
         return (FormattedRequest if formatted else ChatRequest).model_validate(body)
     except ValidationError as error:
-        refusal = refusal_of(RequestValidationError(error.errors(), body=body))
-        raise _renamed(refusal, shift=instructions is not None) from error
+        refused = refusal_of(RequestValidationError(error.errors(), body=body))
+        raise _renamed(refused, shift=instructions is not None) from error
 
 
 def _response_format(text: Any) -> dict[str, Any] | None:
@@ -84,12 +84,12 @@ def _response_format(text: Any) -> dict[str, Any] | None:
     """
     form = text.get("format", {"type": "text"}) if isinstance(text, dict) else None
     if not isinstance(form, dict):
-        raise _refusal("text" if form is None else "text.format", "must be an object", "invalid_type")
+        raise refusal("text" if form is None else "text.format", "must be an object", "invalid_type")
     if text.get("verbosity", "medium") != "medium":
-        raise _refusal("text.verbosity", "is not supported by this server; leave it out")
+        raise refusal("text.verbosity", "is not supported by this server; leave it out", "unsupported_parameter")
     kind = form.get("type")
     if kind not in FORMATS:
-        raise _refusal("text.format.type", f"must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", "invalid_value")
+        raise refusal("text.format.type", f"must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}", "invalid_value")
     if kind == "json_schema":
         return {"type": kind, kind: {name: value for name, value in form.items() if name != "type"}}
     return form if kind == "json_object" else None
@@ -98,10 +98,10 @@ def _response_format(text: Any) -> dict[str, Any] | None:
 def _message(number: int, item: Any) -> Any:
     """An item of `input` as a message of chat."""
     if not isinstance(item, dict):
-        raise _refusal(f"input[{number}]", "must be an object", "invalid_type")
+        raise refusal(f"input[{number}]", "must be an object", "invalid_type")
     if item.get("type", "message") != "message":
         text = f"items of type {item['type']!r:.40} are not supported by this server; it takes messages"
-        raise _refusal(f"input[{number}].type", text, "unsupported_value")
+        raise refusal(f"input[{number}].type", text, "unsupported_value")
     message = {name: value for name, value in item.items() if name not in ("type", "id", "status")}
     if isinstance(parts := message.get("content"), list):
         message["content"] = [
@@ -111,19 +111,15 @@ def _message(number: int, item: Any) -> Any:
     return message
 
 
-def _renamed(refusal: ApiError, shift: bool) -> ApiError:
+def _renamed(refused: ApiError, shift: bool) -> ApiError:
     """A refusal of chat with this API's names of fields. shift: the first message is `instructions`."""
-    old = refusal.param or ""
+    old = refused.param or ""
     new = re.sub(r"^\w+", lambda name: RENAMED.get(name[0], name[0]), old)
     if shift and (number := re.match(r"input\[(\d+)\]", new)):
         new = f"input[{int(number[1]) - 1}]{new[number.end() :]}"
-    refusal.message = refusal.message.replace(old, new, 1)
-    refusal.param = new or None
-    return refusal
-
-
-def _refusal(param: str, text: str, code: str = "unsupported_parameter") -> ApiError:
-    return ApiError(400, f"{param}: {text}", param=param, code=code)
+    refused.message = refused.message.replace(old, new, 1)
+    refused.param = new or None
+    return refused
 
 
 class Responses:

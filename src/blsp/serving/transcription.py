@@ -30,7 +30,7 @@ from blsp.inference.word_times import sounding
 from blsp.llm.instructions import instruction_for
 from blsp.serving import api
 from blsp.serving.audio_input import until
-from blsp.serving.errors import ApiError
+from blsp.serving.errors import refusal
 from blsp.serving.exchange import client_of, joined, while_connected
 from blsp.serving.shared_recogniser import RECOGNISER
 
@@ -133,37 +133,39 @@ class Transcriptions:
         """Refuse, by name, unsupported fields that would change the transcript."""
         refused = dict.fromkeys((name for name in NOT_TAKEN if form.get(name) or form.get(f"{name}[]")), "is")
         if len(form.getlist("file")) > 1:
-            raise _refusal("file", "is given more than once; send each recording by itself", "invalid_value")
+            raise refusal("file", "is given more than once; send each recording by itself", "invalid_value")
         if form.get("prompt"):
             refused["prompt"] = "a text before the speech is"
         if form.get("chunking_strategy", "auto") != "auto":
             refused["chunking_strategy"] = "anything but auto is"
         for name, what in refused.items():
-            raise _refusal(name, f"{what} not supported by this server; leave it out", "unsupported_parameter")
+            raise refusal(name, f"{what} not supported by this server; leave it out", "unsupported_parameter")
         if wanted.format not in FORMATS:
             text = f"{wanted.format!r:.40} is not supported; {', '.join(FORMATS)} are"
-            raise _refusal("response_format", text)
+            raise refusal("response_format", text, "unsupported_value")
         if wanted.recogniser:
             if wanted.timed:
-                raise _refusal("response_format", f"the {RECOGNISER} finds no times; json or text")
+                raise refusal("response_format", f"the {RECOGNISER} finds no times; json or text", "unsupported_value")
         elif wanted.language not in (None, "en") and self.english_only:
             text = f"this model hears English alone, not {LANGUAGES[wanted.language]}; serve another with --model"
-            raise _refusal("language", text)
+            raise refusal("language", text, "unsupported_value")
         if wanted.temperature and (wanted.recogniser or self._reads_out(wanted)):
             text = "nothing is drawn in a transcript that is read out of the speech; leave it out or send 0"
-            raise _refusal("temperature", text)
+            raise refusal("temperature", text, "unsupported_value")
         if wanted.stream and wanted.timed:
-            raise _refusal("stream", f"{wanted.format} is written whole; stream json or text")
+            raise refusal("stream", f"{wanted.format} is written whole; stream json or text", "unsupported_value")
         self._check_granularities(wanted)
 
     def _check_granularities(self, wanted: Wanted) -> None:
         name = "timestamp_granularities"
         if wanted.granularities and wanted.format != "verbose_json":
-            raise _refusal(name, "needs response_format verbose_json", "invalid_value")
+            raise refusal(name, "needs response_format verbose_json", "invalid_value")
         if unknown := set(wanted.granularities) - set(GRANULARITIES):
-            raise _refusal(name, f"{min(unknown)!r:.40} must be word or segment", "invalid_value")
+            raise refusal(name, f"{min(unknown)!r:.40} must be word or segment", "invalid_value")
         if "word" in wanted.granularities and not self._reads_out(wanted):
-            raise _refusal(name, "the words of this text have no times, only its segments; leave out word")
+            raise refusal(
+                name, "the words of this text have no times, only its segments; leave out word", "unsupported_value"
+            )
 
     def _reads_out(self, wanted: Wanted) -> bool:
         """Whether the answer is the adapter's read-out; otherwise the LLM writes it."""
@@ -225,10 +227,6 @@ class Transcriptions:
         return Transcript(text, seconds, "readout", tuple(segments_of(words)))
 
 
-def _refusal(param: str, text: str, code: str = "unsupported_value") -> ApiError:
-    return ApiError(400, f"{param}: {text}", param=param, code=code)
-
-
 def _granularities(form: Any) -> tuple[str, ...]:
     name = "timestamp_granularities"
     return tuple(filter(None, [*form.getlist(f"{name}[]"), *form.getlist(name)]))
@@ -245,7 +243,7 @@ def language_code(language: str) -> str | None:
     for code in (name, name.partition("-")[0], TO_LANGUAGE_CODE.get(name)):
         if code in LANGUAGES:
             return str(code)
-    raise _refusal("language", f"{language!r:.40} is not known; send an ISO 639-1 code such as en", "invalid_value")
+    raise refusal("language", f"{language!r:.40} is not known; send an ISO 639-1 code such as en", "invalid_value")
 
 
 # --- forms of the answer ------------------------------------------------------------------------------------
