@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from serving.conftest import Running, audio_part, spoken, user
 
+from blsp.serving import responses
+
 MODEL = "tiny"
 SCHEMA = {"type": "json_schema", "name": "city", "schema": {"type": "object"}, "strict": True}
 OPTIONS: dict[str, Any] = {"model": MODEL, "max_output_tokens": 12}
@@ -99,3 +101,51 @@ def test_null_is_left_out(server: Running) -> None:
     body = dict.fromkeys(("instructions", "store", "stream", "tools", "temperature", "previous_response_id", "text"))
     assert server.http().post("/v1/responses", json={"input": "Hello", "max_output_tokens": 1, **body}).is_success
     assert server.http().post("/v1/responses", content='{"input": "Hello", "max_output_tokens": 1}').is_success
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("metadata", '{"a": NaN}'),
+        ("metadata", '{"a": "\\ud800"}'),
+        ("metadata", '{"a": 1}'),
+        ("metadata", '["a"]'),
+        ("text", '{"format": {"type": "text", "x": "\\ud800"}}'),
+        ("instructions", '"\\ud800"'),
+    ],
+)
+def test_what_the_answer_could_not_repeat_is_refused(server: Running, field: str, text: str) -> None:
+    for stream in ("true", "false"):
+        content = f'{{"input": "Hello", "max_output_tokens": 1, "stream": {stream}, "{field}": {text}}}'
+        answer = server.http().post("/v1/responses", content=content)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["param"] == field and error["message"].startswith(f"{field}: ")
+
+
+def test_of_a_plain_text_format_only_the_type_is_repeated(server: Running) -> None:
+    body = {"input": "Hello", "max_output_tokens": 1, "metadata": {"a": "b"}}
+    answer = server.http().post("/v1/responses", json={**body, "text": {"format": {"type": "text", "x": 7}}}).json()
+    assert answer["text"] == {"format": {"type": "text"}} and answer["metadata"] == {"a": "b"}
+
+
+def test_a_defect_is_openais_error_object_and_counted_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(responses, "_finished", fail)
+    asked = {"input": "Hello", "max_output_tokens": 1}
+    for body, status in ((asked, 500), (asked | {"stream": True}, 200)):
+        before = counted(server)
+        answer = server.http().post("/v1/responses", json=body)
+        assert answer.status_code == status and "RuntimeError" in answer.text and "a defect" not in answer.text
+        assert counted(server) == {**before, "500": before.get("500", 0) + 1}
+        if status == 500:
+            assert answer.json()["error"]["type"] == "server_error"
+
+
+def counted(server: Running) -> dict[str, float]:
+    """Requests to this route, by status."""
+    lines = server.http().get("/metrics").text.splitlines()
+    ours = [line for line in lines if line.startswith('blsp_requests_total{route="responses"')]
+    return {line.split('status="')[1].split('"')[0]: float(line.split()[-1]) for line in ours}

@@ -35,7 +35,7 @@ from blsp.llm.decoding import Decoding
 from blsp.serving import api
 from blsp.serving.api import ChatRequest, TextPart
 from blsp.serving.audio_input import AudioInput
-from blsp.serving.errors import ApiError, no_route, refusal_of
+from blsp.serving.errors import ApiError, internal, no_route, refusal_of
 from blsp.serving.exchange import CLIENT_LEFT, Exchange, client_of, joined, while_connected
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
@@ -102,6 +102,7 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
     app.add_exception_handler(ApiError, service.refuse)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, service.refuse_form)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, service.refuse_route)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, service.refuse_defect)
     app.state.scheduler, app.state.audio, app.state.refused = service.scheduler, service.audio, service.count_refusal
     app.api_route("/v1/{path:path}", methods=METHODS, include_in_schema=False, response_model=None)(service.no_route)
     mount_page(app)
@@ -170,8 +171,9 @@ class Service:
             chunks = self._chunks(exchange, head, usage)
             return api.events(self.streamed("chat", began, chunks, exchange.texts, exchange))
         text = await while_connected(request, joined(exchange.pieces()), exchange)
+        answer = api.completion(head, text, exchange.finish, exchange.usage)
         self.log_answer("chat", 200, began, exchange, text)
-        return api.completion(head, text, exchange.finish, exchange.usage)
+        return answer
 
     async def models(self) -> dict[str, Any]:
         """The model, and the recogniser for transcriptions if there is one."""
@@ -295,6 +297,10 @@ class Service:
         except ApiError as error:
             status = error.status
             yield failed(error)
+        except Exception as error:
+            log.error("%s failed", route, exc_info=error)
+            status = 500
+            yield failed(internal(error))
         finally:
             if exchange:
                 exchange.cancel()
@@ -332,6 +338,10 @@ class Service:
 
     async def refuse_form(self, request: Request, error: RequestValidationError) -> Response:
         return await self.refuse(request, refusal_of(error))
+
+    async def refuse_defect(self, request: Request, error: Exception) -> Response:
+        """The answer after an error that no route expects; uvicorn logs it."""
+        return await self.refuse(request, internal(error))
 
     async def refuse_route(self, request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:

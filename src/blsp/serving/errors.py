@@ -43,6 +43,11 @@ def refusal(param: str, text: str, code: str) -> ApiError:
     return ApiError(400, f"{param}: {text}", param=param, code=code)
 
 
+def internal(error: Exception) -> ApiError:
+    """The answer after an error of ours; only its type is told."""
+    return ApiError(500, f"the server failed ({type(error).__name__})", code="internal_error")
+
+
 def late() -> ApiError:
     return ApiError(504, "the request's deadline passed", code="deadline_exceeded")
 

@@ -8,6 +8,7 @@ Flow: app.py → **responses.py** → api.ChatRequest → app.Service.begin or r
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import time
@@ -95,6 +96,28 @@ def _response_format(text: Any) -> dict[str, Any] | None:
     return form if kind == "json_object" else None
 
 
+def _check_echoed(body: dict[str, Any]) -> None:
+    """Refuse fields that the answer, which repeats some of them, could not hold: NaN, half a character.
+
+    The texts of `input` are not repeated, and the chat request checks them.
+    """
+    for name, value in body.items():
+        try:
+            json.dumps({name: "" if name == "input" else value}, allow_nan=False, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            text = "holds half a character (a lone surrogate), NaN, an infinite number or too many levels"
+            raise refusal(name, text, "invalid_value") from error
+    metadata = body.get("metadata", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise refusal("metadata", "must be an object of texts", "invalid_type")
+
+
+def _echoed_format(body: dict[str, Any]) -> dict[str, Any]:
+    """`text.format` in the answer; of plain text only its type."""
+    form: dict[str, Any] = body.get("text", {}).get("format", {})
+    return form if form.get("type", "text") != "text" else {"type": "text"}
+
+
 def _message(number: int, item: Any) -> Any:
     """An item of `input` as a message of chat."""
     if not isinstance(item, dict):
@@ -131,6 +154,8 @@ class Responses:
     async def respond(self, body: Annotated[dict[str, Any], Body()], request: Request) -> Response:
         """Answer as OpenAI's Responses API does; with `stream`, piece by piece."""
         began = time.monotonic()
+        body = api.without_nulls(body)
+        _check_echoed(body)
         chat = as_chat(body, formatted=self.service.remote is not None)
         try:
             exchange, pieces = await self._asked(chat, request)
@@ -145,12 +170,12 @@ class Responses:
             "incomplete_details": None,
             "instructions": body.get("instructions"),
             "max_output_tokens": chat.new_tokens,
-            "metadata": body.get("metadata") or {},
+            "metadata": body.get("metadata", {}),
             "parallel_tool_calls": False,
             "previous_response_id": None,
             "store": False,
             "temperature": chat.temperature or 0.0,
-            "text": {"format": (body.get("text") or {}).get("format") or {"type": "text"}},
+            "text": {"format": _echoed_format(body)},
             "tool_choice": "none",
             "tools": [],
             "top_p": chat.top_p or 1.0,
@@ -163,9 +188,9 @@ class Responses:
             stream = self.service.streamed("responses", began, chunks, exchange.texts, exchange, events.failed)
             return api.events(stream, named=True)
         await while_connected(request, joined(pieces), exchange)
-        finished = _finished(head, item, exchange)
+        answer = JSONResponse(_finished(head, item, exchange))
         self.service.log_answer("responses", 200, began, exchange, "".join(exchange.texts))
-        return JSONResponse(finished)
+        return answer
 
     async def _asked(self, chat: ChatRequest, request: Request) -> tuple[Exchange, AsyncIterator[str]]:
         """The exchange, and the pieces of the answer."""
