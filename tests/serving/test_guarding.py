@@ -305,6 +305,8 @@ def test_a_language_that_the_recogniser_does_not_know_is_refused(server: Running
     asked = SharedRecogniser(None, server.listener)
 
     class Strict:
+        multilingual = True
+
         def supports_language(self, language: str) -> bool:
             return True
 

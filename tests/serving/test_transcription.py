@@ -13,6 +13,7 @@ from support.tiny_models import speech_like, tiny_blsp
 from blsp.inference.listener import Listener
 from blsp.inference.transcript import transcripts
 from blsp.serving.errors import ApiError
+from blsp.serving.shared_recogniser import SharedRecogniser
 
 MODEL = "tiny"
 
@@ -180,3 +181,30 @@ def test_the_llm_is_shown_translations_before_it_translates(server: Running, mon
     *shown, last = job.messages
     assert [message["role"] for message in shown] == ["user", "assistant"] * 3
     assert not job.readout and all(message["parts"][0].startswith(last["parts"][0]) for message in shown[::2])
+
+
+class Hears:
+    """A recogniser that writes the language in which it listens."""
+
+    def __init__(self, multilingual: bool) -> None:
+        self.multilingual = multilingual
+
+    def supports_language(self, language: str) -> bool:
+        return self.multilingual or language == "en"
+
+    def transcribe_clip(self, clip: np.ndarray, language: str | None) -> str:
+        return f"heard {language}"
+
+
+@pytest.mark.parametrize("multilingual, unsaid", [(True, "None"), (False, "en")])
+def test_a_multilingual_recogniser_finds_the_language_itself(
+    server: Running, monkeypatch: pytest.MonkeyPatch, multilingual: bool, unsaid: str
+) -> None:
+    monkeypatch.setattr(SharedRecogniser, "available", True)
+    with running(server.listener) as each:
+        shared = next(route for route in each.app.routes if getattr(route, "path", "") == "/health").endpoint.__self__
+        shared.recogniser._loaded = Hears(multilingual)
+        assert post(each, spoken(), model="recogniser").json()["text"] == f"heard {unsaid}"
+        assert post(each, spoken(), model="recogniser", language="en").json()["text"] == "heard en"
+        french = post(each, spoken(), model="recogniser", language="fr")
+        assert french.json()["text"] == "heard fr" if multilingual else french.status_code == 400

@@ -34,8 +34,10 @@ class SharedRecogniser:
     def available(self) -> bool:
         return importlib.util.find_spec("faster_whisper") is not None
 
-    async def transcribe(self, clip: np.ndarray, language: str, seconds: float) -> str:
-        """Raises ApiError: 503 without a recogniser, 429 when too many wait, 504 after `seconds`."""
+    async def transcribe(self, clip: np.ndarray, language: str | None, seconds: float) -> str:
+        """The transcript. language: a code; None: the recogniser finds it, if it knows several.
+
+        Raises ApiError: 503 without a recogniser, 429 when too many wait, 504 after `seconds`."""
         if not self.available:
             raise ApiError(
                 503, "model: this server has no recogniser (pip install 'blsp[cascade]', --asr NAME)", param="model"
@@ -51,15 +53,16 @@ class SharedRecogniser:
         finally:
             self._pending -= 1
 
-    def _transcribe(self, clip: np.ndarray, language: str) -> str:
+    def _transcribe(self, clip: np.ndarray, language: str | None) -> str:
         try:
             self._loaded = self._loaded or Recogniser(self._name)
         except Exception as error:  # libraries raise many kinds of errors for weights that they cannot load
             raise ApiError(503, f"model: the recogniser cannot be loaded: {error}", param="model") from error
-        if not self._loaded.supports_language(language):
+        if language and not self._loaded.supports_language(language):
             raise ApiError(400, f"language: this recogniser hears English alone, not {language!r}", param="language")
         try:
-            return self._loaded.transcribe_clip(clip, language)
+            wanted = language or (None if self._loaded.multilingual else "en")
+            return self._loaded.transcribe_clip(clip, wanted)  # type: ignore[arg-type]  # Whisper finds the language
         except ValueError as error:  # an unknown language
             raise ApiError(400, f"language {language!r}: {error}", param="language") from error
 

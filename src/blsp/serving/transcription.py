@@ -183,7 +183,7 @@ class Transcriptions:
         settings = self.service.settings
         if wanted.recogniser:
             seconds = request.state.end - time.monotonic()
-            work = self.service.recogniser.transcribe(clip, wanted.language or "en", seconds)
+            work = self.service.recogniser.transcribe(clip, wanted.language, seconds)
             yield Segment(0.0, len(clip) / SAMPLE_RATE, await while_connected(request, work))
             return
         decoding = replace(
