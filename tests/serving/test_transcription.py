@@ -129,6 +129,10 @@ def refused(answer: Any) -> dict[str, str]:
         ({"language": "fr", "english_only": True}, "language", "English alone"),
         ({"prompt": "Ottawa"}, "prompt", "not supported"),
         ({"temperature": "0.7"}, "temperature", "read out"),
+        ({"chunking_strategy": '{"type": "server_vad"}'}, "chunking_strategy", "not supported"),
+        ({"chunking_strategy[type]": "server_vad"}, "chunking_strategy", "not supported"),
+        ({"route": "translations", "stream": "true"}, "stream", "not supported"),
+        ({"route": "translations", "model": "recogniser"}, "model", "does not translate"),
         ({"response_format": "srt", "stream": "true"}, "stream", "written whole"),
         ({"response_format": "srt", "model": "recogniser"}, "response_format", "no times"),
         (

@@ -108,9 +108,18 @@ class Transcriptions:
         prompt: Annotated[str | None, Form()] = None,
         response_format: Annotated[str, Form()] = "json",
         temperature: Annotated[float, Form(ge=0, le=2)] = 0.0,
+        stream: Annotated[bool, Form()] = False,
     ) -> Response:
         """Translate speech into English, by the LLM. A model that hears English alone transcribes."""
-        wanted = Wanted("translate", response_format, _granularities(await request.form()), None, temperature)
+        wanted = Wanted(
+            "translate",
+            response_format,
+            _granularities(await request.form()),
+            None,
+            temperature,
+            stream,
+            model == RECOGNISER,
+        )
         return await self._write(request, file, wanted)
 
     async def _write(self, request: Request, file: UploadFile, wanted: Wanted) -> Response:
@@ -136,14 +145,19 @@ class Transcriptions:
             raise refusal("file", "is given more than once; send each recording by itself", "invalid_value")
         if form.get("prompt"):
             refused["prompt"] = "a text before the speech is"
-        if form.get("chunking_strategy", "auto") != "auto":
+        chunked = any(name.startswith("chunking_strategy[") for name in form)  # as OpenAI's client sends an object
+        if chunked or form.get("chunking_strategy", "auto") != "auto":
             refused["chunking_strategy"] = "anything but auto is"
+        if wanted.stream and wanted.task == "translate":
+            refused["stream"] = "a translation in pieces is"
         for name, what in refused.items():
             raise refusal(name, f"{what} not supported by this server; leave it out", "unsupported_parameter")
         if wanted.format not in FORMATS:
             text = f"{wanted.format!r:.40} is not supported; {', '.join(FORMATS)} are"
             raise refusal("response_format", text, "unsupported_value")
         if wanted.recogniser:
+            if wanted.task == "translate":
+                raise refusal("model", f"the {RECOGNISER} does not translate; leave it out", "unsupported_value")
             if wanted.timed:
                 raise refusal("response_format", f"the {RECOGNISER} finds no times; json or text", "unsupported_value")
         elif wanted.language not in (None, "en") and self.english_only:
