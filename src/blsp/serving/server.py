@@ -78,6 +78,11 @@ def check_exposure(settings: ServeSettings) -> None:
         )
 
 
+def _address(host: str, port: int) -> str:
+    """Host and port as in a URL: an IPv6 address is in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def reserve(host: str, port: int) -> socket.socket:
     """A socket bound to the address before the model is loaded; it listens when the server has started."""
     try:
@@ -86,9 +91,8 @@ def reserve(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
     except OSError as error:
-        raise SystemExit(
-            f"cannot listen on {host}:{port} ({error.strerror}): name another --host or --port (0: any free one)"
-        ) from error
+        where = f"{_address(host, port)} ({error.strerror})"
+        raise SystemExit(f"cannot listen on {where}: name another --host or --port (0: any free one)") from error
     return bound
 
 
@@ -100,7 +104,7 @@ class Server(uvicorn.Server):
         for server in self.servers:
             for listening in server.sockets:
                 host, port = listening.getsockname()[:2]
-                print(f"listening on http://{host}:{port}", flush=True)
+                print(f"listening on http://{_address(host, port)}", flush=True)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ Flow: cli.py → **serving.py** → serving/
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -101,6 +102,11 @@ class ServeSettings:
     def __post_init__(self) -> None:
         above_zero(self, "max_upload_mb", "max_audio_seconds", "max_batch", "queue", "deadline")
         above_zero(self, "max_new_tokens")
+        if not 0 <= self.port <= 65535:
+            raise SettingsError(f"--port {self.port}: must be 0 to 65535")
+        for name in ("deadline", "max_upload_mb"):
+            if not math.isfinite(getattr(self, name)):
+                raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be a finite number")
         for name in ("prefix_cache", "rate_limit"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
