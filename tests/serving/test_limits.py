@@ -359,3 +359,23 @@ def test_json_lines_hold_the_fields_of_a_request(server: Running, caplog: pytest
     assert answered["route"] == "chat" and answered["completion_tokens"] >= 1 and answered["seconds"] > 0
     assert answered["time"].endswith("+00:00") and answered["level"] == "info"
     assert any(line.get("status") == 400 and line["code"] == "invalid_value" for line in lines)
+
+
+def test_questions_and_answers_are_logged_only_when_wanted(server_with: Any, caplog: pytest.LogCaptureFixture) -> None:
+    messages = [{"role": "system", "content": "Be short."}, user("my secret", spoken())]
+    for wanted in (False, True):
+        caplog.clear()
+        with server_with(log_content=wanted) as server, caplog.at_level(logging.INFO, "blsp.serving"):
+            answer = server.http().post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4}).json()
+            server.http().post("/v1/audio/transcriptions", files={"file": ("a.wav", spoken())})
+            assert logged(caplog, "chat 200") and logged(caplog, "transcriptions 200")
+        lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
+        chat, transcript = (next(line for line in lines if line.get("route") == route)
+                            for route in ("chat", "transcriptions"))  # fmt: skip
+        assert ("my secret" in caplog.text) == wanted
+        if wanted:
+            assert chat["question"] == ["system: Be short.", "user: my secret [audio]"]
+            assert chat["content"] == answer["choices"][0]["message"]["content"]
+            assert transcript["question"] == ["user: [audio]"]
+        else:
+            assert not {"question", "content"} & {*chat, *transcript}

@@ -36,7 +36,7 @@ from blsp.serving import api
 from blsp.serving.api import ChatRequest, TextPart
 from blsp.serving.audio_input import AudioInput
 from blsp.serving.errors import ApiError, internal, no_route, refusal_of
-from blsp.serving.exchange import CLIENT_LEFT, Exchange, client_of, joined, while_connected
+from blsp.serving.exchange import CLIENT_LEFT, UNWRITTEN, Exchange, client_of, joined, while_connected
 from blsp.serving.metrics import Metrics
 from blsp.serving.middleware import RequestGuard, is_local
 from blsp.serving.page import mount_page
@@ -314,10 +314,12 @@ class Service:
         fields: dict[str, Any] = {"route": route, "status": status, "seconds": round(seconds, 3)}
         if exchange:
             fields |= {"prompt_tokens": exchange.usage["prompt_tokens"], "completion_tokens": exchange.tokens}
+        content = ""
         if self.settings.log_content:
-            fields["content"] = text
+            asked = exchange.asked if exchange else [f"user: {UNWRITTEN}"]
+            fields |= {"question": asked, "content": text}
+            content = f": {asked!r} -> {text!r}"
         cost = f", {exchange.usage['prompt_tokens']} + {exchange.tokens} tokens" if exchange else ""
-        content = f": {text!r}" if self.settings.log_content else ""
         log.info("%s %d, %.2f s%s%s", route, status, seconds, cost, content, extra={"fields": fields})
 
     def count_refusal(self, path: str, client: str, error: ApiError) -> None:

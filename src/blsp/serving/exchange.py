@@ -24,6 +24,7 @@ from blsp.serving.scheduler import Scheduler
 
 GRACE = 1.0  # seconds after the deadline in which the scheduler may still report it
 CLIENT_LEFT = 499  # the status in the metrics when the client closed the connection
+UNWRITTEN = "[audio]"  # a clip in the log
 T = TypeVar("T")
 
 
@@ -113,6 +114,15 @@ class Exchange:
 
     def cancel(self) -> None:
         self._job.cancel()
+
+    @property
+    def asked(self) -> list[str]:
+        """The messages as text, for the log: the role and the parts of each; a clip is "[audio]"."""
+        texts = []
+        for message in self._job.messages:
+            parts = [part if isinstance(part, str) else UNWRITTEN for part in message["parts"]]
+            texts.append(" ".join([f"{message['role']}:", *parts]))
+        return texts
 
     @property
     def heard(self) -> list[dict[str, Any]]:
