@@ -225,8 +225,9 @@ class Service:
         client = client_of(request)
         self.scheduler.check_room(client)  # before any clip is decoded
         messages = await self._decoded(body, request, end)
-        whose = {"client": client, "sharing": body.prompt_cache_key, "hear_only": self.remote is not None}
-        exchange = self.ask(messages, self._decoding(body), stops=body.stops, end=end, **whose)
+        options = {"client": client, "sharing": body.prompt_cache_key, "hear_only": self.remote is not None}
+        options |= {"stops": body.stops, "end": end, "may_shorten": body.new_tokens is None}
+        exchange = self.ask(messages, self._decoding(body), **options)
         await while_connected(request, exchange.started(), exchange)
         return exchange
 

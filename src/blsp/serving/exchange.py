@@ -44,6 +44,7 @@ class Exchange:
         starts_at: float | None = None,
         sharing: str = "",
         hear_only: bool = False,
+        may_shorten: bool = False,
     ) -> None:
         """Submit the job; raises ApiError (429) if the queue is full. end: the deadline, as monotonic time."""
         loop = asyncio.get_running_loop()
@@ -64,6 +65,7 @@ class Exchange:
             starts_at,
             sharing,
             hear_only,
+            may_shorten,
         )
         scheduler.submit(self._job)
 

@@ -65,6 +65,8 @@ class Job:
     client: an API key's name or an address. sharing: key/values are shared only between jobs of the same client with
     the same value. starts_at: seconds at which the clip of a read-out begins in its recording; None: the times of its
     words are not needed. hear_only: the job ends when its clips are encoded (`with_embeds`).
+    may_shorten: the answer gets the positions that the prompt leaves in the LLM's context, where they are fewer than
+    max_new_tokens; otherwise such a job is refused.
 
     hearing: a thread has taken its clips. heard: their vectors, in order; read: their read-out, if requested;
     failure: why there are none.
@@ -79,6 +81,7 @@ class Job:
     starts_at: float | None = None
     sharing: str = ""
     hear_only: bool = False
+    may_shorten: bool = False
     key: int = field(default_factory=count().__next__)
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False

@@ -20,14 +20,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
 from blsp.distributed import give_back_freed_memory
 from blsp.inference.conversation import ContextError, LaidOut, Memory, lay_out, remember, request_for, user_turn
 from blsp.inference.listener import Listener
-from blsp.llm.decoding import Decoder, Event, Request
+from blsp.llm.decoding import Decoder, Decoding, Event, Request
 from blsp.llm.prefix import Prefix
 from blsp.llm.prompt import PromptError
 from blsp.model.adapter_parts import AudioEmbeds
@@ -239,9 +239,8 @@ class Scheduler:
             return None
         try:
             job.laid = lay_out(self.listener, [as_message(message) for message in messages])
-            request = request_for(
-                self.listener, job.key, job.laid, job.decoding, self._memory, (job.client, job.sharing)
-            )
+            decoding = self._shortened(job.decoding, len(job.laid.names)) if job.may_shorten else job.decoding
+            request = request_for(self.listener, job.key, job.laid, decoding, self._memory, (job.client, job.sharing))
         except (ContextError, PromptError) as error:
             code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_prompt"
             self._end(job, ApiError(400, str(error), param="messages", code=code))
@@ -249,6 +248,12 @@ class Scheduler:
         speech = sum(isinstance(name, tuple) for name in job.laid.names)
         job.report(Begun(len(job.laid.names), speech, reused=len(request.prefix or ())))
         return request
+
+    def _shortened(self, decoding: Decoding, prompt: int) -> Decoding:
+        """With at most as many new tokens as the prompt leaves in the LLM's context; `lay_out` has left one."""
+        limit = getattr(self.listener.model.config.text_config, "max_position_embeddings", None)
+        left = decoding.max_new_tokens if limit is None else max(1, limit - prompt)
+        return replace(decoding, max_new_tokens=min(decoding.max_new_tokens, left))
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
