@@ -78,6 +78,7 @@ def create_app(listener: Listener, settings: ServeSettings) -> FastAPI:
         refused=service.count_refusal,
         local=is_local(settings.host) and not settings.keys and not settings.insecure,
         rate_limit=settings.rate_limit,
+        origins=settings.cors_origin,
     )
     if settings.cors_origin:
         app.add_middleware(
@@ -225,7 +226,11 @@ class Service:
         client = client_of(request)
         self.scheduler.check_room(client)  # before any clip is decoded
         messages = await self._decoded(body, request, end)
-        options = {"client": client, "sharing": body.prompt_cache_key, "hear_only": self.remote is not None}
+        options: dict[str, Any] = {
+            "client": client,
+            "sharing": body.prompt_cache_key,
+            "hear_only": self.remote is not None,
+        }
         options |= {"stops": body.stops, "end": end, "may_shorten": body.new_tokens is None}
         exchange = self.ask(messages, self._decoding(body), **options)
         await while_connected(request, exchange.started(), exchange)

@@ -18,7 +18,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -44,9 +44,9 @@ def is_local(host: str) -> bool:
 
 
 class RequestGuard:
-    """Refuses foreign host names (403), wrong keys (401), more than `rate_limit` requests a minute from one address
-    (429), bodies over `max_bytes` (413), declared or not, JSON of very many entries (400), and bodies that have not
-    arrived after `deadline` seconds (408); adds protective headers.
+    """Refuses foreign host names (403), web pages of foreign origins under /v1/ (403), wrong keys (401), more than
+    `rate_limit` requests a minute from one address (429), bodies over `max_bytes` (413), declared or not, JSON of very
+    many entries (400), and bodies that have not arrived after `deadline` seconds (408); adds protective headers.
 
     refused: called with the request's path, its client and each refusal. local: the server is only for this machine and
     answers only to this machine's names, so that no web site can reach it under its own name (DNS rebinding). keys:
@@ -63,7 +63,9 @@ class RequestGuard:
         refused: Callable[[str, str, ApiError], None],
         local: bool = False,
         rate_limit: int = 0,
+        origins: Collection[str] = (),
     ) -> None:
+        self._origins = origins
         self.app, self.max_bytes, self.deadline, self.local = app, max_bytes, deadline, local
         self._refused = refused
         self._requests, self._wrong_keys = RateLimit(rate_limit), RateLimit(WRONG_KEYS)
@@ -101,6 +103,9 @@ class RequestGuard:
                 "this server answers to this machine alone; start it with a key, or with --insecure",
                 code="foreign_host",
             )
+        if scope["path"].startswith("/v1/") and self._is_foreign(headers):
+            text = "web pages of this origin may not call this server; allow it with --cors-origin"
+            return ApiError(403, text, code="foreign_origin")
         protected = scope["path"].startswith("/v1/") or scope["path"] in ("/metrics", "/openapi.json")
         if self._keys and protected and scope["method"] != "OPTIONS":
             scheme, _, given = headers.get("authorization", "").partition(" ")
@@ -117,6 +122,18 @@ class RequestGuard:
         if not (declared.isascii() and declared.isdigit()) or int(declared) > self.max_bytes:
             return _too_large(self.max_bytes)
         return None
+
+    def _is_foreign(self, headers: Headers) -> bool:
+        """Whether a web page of another origin, which is not allowed, has sent the request.
+
+        A form with a file, or plain text, comes without a preflight, so CORS alone would let such a page make the
+        server work. Behind a proxy that changes the host name, a browser's Sec-Fetch-Site names the server's own page.
+        """
+        origin = headers.get("origin")
+        if origin is None or "*" in self._origins or origin in self._origins:
+            return False
+        own = origin.partition("://")[2].lower() == headers.get("host", "").lower()
+        return not own and headers.get("sec-fetch-site") != "same-origin"
 
 
 class LimitedBody:
