@@ -1,7 +1,7 @@
 """Audio of a request → 16 kHz samples, or a refusal with the reason.
 
 In:  base64 of a file, a data-URI, an uploaded file's bytes, or an https:// URL if allowed. Never a path.
-Out: (N,) float32 samples, at most `--max-audio-seconds`.
+Out: (N,) float32 samples of each; together at most `--max-audio-seconds`.
 Try: `await AudioInput(settings).clips([data], request, end)`
 Flow: app.py, transcription.py → **audio_input.py** (remote_audio.py fetches URLs) → exchange.py
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 STANDARD_ALPHABET = bytes.maketrans(b"-_", b"+/")  # from base64's url-safe alphabet
 SAMPLES_PER_SECOND = 2 * 48_000  # of the longest recording: the samples that are decoded, over all channels
 SHORTEST = 0.1  # seconds of a clip that are decoded even if earlier clips have used all seconds
+TOO_LONG = " s of audio"  # in the messages of data/audio.py about a clip that is too long
 
 Source = bytes | AudioPart | AudioUrlPart
 T = TypeVar("T")
@@ -97,10 +98,20 @@ class AudioInput:
         clips: list[np.ndarray] = []
         for source in sources:
             check(0)
-            clip = decode(bytes_of(source), max(longest, SHORTEST), check)
+            try:
+                clip = decode(bytes_of(source), max(longest, SHORTEST), check)
+            except ApiError as error:
+                raise self._with_seconds_before(error, longest) from error
             longest -= len(clip) / SAMPLE_RATE
             clips.append(clip)
         return clips
+
+    def _with_seconds_before(self, error: ApiError, left: float) -> ApiError:
+        """A refusal of a clip that is too long, with the seconds of the clips before it."""
+        most = self.settings.max_audio_seconds
+        if left < most and TOO_LONG in error.message:
+            error.message += f" (the clips before it took {most - left:.1f} s of the {most:g} s of a request)"
+        return error
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -65,11 +65,11 @@ class ServeSettings:
     allow_remote_audio: bool = False
     """fetch audio_url from the public internet (private addresses are always refused)"""
     cors_origin: tuple[str, ...] = ()
-    """web origins that may call from a browser"""
+    """web origins that may call from a browser; others than the server's own are refused"""
     max_upload_mb: float = 25.0
     """largest request, before decoding"""
     max_audio_seconds: float = 600.0
-    """longest recording, after decoding"""
+    """seconds of all recordings of a request together, after decoding"""
     max_batch: int = 16
     """requests answered together"""
     queue: int = 64
