@@ -236,7 +236,7 @@ A, B = {"type": "audio", "audio": CLIP}, {"type": "audio", "audio": speech_like(
     ],
 )
 def test_the_parts_of_a_turn_are_laid_out_as_in_training(pair, parts: list) -> None:
-    """Text is stripped, and begins on a new line after speech: the same prompt as that of our own server."""
+    """Text is stripped, and begins on a new line after another part: the same prompt as that of our own server."""
     model, processor = pair
     content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
     inputs = _by_template(processor, [{"role": "user", "content": content}])
@@ -246,3 +246,11 @@ def test_the_parts_of_a_turn_are_laid_out_as_in_training(pair, parts: list) -> N
     names = lay_out(listener, [turn]).names
     ids = [token for token in inputs["input_ids"][0].tolist() if token != processor.audio_token_id]
     assert ids == [name for name in names if isinstance(name, int)]
+
+
+def test_two_texts_of_a_turn_are_two_lines(pair) -> None:
+    _, processor = pair
+    content = [{"type": "text", "text": part} for part in ("", "Say ", " ", "hello")]
+    inputs = _by_template(processor, [{"role": "user", "content": content}])
+    assert "Say\nhello" in processor.tokenizer.decode(inputs["input_ids"][0])
+    assert "".join(user_turn(["", "Say ", " ", "hello"])["content"]) == "Say\nhello"

@@ -48,14 +48,14 @@ class LaidOut:
 
 
 def user_turn(parts: Sequence[str | AudioEmbeds]) -> dict[str, Any]:
-    """A user's message; text after speech starts on a new line, as in a speech-first prompt."""
+    """A user's message; text after another part starts on a new line, as in a speech-first prompt."""
     content: list[Content] = []
     for part in parts:
         if isinstance(part, str):
             part = part.strip()
             if not part:
                 continue
-            part = "\n" + part if content and isinstance(content[-1], AudioEmbeds) else part
+            part = "\n" + part if content else part
         content.append(part)
     return {"role": "user", "content": content}
 

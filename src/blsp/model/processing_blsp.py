@@ -31,7 +31,7 @@ OWN_ARGUMENTS = (
 )
 
 # Joins the parts of a message into one string, then runs the LLM's own template, unchanged. A user's text is stripped
-# and begins on a new line after speech, as in training (llm/prompt.py) and in inference/conversation.py.
+# and begins on a new line after speech or text, as in training (llm/prompt.py) and in inference/conversation.py.
 FLATTEN_PARTS = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -44,7 +44,7 @@ FLATTEN_PARTS = """\
         {%- set piece = '<|audio|>' -%}
       {%- elif message['role'] != 'user' -%}
         {%- set piece = part['text'] -%}
-      {%- elif part['text'] | trim and text.value.endswith('<|audio|>') -%}
+      {%- elif part['text'] | trim and text.value -%}
         {%- set piece = '\\n' + part['text'] | trim -%}
       {%- else -%}
         {%- set piece = part['text'] | trim -%}
