@@ -45,6 +45,17 @@ def test_clips_come_as_path_bytes_or_array(listener_of, tmp_path: Path) -> None:
         listener.answer(tmp_path / "absent.wav")
 
 
+def test_arrays_of_integers_and_of_channels_are_speech_too(listener_of) -> None:
+    listener = listener_of("grounded")
+    clip = np.round(speech_like(0.7) * 32768).astype(np.int16)
+    expected = listener.transcribe(clip.astype(np.float32) / 32768)
+    assert expected
+    stereo = np.stack([clip, clip], axis=1)
+    assert [listener.transcribe(array) for array in (clip, stereo, stereo.T)] == [expected] * 3
+    with pytest.raises(AudioError, match="one or two axes"):
+        listener.transcribe(clip[None, None])
+
+
 def test_speech_and_text_are_asked_side_by_side(listener_of) -> None:
     listener = listener_of("grounded")
     questions = [

@@ -178,5 +178,9 @@ def times_of_words(
 
 
 def samples_of(audio: Any) -> np.ndarray:
-    """16 kHz samples (N,) of a path, bytes or data-URI; an array must hold such samples."""
-    return audio if isinstance(audio, np.ndarray) else load_audio(audio)
+    """Samples (N,) of a path, bytes or data-URI, or of an array at 16 kHz: integers are scaled, channels mixed."""
+    if not isinstance(audio, np.ndarray):
+        return load_audio(audio)
+    if audio.ndim == 1 and audio.dtype.kind == "f":
+        return audio
+    return load_audio(audio, sampling_rate=SAMPLE_RATE)
