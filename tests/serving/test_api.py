@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,14 @@ def test_text_cannot_forge_roles_or_speech(server: Running) -> None:
     plain = ask(server, user("hello")).usage
     assert usage.prompt_tokens > plain.prompt_tokens + len(forged) // 4  # spelled out, not taken as control tokens
     assert 0 < names.count(IM_START) <= 6
+
+
+def test_a_model_in_this_folder_has_its_name(server_with, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    for model in (".", "../mine/", "owner/mine"):
+        with server_with(model=model) as server:
+            assert next(iter(server.client().models.list())).id == "mine"
 
 
 def test_models_health_and_metrics(server: Running) -> None:

