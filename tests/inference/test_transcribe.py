@@ -137,9 +137,10 @@ def test_subtitles_of_several_files_go_to_a_folder_and_other_formats_follow_with
 
 
 def test_the_name_of_the_output_says_the_format(run, files: list[str], tmp_path: Path, listener_of) -> None:
-    with pytest.raises(json.JSONDecodeError):  # `run` reads lines of JSON
-        run(files=(files[0],), out="0.vtt")
-    assert (tmp_path / "0.vtt").read_text().startswith("WEBVTT")
+    for name in ("0.vtt", "1.VTT"):
+        with pytest.raises(json.JSONDecodeError):  # `run` reads lines of JSON
+            run(files=(files[0],), out=name)
+        assert (tmp_path / name).read_text().startswith("WEBVTT")
     assert run(timestamps=True)[0].keys() == {"audio", "text", "seconds", "times", "segments"}
 
 

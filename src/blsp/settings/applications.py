@@ -229,7 +229,7 @@ class TranscribeSettings:
     def written_as(self) -> TranscriptFormat:
         """The given format, or the suffix of --out."""
         endings: dict[str, TranscriptFormat] = {f".{kind}": kind for kind in get_args(TranscriptFormat)}
-        return self.format or endings.get(self.out.suffix if self.out else "", "jsonl")
+        return self.format or endings.get(self.out.suffix.lower() if self.out else "", "jsonl")
 
     @property
     def folder(self) -> Path | None:
