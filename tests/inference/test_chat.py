@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from support.tiny_models import speech_like
 
 from blsp.data.audio import write_wav
 from blsp.inference import chat as command
-from blsp.inference.chat import converse, parse
+from blsp.inference.chat import Link, converse, parse
 from blsp.inference.conversation import Conversation
 from blsp.settings import ChatSettings
 
@@ -45,17 +46,20 @@ def _screen(talk: Conversation, *lines: str) -> list[str]:
         ("file:///tmp/my%20clip.ogg", [Path("/tmp/my clip.ogg")]),
         ('say "hello world" now', ['say "hello world" now']),
         ("~/a.wav", [Path.home() / "a.wav"]),
+        ("~nobody-here/a.wav", [Path("~nobody-here/a.wav")]),
+        ("in https://example.org/a.wav?", ["in", Link("https://example.org/a.wav"), "?"]),
+        ("see https://example.org/wav", ["see https://example.org/wav"]),
         ("   ", []),
     ],
 )
-def test_lines_are_text_and_recordings(line: str, parts: list[str | Path]) -> None:
+def test_lines_are_text_and_recordings(line: str, parts: list[str | Path | Link]) -> None:
     assert parse(line) == parts
 
 
 @given(line=st.text())
 def test_no_text_is_lost(line: str) -> None:
     kept = "".join(part for part in parse(line) if isinstance(part, str))
-    if not any(isinstance(part, Path) for part in parse(line)):
+    if all(isinstance(part, str) for part in parse(line)):
         assert kept == line.strip()
 
 
@@ -68,10 +72,19 @@ def test_a_talk_with_recordings(talk: Conversation, tmp_path: Path) -> None:
     assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 2
 
 
+def test_a_recording_behind_a_url_is_heard(talk: Conversation, tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", speech_like(1.0))
+    fsspec.filesystem("memory").pipe("/chat/a.wav", (tmp_path / "a.wav").read_bytes())
+    by_url, by_path = (_screen(talk, f"{name}", "/reset")[0] for name in ("memory://chat/a.wav", tmp_path / "a.wav"))
+    assert by_url == by_path and by_url.startswith("[heard: ")
+    assert "memory://chat/absent.wav" in _screen(talk, "memory://chat/absent.wav")[0]
+    assert "nowhere://a.wav" in _screen(talk, "nowhere://a.wav")[0]
+
+
 def test_mistakes_do_not_end_it(talk: Conversation, tmp_path: Path) -> None:
     (tmp_path / "broken.wav").write_text("no audio")
-    lines = _screen(talk, "absent.wav", f"{tmp_path}/broken.wav please", "/what", "hello", "/quit", "never")
-    assert "absent.wav" in lines[0]
+    lines = _screen(talk, "~no-one/a.wav", f"{tmp_path}/broken.wav please", "/what", "hello", "/quit", "never")
+    assert "~no-one/a.wav: no such file" in lines[0]
     assert "broken.wav" in lines[1]
     assert lines[2] == "There is no /what; /help says what there is."
     assert len(talk.messages) == 2

@@ -1,17 +1,20 @@
 """`blsp chat`: a conversation with the model in the terminal.
 
-In:  typed lines: text, paths of recordings, or both; /reset, /help, /quit.
+In:  typed lines: text, paths or URLs of recordings, or both; /reset, /help, /quit.
 Out: read-outs of the recordings, and answers, streamed as they are written.
 Try: `blsp chat`, then `What is said here? examples/speech/questions/capital-of-canada.opus`
 Flow: inference/ — lines → **parts of a turn → Conversation** → answers.
 
-A word that ends in the suffix of an audio file is the path of one; a path with spaces needs quotes or escapes.
+A word that ends in the suffix of an audio file is the path or the URL of one; a path with spaces needs quotes or
+escapes.
 """
 
+import os
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from blsp.data.audio import AudioError, load_audio
@@ -29,6 +32,13 @@ HELP = """\
 Type a message, or the path of a recording, or both in one line: What is said here? "my clip.wav"
 /reset   begin a new conversation        Ctrl-C   stop the answer
 /help    show this                       /quit    leave (or Ctrl-D)"""
+
+
+@dataclass(frozen=True)
+class Link:
+    """The URL of a recording in a typed line."""
+
+    url: str
 
 
 def chat(settings: ChatSettings) -> None:
@@ -77,7 +87,7 @@ def converse(conversation: Conversation, lines: Iterable[str], write: Callable[[
 def answer_line(conversation: Conversation, line: str, write: Callable[[str], None]) -> None:
     """One turn: encode its recordings, show the adapter's read-out of them, stream the answer."""
     try:
-        parts = [_embed_file(conversation, part, write) if isinstance(part, Path) else part for part in parse(line)]
+        parts = [part if isinstance(part, str) else _embed_file(conversation, part, write) for part in parse(line)]
         for piece in conversation.ask(*parts):
             write(piece)
         write("\n")
@@ -87,31 +97,33 @@ def answer_line(conversation: Conversation, line: str, write: Callable[[str], No
         write(" …\n")
 
 
-def _embed_file(conversation: Conversation, path: Path, write: Callable[[str], None]) -> AudioEmbeds:
+def _embed_file(conversation: Conversation, file: Path | Link, write: Callable[[str], None]) -> AudioEmbeds:
     """The vectors of a recording; the adapter's read-out is shown if there is one."""
     listener = conversation.listener
-    clip = listener.embed_audio([load_audio(path)])[0]
+    clip = listener.embed_audio([load_audio(file.url if isinstance(file, Link) else file)])[0]
     if listener.reads_out and clip.speech:
         write(f"[heard: {listener.readout([clip])[0]}]\n")
     return clip
 
 
-def parse(line: str) -> list[str | Path]:
+def parse(line: str) -> list[str | Path | Link]:
     """The text and the recordings of a line, in order."""
-    parts: list[str | Path] = []
+    parts: list[str | Path | Link] = []
     end = 0
     for word in WORD.finditer(line):
-        if (path := _audio_path(word)) is not None:
-            parts += [line[end : word.start()].strip(), path]
+        if (file := _audio_file(word)) is not None:
+            parts += [line[end : word.start()].strip(), file]
             end = word.end()
     parts.append(line[end:].strip())
     return [part for part in parts if part]
 
 
-def _audio_path(word: re.Match[str]) -> Path | None:
-    """The path in a word, if it has the suffix of an audio file; otherwise None."""
+def _audio_file(word: re.Match[str]) -> Path | Link | None:
+    """The path or the URL in a word, if it has the suffix of an audio file; otherwise None."""
     double, single, bare = word.groups()
     name = double or single or re.sub(r"\\(.)", r"\1", bare)
     if name.startswith("file://"):
         name = urllib.parse.unquote(name.removeprefix("file://"))
-    return Path(name).expanduser() if name.lower().endswith(tuple(AUDIO_SUFFIXES)) else None
+    if not name.lower().endswith(tuple(AUDIO_SUFFIXES)):
+        return None
+    return Link(name) if "://" in name else Path(os.path.expanduser(name))
