@@ -96,7 +96,7 @@ def train(parts: Parts, clips: list[Clip], steps: int, batch: int = 4) -> None:
     optimiser = torch.optim.AdamW(parts.adapter.parameters(), lr=3e-4, weight_decay=0.05)
     for step in range(1, steps + 1):
         total, count = torch.zeros(()), 0
-        for clip in random.Random(step).sample(clips, batch):
+        for clip in random.Random(step).sample(clips, min(batch, len(clips))):
             log_probs = parts.log_probs(parts.listen(clip.states), clip.continuation)  # (N, V)
             total = total + F.nll_loss(log_probs, clip.continuation, reduction="sum")
             count += len(clip.continuation)

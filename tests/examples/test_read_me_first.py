@@ -19,7 +19,7 @@ def test_it_is_one_page() -> None:
 
 @pytest.mark.embedded
 def test_it_runs_and_measures() -> None:
-    command = [sys.executable, str(PAGE), "--clips", "6", "--steps", "1"]
+    command = [sys.executable, str(PAGE), "--clips", "3", "--steps", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ)
     assert done.returncode == 0, done.stderr
     figures = re.findall(r"divergence ([\d.]+), with exchanged recordings ([\d.]+): (.*)", done.stdout)
