@@ -15,9 +15,9 @@ from support.speech_copies import shuffled, transcripts_as_speech
 from support.tiny_models import CHAT_TEMPLATE, tiny_blsp
 from transformers import AutoModelForCausalLM
 
+from blsp.data.clips import load_clip
 from blsp.data.manifest import write_manifest
 from blsp.evaluation.judge import Evaluation, evaluate, judge
-from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.report import write_report
 from blsp.evaluation.results import Results
 from blsp.evaluation.routes import speech_fingerprint, speech_input, text_fingerprint

@@ -23,7 +23,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from blsp.data.audio import AudioError, is_silent, load_audio
+from blsp.data.audio import AudioError, is_silent
+from blsp.data.clips import load_clip
 from blsp.data.corpora import folders, hub, multilingual, no_speech, recognition, shards, tables, understanding
 from blsp.data.corpora.reading import CorpusError, Dropped, ReadRequest, Row, Rows
 from blsp.data.files import digest_of, read_rows
@@ -146,7 +147,7 @@ def _check(row: Row) -> Row:
     if isinstance(row, Dropped):
         return row
     try:
-        audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
+        audio = load_clip(row)
     except AudioError as error:
         return Dropped(row.id, row.audio, f"audio: {error}")
     if row.text.strip() and not row.no_speech and is_silent(audio):

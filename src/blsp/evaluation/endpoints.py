@@ -22,9 +22,9 @@ import soundfile
 from blsp.continuation.engines import Prompt
 from blsp.continuation.openai_engine import OpenAIEngine
 from blsp.data.audio import SAMPLE_RATE
+from blsp.data.clips import load_clip
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import Answer, AnswerLog, Answers
-from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.tasks import Task
 from blsp.llm.decoding import Decoding
 from blsp.llm.servers import ServerError

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from blsp.data.addresses import audio_size
-from blsp.data.audio import SAMPLE_RATE, load_audio
+from blsp.data.audio import SAMPLE_RATE
+from blsp.data.clips import load_clip
 from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
 from blsp.distributed import from_first
@@ -98,11 +99,6 @@ class Recogniser:
 
     def _transcribe_row(self, row: Utterance) -> str:
         return self._transcribe(load_clip(row), row.language or "en")
-
-
-def load_clip(row: Utterance) -> np.ndarray:
-    """(N,) 16 kHz samples of a row's part of its file."""
-    return load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
 
 
 def _clip_key(row: Utterance) -> str:

@@ -22,10 +22,10 @@ import transformers
 import blsp
 from blsp.data.addresses import audio_size
 from blsp.data.audio import load_audio
+from blsp.data.clips import load_clip
 from blsp.data.files import digest_of
 from blsp.data.manifest import Utterance
 from blsp.evaluation.answers import NO_SPEECH, Answer, AnswerLog, Answers, fill
-from blsp.evaluation.recogniser import load_clip
 from blsp.evaluation.tasks import Clip, Task, clip_of
 from blsp.inference.listener import Listener, Question
 from blsp.inference.pauses import pieces_of

@@ -29,8 +29,8 @@ from typing import Any, get_args
 import yaml
 
 from blsp.data.audio import AudioError
+from blsp.data.clips import load_clip
 from blsp.data.manifest import Manifest, Utterance
-from blsp.evaluation.recogniser import load_clip
 from blsp.llm.instructions import BehaviourError, instruction_for
 from blsp.llm.prompt import ORDERS, Order
 

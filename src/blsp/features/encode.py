@@ -33,7 +33,8 @@ from transformers import WhisperFeatureExtractor
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from blsp.data.addresses import AddressError, is_address
-from blsp.data.audio import AudioError, is_silent, load_audio
+from blsp.data.audio import AudioError, is_silent
+from blsp.data.clips import load_clip
 from blsp.data.files import DiskFullError
 from blsp.data.jobs import Job, JobError, SkippedLog, in_order
 from blsp.data.manifest import CONTINUATION_KEY, Manifest, Utterance
@@ -222,7 +223,7 @@ class Encoder:
         source: the bytes of its audio, if they have been read already.
         """
         try:
-            audio = load_audio(source or row.audio, start=row.start or 0.0, duration=row.duration, name=row.audio)
+            audio = load_clip(row, source)
         except (AudioError, OSError) as error:
             return str(error)
         if row.text.strip() and not row.no_speech and is_silent(audio):

@@ -16,7 +16,8 @@ from itertools import islice
 
 from tqdm import tqdm
 
-from blsp.data.audio import AudioError, load_audio
+from blsp.data.audio import AudioError
+from blsp.data.clips import load_clip
 from blsp.data.jobs import Job
 from blsp.data.manifest import Manifest, Utterance, name_relative
 from blsp.distributed import find_runtime, from_first, leave, shared
@@ -134,7 +135,7 @@ def _question(row: Utterance, options: GenerateOptions) -> Question | Unreadable
             return Question(text=row.text, instruction=instruction, order=options.order)
         return Unreadable("no audio, no text and no instruction")
     try:
-        clip = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
+        clip = load_clip(row)
     except AudioError as error:
         return Unreadable(str(error))
     return Question(audio=clip, instruction=instruction, order=options.order)

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase, WhisperFeatureExtractor
 
-from blsp.data.audio import SAMPLE_RATE, AudioError, is_silent, load_audio, probe_audio
+from blsp.data.audio import SAMPLE_RATE, AudioError, is_silent, probe_audio
+from blsp.data.clips import load_clip
 from blsp.data.manifest import Utterance
 from blsp.features.align import TokenTimes, token_places
 from blsp.features.cache import FeatureCache
@@ -285,7 +286,7 @@ class ExampleReader:
                 features = hide_spans(features, key)
             return {"features": features, "seconds": len(features) / FRAMES_PER_SECOND}
         try:
-            audio = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)  # (samples,)
+            audio = load_clip(row)  # (samples,)
         except AudioError as error:
             raise Refused(str(error)) from error
         if row.text.strip() and not row.no_speech and is_silent(audio):  # `blsp encode` leaves it out, too

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blsp.data.audio import SAMPLE_RATE, AudioError, load_audio, write_wav
+from blsp.data.audio import SAMPLE_RATE, AudioError, write_wav
+from blsp.data.clips import load_clip
 from blsp.data.corpora.reading import CorpusError, ReadRequest, Rows
 from blsp.data.manifest import Manifest, Utterance
 
@@ -115,7 +116,7 @@ def _babble(generator: Generator, samples: int, speech: Manifest) -> np.ndarray:
         if not row.audio or row.no_speech:
             continue
         try:
-            voice = load_audio(row.audio, start=row.start or 0.0, duration=row.duration)
+            voice = load_clip(row)
         except AudioError as error:
             failure = str(error)
             continue
