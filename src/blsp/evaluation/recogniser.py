@@ -35,7 +35,7 @@ WINDOW_SECONDS = 30
 WEIGHTS = (".bin", ".safetensors")
 CPU = torch.device("cpu")
 
-Transcribe = Callable[[np.ndarray, str], str]  # (16 kHz clip, ISO 639-1) -> transcript
+Transcribe = Callable[[np.ndarray, str | None], str]  # (16 kHz clip, ISO 639-1) -> transcript
 
 
 def recogniser_of(audio_model_id: str) -> str:
@@ -93,8 +93,8 @@ class Recogniser:
             records = fill(log, batches, lambda clip: clip[0], transcripts)
         return [records[_clip_key(row)].text for row in rows]
 
-    def transcribe_clip(self, clip: np.ndarray, language: str) -> str:
-        """The transcript of 16 kHz samples (N,)."""
+    def transcribe_clip(self, clip: np.ndarray, language: str | None) -> str:
+        """The transcript of 16 kHz samples (N,). language: None where a multilingual recogniser shall find it."""
         return self._transcribe(clip, language)
 
     def _transcribe_row(self, row: Utterance) -> str:
@@ -132,7 +132,7 @@ def _faster(folder: str, compute: str, device: torch.device) -> Loaded:
     def load(kind: str) -> Any:
         return faster_whisper.WhisperModel(folder, **place, compute_type=kind, cpu_threads=1, num_workers=cores)
 
-    def transcribe(model: Any, clip: np.ndarray, language: str) -> str:
+    def transcribe(model: Any, clip: np.ndarray, language: str | None) -> str:
         segments, _ = model.transcribe(
             clip,
             language=language,
@@ -156,7 +156,7 @@ def _faster(folder: str, compute: str, device: torch.device) -> Loaded:
     )
 
 
-def _faster_type(load: Callable[[str], Any], transcribe: Callable[[Any, np.ndarray, str], str]) -> str:
+def _faster_type(load: Callable[[str], Any], transcribe: Callable[[Any, np.ndarray, str | None], str]) -> str:
     """The faster of the compute types, on ten seconds of noise."""
     clip = np.random.default_rng(0).standard_normal(10 * SAMPLE_RATE).astype(np.float32) * 0.05
     seconds = {}
@@ -179,7 +179,7 @@ def _transformers(folder: str, compute: str, device: torch.device) -> Loaded:
     is_whisper = recognise.model.config.model_type == "whisper"
     multilingual = is_whisper and bool(getattr(recognise.model.generation_config, "is_multilingual", False))
 
-    def transcribe_clip(clip: np.ndarray, language: str) -> str:
+    def transcribe_clip(clip: np.ndarray, language: str | None) -> str:
         audio = {"raw": clip, "sampling_rate": SAMPLE_RATE}
         if not is_whisper:
             return str(recognise(audio, chunk_length_s=WINDOW_SECONDS)["text"]).strip()

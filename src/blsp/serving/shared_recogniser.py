@@ -62,7 +62,7 @@ class SharedRecogniser:
             raise ApiError(400, f"language: this recogniser hears English alone, not {language!r}", param="language")
         try:
             wanted = language or (None if self._loaded.multilingual else "en")
-            return self._loaded.transcribe_clip(clip, wanted)  # type: ignore[arg-type]  # Whisper finds the language
+            return self._loaded.transcribe_clip(clip, wanted)
         except ValueError as error:  # an unknown language
             raise ApiError(400, f"language {language!r}: {error}", param="language") from error
 
